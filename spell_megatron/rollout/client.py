@@ -1,0 +1,239 @@
+"""Generation over HTTP: token ids in, token ids and their log-probabilities out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import aiohttp
+
+from spell_megatron.config import SamplingConfig
+from spell_megatron.errors import UserError
+
+log = logging.getLogger(__name__)
+
+UPDATING = "updating"
+"""Weight version of an engine whose weights are being replaced; no completion may carry it."""
+
+_RETRY_SECONDS = (0.2, 1.0, 3.0, 10.0)
+_REST_SECONDS = 15.0
+
+
+class GenerationError(RuntimeError):
+    """An engine refused or broke a request, and trying it again would not help."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    Attributes:
+        token_ids: sampled tokens, the end-of-sequence token included when there is one.
+        logprobs: natural log-probability of each of them under the distribution that was sampled
+            from (after temperature and, where top_p < 1, its renormalisation).
+        finish_reason: `stop` (end-of-sequence token) or `length` (cut at max_tokens).
+        weight_version: version of the weights that sampled all of it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: str
+
+
+@dataclass
+class _Replica:
+    url: str
+    slots: asyncio.Semaphore
+    resting_until: float = field(default=0.0)
+
+
+class Client:
+    """Samples completions from one or several replicas of the policy.
+
+    Use as an async context manager, inside one event loop. Cancelling the task that awaits
+    `generate` closes its connection, on which the engine aborts the request.
+
+    Args:
+        urls: addresses of the vLLM servers, all serving the same weights.
+        api_key: key that the servers demand.
+        sampling: temperature and top_p of every request that is not greedy.
+        stop_token_ids: tokens that end a completion (the tokenizer's end-of-sequence ids).
+        request_timeout: seconds that a request may take, waiting in the engine included.
+        concurrency: the engines' --max-num-seqs. At most as many requests per replica are in
+            flight; the others wait here, without a connection. Requests for more samples are cut.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        api_key: str,
+        sampling: SamplingConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        request_timeout: float = 3600.0,
+        concurrency: int = 256,
+    ) -> None:
+        if not urls:
+            raise ValueError("Client needs the address of at least one engine")
+        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(concurrency)) for url in urls]
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._sampling = sampling
+        self._stop_token_ids = sorted(stop_token_ids)
+        self._timeout = aiohttp.ClientTimeout(total=request_timeout, sock_connect=30.0)
+        self._concurrency = concurrency
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Client:
+        # The semaphores bound the sockets, so the connector need not; a request that waited for
+        # a slot of the connector would have its timeout running.
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+        self._session = None
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int,
+        seed: int,
+        max_tokens: int,
+        affinity: str,
+        greedy: bool = False,
+    ) -> list[Completion]:
+        """Samples n completions of a prompt.
+
+        The same prompt, seed and weights give the same n completions, on whichever replica and
+        however often they are asked for (up to rounding that depends on what else is in the
+        engine's batch).
+
+        Args:
+            prompt_ids: token ids of the prompt.
+            n: number of completions; completion i has a seed of its own, derived from (seed, i).
+            seed: any integer.
+            max_tokens: longest completion, in tokens.
+            affinity: requests with equal affinity go to the same replica, so that they meet the
+                same prefix cache, as long as it is alive.
+            greedy: take the likeliest token every time instead of sampling.
+
+        Raises:
+            GenerationError: the engine refused the request (too long a prompt, say), failed at it
+                repeatedly, did not answer it in time, or answered with tokens of more than one
+                weight version.
+            UserError: no replica can be reached.
+        """
+        params = {
+            "temperature": 0.0 if greedy else self._sampling.temperature,
+            "top_p": 1.0 if greedy else self._sampling.top_p,
+            "max_tokens": max_tokens,
+            "logprobs": 0,
+            "stop_token_ids": self._stop_token_ids,
+            "detokenize": False,
+        }
+        # vLLM gives sample i the seed `seed + i`: a hashed base keeps the samples of neighbouring
+        # seeds apart, and lets a large n be cut into requests that give the same samples.
+        base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big")
+        ids = list(prompt_ids)
+        parts = [
+            {
+                "token_ids": ids,
+                "sampling_params": {
+                    **params,
+                    "n": 1 if greedy else min(self._concurrency, n - first),
+                    "seed": base + first,
+                },
+            }
+            for first in range(0, 1 if greedy else n, self._concurrency)
+        ]
+        answers = await asyncio.gather(*(self._send(json.dumps(part), affinity) for part in parts))
+        completions = [
+            _completion(choice) for answer in answers for choice in sorted(answer, key=lambda c: c["index"])
+        ]
+        return completions * n if greedy else completions
+
+    async def _send(self, body: str, affinity: str) -> list[dict]:
+        """Posts a request to the replica of its affinity, or to another one while that is down."""
+        for delay in (0.0, *_RETRY_SECONDS):
+            await asyncio.sleep(delay)
+            replica = self._choose(affinity)
+            try:
+                async with replica.slots:
+                    return await self._post(replica.url, body)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault) as error:
+                fault = error
+                replica.resting_until = time.monotonic() + _REST_SECONDS
+                log.warning("request to %s failed: %s", replica.url, error or type(error).__name__)
+        if isinstance(fault, _ServerFault):
+            raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
+        raise UserError(
+            f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after {len(_RETRY_SECONDS)} more attempts at all replicas "
+            f"({', '.join(replica.url for replica in self._replicas)}). Look into the engines' logs; "
+            "start them again, or correct rollout.urls, and resume the run from its last checkpoint."
+        )
+
+    def _choose(self, affinity: str) -> _Replica:
+        """Rendezvous hashing over the replicas that did not just fail (over all if all did)."""
+        now = time.monotonic()
+        awake = [replica for replica in self._replicas if replica.resting_until <= now]
+        return max(
+            awake or self._replicas,
+            key=lambda replica: hashlib.blake2b(f"{affinity}\0{replica.url}".encode()).digest(),
+        )
+
+    async def _post(self, url: str, body: str) -> list[dict]:
+        assert self._session is not None, "use `async with Client(...)`"
+        try:
+            async with self._session.post(
+                f"{url}/inference/v1/generate",
+                data=body,
+                headers={"Content-Type": "application/json"},
+            ) as response:
+                text = await response.text()
+        except aiohttp.ConnectionTimeoutError:
+            raise
+        except TimeoutError as error:
+            raise GenerationError(
+                f"{url} did not answer a request within {self._timeout.total:g} s (rollout.request_timeout)"
+            ) from error
+        if response.status >= 500:
+            raise _ServerFault(f"HTTP {response.status}: {text[:300]}")
+        if response.status == 401:
+            raise UserError(
+                f"The engine at {url} refuses the API key. Set the environment variable named by "
+                "rollout.api_key_env to the key it was started with (its VLLM_API_KEY)."
+            )
+        if response.status != 200:
+            raise GenerationError(f"{url} refused a request: HTTP {response.status}: {text[:500]}")
+        return json.loads(text)["choices"]
+
+
+class _ServerFault(Exception):
+    """A 5xx answer: the engine is overloaded, stopping or broken; another may do better."""
+
+
+def _completion(choice: dict) -> Completion:
+    reason = choice["finish_reason"]
+    if reason not in ("stop", "length"):
+        raise GenerationError(f"the engine ended a completion with {reason!r}; was it aborted?")
+    versions = sorted({span["version"] for span in choice["weight_versions"] or ()})
+    if len(versions) != 1 or versions[0].startswith(UPDATING):
+        raise GenerationError(
+            f"a completion was sampled by weight versions {versions}, not by one complete version; "
+            "no request may run across a weight update"
+        )
+    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    return Completion(choice["token_ids"], logprobs, reason, versions[0])

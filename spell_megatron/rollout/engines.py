@@ -1,0 +1,408 @@
+"""vLLM servers: started here or found running, checked, watched and stopped."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import requests
+
+import spell_megatron
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+
+_STOP_SECONDS = 15.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Engine:
+    """One vLLM server as seen over HTTP."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self.url = url.rstrip("/")
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy stands between us and an engine
+        self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def healthy(self) -> bool:
+        """Whether the server answers its health check."""
+        try:
+            return self._session.get(f"{self.url}/health", timeout=10).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def get(self, path: str) -> dict:
+        """GETs a route's JSON. Raises requests.RequestException."""
+        response = self._session.get(f"{self.url}{path}", timeout=60)
+        response.raise_for_status()
+        return response.json()
+
+    def post(self, path: str, body: dict | None = None, *, timeout: float = 600.0, **params: str) -> dict:
+        """POSTs to a route and returns its JSON, {} if there is none.
+
+        Raises:
+            requests.RequestException: no connection, no answer in time, or an error status; the
+                message then holds what the server said.
+        """
+        response = self._session.post(f"{self.url}{path}", json=body, params=params, timeout=timeout)
+        if not response.ok:
+            raise requests.HTTPError(
+                f"{path} at {self.url}: HTTP {response.status_code}: {response.text[:1000]}",
+                response=response,
+            )
+        return response.json() if response.content else {}
+
+    def call(self, method: str, *args: str, timeout: float = 600.0) -> list:
+        """Calls a method of `worker.WorkerExtension` in every worker; returns one result for each."""
+        return self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout=timeout)["results"]
+
+
+class Engines:
+    """The engines of a run. A context manager: leaving it stops those that were started here.
+
+    Attributes:
+        engines: one per replica.
+        api_key: key that all of them demand.
+        weight_transfer: backend by which they receive weights: gloo, nccl or ipc.
+    """
+
+    def __init__(self, engines: list[Engine], api_key: str, servers: list[_Server]) -> None:
+        self.engines = engines
+        self.api_key = api_key
+        self.weight_transfer = ""
+        self._servers = servers
+        atexit.register(self.stop)
+
+    @property
+    def urls(self) -> list[str]:
+        return [engine.url for engine in self.engines]
+
+    @classmethod
+    def open(cls, config: Config, log_folder: Path) -> Engines:
+        """Attaches to the engines of rollout.urls, or starts rollout.replicas servers here.
+
+        Args:
+            config: the run's configuration.
+            log_folder: where the logs of started servers go, as engine-<replica>.log.
+
+        Raises:
+            UserError: a port is taken, a server dies or does not become ready in
+                rollout.start_timeout seconds, or an engine does not suit the configuration.
+        """
+        if config.rollout.urls:
+            key = os.environ.get(config.rollout.api_key_env)
+            if not key:
+                raise UserError(
+                    f"rollout.urls names running engines, but the environment variable "
+                    f"{config.rollout.api_key_env} that should hold their key is not set. Set it to the "
+                    "VLLM_API_KEY they were started with."
+                )
+            engines = cls([Engine(url, key) for url in config.rollout.urls], key, [])
+        else:
+            engines = cls._start(config, log_folder)
+        try:
+            engines._check_fit(config)
+        except BaseException:
+            engines.stop()
+            raise
+        return engines
+
+    @classmethod
+    def _start(cls, config: Config, log_folder: Path) -> Engines:
+        rollout = config.rollout
+        key = os.environ.get(rollout.api_key_env) or secrets.token_urlsafe(32)
+        ports = _ports(rollout.base_port, rollout.replicas)
+        placement, backend = _placement(config)
+        log_folder.mkdir(parents=True, exist_ok=True)
+        self = cls([], key, [])
+        try:
+            for replica, (port, gpus) in enumerate(zip(ports, placement, strict=True)):
+                command = server_command(config, port, backend)
+                environment = _environment(config, key, gpus, backend)
+                self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
+                self.engines.append(Engine(f"http://127.0.0.1:{port}", key))
+            deadline = time.monotonic() + rollout.start_timeout
+            for engine, server in zip(self.engines, self._servers, strict=True):
+                while not engine.healthy():
+                    self.check()
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"An engine was not ready after {rollout.start_timeout:g} s. Its log, {server.log}, "
+                            f"ends with: {last_words(server.log)}. Give it more time with "
+                            "rollout.start_timeout, or see in the log what it waits for."
+                        )
+                    time.sleep(0.25)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def check(self) -> None:
+        """Raises UserError if a server that was started here has ended."""
+        for server in self._servers:
+            status = server.process.poll()
+            if status is not None:
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                raise UserError(
+                    f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
+                    f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
+                    "(memory, rollout.extra_args, the model folder) and start the run again."
+                )
+
+    def _check_fit(self, config: Config) -> None:
+        backends = {_check_engine(engine, config) for engine in self.engines}
+        if len(backends) > 1:
+            raise UserError(
+                f"The engines of rollout.urls receive weights by different backends ({sorted(backends)}). "
+                "Start all with the same --weight-transfer-config."
+            )
+        self.weight_transfer = backends.pop()
+
+    def stop(self) -> None:
+        """Ends the servers that were started here, with all their processes. May be called again."""
+        for server in self._servers:
+            server.process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for server in self._servers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(max(0.0, deadline - time.monotonic()))
+            # Workers are in the server's group: whatever is left of it goes too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+        self._servers.clear()
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class _Server:
+    """A server process and its log. Start it from the main thread: it ends when that thread does."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        parent = os.getpid()
+
+        def end_with_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+
+def server_command(config: Config, port: int, weight_transfer: str) -> list[str]:
+    """Command line of one server, as `--dry-run` shows it. The key is not in it."""
+    rollout, sampling = config.rollout, config.rollout.sampling
+    flags = {
+        "--model": str(config.model.path),
+        "--served-model-name": "policy",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--dtype": config.model.dtype,
+        "--seed": str(config.run.seed),
+        "--max-model-len": str(longest_sequence(config)),
+        "--max-num-seqs": str(rollout.concurrency),
+        "--tensor-parallel-size": str(rollout.tensor_parallel),
+        "--logprobs-mode": "processed_logprobs",
+        "--weight-transfer-config": json.dumps({"backend": weight_transfer}),
+        "--worker-extension-cls": "spell_megatron.rollout.worker.WorkerExtension",
+        "--middleware": "spell_megatron.rollout.worker.RequireKey",
+    }
+    if weight_transfer == "gloo":
+        switches = ["--enforce-eager"]
+        flags["--kv-cache-memory-bytes"] = str(int(rollout.cpu_kv_cache_gib * 2**30))
+    else:
+        switches = []
+        flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+    switches += ["--skip-tokenizer-init", "--enable-prefix-caching", "--enable-scale-out"]
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *(word for flag in flags.items() for word in flag),
+        *switches,
+        *rollout.extra_args,
+    ]
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens that an engine must have room for: the longest prompt and the longest response."""
+    sampling = config.rollout.sampling
+    responses = (
+        sampling.max_response_tokens,
+        sampling.max_verdict_tokens or 0,
+        sampling.max_no_context_tokens or 0,
+    )
+    return sampling.max_prompt_tokens + max(responses)
+
+
+def last_words(log: Path) -> str:
+    """The lines of a server's log that say best why it ended, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+    # vLLM prefixes the lines of its processes: "(EngineCore pid=1) ERROR 01-01 00:00:00 [core.py:1] ".
+    prefix = r"^(\([^)]*pid=\d+\) )?((ERROR|WARNING|INFO) \d\S* \S+ \[[^\]]*\] ?)?"
+    lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    errors = [
+        line
+        for line in dict.fromkeys(lines)
+        if re.match(r"[\w.]*(Error|Exception|error)\b.*: ?\S", line)
+        and "Engine core initialization failed" not in line
+    ]
+    return " | ".join(errors[-2:] or lines[-3:] or ["(nothing)"])[:1500]
+
+
+def _ports(base: int | None, count: int) -> list[int]:
+    """Ports for the servers; raises UserError if one of those asked for is taken."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for offset, candidate in enumerate(sockets):
+            port = 0 if base is None else base + offset
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise UserError(
+                    f"Port {port} of 127.0.0.1, meant for engine {offset}, cannot be used: {error.strerror}. "
+                    "End the program that holds it (perhaps an engine of an earlier run), choose another "
+                    "rollout.base_port, or leave it out to have free ports chosen."
+                ) from error
+        return [candidate.getsockname()[1] for candidate in sockets]
+
+
+def _placement(config: Config) -> tuple[list[list[str]], str]:
+    """GPUs of each server, and the backend by which weights reach them.
+
+    Servers take the GPUs that the trainer leaves free. If the machine has a single GPU, trainer
+    and engine share it, and weights go from process to process by CUDA IPC.
+    """
+    rollout = config.rollout
+    gpus = [] if config.run.device == "cpu" else _visible_gpus()
+    if not gpus:
+        return [[] for _ in range(rollout.replicas)], "gloo"
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
+    each, free = rollout.tensor_parallel, gpus[trainers:]
+    if len(free) >= rollout.replicas * each:
+        return [free[i * each : (i + 1) * each] for i in range(rollout.replicas)], "nccl"
+    if len(gpus) == trainers == rollout.replicas == each == 1:
+        return [gpus], "ipc"
+    raise UserError(
+        f"This machine shows {len(gpus)} GPU(s): {trainers} for the trainer leave {max(0, len(free))} for "
+        f"{rollout.replicas} engine(s) of {each} GPU(s). Lower rollout.replicas or rollout.tensor_parallel, "
+        "use fewer trainer processes, or start engines on other machines and name them in rollout.urls."
+    )
+
+
+def _visible_gpus() -> list[str]:
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [name for name in names.split(",") if name] if torch.cuda.is_available() else []
+
+
+def _environment(config: Config, key: str, gpus: list[str], weight_transfer: str) -> dict[str, str]:
+    """Environment of a server; the key is handed over here because command lines are public."""
+    package_root = str(Path(spell_megatron.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # Set by torchrun or srun for the trainer's processes; vLLM would take them for its own.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    if weight_transfer == "gloo":
+        environment |= {
+            "OMP_NUM_THREADS": str(config.rollout.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if weight_transfer == "ipc":
+        # Handles of GPU memory travel pickled; only holders of the key can send any.
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    return environment
+
+
+def _check_engine(engine: Engine, config: Config) -> str:
+    """Checks that an engine suits the run; returns its weight-transfer backend."""
+    if not engine.healthy():
+        raise UserError(
+            f"No healthy engine answers at {engine.url} (rollout.urls). Start it, wait until its /health "
+            "answers, or correct the address."
+        )
+    flags = (
+        "VLLM_SERVER_DEV_MODE=1 VLLM_API_KEY=<key> python -m vllm.entrypoints.openai.api_server "
+        + " ".join(server_command(config, 8000, "<gloo|nccl>")[3:])
+    )
+    try:
+        about = engine.call("spell_describe", timeout=120)[0]
+        paused = engine.get("/is_paused")["is_paused"]
+        engine.get("/openapi.json")["paths"]["/inference/v1/generate"]
+    except (requests.RequestException, KeyError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            raise UserError(
+                f"The engine at {engine.url} refuses the API key. Set {config.rollout.api_key_env} to the "
+                "VLLM_API_KEY it was started with."
+            ) from error
+        raise UserError(
+            f"The engine at {engine.url} lacks a route that the run needs ({error}). Start it as: {flags}"
+        ) from error
+    faults = []
+    model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    sizes = [model.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    if [about["architecture"], about["sizes"]] != [model["architectures"][0], sizes]:
+        faults.append(
+            f"it serves {about['architecture']} with hidden size, layers, vocabulary {about['sizes']}, but "
+            f"model.path is {model['architectures'][0]} with {sizes}"
+        )
+    if about["dtype"] != config.model.dtype:
+        faults.append(f"it computes in {about['dtype']}, but model.dtype is {config.model.dtype}")
+    if about["max_model_len"] < longest_sequence(config):
+        faults.append(
+            f"its --max-model-len {about['max_model_len']} is less than the {longest_sequence(config)} tokens "
+            "of the longest prompt and response in rollout.sampling"
+        )
+    if about["logprobs_mode"] != "processed_logprobs":
+        faults.append(f"its --logprobs-mode is {about['logprobs_mode']}, not processed_logprobs")
+    if about["weight_transfer"] is None:
+        faults.append("it was started without --weight-transfer-config")
+    if paused:
+        faults.append("it is paused, perhaps by a weight update that was interrupted: restart it")
+    if faults:
+        raise UserError(f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}")
+    return about["weight_transfer"]

@@ -1,0 +1,113 @@
+"""What both ends of a weight transfer share: the process group, the bucket layout, the checksum.
+
+Imports neither vLLM nor Megatron, so that the trainer need not import the former.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_ALIGNMENT = 16
+_CHUNK = 1 << 16
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
+
+
+def listen(address: str) -> socket.socket:
+    """Opens a listening socket on a free port of one address (a store would listen on all)."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen()
+    return listener
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the way to a host."""
+    family, kind, protocol, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)  # a datagram socket sends nothing by this
+        return probe.getsockname()[0]
+
+
+def gloo_group(
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    listener: socket.socket | None = None,
+) -> dist.ProcessGroupGloo:
+    """Joins a gloo group that stands beside torch.distributed's default group.
+
+    Args:
+        address, port: where rank 0 listens.
+        rank: this process's rank; rank 0 passes its `listener`.
+        world_size: number of processes in the group.
+        timeout: seconds that the rendezvous and each collective may take.
+    """
+    limit = timedelta(seconds=timeout)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = limit
+    # By default gloo takes the address that this host's name resolves to, which need not be one
+    # that the others can reach, nor exist.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(address))]
+    store = dist.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=listener is not None,
+        timeout=limit,
+        wait_for_workers=False,
+        # The store closes the descriptor that it is given.
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> None:
+    """Sends rank 0's buffer to the others, in place; returns when this rank is done."""
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    group.broadcast([buffer], options).wait()
+
+
+def layout(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:
+    """Byte offset of each tensor in a bucket, and the bucket's length in bytes."""
+    offsets, end = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        offsets.append(end)
+        size = math.prod(shape) * dtype.itemsize
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def slot(bucket: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """View of one tensor in a bucket [bytes] of dtype uint8."""
+    size = math.prod(shape) * dtype.itemsize
+    return bucket[offset : offset + size].view(dtype).view(tuple(shape))
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Dtype, shape and a 64-bit checksum of a tensor's bits, the same on every device.
+
+    The checksum is the sum over i of bits(x_i) * (2 i + 1) * c mod 2^64, with x read as integers
+    of the element's width: it changes when values change or change places.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().view(-1).view(integers)
+    factors = (2 * torch.arange(_CHUNK, device=tensor.device) + 1) * _MULTIPLIER
+    total = 0
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].to(torch.int64)
+        # The factors of this chunk are those of the first one, moved by 2 * start * c.
+        moved = 2 * start * _MULTIPLIER * int(chunk.sum())
+        total += int((chunk * factors[: chunk.numel()]).sum()) + moved
+    shape = "x".join(map(str, tensor.shape))
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{total % (1 << 64):016x}"

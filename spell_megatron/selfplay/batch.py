@@ -1,0 +1,101 @@
+"""The rows of an update: samples of all roles in the right proportions."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spell_megatron.config import SelfPlayConfig
+
+Role = Literal["questioner", "responder", "verifier"]
+Kind = Literal["good", "bad_format", "bad_ground", "zero_variance"]
+
+
+@dataclass
+class Sample:
+    """One completion of one role: what the trainer needs, then what people want to read.
+
+    `uid` names the question the sample belongs to, `group` the samples it is compared with. `logprobs`
+    are the engine's log-probabilities of `response_ids`. `kind` tells why a question's reward is not
+    positive; it is `good` for all other samples.
+    """
+
+    uid: str
+    group: str
+    role: Role
+    task: str
+    kind: Kind
+    cluster_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]
+    weight_version: str
+    reward: float
+    advantage: float = 0.0
+    prompt: str = ""
+    response: str = ""
+    reference: str | None = None
+    prediction: str | None = None
+    rule_score: float | None = None
+    verdict: float | None = None
+    document_ids: list[str] = field(default_factory=list)
+    truncated: bool = False
+
+
+@dataclass
+class Group:
+    """A question whose answers were not all right or all wrong."""
+
+    uid: str
+    task: str
+    question: Sample
+    answers: list[Sample]
+
+
+def response_length(response_ids: Sequence[int], eos_ids: Collection[int]) -> int:
+    """Number of tokens to train on: all up to and including the first end of sequence."""
+    return next((i + 1 for i, token in enumerate(response_ids) if token in eos_ids), len(response_ids))
+
+
+def compose(
+    groups: Sequence[Group],
+    negatives: Sequence[Sample],
+    verifier_groups: Sequence[Sequence[Sample]],
+    config: SelfPlayConfig,
+    rng: random.Random,
+) -> list[Sample]:
+    """Put an update batch together.
+
+    It holds the answers of the first N groups and their questions; as many questions without a
+    positive reward (times `negatives_per_positive`), drawn task by task; and verifier groups, drawn
+    at random, until they make up `verifier.share` of the answers' rows or there are no more.
+    """
+    groups = groups[: config.groups]
+    answers = [answer for group in groups for answer in group.answers]
+    questions = [group.question for group in groups]
+    wanted = int(len(answers) * config.verifier.share / config.group_size)
+    chosen = rng.sample(range(len(verifier_groups)), min(wanted, len(verifier_groups)))
+    judgments = [row for i in sorted(chosen) for row in verifier_groups[i]]
+    return [*answers, *questions, *_draw_negatives(questions, negatives, config, rng), *judgments]
+
+
+def _draw_negatives(
+    questions: Sequence[Sample], negatives: Sequence[Sample], config: SelfPlayConfig, rng: random.Random
+) -> list[Sample]:
+    """Draw negatives in proportion to the positives of each task, the most frequent task first.
+
+    What one task lacks, the next one makes up. Tasks without positives give no negatives.
+    """
+    positives = Counter(question.task for question in questions)
+    drawn: list[Sample] = []
+    quota = 0.0
+    for task, count in positives.most_common():
+        quota += config.negatives_per_positive * count
+        candidates = [sample for sample in negatives if sample.task == task]
+        chosen = rng.sample(range(len(candidates)), min(len(candidates), int(quota)))
+        drawn += [candidates[i] for i in sorted(chosen)]
+        quota -= len(chosen)
+    return drawn

@@ -1,0 +1,63 @@
+"""What the questioner remembers: the questions on a cluster that were neither too easy nor too hard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solved question: the indices of all documents its questioner saw, the question, its reference."""
+
+    documents: tuple[int, ...]
+    question: str
+    answer: str
+
+
+class History:
+    """The last `capacity` entries of every (task, cluster)."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._entries: dict[tuple[str, str], tuple[Entry, ...]] = {}
+
+    def entries(self, task: str, cluster_id: str) -> tuple[Entry, ...]:
+        """The entries of a cluster, oldest first."""
+        return self._entries.get((task, cluster_id), ())
+
+    def admit(self, task: str, cluster_id: str, entry: Entry) -> bool:
+        """Remember an entry, forgetting the oldest if there are too many.
+
+        Returns False, and changes nothing, if the question is remembered already (capitals and blanks
+        aside) or the capacity is 0.
+        """
+        known = self.entries(task, cluster_id)
+        if self.capacity == 0 or any(_same(entry.question, other.question) for other in known):
+            return False
+        self._entries[task, cluster_id] = (*known, entry)[-self.capacity :]
+        return True
+
+    def depths(self) -> list[int]:
+        """Number of entries of every cluster that has any."""
+        return [len(entries) for entries in self._entries.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All entries as plain JSON."""
+        return {
+            "entries": [
+                [task, cluster_id, [[list(e.documents), e.question, e.answer] for e in entries]]
+                for (task, cluster_id), entries in self._entries.items()
+            ]
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the entries of `state_dict`, cut to this history's capacity."""
+        self._entries = {}
+        for task, cluster_id, entries in state["entries"]:
+            for documents, question, answer in entries:
+                self.admit(task, cluster_id, Entry(tuple(documents), question, answer))
+
+
+def _same(a: str, b: str) -> bool:
+    return " ".join(a.split()).casefold() == " ".join(b.split()).casefold()

@@ -1,0 +1,113 @@
+"""Prompts of the three roles, from sets of text files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from spell_megatron.config import Task
+from spell_megatron.errors import UserError
+from spell_megatron.selfplay.history import Entry
+
+SETS = Path(__file__).parent / "prompt_sets"
+NO_DOCUMENTS = "Empty"
+
+_PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
+
+
+def _required() -> dict[str, set[str]]:
+    """The files of a prompt set and the placeholders of each."""
+    files = {
+        "document": {"document"},
+        "example": {"number", "question", "answer"},
+        "verifier": {"question", "prediction", "reference"},
+    }
+    for task in get_args(Task):
+        letter = {"letter"} if task == "doc_mc" else set()
+        files[f"questioner_{task}"] = {"documents"} | letter
+        files[f"questioner_{task}_history"] = {"documents", "examples"} | letter
+        files[f"responder_{task}"] = {"documents", "question"}
+    return files
+
+
+class PromptSet:
+    """The templates of a set; each fills its placeholders in one pass.
+
+    What is filled in is never searched for placeholders, so no document, question or answer can
+    change a prompt's form.
+    """
+
+    def __init__(self, templates: dict[str, str]) -> None:
+        self._templates = templates
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> PromptSet:
+        """Load a set of this package by name, or a folder of .md files (UTF-8; one trailing newline is dropped).
+
+        Raises:
+            UserError: naming every missing file and every missing or unknown placeholder.
+        """
+        folder = SETS / name_or_path
+        if not folder.is_dir():
+            folder = Path(name_or_path)
+        if not folder.is_dir():
+            known = ", ".join(sorted(path.name for path in SETS.iterdir() if path.is_dir()))
+            raise UserError(
+                f"The prompt set {str(name_or_path)!r} is neither a set of this package ({known}) nor a folder. "
+                "Set selfplay.prompts to one of these."
+            )
+        templates: dict[str, str] = {}
+        faults: list[str] = []
+        for name, placeholders in _required().items():
+            path = folder / f"{name}.md"
+            try:
+                text = path.read_text(encoding="utf-8").removesuffix("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                faults.append(f"{path.name} cannot be read ({error})")
+                continue
+            found = set(_PLACEHOLDER.findall(text))
+            faults += [f"{path.name} lacks {{{{{p}}}}}" for p in sorted(placeholders - found)]
+            faults += [f"{path.name} has the unknown {{{{{p}}}}}" for p in sorted(found - placeholders)]
+            templates[name] = text
+        if faults:
+            raise UserError(
+                f"The prompt set in {folder} cannot be used: {'; '.join(faults)}. "
+                f"Compare with the set in {SETS / 'full'}."
+            )
+        return cls(templates)
+
+    def _fill(self, name: str, **values: str) -> str:
+        return _PLACEHOLDER.sub(lambda match: values[match[1]], self._templates[name])
+
+    def _documents(self, documents: Sequence[str]) -> str:
+        return "\n".join(self._fill("document", document=document) for document in documents)
+
+    def questioner(self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None) -> str:
+        """Prompt for a question about the documents, harder than those of the history.
+
+        `letter` is the option that shall be right; multiple choice needs it, other tasks ignore it.
+
+        Raises:
+            ValueError: for multiple choice without a letter.
+        """
+        if task == "doc_mc" and letter is None:
+            raise ValueError("a multiple-choice prompt needs the letter of the right option")
+        values = {"documents": self._documents(documents), "letter": letter or ""}
+        if not history:
+            return self._fill(f"questioner_{task}", **values)
+        values["examples"] = "\n".join(
+            self._fill("example", number=str(number), question=entry.question, answer=entry.answer)
+            for number, entry in enumerate(history, start=1)
+        )
+        return self._fill(f"questioner_{task}_history", **values)
+
+    def responder(self, task: str, question_text: str, documents: Sequence[str] | None) -> str:
+        """Prompt for an answer from the documents; without any (None) the word `Empty` stands for them."""
+        shown = NO_DOCUMENTS if documents is None else self._documents(documents)
+        return self._fill(f"responder_{task}", documents=shown, question=question_text)
+
+    def verifier(self, question_text: str, prediction: str, reference: str) -> str:
+        """Prompt for a judgment whether prediction and reference mean the same."""
+        return self._fill("verifier", question=question_text, prediction=prediction, reference=reference)

@@ -1,0 +1,285 @@
+"""Checkpoints of a run: written beside the old ones, renamed when complete, `latest` replaced last.
+
+`<run>/checkpoints/step_000010/` holds
+
+    trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
+    hf/            the weights as a Hugging Face checkpoint
+    state.json     what the caller gave: step, history, sampler, ...
+    rng/           random states of each rank
+    config.json    the configuration that the run had
+    meta.json      step, optimizer steps, ranks, versions; its presence marks a complete checkpoint
+
+and `<run>/checkpoints/latest` names the newest one. All ranks must see the same file system. Saving
+starts processes, so that the script that calls it must be safe to import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from spell_megatron.errors import UserError
+from spell_megatron.training.trainer import Trainer
+from spell_megatron.weights.huggingface import save_checkpoint
+from spell_megatron.weights.reshard import export
+
+_PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
+
+
+def save(run_folder: Path, step: int, trainer: Trainer, state: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step` and delete all but the newest `checkpoint.keep`; all ranks call it.
+
+    state: anything that JSON holds; rank 0's is written. Returns the checkpoint's folder. UserError, on
+    all ranks, if the disk is full or cannot be written; the checkpoints before stay as they are.
+    """
+    root = Path(run_folder) / "checkpoints"
+    final = root / f"step_{step:06d}"
+    partial = final.with_name(final.name + ".tmp")
+    _on_rank_0(lambda: _prepare(root, partial, trainer), root)
+    try:
+        _save_trainer(partial / "trainer", trainer)
+        _save_hf(partial / "hf", trainer)
+        torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
+        failure = ""
+    except UserError as error:
+        failure = str(error)
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        failure = _write_failed(root, f"{type(error).__name__}: {error}")
+    failures = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True), root)
+        raise UserError(next(filter(None, failures)))
+    _on_rank_0(lambda: _complete(partial, final, step, trainer, state), root)
+    return final
+
+
+def latest(run_folder: Path) -> Path | None:
+    """Folder of the newest checkpoint of a run; None if it has none. UserError if it is incomplete."""
+    root = Path(run_folder) / "checkpoints"
+    pointer = root / "latest"
+    if not pointer.exists():
+        return None
+    folder = root / pointer.read_text(encoding="utf-8").strip()
+    _check_complete(folder)
+    return folder
+
+
+def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Put a checkpoint's weights, optimizer, schedule and random states in place; returns `state`.
+
+    All ranks call it, with a trainer that has not stepped yet. The layout of ranks may differ from the one that saved; then ranks beyond those
+    that saved keep the random states they have. The learning rate, its schedule, weight decay and betas
+    are those of the trainer's configuration. UserError if the checkpoint is incomplete or belongs to
+    another model.
+    """
+    folder = Path(folder)
+    _check_complete(folder)
+    updates = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["updates"]
+    try:
+        _load_trainer(folder / "trainer", trainer, updates)
+    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
+        raise UserError(
+            f"The checkpoint {folder} cannot be loaded into this model ({type(error).__name__}: {error}). Check that "
+            f"model.path is the model the run began with ({folder / 'config.json'} says which), or remove the folder "
+            "and resume from an older checkpoint."
+        ) from error
+    random_states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
+    if random_states.exists():
+        _set_random_states(torch.load(random_states, weights_only=True))
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
+    if with_optimizer:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(state["model"], is_loading=is_loading,
+                                                                  metadata=metadata)
+    return state
+
+
+def _save_trainer(folder: Path, trainer: Trainer) -> None:
+    # Before its first step an optimizer has no state, and Megatron cannot save it; a new one is the same.
+    stepped = trainer.scheduler.num_steps > 0
+    dist_checkpointing.save(_sharded_state(trainer, with_optimizer=stepped, is_loading=False), str(folder))
+
+
+def _save_hf(folder: Path, trainer: Trainer) -> None:
+    """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
+    weights = export(trainer.model, trainer.hf_config)
+    try:
+        if dist.get_rank() == 0:
+            save_checkpoint(weights, trainer.config.model.path, folder)
+    finally:
+        for _ in weights:
+            pass
+
+
+def _load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
+    if updates:
+        _allocate_state(trainer.optimizer)
+    groups = trainer.optimizer.param_groups
+    settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
+    loaded = dist_checkpointing.load(_sharded_state(trainer, with_optimizer=updates > 0, is_loading=True), str(folder))
+    trainer.model.load_state_dict(loaded["model"])
+    if updates:
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(trainer.optimizer.param_groups, settings):
+            group.update(values)
+    else:
+        trainer.optimizer.reload_model_params()
+    trainer.scheduler.num_steps = updates
+    trainer.scheduler.step(0)
+    trainer.skipped = loaded["skipped"]
+
+
+def _allocate_state(optimizer) -> None:
+    """Make an optimizer that never stepped hold moments, which Megatron needs before it can load them.
+
+    A step with zero gradients, rate and decay creates them without moving a weight.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner is None or len(inner.state):
+            continue
+        kept = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in inner.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        inner.step()
+        for parameter in parameters:
+            parameter.grad = None
+        for group, (lr, weight_decay) in zip(inner.param_groups, kept):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def _random_states() -> dict[str, Any]:
+    """Random states of this rank as plain values and tensors, so that loading executes nothing."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "megatron": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    version_, internal, gauss_next = states["python"]
+    random.setstate((version_, tuple(internal), gauss_next))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:
+    """Remove what interrupted saves left, make the folder, and see that the checkpoint will fit."""
+    for left in root.glob("step_*.tmp"):
+        shutil.rmtree(left)
+    for name in ("trainer", "rng"):
+        (partial / name).mkdir(parents=True)
+    needed = _bytes_needed(trainer)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        shutil.rmtree(partial)
+        raise UserError(
+            f"A checkpoint takes about {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB left. Free some space, "
+            "lower checkpoint.keep, or point run.output_dir at another disk."
+        )
+
+
+def _bytes_needed(trainer: Trainer) -> int:
+    """Weights twice (trainer and Hugging Face) and, in float32, master weights and two moments."""
+    sizes = trainer.model.config
+    dense = sizes.tensor_model_parallel_size
+    experts = sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size
+    local = sum(p.numel() * (2 * p.element_size() + 12) * (dense if getattr(p, "allreduce", True) else experts)
+                for p in trainer.model.parameters())
+    return local * sizes.pipeline_model_parallel_size
+
+
+def _complete(partial: Path, final: Path, step: int, trainer: Trainer, state: dict[str, Any]) -> None:
+    """Rank 0: the small files, then rename, then `latest`, then delete old checkpoints."""
+    root = final.parent
+    _write(partial / "state.json", json.dumps(state))
+    _write(partial / "config.json", trainer.config.model_dump_json(indent=2))
+    _write(partial / "meta.json", json.dumps({
+        "step": step, "updates": trainer.scheduler.num_steps, "ranks": dist.get_world_size(), "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }, indent=2))
+    replaced = final.with_name(final.name + ".old")
+    if final.exists():                                # a step saved again
+        final.rename(replaced)
+    partial.rename(final)
+    _write(root / "latest.tmp", final.name)
+    os.replace(root / "latest.tmp", root / "latest")
+    shutil.rmtree(replaced, ignore_errors=True)
+    kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[-trainer.config.checkpoint.keep:]
+    for path in root.glob("step_*"):
+        if path not in kept and path != final:
+            shutil.rmtree(path)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk: a rename that follows must not overtake it."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_complete(folder: Path) -> None:
+    if (folder / "meta.json").exists():
+        return
+    others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
+    remedy = (f"Complete ones are {', '.join(others)}: write one of these names into {folder.parent / 'latest'}."
+              if others else "There is no complete one beside it; start the run anew.")
+    raise UserError(f"The checkpoint {folder} {'is incomplete' if folder.exists() else 'does not exist'}. {remedy}")
+
+
+def _on_rank_0(action: Callable[[], None], root: Path) -> None:
+    """Run on rank 0 while the others wait; its failure is everyone's UserError."""
+    failure = [""]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            failure = [str(error)]
+        except OSError as error:
+            failure = [_write_failed(root, str(error))]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise UserError(failure[0])
+
+
+def _write_failed(root: Path, reason: str) -> str:
+    return (f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by this "
+            "user; the checkpoints before are untouched, so that `--resume` continues from the newest of them.")

@@ -1,0 +1,267 @@
+"""From a Hugging Face configuration to this rank's part of a Megatron-Core model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import __version__ as megatron_version
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
+from spell_megatron.training.attention import TreeAttention
+
+
+class TreeGPTModel(GPTModel):
+    """A Megatron GPT model over rows of prefix trees, without the vocabulary head in its forward pass.
+
+    `output_layer` and `output_weight` make logits of chosen hidden states:
+    `model.output_layer(hidden, weight=model.output_weight)[0]`. With a vocabulary that the tensor-parallel
+    size does not divide, the last columns (from `vocabulary` on) are padding and belong in no softmax.
+    """
+
+    def __init__(self, config: TransformerConfig, hf_config: PretrainedConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, position_embedding_type="none", **kwargs)
+        self.vocabulary: int = hf_config.vocab_size
+        # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
+        self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, end: Tensor) -> Tensor:
+        """Hidden states after the final norm (last pipeline stage), or this stage's output.
+
+        Args:
+            tokens: [1, t] token ids.
+            position_ids: [1, t] depth of each token in its tree.
+            end: [t] end of each token's subtree (see `attention`); it must not be changed in place.
+
+        Returns:
+            [t, 1, hidden]; with sequence parallelism this rank's part of the tokens.
+        """
+        hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        angles = position_ids[0].float()[:, None] * self._frequencies
+        rotary = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return self.decoder(hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary)
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """The weight to give to `output_layer`: the shared embedding, or None where the layer has its own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm for the plain-torch layer spec; unlike Megatron's wrapper it allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Megatron sums the gradients of parameters with this mark over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
+    """Build this rank's part of the model, on its device, with uninitialised weights.
+
+    `backend.initialise` must have been called. Weights come from `weights.huggingface.load_weights` or a
+    checkpoint.
+
+    Raises:
+        UserError: the model or the layout is not supported, or they do not fit each other.
+    """
+    arch = architecture(hf_config)
+    _check_layout(arch, config)
+    use_te = _has_transformer_engine()
+    transformer_config = _transformer_config(hf_config, arch, config, use_te)
+    return TreeGPTModel(
+        config=transformer_config,
+        hf_config=hf_config,
+        transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
+        vocab_size=arch.vocabulary + -arch.vocabulary % config.training.parallel.tensor,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=arch.tied,
+    )
+
+
+def _has_transformer_engine() -> bool:
+    # The probe looks for the package only: importing it without a GPU fails.
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def _transformer_config(
+    hf_config: PretrainedConfig, arch: Architecture, config: Config, use_te: bool
+) -> TransformerConfig:
+    training, parallel = config.training, config.training.parallel
+    dtype = getattr(torch, config.model.dtype)
+    # cos and sin are both scaled by `factor`, hence every score by its square.
+    factor = rotary_frequencies(hf_config)[1]
+    options: dict[str, Any] = {}
+    if arch.experts:
+        options |= {
+            "num_moe_experts": arch.experts,
+            "moe_router_topk": arch.experts_per_token,
+            "moe_ffn_hidden_size": arch.expert_ffn,
+            "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
+            # Softmax over all experts followed by renormalisation of the chosen ones is softmax over the chosen.
+            "moe_router_pre_softmax": not arch.normalise_router,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss else "none",
+            "moe_aux_loss_coeff": training.moe_aux_loss,
+            "moe_grouped_gemm": use_te,
+            "moe_permute_fusion": use_te,
+            "expert_model_parallel_size": parallel.expert,
+            "expert_tensor_parallel_size": parallel.expert_tensor,
+        }
+    if training.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif training.recompute == "selective":
+        # Attention saves no scores, so that the feed-forward is what is worth computing again.
+        options |= {"recompute_granularity": "selective", "recompute_modules": _feed_forwards(arch)}
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.groups,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,  # biases are given per layer by the spec
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        softmax_scale=factor**2 / arch.head_dim**0.5,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.tensor > 1,  # Megatron's mixture of experts needs it with tensor parallelism
+        variable_seq_lengths=parallel.pipeline > 1,  # rows differ in length
+        deallocate_pipeline_outputs=True,
+        moe_token_dispatcher_type="alltoall",  # checked against variable_seq_lengths for dense models too
+        calculate_per_token_loss=True,  # the loss function divides by the whole batch's tokens
+        apply_rope_fusion=use_te,
+        bias_activation_fusion=use_te and not arch.mlp_bias,
+        bias_dropout_fusion=use_te,
+        **options,
+    )
+
+
+def _feed_forwards(arch: Architecture) -> list[str]:
+    kinds = {"moe" if is_moe else "mlp" for is_moe in arch.moe_layers}
+    return sorted(kinds)
+
+
+def _layer_spec(
+    transformer_config: TransformerConfig, arch: Architecture, use_te: bool
+) -> TransformerBlockSubmodules:
+    """Megatron's spec of this pipeline stage with tree attention, our RMSNorm and the family's biases."""
+    spec = get_gpt_decoder_block_spec(
+        transformer_config, use_transformer_engine=use_te, normalization="RMSNorm"
+    )
+    if not use_te:
+        spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:  # layers of one kind are one object; setting it again does no harm
+        _adapt_layer(layer, arch, use_te)
+    return spec
+
+
+def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
+    parts = layer.submodules
+    attention = parts.self_attention.submodules
+    attention.core_attention = TreeAttention
+    if not use_te:
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        if arch.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if arch.output_bias:
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    if arch.mlp_bias:
+        # A ModuleSpec in megatron-core 0.16, a functools.partial in 0.19.
+        feed_forward = parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
+        feed_forward.linear_fc1 = _with_bias(feed_forward.linear_fc1)
+        feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
+
+
+def _with_bias(linear: type) -> type:
+    """The layer with a bias. Megatron's `add_bias_linear` gives one to attention and feed-forward together."""
+    if getattr(linear, "always_biased", False):
+        return linear
+
+    class Biased(linear):
+        always_biased = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": True})
+
+    Biased.__name__ = Biased.__qualname__ = linear.__name__
+    return Biased
+
+
+def _check_layout(arch: Architecture, config: Config) -> None:
+    parallel = config.training.parallel
+    if parallel.context > 1:
+        raise UserError(
+            "training.parallel.context is above 1: context parallelism is not available yet. Set it to 1."
+        )
+    if arch.heads % parallel.tensor or (arch.groups % parallel.tensor and parallel.tensor % arch.groups):
+        raise UserError(
+            f"training.parallel.tensor = {parallel.tensor} does not divide the model's {arch.heads} attention heads "
+            f"and {arch.groups} key-value heads. Choose a divisor of both."
+        )
+    if arch.layers % parallel.pipeline:
+        raise UserError(
+            f"training.parallel.pipeline = {parallel.pipeline} does not divide the model's {arch.layers} layers. "
+            "Choose a divisor."
+        )
+    if not arch.experts:
+        if parallel.expert > 1 or parallel.expert_tensor > 1:
+            raise UserError(
+                "training.parallel.expert and expert_tensor are for mixture-of-experts models, and this model is "
+                "dense. Set both to 1."
+            )
+        return
+    if arch.experts % parallel.expert:
+        raise UserError(
+            f"training.parallel.expert = {parallel.expert} does not divide the model's {arch.experts} experts. "
+            "Choose a divisor."
+        )
+    if arch.normalise_router and arch.experts_per_token == 1:
+        raise UserError(
+            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight 1 and the "
+            "router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
+        )
+    if (
+        parallel.tensor > parallel.expert_tensor
+        and parallel.expert == 1
+        and Version(megatron_version) < Version("0.17")
+    ):
+        raise UserError(
+            f"megatron-core {megatron_version} computes wrong gradients for mixture-of-experts models with "
+            f"tensor = {parallel.tensor}, expert_tensor = {parallel.expert_tensor} and expert = 1. Set "
+            "training.parallel.expert_tensor to the value of tensor, or expert above 1, or use megatron-core 0.19 "
+            "(Python 3.12)."
+        )

@@ -1,0 +1,214 @@
+"""Rows of tokens merged into packed prefix trees, and trees spread over data-parallel ranks.
+
+Rows that begin with the same tokens share the computation of those tokens. Sorting rows
+lexicographically is a depth-first walk of their radix tree: each row adds, to what the row before it
+has laid out, only the tokens after their longest common prefix. So a tree is made from the sorted order
+and the common prefix lengths of neighbours, with array comparisons and no per-token Python.
+
+Everything here is NumPy on one core; nothing knows about models or roles.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence of an update: a prompt and the response to train on.
+
+    tokens: int64 [n], prompt and response; prompt_length: at least 1, since the first response token is
+    predicted from the last prompt token; weights: float32 [n - prompt_length], factor of each response
+    token in the loss (advantage times role weight); rollout_logprobs: float32 [n - prompt_length], the
+    engine's log-probability of each response token.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+    weights: np.ndarray
+    rollout_logprobs: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt_length <= len(self.tokens):
+            raise ValueError(f"prompt_length is {self.prompt_length} in a row of {len(self.tokens)} tokens; "
+                             "a prompt needs at least one token and lies within the row")
+        response = len(self.tokens) - self.prompt_length
+        for name in ("weights", "rollout_logprobs"):
+            if len(getattr(self, name)) != response:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {response} response tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A forest of prefix trees in one flat row, depth first; all arrays are int64.
+
+    tokens, position_ids (depth in the tree) and end are [t]. `end[k]` is the end of the subtree of token
+    k: q may attend to k iff k <= q < end[k]. The loss edges source, target, row and offset are [e]: the
+    hidden state at flat position `source` predicts token id `target`, which is response token `offset`
+    of row number `row`.
+    """
+
+    tokens: np.ndarray
+    position_ids: np.ndarray
+    end: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    row: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Relative cost of a tree: per token, per attended (query, key) pair, per predicting position."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    source: float = 0.0
+
+    def of(self, tree: Tree) -> float:
+        """Cost of one tree. Pairs are counted exactly: a token at depth d attends to d + 1 tokens."""
+        pairs = int(tree.position_ids.sum()) + len(tree.tokens)
+        return self.token * len(tree.tokens) + self.pair * pairs + self.source * len(np.unique(tree.source))
+
+
+# One token that predicts nothing: what a rank without work runs, so that all ranks run the same number
+# of microbatches (expert parallel ranks exchange tokens in each).
+EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])))
+
+
+def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
+    """Merge rows into trees of at most `max_tokens` tokens.
+
+    A tree over the budget is cut between rows where that repeats the fewest tokens; a single row longer
+    than the budget becomes a tree of its own size. Trees that fit together share one forest. Rows
+    without a response are left out. Tree.row counts in `rows`.
+    """
+    return _Sorted(rows).pack(max_tokens)
+
+
+def plan(rows: Sequence[Row], max_tokens: int, ranks: int, cost: Cost = Cost()) -> list[list[Tree]]:
+    """Trees of each data-parallel rank: the same number on every rank, costs balanced.
+
+    The longest processing time first rule assigns trees to ranks. Where whole trees leave ranks idle
+    (few rows, many ranks), smaller budgets are tried too; a finer cut is taken if it lets the slowest
+    rank end at least 5 % sooner, repeated prefixes included. Ranks with fewer trees get `EMPTY` ones.
+    Each rank's trees come in descending cost, so that ranks that exchange tokens meet similar sizes.
+    """
+    table = _Sorted(rows)
+    budgets = [max_tokens]
+    if ranks > 1:
+        total = sum(len(tree.tokens) for tree in table.pack(max_tokens))
+        budgets += [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]   # 10 % for uneven cuts
+    best: list[list[Tree]] = []
+    shortest = float("inf")
+    for budget in dict.fromkeys(min(b, max_tokens) for b in budgets):
+        assigned, slowest = _assign(table.pack(budget), ranks, cost)
+        if not best or slowest < 0.95 * shortest:
+            best, shortest = assigned, slowest
+    count = max(1, *(len(trees) for trees in best))
+    return [trees + [EMPTY] * (count - len(trees)) for trees in best]
+
+
+def _assign(trees: list[Tree], ranks: int, cost: Cost) -> tuple[list[list[Tree]], float]:
+    """Longest processing time first; returns the trees of each rank and the largest total."""
+    heap = [(0.0, 0, rank) for rank in range(ranks)]
+    assigned: list[list[Tree]] = [[] for _ in range(ranks)]
+    for value, tree in sorted(((cost.of(tree), tree) for tree in trees), key=lambda x: -x[0]):
+        load, count, rank = heapq.heappop(heap)
+        assigned[rank].append(tree)
+        heapq.heappush(heap, (load + value, count + 1, rank))
+    return assigned, max(load for load, _, _ in heap)
+
+
+class _Sorted:
+    """Rows in depth-first order with the common prefix length of each with the one before."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        # Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first.
+        keys = {i: row.tokens.astype(">u4").tobytes() for i, row in enumerate(rows)
+                if len(row.tokens) > row.prompt_length}
+        self.order = sorted(keys, key=keys.__getitem__)
+        del keys
+        self.lengths = np.array([len(rows[i].tokens) for i in self.order], dtype=np.int64)
+        self.shared = np.zeros(len(self.order), dtype=np.int64)
+        for k in range(1, len(self.order)):
+            self.shared[k] = _common_prefix(rows[self.order[k - 1]].tokens, rows[self.order[k]].tokens)
+
+    def pack(self, max_tokens: int) -> list[Tree]:
+        """See the function `pack`."""
+        bins: list[tuple[int, list[tuple[int, int]]]] = []   # tokens, runs of sorted rows
+        runs = [(self._tokens(first, last), first, last) for first, last in self._cut(max_tokens)]
+        for tokens, first, last in sorted(runs, key=lambda run: (-run[0], run[1])):   # first fit decreasing
+            for b, (used, members) in enumerate(bins):
+                if used + tokens <= max_tokens:
+                    bins[b] = used + tokens, [*members, (first, last)]
+                    break
+            else:
+                bins.append((tokens, [(first, last)]))
+        return [self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins]
+
+    def _tokens(self, first: int, last: int) -> int:
+        """Tokens of the tree of sorted rows first..last-1."""
+        return int(self.lengths[first] + (self.lengths - self.shared)[first + 1:last].sum())
+
+    def _cut(self, max_tokens: int) -> list[tuple[int, int]]:
+        """Runs of sorted rows, each within the budget, that compute the fewest tokens in all.
+
+        Dynamic programme over the place of the last cut. A cut before row i computes the prefix that i
+        shares with its predecessor once more; one token is added so that free cuts stay few.
+        """
+        n = len(self.order)
+        own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])   # own[k]: rows before k, unshared
+        begin = self.shared - own[:-1]             # tokens of the run first..last-1 = own[last] + begin[first]
+        best = np.zeros(n + 1, dtype=np.int64)
+        came_from = np.zeros(n + 1, dtype=np.int64)
+        low = 0                                    # no run that starts before this fits any more
+        for last in range(1, n + 1):
+            while low < last - 1 and own[last] - own[low] > max_tokens:
+                low += 1
+            price = best[low:last] + self.shared[low:last] + 1
+            fits = begin[low:last] + own[last] <= max_tokens
+            fits[-1] = True                        # a single row may exceed the budget
+            first = low + int(np.argmin(np.where(fits, price, np.iinfo(np.int64).max)))
+            best[last], came_from[last] = best[first] + self.shared[first] + 1, first
+        runs, last = [], n
+        while last > 0:
+            runs.append((int(came_from[last]), last))
+            last = int(came_from[last])
+        return runs[::-1]
+
+    def _build(self, members: list[int]) -> Tree:
+        """Lay out sorted rows (ascending numbers) as one flat forest."""
+        shared = [0]
+        for before, this in zip(members, members[1:]):
+            shared.append(int(self.shared[before + 1:this + 1].min()))   # neighbours are sorted: a range minimum
+        lengths = self.lengths[members]
+        total = int((lengths - shared).sum())
+        tokens, depth, end = (np.empty(total, dtype=np.int64) for _ in range(3))
+        path = np.empty(int(lengths.max()), dtype=np.int64)              # flat position of each depth
+        edges = []
+        start = previous = 0
+        for k, common in zip(members, shared):
+            row = self.rows[self.order[k]]
+            n, p = len(row.tokens), row.prompt_length
+            end[path[common:previous]] = start                           # these subtrees end where this row departs
+            stop = start + n - common
+            path[common:n] = np.arange(start, stop)
+            tokens[start:stop] = row.tokens[common:]
+            depth[start:stop] = np.arange(common, n)
+            edges.append((path[p - 1:n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p)))
+            start, previous = stop, n
+        end[path[:previous]] = total
+        return Tree(tokens, depth, end, *(np.concatenate(column).astype(np.int64) for column in zip(*edges)))
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    first = int(different.argmax())
+    return first if n and different[first] else n

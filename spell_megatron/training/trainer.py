@@ -1,0 +1,262 @@
+"""One update of the policy: rows -> prefix trees -> forward and backward -> gradient -> step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from spell_megatron.config import Config
+from spell_megatron.training.logprobs import token_logprobs
+from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
+from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
+
+Progress = Callable[[int, int], None]
+"""Called after each microbatch of this rank with (microbatches done, microbatches in all)."""
+
+
+class Trainer:
+    """The policy's Megatron model with its gradients, optimizer and learning rate schedule.
+
+    The weights must be in `model` before the trainer is made: the optimizer copies them. `config.model`,
+    `config.training` and the temperature of `config.rollout.sampling` are read; `config.run.steps` ends the
+    decay of the learning rate. Every rank of the process group makes one and calls `update` together.
+
+    Attributes:
+        model: this rank's part of the policy.
+        optimizer, scheduler: Megatron's; the learning rate of update i (from 1) is the schedule's value at i.
+        skipped: updates left out so far because their gradient was not finite.
+    """
+
+    def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
+        training, options = config.training, config.training.optimizer
+        self.config, self.hf_config, self.model = config, hf_config, model
+        self.skipped = 0
+        self._device = next(model.parameters()).device
+        self._cost = training_cost(hf_config)
+
+        model.config.finalize_model_grads_func = finalize_model_grads
+        # Gradients are reduced after the last microbatch, not during the backward pass: the vocabulary
+        # head adds to its gradient buffer itself, unseen by the hooks that an overlap relies on.
+        self._ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed),
+            model,
+        )
+        dtype = getattr(torch, config.model.dtype)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=options.lr, min_lr=options.min_lr, weight_decay=options.weight_decay,
+                adam_beta1=options.betas[0], adam_beta2=options.betas[1], adam_eps=options.eps,
+                clip_grad=options.clip_grad, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+                use_distributed_optimizer=options.distributed,
+            ),
+            [self._ddp],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer, init_lr=0.0, max_lr=options.lr, min_lr=min(options.min_lr, options.lr),
+            lr_warmup_steps=options.warmup_steps, lr_decay_steps=max(config.run.steps, options.warmup_steps + 1),
+            lr_decay_style=options.decay, start_wd=options.weight_decay, end_wd=options.weight_decay,
+            wd_incr_steps=0, wd_incr_style="constant",
+        )
+
+    def update(self, rows: Sequence[Row] | None, progress: Progress | None = None) -> dict[str, float]:
+        """One optimizer step on all rows; rank 0 passes them, the other ranks pass None.
+
+        The loss is -(1 / N) sum_t weight_t rho_t, where N is the number of response tokens of the whole
+        batch over all ranks: it does not depend on how the batch is cut or spread. A row's weights
+        (advantage times role weight) scale the sum, not N.
+
+        Returns, equal on every rank:
+            loss, grad_norm (before clipping), lr, skipped (1.0 if the gradient was not finite, so that no
+            step was taken), entropy (nats, mean over response tokens);
+            clip_fraction, clip_fraction_lower, approx_kl: 0 on-policy;
+            mismatch_abs, mismatch_kl, mismatch_max_ratio: trainer against engine log-probabilities d =
+            trainer - engine: mean |d|, mean exp(d) - 1 - d (the k3 estimate of KL(engine || trainer),
+            http://joschu.net/blog/kl-approx.html), max exp(|d|);
+            response_tokens, tokens_unshared (of all rows), tokens_computed (prefixes once), sharing (their
+            ratio), microbatches (per rank), seconds, tokens_per_second (unshared, all ranks).
+
+        Raises:
+            ValueError: no row has a response, or a token id is outside the vocabulary.
+        """
+        start = time.perf_counter()
+        rows = self._broadcast(rows)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        plans = plan(rows, self.config.training.tokens_per_microbatch, ranks, self._cost)
+        trees = plans[rank]
+
+        self._ddp.train()
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, rows),
+            data_iterator=_reporting(trees, progress),
+            model=[self._ddp],
+            num_microbatches=len(trees),
+            seq_length=max(len(tree.tokens) for tree in trees),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        if progress:
+            progress(len(trees), len(trees))
+        sums, tops = self._reduce(outputs)
+        grad_norm, lr, stepped = self._step()
+        seconds = torch.tensor(time.perf_counter() - start, device=self._device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+
+        count = max(sums[-1], 1.0)
+        computed = sum(len(tree.tokens) for trees in plans for tree in trees if len(tree.source))
+        unshared = sum(len(row.tokens) for row in rows)
+        names = ("loss", "clip_fraction", "approx_kl", "clip_fraction_lower", "entropy", "mismatch_abs", "mismatch_kl")
+        return {
+            **{name: value / count for name, value in zip(names, sums)},
+            "mismatch_max_ratio": math.exp(min(tops[0], LOG_RATIO_LIMIT)),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "skipped": 0.0 if stepped else 1.0,
+            "response_tokens": sums[-1],
+            "tokens_unshared": float(unshared),
+            "tokens_computed": float(computed),
+            "sharing": unshared / computed,
+            "microbatches": float(len(trees)),
+            "seconds": seconds.item(),
+            "tokens_per_second": unshared / seconds.item(),
+        }
+
+    def _broadcast(self, rows: Sequence[Row] | None) -> list[Row]:
+        """The rows of rank 0 on every rank, checked."""
+        box = [list(rows) if rows is not None else []]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0, device=self._device)
+        (rows,) = box
+        rows = [row for row in rows if len(row.weights)]
+        if not rows:
+            raise ValueError("the update batch holds no row with a response; there is nothing to train on")
+        vocab = self.hf_config.vocab_size
+        for number, row in enumerate(rows):
+            if not (0 <= row.tokens.min() and row.tokens.max() < vocab):
+                raise ValueError(f"row {number} of the update batch holds token ids {row.tokens.min()} to "
+                                 f"{row.tokens.max()}, but the policy's vocabulary has {vocab} tokens")
+        return rows
+
+    def _forward(self, rows: list[Row], trees, model) -> tuple[torch.Tensor, Callable]:
+        """Megatron's forward_step_func: hidden states of the next tree, and the loss on them."""
+        tree = next(trees)
+        sequence_parallel = self.model.config.sequence_parallel
+        padded = _pad(tree, self.model.config.tensor_model_parallel_size if sequence_parallel else 1)
+        hidden = model(*(torch.from_numpy(x).to(self._device) for x in padded))
+        return hidden, partial(self._loss, rows, tree)
+
+    def _loss(self, rows: list[Row], tree: Tree, hidden: torch.Tensor):
+        """Sum of the losses of a tree's edges, their number, and the sums behind the metrics."""
+        model = self.model
+        group = parallel_state.get_tensor_model_parallel_group()
+        if model.config.sequence_parallel:
+            # token_logprobs returns the whole gradient on every rank, so its backward is a split.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
+        weight = model.output_layer.weight if model.output_weight is None else model.output_weight
+        training = self.config.training
+        logprob, entropy = token_logprobs(
+            hidden, weight, self._tensor(tree.source), self._tensor(tree.target),
+            self.config.rollout.sampling.temperature, training.logprob_chunk, self.hf_config.vocab_size, group,
+        )
+        advantage, rollout = (self._tensor(_at_edges(tree, [getattr(row, name) for row in rows]))
+                              for name in ("weights", "rollout_logprobs"))
+        result = policy_loss(logprob, logprob.detach(), advantage, training.clip_low, training.clip_high,
+                             training.clip_dual)
+        loss = result.loss.sum()
+        with torch.no_grad():
+            delta = (logprob - rollout).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            k3 = delta.exp() - 1 - delta
+            columns = (result.loss, result.clipped, result.approx_kl, result.clipped_lower, entropy, delta.abs(), k3)
+            sums = torch.stack([column.double().sum() for column in columns])
+            top = delta.abs().amax() if len(delta) else delta.new_zeros(())
+        count = torch.tensor(len(tree.source), dtype=torch.int, device=self._device)
+        return loss, count, {"sums": torch.cat([sums, count.double()[None]]), "top": top.double()[None]}
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _reduce(self, outputs: list[dict[str, torch.Tensor]]) -> tuple[list[float], list[float]]:
+        """Metric sums and maxima over microbatches and data-parallel ranks; the last stage has them."""
+        sums, top = (torch.zeros(n, dtype=torch.double, device=self._device) for n in (8, 1))
+        if outputs:
+            sums = torch.stack([output["sums"] for output in outputs]).sum(0)
+            top = torch.stack([output["top"] for output in outputs]).amax(0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            for x in (sums, top):
+                dist.broadcast(x, src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                               group=parallel_state.get_pipeline_model_parallel_group())
+        return sums.tolist(), top.tolist()
+
+    def _step(self) -> tuple[float, float, bool]:
+        """Clip and step, unless the gradient is not finite; returns (norm, learning rate, stepped)."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            self.skipped += 1
+            return grad_norm, self.optimizer.param_groups[0]["lr"], False
+        self.scheduler.step(1)
+        self.optimizer.step()
+        return grad_norm, self.optimizer.param_groups[0]["lr"], True
+
+
+def training_cost(hf_config) -> Cost:
+    """FLOPs of forward and backward of one token, one attended pair and one predicting position.
+
+    Linear layers take 6 FLOPs per parameter that a token meets; attention 12 per pair, layer and query
+    channel (q k and p v, each 2 forward and 4 backward).
+    """
+    layers, hidden = hf_config.num_hidden_layers, hf_config.hidden_size
+    heads = hf_config.num_attention_heads
+    groups = getattr(hf_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * groups)
+    if getattr(hf_config, "num_experts_per_tok", None):
+        mlp = 3 * hidden * hf_config.moe_intermediate_size * hf_config.num_experts_per_tok
+    else:
+        mlp = 3 * hidden * hf_config.intermediate_size
+    return Cost(token=6.0 * layers * (attention + mlp), pair=12.0 * layers * heads * head_dim,
+                source=6.0 * hidden * hf_config.vocab_size)
+
+
+def _at_edges(tree: Tree, values: list[np.ndarray]) -> np.ndarray:
+    """float32 [e]: value `offset` of row `row` for each loss edge."""
+    starts = np.concatenate([[0], np.cumsum([len(v) for v in values])])
+    return np.concatenate(values)[starts[tree.row] + tree.offset].astype(np.float32)
+
+
+def _pad(tree: Tree, multiple: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens [1, t], position_ids [1, t] and end [t], t a multiple: pad tokens see only themselves."""
+    t = len(tree.tokens)
+    extra = -t % multiple
+    none = np.zeros(extra, dtype=np.int64)
+    end = np.concatenate([tree.end, np.arange(t, t + extra) + 1])
+    return np.concatenate([tree.tokens, none])[None], np.concatenate([tree.position_ids, none])[None], end
+
+
+def _reporting(trees: list[Tree], progress: Progress | None):
+    """Iterate trees; asking for the next one reports those before as done."""
+    for done, tree in enumerate(trees):
+        if progress and done:
+            progress(done, len(trees))
+        yield tree

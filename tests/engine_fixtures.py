@@ -1,0 +1,120 @@
+"""Tiny random policies with a byte tokenizer, and the engines that serve them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+VOCABULARY = 260
+"""256 bytes and the four special tokens <s>, </s>, <|im_start|> and <|im_end|>."""
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def save_policy(kind: str, folder: Path, seed: int) -> None:
+    """Writes a random fp32 checkpoint: `dense`, `tied` (both Qwen3) or `moe` (Qwen3-MoE)."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        max_position_embeddings=2048,
+        tie_word_embeddings=kind == "tied",
+        initializer_range=0.2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=None,
+    )
+    if kind == "moe":
+        config = Qwen3MoeConfig(
+            **sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+        )
+    else:
+        config = Qwen3Config(**sizes)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """policy(kind, seed=0): folder of a tiny random checkpoint."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(kind: str, seed: int = 0) -> Path:
+        if (kind, seed) not in made:
+            made[kind, seed] = tmp_path_factory.mktemp(f"{kind}{seed}-")
+            save_policy(kind, made[kind, seed], seed)
+        return made[kind, seed]
+
+    return get
+
+
+def engine_config(model: Path, dtype: str = "float32", **rollout: object):
+    """Configuration of small CPU engines for a checkpoint; `rollout` overrides its settings."""
+    from spell_megatron.config import Config
+
+    settings = {
+        "concurrency": 32,
+        "cpu_kv_cache_gib": 0.25,
+        "start_timeout": 180,
+        "sampling": {
+            "temperature": 0.8,
+            "top_p": 1.0,
+            "max_prompt_tokens": 768,
+            "max_response_tokens": 256,
+        },
+    }
+    return Config(
+        model={"path": model, "dtype": dtype},
+        data={"documents": "unused.parquet"},
+        run={"device": "cpu"},
+        rollout=settings | rollout,
+    )
+
+
+@pytest.fixture(scope="session")
+def engines_for(policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """engines_for(kind, **settings): running engines of policy(kind); one set runs at a time."""
+    from spell_megatron.rollout.engines import Engines
+
+    current: dict[str, Engines] = {}
+
+    def get(kind: str, **settings: object) -> Engines:
+        name = f"{kind} {settings}"
+        if name not in current or not current[name].engines[0].healthy():
+            close()
+            current[name] = Engines.open(
+                engine_config(policy(kind), **settings), tmp_path_factory.mktemp("engines")
+            )
+        return current[name]
+
+    def close() -> None:
+        for engines in current.values():
+            engines.stop()
+        current.clear()
+
+    yield get
+    close()

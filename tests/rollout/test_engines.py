@@ -1,0 +1,174 @@
+"""Real servers: start, guard, failures, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from engine_fixtures import engine_config
+from spell_megatron.errors import UserError
+from spell_megatron.rollout.engines import Engines, _environment, _placement, last_words, server_command
+
+
+def test_every_route_but_health_demands_the_key(engines_for):
+    engines = engines_for("dense")
+    url = engines.urls[0]
+    paths = requests.get(
+        f"{url}/openapi.json", headers={"Authorization": f"Bearer {engines.api_key}"}, timeout=30
+    ).json()["paths"]
+    assert {"/update_weights", "/collective_rpc", "/pause", "/inference/v1/generate"} <= paths.keys()
+    open_routes = []
+    for path, methods in paths.items():
+        for method in methods:
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                status = requests.request(method, url + path, headers=headers, timeout=30).status_code
+                if status != 401:
+                    open_routes.append((method, path, status))
+    assert {path for _, path, _ in open_routes} == {"/health"}
+
+
+def test_the_key_is_not_on_any_command_line(engines_for):
+    engines = engines_for("dense")
+    for process in psutil.process_iter(["cmdline"]):
+        assert engines.api_key not in " ".join(process.info["cmdline"] or ())
+
+
+def test_port_in_use(policy, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"Port {port} .*base_port"):
+            Engines.open(engine_config(policy("dense"), base_port=port), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp_path: Path):
+    engines = engines_for("dense")
+    monkeypatch.setenv("SPELL_API_KEY", engines.api_key)
+
+    def attach(model: Path, **rollout: object) -> Engines:
+        return Engines.open(engine_config(model, urls=engines.urls, **rollout), tmp_path)
+
+    attached = attach(policy("dense", 1))
+    assert (attached.urls, attached.weight_transfer) == (engines.urls, "gloo")
+    attached.stop()
+    assert engines.engines[0].healthy()  # what was not started here is not stopped here
+
+    with pytest.raises(UserError, match=r"serves Qwen3ForCausalLM .*Qwen3MoeForCausalLM.*--worker-extension-cls"):
+        attach(policy("moe"))
+    long = {"sampling": {"max_prompt_tokens": 4000, "max_response_tokens": 100}}
+    with pytest.raises(UserError, match="--max-model-len 1024 is less than the 4100 tokens"):
+        attach(policy("dense"), **long)
+    engines.engines[0].post("/pause")
+    with pytest.raises(UserError, match="paused"):
+        attach(policy("dense"))
+    engines.engines[0].post("/resume")
+    with pytest.raises(UserError, match="No healthy engine answers at http://127.0.0.1:9"):
+        Engines.open(engine_config(policy("dense"), urls=["http://127.0.0.1:9"]), tmp_path)
+    monkeypatch.setenv("SPELL_API_KEY", "wrong")
+    with pytest.raises(UserError, match="refuses the API key"):
+        attach(policy("dense"))
+    monkeypatch.delenv("SPELL_API_KEY")
+    with pytest.raises(UserError, match="SPELL_API_KEY"):
+        attach(policy("dense"))
+
+
+def test_an_engine_that_dies_at_start_is_quoted(policy, tmp_path: Path):
+    broken = shutil.copytree(policy("dense"), tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError) as caught:
+        Engines.open(engine_config(broken), tmp_path / "logs")
+    message = str(caught.value)
+    assert "ended with status" in message and "\n" not in message
+    assert "incomplete metadata" in message.lower() or "safetensor" in message.lower()
+    assert str(tmp_path / "logs" / "engine-0.log") in message
+
+
+def test_last_words_prefer_the_cause(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text(
+        "(EngineCore pid=7) INFO 11-02 10:00:00 [core.py:1] starting\n"
+        "(EngineCore pid=7) ERROR 11-02 10:00:01 [core.py:9] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-02 10:00:01 [core.py:9] ValueError: no room for the KV cache\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_words(log) == "ValueError: no room for the KV cache"
+    log.write_text("one\n\ntwo\nKilled\n")
+    assert last_words(log) == "one | two | Killed"
+
+
+def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
+    from spell_megatron.rollout import engines as module
+
+    def placed(gpus: int, trainers: int, **rollout: object):
+        monkeypatch.setattr(module, "_visible_gpus", lambda: [str(i) for i in range(gpus)])
+        config = engine_config(policy("dense"), **rollout)
+        config.run.device = "auto"
+        config.training.parallel.processes = trainers
+        return config, *_placement(config)
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    config, gpus, backend = placed(8, 4, replicas=2, tensor_parallel=2)
+    assert (gpus, backend) == ([["4", "5"], ["6", "7"]], "nccl")
+    environment = _environment(config, "secret", gpus[1], backend)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7" and "OMP_NUM_THREADS" not in environment.keys() - os.environ.keys()
+    command = server_command(config, 1, backend)
+    assert "--enforce-eager" not in command and "--gpu-memory-utilization" in command
+    assert placed(1, 1)[1:] == ([["0"]], "ipc")
+    assert placed(0, 2, replicas=2)[1:] == ([[], []], "gloo")
+    with pytest.raises(UserError, match="rollout.replicas"):
+        placed(4, 3, replicas=2)
+
+
+_STARTER = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from engine_fixtures import engine_config
+from spell_megatron.rollout.engines import Engines
+engines = Engines.open(engine_config(Path(sys.argv[1])), Path(sys.argv[2]))
+print(engines._servers[0].process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_no_server_outlives_a_killed_parent(policy, tmp_path: Path):
+    code = _STARTER.format(tests=str(Path(__file__).parents[1]))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(policy("dense")), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        server = psutil.Process(int(parent.stdout.readline()))
+        family = [server, *server.children(recursive=True)]
+        assert len(family) > 1
+        parent.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_later_is_noticed(policy, tmp_path: Path):
+    with Engines.open(engine_config(policy("dense")), tmp_path) as engines:
+        engines.check()
+        family = psutil.Process(engines._servers[0].process.pid).children(recursive=True)
+        os.killpg(engines._servers[0].process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        with pytest.raises(UserError, match="killed by signal 9"):
+            while time.monotonic() < deadline:
+                engines.check()
+                time.sleep(0.1)
+    assert not psutil.wait_procs(family, timeout=10)[1]

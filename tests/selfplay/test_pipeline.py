@@ -1,0 +1,308 @@
+"""The streaming roles, driven by a scripted policy whose answers depend only on prompt and seed.
+
+A scripted policy makes every timing and every kind of bad sample happen on demand; the same pipeline
+runs against real engines in tests/test_train.py.
+"""
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from spell_megatron.config import SamplingConfig, SelfPlayConfig
+from spell_megatron.errors import UserError
+from spell_megatron.selfplay.documents import Cluster, ClusterSampler
+from spell_megatron.selfplay.history import History
+from spell_megatron.selfplay.pipeline import SelfPlay, derive_seed
+from spell_megatron.selfplay.prompts import PromptSet
+
+TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
+KINDS = ("mixed", "mixed", "right", "wrong", "format", "zero", "known", "long")
+
+
+@dataclass(frozen=True)
+class Completion:
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weight_version: str
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes."""
+
+    def prompt_ids(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
+    count = staticmethod(lambda text: len(text.split()))
+
+
+class ScriptedPolicy:
+    """Acts on the behaviour named in the cluster's documents; `jitter` reorders completions."""
+
+    def __init__(self, jitter=0, version="1", fail=None):
+        self.jitter, self.version, self.fail = random.Random(jitter) if jitter else None, version, fail
+        self.requests, self.cancelled, self.running = [], 0, 0
+
+    async def generate(self, prompt_ids, *, n, seed, max_tokens, affinity):
+        prompt = bytes(prompt_ids).decode()
+        self.requests.append((affinity, prompt, seed, n))
+        try:
+            for _ in range(self.jitter.randrange(8) if self.jitter else 0):
+                await asyncio.sleep(0)
+            if affinity.endswith("slow"):
+                await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.fail and self.fail in prompt:
+            raise UserError("engine 0 is gone")
+        texts = [self.text(prompt, affinity, seed + i) for i in range(n)]
+        return [Completion(list(t.encode()), [-0.5] * len(t.encode()), r, self.version) for t, r in texts]
+
+    def text(self, prompt, affinity, seed):
+        role, task = prompt.split("|")[:2]
+        kind = affinity.split("-")[1]
+        coin = random.Random(seed).random() < 0.5
+        if role == "questioner":
+            if kind == "format":
+                return "no json here", "stop"
+            if kind == "long":
+                return "and on and on", "length"
+            record = {"question": f"What about {affinity} {seed}?", "answer": "B" if task == "doc_mc" else "42"}
+            if kind == "zero":
+                record["answer"] = "0" if task == "docmath_qa" else "word " * 50
+            if task == "doc_mc":
+                record["options"] = {"A": "one", "B": "42", "C": "three", "D": "four"}
+            return json.dumps(record), "stop"
+        if role == "responder":
+            right = {"mixed": coin, "right": True, "known": True}.get(kind, False)
+            if "|Empty|" in prompt:
+                right = kind == "known"
+            value = "42" if right else "7"
+            if task == "doc_mc":  # the letter whose option is the value
+                wanted = "42" if right else "three"
+                value = next((line[1] for line in prompt.splitlines() if line.startswith("(") and wanted in line), "C")
+            return f"So the answer is {value}.", "stop"
+        reference, prediction = prompt.split("|")[3:5]
+        vote = reference == prediction if random.Random(seed).random() < 0.8 else not reference == prediction
+        return ("[[YES]]" if vote else "[[NO]]") if random.Random(seed + 7).random() < 0.95 else "hmm", "stop"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    texts = {"document": "{{document}}", "example": "{{number}} {{question}} {{answer}}"}
+    for task in TASKS:
+        letter = "|{{letter}}" if task == "doc_mc" else ""
+        texts[f"questioner_{task}"] = f"questioner|{task}|{{{{documents}}}}{letter}"
+        texts[f"questioner_{task}_history"] = f"questioner|{task}|{{{{documents}}}}|{{{{examples}}}}{letter}"
+        texts[f"responder_{task}"] = f"responder|{task}|{{{{documents}}}}|{{{{question}}}}"
+    texts["verifier"] = "verifier||{{question}}|{{reference}}|{{prediction}}"
+    for name, text in texts.items():
+        (folder / f"{name}.md").write_text(text)
+    return PromptSet.load(str(folder))
+
+
+def make_selfplay(prompts, n_clusters=120, groups=10, kinds=KINDS, documents=7, **settings):
+    clusters = [
+        Cluster(
+            f"{i}-{kinds[i % len(kinds)]}",
+            tuple(f"Document {j} of cluster {i}." for j in range(documents)),
+            tuple(f"{i}/{j}" for j in range(documents)),
+            "fiction",
+        )
+        for i in range(n_clusters)
+    ]
+    sampling = settings.pop("sampling", SamplingConfig())
+    config = SelfPlayConfig(groups=groups, group_size=4, clusters_per_round=30, **settings)
+    sampler = ClusterSampler(clusters, config.tasks, {}, config.clusters_per_round, 3)
+    return SelfPlay(config, sampling, prompts, Bytes(), sampler, History(3), 11)
+
+
+def roll(selfplay, policy, step=1, version="1"):
+    return asyncio.run(selfplay.roll_out(policy, step, version))
+
+
+def summary(rollout):
+    return [(s.uid, s.role, s.group, s.kind, s.prompt, s.response, s.reward, s.advantage) for s in rollout.batch]
+
+
+def test_two_timings_give_the_same_batches_history_and_sampler(prompts):
+    one, two = make_selfplay(prompts), make_selfplay(prompts)
+    for step in (1, 2, 3):
+        calm, wild = roll(one, ScriptedPolicy(), step), roll(two, ScriptedPolicy(jitter=step), step)
+        assert calm.clusters == wild.clusters
+        assert summary(calm) == summary(wild)
+        assert one.state_dict() == two.state_dict()
+    assert one.state_dict()["history"], "three steps must have left something in the history"
+
+
+def test_resume_from_state_gives_the_same_next_batch(prompts):
+    one = make_selfplay(prompts)
+    roll(one, ScriptedPolicy(), 1)
+    state = json.loads(json.dumps(one.state_dict()))
+    other = make_selfplay(prompts)
+    other.load_state_dict(state)
+    assert summary(roll(one, ScriptedPolicy(), 2)) == summary(roll(other, ScriptedPolicy(jitter=5), 2))
+
+
+def test_the_step_uses_the_shortest_prefix_with_n_mixed_groups(prompts):
+    selfplay = make_selfplay(prompts)
+    order = [cluster.id for cluster, _ in zip_first(selfplay.sampler.upcoming(), 60)]
+    rollout = roll(selfplay, ScriptedPolicy(jitter=2))
+    assert rollout.clusters == order[: len(rollout.clusters)]
+    mixed = {s.uid for s in rollout.batch if s.role == "responder"}
+    assert len(mixed) == 10 and f"1.{len(rollout.clusters) - 1}" in mixed
+    # the next step begins where the prefix ended: surplus clusters were given back
+    following = [cluster.id for cluster, _ in zip_first(selfplay.sampler.upcoming(), 5)]
+    assert following == order[len(rollout.clusters) : len(rollout.clusters) + 5]
+
+
+def zip_first(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def test_slow_clusters_keep_their_place(prompts):
+    """A slow cluster admitted early is waited for; fast later ones do not displace it."""
+    selfplay = make_selfplay(prompts, kinds=("mixed-slow", "mixed"), groups=4)
+    rollout = roll(selfplay, ScriptedPolicy())
+    used = {s.cluster_id for s in rollout.batch if s.role == "responder"}
+    assert any(cluster.endswith("slow") for cluster in used)
+    assert {s.cluster_id for s in rollout.batch} <= set(rollout.clusters)
+
+
+def test_surplus_is_cancelled(prompts):
+    selfplay = make_selfplay(prompts, kinds=("mixed", "mixed", "mixed", "mixed-slow"), groups=3)
+    policy = ScriptedPolicy()
+    rollout = roll(selfplay, policy)
+    if rollout.metrics["selfplay/surplus_clusters"]:
+        assert policy.cancelled or len(policy.requests) > 0
+    assert rollout.metrics["selfplay/mixed_groups"] == 3
+
+
+def test_every_kind_of_outcome_is_counted_and_rewarded(prompts):
+    rollout = roll(make_selfplay(prompts, groups=20), ScriptedPolicy())
+    rates = {k.removeprefix("selfplay/rate/"): v for k, v in rollout.metrics.items() if k.startswith("selfplay/rate/")}
+    for name in ("mixed", "all_0", "all_1", "ungrounded", "bad_format", "truncated", "valid"):
+        assert rates[name] > 0, name
+    assert rates["zero_answer"] + rates["long_reference"] + rates["all_0"] > 0
+    outcomes = ("mixed", "all_0", "all_1", "ungrounded", "bad_format", "truncated", "zero_answer", "long_reference")
+    assert sum(rates[name] for name in outcomes) == pytest.approx(1)
+    for task in TASKS:
+        assert f"selfplay/{task}/rate/mixed" in rollout.metrics
+    rewards = {"bad_format": -1.0, "bad_ground": -0.5, "zero_variance": 0.0}
+    questions = [s for s in rollout.samples if s.role == "questioner"]
+    for kind, reward in rewards.items():
+        assert {s.reward for s in questions if s.kind == kind} == {reward}
+    assert rollout.metrics["selfplay/rate/invalid_votes"] > 0
+
+
+def test_questions_dropped_without_penalty_are_not_trained_on(prompts):
+    rollout = roll(make_selfplay(prompts, groups=20), ScriptedPolicy())
+    assert not any("-long" in s.cluster_id for s in rollout.batch)
+
+
+def test_limit_of_rounds_updates_with_what_there_is(prompts):
+    selfplay = make_selfplay(prompts, kinds=("mixed", "wrong", "wrong", "wrong"), groups=50, max_rounds=1)
+    rollout = roll(selfplay, ScriptedPolicy())
+    assert len(rollout.clusters) == 30
+    assert 0 < rollout.metrics["selfplay/mixed_groups"] < 50
+    assert rollout.batch
+
+
+def test_no_mixed_group_at_all_gives_a_batch_without_answers(prompts):
+    verifier = {"enabled": False}
+    selfplay = make_selfplay(prompts, kinds=("wrong",), groups=5, max_rounds=1, verifier=verifier)
+    rollout = roll(selfplay, ScriptedPolicy())
+    assert not [s for s in rollout.batch if s.role == "responder"]
+
+
+def test_a_bad_sample_is_an_outcome_not_the_end(prompts, monkeypatch):
+    from spell_megatron.selfplay import pipeline
+
+    real = pipeline.rule_score
+
+    def fragile(task, prediction, reference):
+        if task == "doc_mc" and prediction == "A":
+            raise ZeroDivisionError("scorer broke")
+        return real(task, prediction, reference)
+
+    monkeypatch.setattr(pipeline, "rule_score", fragile)
+    rollout = roll(make_selfplay(prompts, groups=12), ScriptedPolicy())
+    assert rollout.metrics["selfplay/mixed_groups"] == 12
+
+
+def test_a_broken_program_ends_the_step(prompts, monkeypatch):
+    from spell_megatron.selfplay import pipeline
+
+    def broken(*_):
+        raise ZeroDivisionError("always")
+
+    monkeypatch.setattr(pipeline, "parse_verdict", broken)
+    with pytest.raises(UserError, match="internal error"):
+        roll(make_selfplay(prompts, kinds=("mixed",), groups=60), ScriptedPolicy())
+
+
+def test_engine_failure_ends_the_step_with_its_own_message(prompts):
+    selfplay = make_selfplay(prompts)
+    before = selfplay.state_dict()
+    with pytest.raises(UserError, match="engine 0 is gone"):
+        roll(selfplay, ScriptedPolicy(fail="responder|"))
+    assert selfplay.state_dict() == before, "a failed step must leave no trace in the state"
+
+
+def test_rows_of_another_weight_version_are_refused(prompts):
+    with pytest.raises(UserError, match="mixed versions"):
+        roll(make_selfplay(prompts), ScriptedPolicy(version="0"))
+
+
+def test_history_grows_the_context(prompts):
+    """5 documents, then 10, then 15: every solved question adds the new documents of its visit."""
+    selfplay = make_selfplay(prompts, n_clusters=3, kinds=("mixed",), groups=3, documents=20, max_rounds=1)
+    sizes = []
+    for step in (1, 2, 3, 4):
+        rollout = roll(selfplay, ScriptedPolicy(), step)
+        sizes.append(max(len(s.document_ids) for s in rollout.samples if s.role == "questioner"))
+    assert sizes[0] == 5 and sizes == sorted(sizes) and sizes[-1] > 10
+
+
+def test_too_long_questioner_prompt_loses_documents(prompts):
+    sampling = SamplingConfig(max_prompt_tokens=120)
+    selfplay = make_selfplay(prompts, kinds=("format",), groups=1, max_rounds=1, sampling=sampling)
+    rollout = roll(selfplay, ScriptedPolicy())
+    questions = [s for s in rollout.samples if s.role == "questioner"]
+    assert questions and all(len(s.prompt_ids) <= 120 and 1 <= len(s.document_ids) < 5 for s in questions)
+    assert rollout.metrics["selfplay/count/context_documents_cut"] > 0
+
+
+def test_too_long_responder_prompt_is_dropped(prompts):
+    sampling = SamplingConfig(max_prompt_tokens=150)
+    selfplay = make_selfplay(prompts, kinds=("mixed",), groups=1, max_rounds=1, sampling=sampling)
+    rollout = roll(selfplay, ScriptedPolicy())
+    assert rollout.metrics["selfplay/rate/responder_prompt_too_long"] == 1
+
+
+def test_shuffled_rewards_keep_the_advantages_but_not_their_rows(prompts):
+    plain = roll(make_selfplay(prompts), ScriptedPolicy())
+    control = roll(make_selfplay(prompts, shuffle_rewards=True), ScriptedPolicy())
+    assert [s.response for s in plain.batch] == [s.response for s in control.batch]
+    for role in ("questioner", "responder", "verifier"):
+        before = [s.advantage for s in plain.batch if s.role == role]
+        after = [s.advantage for s in control.batch if s.role == role]
+        assert sorted(before) == sorted(after) and (before != after or len(set(before)) < 2)
+
+
+def test_seeds_differ_between_all_requests_and_depend_on_each_part(prompts):
+    policy = ScriptedPolicy()
+    roll(make_selfplay(prompts), policy)
+    seeds = [seed for *_, seed, _ in policy.requests]
+    assert len(set(seeds)) == len(seeds)
+    parts = (0, 1, 2, "cluster", "responder", 3)
+    variants = {derive_seed(*parts[:i], f"x{p}", *parts[i + 1 :]) for i, p in enumerate(parts)}
+    assert len(variants | {derive_seed(*parts)}) == len(parts) + 1

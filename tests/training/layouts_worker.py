@@ -1,0 +1,74 @@
+"""One rank of `test_model_layouts`: several layouts of small models against logits of transformers.
+
+Usage: torchrun layouts_worker.py CASES.json, a list of [folder, training.parallel]. Each folder holds a
+checkpoint and `tree.pt`: tokens, position ids, end and the expected logits of the whole row.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors.torch import load_file
+
+from spell_megatron.config import Config
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.huggingface import load_weights
+from spell_megatron.weights.reshard import export
+
+
+def check(folder: str, parallel: dict) -> None:
+    config = Config(
+        model={"path": folder, "dtype": "float32"},
+        data={"documents": "unused.parquet"},
+        run={"device": "cpu"},
+        training={"parallel": parallel},
+    )
+    backend.initialise(config)
+    hf_config = load_hf_config(folder)
+    model = build_model(hf_config, config)
+    load_weights(model, hf_config, folder)
+    saved = load_file(f"{folder}/model.safetensors")
+    exported = {name for name, tensor in export(model, hf_config) if torch.equal(tensor, saved[name])}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, exported)
+
+    tree = torch.load(f"{folder}/tree.pt")
+    found = []
+
+    def forward_step(batches, model):
+        next(batches)
+        hidden = model(tree["tokens"][None], tree["position_ids"][None], tree["end"])
+
+        def loss(hidden):
+            logits = model.output_layer(hidden, weight=model.output_weight)[0]
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+            found.append(logits[:, 0, : model.vocabulary].detach())
+            return logits.square().sum(), torch.tensor(1, dtype=torch.int), {}
+
+        return hidden, loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(range(2)),
+        model=[model],
+        num_microbatches=2,
+        seq_length=len(tree["tokens"]),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    error = max(((x - tree["logits"]).abs().max().item() for x in found), default=None)
+    assert (error is not None) == parallel_state.is_pipeline_last_stage()
+    missing = saved.keys() - set().union(*everyone)
+    print("RESULT " + json.dumps([parallel, error, sorted(missing)]), flush=True)
+    backend.shutdown()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        for case in json.load(file):
+            check(*case)

@@ -1,0 +1,151 @@
+"""Tree attention against a dense-mask oracle."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from spell_megatron.training import attention
+
+
+def random_forest(rng: random.Random, depth: int, longest: int, trees: int) -> list[int]:
+    """`end` of a random forest: runs of 1..longest tokens, up to 4 children per node, some of them empty."""
+    end: list[int] = []
+
+    def grow(level: int) -> None:
+        start = len(end)
+        length = rng.choice([1, 1, rng.randint(1, longest)])
+        end.extend([0] * length)
+        if level < depth:
+            for _ in range(rng.randint(0, 4)):
+                grow(level + 1)
+        end[start : start + length] = [len(end)] * length
+
+    for _ in range(trees):
+        grow(1)
+    return end
+
+
+def dense_attention(query, key, value, end, scale):
+    """O(tokens^2): the definition of the mask, written out."""
+    positions = torch.arange(len(end))
+    mask = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
+    repeat = query.size(1) // key.size(1)
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
+
+
+def output_and_gradients(function, tensors, end, scale, upstream):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves, end, scale)
+    (out * upstream).sum().backward()
+    return out.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("small", [1, 24, 256])
+def test_equals_dense_attention(depth, small, monkeypatch):
+    """Random forests, every way to cut them: forward and gradients within 1e-5 of the oracle."""
+    monkeypatch.setattr(attention, "SMALL", small)
+    rng = random.Random(depth)
+    worst = 0.0
+    for trial in range(6):
+        end = torch.tensor(random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4)))
+        groups = rng.choice([1, 2, 3])
+        heads, dim = groups * rng.choice([1, 2, 4]), rng.choice([8, 20, 32])
+        torch.manual_seed(trial)
+        tensors = [torch.randn(len(end), n, dim) for n in (heads, groups, groups)]
+        upstream = torch.randn(len(end), heads, dim)
+        ours = output_and_gradients(attention.tree_attention, tensors, end, dim**-0.5, upstream)
+        double = [x.double() for x in tensors]
+        oracle = output_and_gradients(dense_attention, double, end, dim**-0.5, upstream.double())
+        for got, expected in zip(ours, oracle):
+            worst = max(worst, ((got - expected).abs().max() / expected.abs().max().clamp(min=1)).item())
+    print(f"depth {depth}, small {small}: largest error {worst:.1e}")
+    assert worst <= 1e-5
+
+
+def test_plan_covers_the_mask_once():
+    rng = random.Random(5)
+    for _ in range(30):
+        end = torch.tensor(random_forest(rng, rng.randint(1, 4), longest=rng.choice([2, 40, 300]), trees=3))
+        total = len(end)
+        counts = torch.zeros(total, total, dtype=torch.int)
+        for r in attention.plan(end):
+            assert r.mask is None or len(r.mask) <= attention.SMALL
+            shape = (r.q_stop - r.q_start, r.k_stop - r.k_start)
+            covered = torch.ones(shape, dtype=torch.int) if r.mask is None else r.mask.int()
+            counts[r.q_start : r.q_stop, r.k_start : r.k_stop] += covered.tril() if r.causal else covered
+        positions = torch.arange(total)
+        mask = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
+        assert torch.equal(counts, mask.int())
+
+
+def test_bfloat16_is_as_exact_as_its_type():
+    end = torch.tensor(random_forest(random.Random(3), 3, longest=60, trees=2))
+    torch.manual_seed(0)
+    tensors = [torch.randn(len(end), n, 32).bfloat16() for n in (4, 2, 2)]
+    upstream = torch.randn(len(end), 4, 32)
+    ours = output_and_gradients(attention.tree_attention, tensors, end, 32**-0.5, upstream)
+    oracle = output_and_gradients(dense_attention, [x.double() for x in tensors], end, 32**-0.5, upstream)
+    for got, expected in zip(ours, oracle):
+        assert got.dtype == torch.bfloat16
+        error = ((got - expected).norm() / expected.norm()).item()
+        print(f"bfloat16 relative error {error:.1e}")
+        assert error <= 1e-2
+
+
+def test_rows_in_the_same_memory_are_not_confused():
+    """The plan is kept per row; a new row of the same length must get its own."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(64, 2, 8) for _ in range(3)]
+    for _ in range(20):
+        for cut in (16, 40):
+            end = torch.tensor([cut] * cut + [64] * (64 - cut))
+            ours = attention.tree_attention(*tensors, end, 1.0)
+            torch.testing.assert_close(ours, dense_attention(*tensors, end, 1.0), rtol=0, atol=1e-5)
+            del end
+
+
+def test_long_rows_need_no_square_of_memory():
+    """30,000 tokens: one [tokens, tokens] bool mask alone would take 900 MB."""
+    import resource
+
+    prompt, answer, answers = 26_000, 500, 8
+    end = [prompt + answer * answers] * prompt
+    for i in range(answers):
+        end += [prompt + answer * (i + 1)] * answer
+    tensors = [torch.randn(len(end), n, 8, requires_grad=True) for n in (2, 1, 1)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attention.tree_attention(*tensors, torch.tensor(end), 1.0).sum().backward()
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{growth:.0f} MB for {len(end)} tokens")
+    assert growth < 100
+
+
+@pytest.mark.parametrize("total", [700, 1024])
+def test_flex_blocks_describe_the_same_mask(total):
+    """The GPU path's blocks, checked without a GPU: needed and full blocks are exactly those of the mask."""
+    rng = random.Random(total)
+    ends: list[int] = []
+    while len(ends) < total:
+        ends += [len(ends) + e for e in random_forest(rng, 3, longest=200, trees=1)]
+    end = torch.tensor(ends[:total]).clamp(max=total)
+    size = attention.FLEX_BLOCK
+    blocks = -(-total // size)
+    mask = torch.zeros(blocks * size, blocks * size, dtype=torch.bool)
+    positions = torch.arange(total)
+    mask[:total, :total] = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
+    tiles = mask.view(blocks, size, blocks, size).permute(0, 2, 1, 3)
+    block_mask = attention.flex_block_mask(end)
+    assert torch.equal(block_mask.to_dense()[0, 0].bool(), tiles.any(-1).any(-1))
+    for row in range(blocks):
+        chosen = block_mask.full_kv_indices[0, 0, row, : block_mask.full_kv_num_blocks[0, 0, row]]
+        # Rows of the last block that lie past the end of the sequence are never computed.
+        real = slice(0, min(size, total - row * size))
+        expected = [c for c in range(blocks) if c < row and tiles[row, c, real].all()]
+        assert set(chosen.tolist()) <= set(expected)
+        if (row + 1) * size <= total:
+            assert sorted(chosen.tolist()) == expected

@@ -1,0 +1,311 @@
+"""Megatron models against transformers' models of the same weights, in float32."""
+
+import random
+
+import pytest
+import torch
+from hf_models import CASES, COMMON, MOE, YARN_ROPE, make
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config, rotary_frequencies
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.huggingface import load_weights
+
+
+def config_for(folder, **training) -> Config:
+    return Config(
+        model={"path": folder, "dtype": "float32"},
+        data={"documents": "unused.parquet"},
+        run={"device": "cpu"},
+        training=training,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups():
+    backend.initialise(config_for("unused"))
+    yield
+    backend.shutdown()
+
+
+def load(folder, **training):
+    hf_config = load_hf_config(folder)
+    model = build_model(hf_config, config_for(folder, **training))
+    load_weights(model, hf_config, folder)
+    return model
+
+
+def logits(model, tokens, position_ids=None, end=None):
+    total = len(tokens)
+    position_ids = torch.arange(total) if position_ids is None else position_ids
+    end = torch.full((total,), total) if end is None else end
+    hidden = model(tokens[None], position_ids[None], end)
+    return model.output_layer(hidden, weight=model.output_weight)[0][:, 0]
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers(name, hf_checkpoint):
+    """Goal 1e-4; measured at most 2e-5."""
+    hf, folder = hf_checkpoint(name)
+    tokens = torch.randint(0, COMMON["vocab_size"], (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        error = (logits(load(folder), tokens) - hf(tokens[None]).logits[0]).abs().max().item()
+    print(f"{name}: largest logit difference {error:.1e}")
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig])
+def test_random_shapes_equal_transformers(config_class, seed, tmp_path):
+    rng = random.Random(seed * 10 + len(config_class.__name__))
+    groups = rng.choice([1, 2, 3])
+    heads = groups * rng.choice([1, 2, 4])
+    options = {
+        "vocab_size": rng.randint(20, 200),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "hidden_size": heads * 2 * rng.choice([4, 5, 8]),
+        "intermediate_size": rng.randint(10, 100),
+        "num_hidden_layers": rng.randint(1, 3),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
+    }
+    if config_class in (Qwen3Config, Qwen3MoeConfig):
+        options["head_dim"] = 2 * rng.randint(2, 20)
+    if config_class is Qwen3MoeConfig:
+        options |= MOE | {"norm_topk_prob": rng.random() < 0.5, "num_experts": rng.randint(3, 9)}
+    hf = make(config_class, options, seed)
+    hf.save_pretrained(tmp_path)
+    tokens = torch.randint(0, options["vocab_size"], (rng.randint(1, 80),))
+    with torch.no_grad():
+        error = (logits(load(tmp_path), tokens) - hf(tokens[None]).logits[0]).abs().max().item()
+    print(f"{config_class.__name__} {options}: largest logit difference {error:.1e}")
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3-bias-yarn", "llama-3-scaling"])
+def test_scaled_rotary_matters_in_these_tests(name, hf_checkpoint):
+    """Without the scaling the logits would be off by far more than the tolerance."""
+    hf, folder = hf_checkpoint(name)
+    model = load(folder)
+    tokens = torch.arange(60)
+    with torch.no_grad():
+        right = logits(model, tokens)
+        plain = type(hf.config)(**{**hf.config.to_dict(), "rope_parameters": None})
+        model._frequencies = rotary_frequencies(plain)[0]
+        assert (logits(model, tokens) - right).abs().max() > 1e-2
+
+
+TREE = [
+    # (parent row, tokens): a prompt, three answers, one of which branches again, and a second tree.
+    (None, 40),
+    (0, 7),
+    (0, 1),
+    (0, 12),
+    (3, 5),
+    (3, 1),
+    (None, 9),
+]
+
+
+def tree_rows(vocabulary):
+    """The tree as one row, and every path through it as its own sequence with its places in the row."""
+    generator = torch.Generator().manual_seed(3)
+    pieces = [torch.randint(0, vocabulary, (n,), generator=generator) for _, n in TREE]
+    starts, paths = [], []
+    position = 0
+    for (parent, length), _ in zip(TREE, pieces):
+        starts.append(position)
+        own = torch.arange(position, position + length)
+        paths.append(own if parent is None else torch.cat([paths[parent], own]))
+        position += length
+    end = torch.empty(position, dtype=torch.long)
+    depth = torch.empty(position, dtype=torch.long)
+    for path in paths:
+        depth[path] = torch.arange(len(path))
+    for k in range(position):
+        end[k] = max(int(path.max()) for path in paths if k in path) + 1
+    return torch.cat(pieces), depth, end, paths
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-3-scaling", "qwen3-moe-normalised", "qwen3-bias-yarn"])
+def test_tree_equals_unshared_sequences(name, hf_checkpoint):
+    """Logits of every path, and the gradient of a loss over all of them: at most 1e-5 relative."""
+    hf, folder = hf_checkpoint(name)
+    tokens, depth, end, paths = tree_rows(COMMON["vocab_size"])
+    model = load(folder)
+    ours = logits(model, tokens, depth, end)
+    upstream = [torch.randn(len(path), COMMON["vocab_size"]) for path in paths]
+    loss = sum((ours[path] * weight).sum() for path, weight in zip(paths, upstream))
+    loss.backward()
+    ours_gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    unshared = load(folder)
+    worst = 0.0
+    for path, weight in zip(paths, upstream):
+        alone = logits(unshared, tokens[path])
+        with torch.no_grad():
+            reference = hf(tokens[path][None]).logits[0]
+        worst = max(worst, (ours[path] - reference).abs().max().item())
+        (alone * weight).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in unshared.parameters()])
+    error = relative(ours_gradient, gradient)
+    print(f"{name}: logits differ by at most {worst:.1e}, gradients by {error:.1e} relative")
+    assert worst <= 1e-4
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers"])
+def test_gradient_equals_transformers(name, hf_checkpoint):
+    """Gradient of a cross-entropy by parameter: the embedding (tied in one case) and a late projection."""
+    hf, folder = hf_checkpoint(name)
+    model = load(folder)
+    tokens = torch.randint(0, COMMON["vocab_size"], (50,), generator=torch.Generator().manual_seed(2))
+    torch.nn.functional.cross_entropy(logits(model, tokens)[:-1], tokens[1:]).backward()
+    hf.zero_grad()
+    torch.nn.functional.cross_entropy(hf(tokens[None]).logits[0, :-1], tokens[1:]).backward()
+    pairs = {
+        "embedding": (model.embedding.word_embeddings.weight.grad, hf.model.embed_tokens.weight.grad),
+        "output projection": (
+            model.decoder.layers[-1].self_attention.linear_proj.weight.grad,
+            hf.model.layers[-1].self_attn.o_proj.weight.grad,
+        ),
+        "first norm": (model.decoder.layers[0].input_layernorm.weight.grad, hf.model.layers[0].input_layernorm.weight.grad),
+    }
+    for what, (got, expected) in pairs.items():
+        print(f"{name} {what}: gradient differs by {relative(got, expected):.1e} relative")
+        assert relative(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers"])
+def test_recompute_changes_nothing(name, recompute, hf_checkpoint):
+    tokens, depth, end, _ = tree_rows(COMMON["vocab_size"])
+    _, folder = hf_checkpoint(name)
+    gradients = []
+    for mode in ("none", recompute):
+        model = load(folder, recompute=mode)
+        model.train()
+        logits(model, tokens, depth, end).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(*gradients) <= 1e-6
+
+
+def test_balancing_loss_reaches_only_the_routers_objective(hf_checkpoint):
+    """With the auxiliary loss the logits stay and the router's gradient changes."""
+    _, folder = hf_checkpoint("qwen3-moe-normalised")
+    tokens = torch.arange(60)
+    results = []
+    for coefficient in (0.0, 0.1):
+        model = load(folder, moe_aux_loss=coefficient)
+        model.train()
+        out = logits(model, tokens)
+        out.square().mean().backward()
+        results.append((out.detach(), model.decoder.layers[0].mlp.router.weight.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert relative(results[1][1], results[0][1]) > 1e-3
+
+
+def test_deep_positions_beyond_the_row(hf_checkpoint):
+    """Rotary embedding follows the position ids, however deep: logits equal transformers' at the same depths."""
+    hf, folder = hf_checkpoint("qwen3")
+    tokens = torch.arange(20)
+    depth = torch.arange(20) + 5000
+    with torch.no_grad():
+        error = (logits(load(folder), tokens, depth) - hf(tokens[None], position_ids=depth[None]).logits[0]).abs().max()
+    print(f"largest logit difference at depth 5000: {error:.1e}")
+    assert error <= 1e-4
+
+
+def test_bfloat16_model_runs(hf_checkpoint):
+    hf, folder = hf_checkpoint("qwen3")
+    hf_config = load_hf_config(folder)
+    config = config_for(folder)
+    config.model.dtype = "bfloat16"
+    model = build_model(hf_config, config)
+    load_weights(model, hf_config, folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    tokens = torch.arange(60)
+    with torch.no_grad():
+        error = relative(logits(model, tokens).float(), hf(tokens[None]).logits[0])
+    print(f"bfloat16 logits differ by {error:.1e} relative")
+    assert error <= 0.05
+
+
+def test_frequencies_stay_float32_and_out_of_checkpoints(hf_checkpoint):
+    _, folder = hf_checkpoint("qwen3")
+    model = load(folder).bfloat16()
+    assert model._frequencies.dtype == torch.float32
+    assert not [name for name in model.state_dict() if "freq" in name]
+
+
+def rejected(folder, config_class, options, **training) -> str:
+    config = config_class(**COMMON | options)
+    config.save_pretrained(folder)
+    with pytest.raises(UserError) as caught:
+        build_model(load_hf_config(folder), config_for(folder, **training))
+    return str(caught.value)
+
+
+def test_unsupported_models_are_refused(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="gpt2.*Qwen3 mixture of experts"):
+        load_hf_config(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="no config.json"):
+        load_hf_config(tmp_path / "absent")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_hf_config(tmp_path / "bad")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"model_type": "from-next-year"}')
+    with pytest.raises(UserError, match="Supported are Llama"):
+        load_hf_config(tmp_path / "new")
+    assert "hidden_act" in rejected(tmp_path / "a", LlamaConfig, {"hidden_act": "gelu"})
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    assert "sliding-window" in rejected(tmp_path / "b", Qwen2Config, window)
+    moe_window = MOE | {"use_sliding_window": True, "sliding_window": 8}
+    assert "sliding-window" in rejected(tmp_path / "c", Qwen3MoeConfig, moe_window)
+    dynamic = {"rope_parameters": {**YARN_ROPE, "rope_type": "dynamic"}}
+    assert "'dynamic'" in rejected(tmp_path / "d", LlamaConfig, dynamic)
+    one = MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}
+    assert "norm_topk_prob" in rejected(tmp_path / "e", Qwen3MoeConfig, one)
+
+
+def test_unsupported_layouts_are_refused(tmp_path):
+    for name, config_class, options, parallel, reason in [
+        ("a", Qwen3Config, {}, {"context": 2}, "context"),
+        ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
+        ("c", Qwen3Config, {}, {"pipeline": 2}, "layers"),
+        ("d", Qwen3Config, {}, {"expert": 2}, "dense"),
+        ("e", Qwen3MoeConfig, MOE, {"expert": 4}, "experts"),
+    ]:
+        assert reason in rejected(tmp_path / name, config_class, options, parallel=parallel)
+
+
+def test_broken_megatron_layout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("spell_megatron.training.model.megatron_version", "0.16.1")
+    message = rejected(tmp_path, Qwen3MoeConfig, MOE, parallel={"tensor": 2})
+    assert "wrong gradients" in message and "expert_tensor" in message
+
+
+def test_processes_must_fit_the_layout():
+    backend.shutdown()
+    try:
+        with pytest.raises(UserError, match="does not divide the 1 trainer processes"):
+            backend.initialise(config_for("unused", parallel={"tensor": 2}))
+        with pytest.raises(UserError, match="no GPU"):
+            config = config_for("unused")
+            config.run.device = "cuda"
+            backend.initialise(config)
+    finally:
+        backend.initialise(config_for("unused"))

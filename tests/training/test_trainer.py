@@ -1,0 +1,199 @@
+"""The trainer on real Megatron models, against plain torch on the Hugging Face models."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from trainer_cases import (
+    FAMILIES,
+    difference,
+    gradients,
+    make_config,
+    make_policy,
+    make_rows,
+    make_trainer,
+    weights,
+)
+
+from spell_megatron.training import backend
+from spell_megatron.training.prefix_tree import Row
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    backend.initialise(make_config(tmp_path_factory.mktemp("unused")))
+    yield
+    backend.shutdown()
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """family -> folder of its checkpoint, made on first use."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_policy(family, made[family])
+        return made[family]
+
+    return get
+
+
+def reference(folder, rows, temperature):
+    """Loss, gradients by name and metrics of the same objective on the Hugging Face model, row by row."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    count = sum(len(row.weights) for row in rows)
+    loss, entropy, mismatch = 0.0, 0.0, 0.0
+    for row in rows:
+        tokens, p = torch.from_numpy(row.tokens), row.prompt_length
+        logits = model(tokens[None]).logits[0, p - 1:-1].float() / temperature
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(-1, tokens[p:, None])[:, 0]
+        ratio = (chosen - chosen.detach()).exp()
+        term = -(torch.from_numpy(row.weights) * ratio).sum() / count
+        term.backward()
+        loss += term.item()
+        entropy += -(logp.exp() * logp).sum().item() / count
+        mismatch += (chosen.detach() - torch.from_numpy(row.rollout_logprobs)).abs().sum().item() / count
+    # The export splits fused experts; read the gradients under the names of a saved checkpoint.
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    return loss, entropy, mismatch, model
+
+
+def saved(model, folder):
+    """Tensors under their names in a checkpoint (transformers keeps experts fused in memory only)."""
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path):
+    """Loss, entropy, mismatch and every gradient within 1e-5 relative."""
+    rows = make_rows()
+    trainer = make_trainer(make_config(policies(family)))
+    calls = []
+    metrics = trainer.update(rows, lambda done, total: calls.append((done, total)))
+    loss, entropy, mismatch, model = reference(policies(family), rows, 0.7)
+    error = difference(gradients(trainer), saved(model, tmp_path))
+    print(f"{family}: gradient {error:.1e}, loss {abs(metrics['loss'] / loss - 1):.1e}")
+    assert error <= 1e-5
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["mismatch_abs"] == pytest.approx(mismatch, rel=1e-5)
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients(trainer).values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert metrics["clip_fraction"] == metrics["approx_kl"] == metrics["skipped"] == 0
+    assert metrics["response_tokens"] == sum(len(row.weights) for row in rows)
+    assert metrics["microbatches"] > 1 and metrics["sharing"] > 1.5
+    assert calls == [(i + 1, len(calls)) for i in range(int(metrics["microbatches"]))]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_gradient_does_not_depend_on_the_cut(family, policies):
+    """One forest, several, and every row alone (nothing shared): 1e-5 relative in gradient and loss."""
+    rows = make_rows()
+    results = []
+    for budget in (10_000, 150, 60, 1):
+        trainer = make_trainer(make_config(policies(family), training__tokens_per_microbatch=budget))
+        metrics = trainer.update(rows)
+        results.append((metrics, gradients(trainer)))
+    assert results[0][0]["microbatches"] == 1 and results[-1][0]["microbatches"] == len(rows)
+    assert results[-1][0]["sharing"] == 1
+    for metrics, gradient in results[1:]:
+        error = difference(gradient, results[0][1])
+        print(f"{family}: {metrics['microbatches']:.0f} microbatches, gradient {error:.1e}")
+        assert error <= 1e-5
+        assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_full_updates(family, policies):
+    """Rewarding the same responses twice raises their likelihood."""
+    rows = [dataclasses.replace(row, weights=np.ones_like(row.weights)) for row in make_rows()]
+    trainer = make_trainer(make_config(policies(family), training__optimizer__distributed=True))
+    before = weights(trainer)
+    first, second = trainer.update(rows), trainer.update(rows)
+    assert 0 < difference(weights(trainer), before) < 1
+    # With weights of one the loss is -1 at any parameters; the likelihood shows in the k3 estimate's d.
+    likelihood = [-m["mismatch_abs"] for m in (first, second)]
+    assert likelihood[0] != likelihood[1]
+    assert second["grad_norm"] > 0 and second["lr"] == 1e-3
+
+
+def test_likelihood_rises_with_positive_weights(policies):
+    """Rollout log-probabilities of zero make mean |d| the negative log-likelihood: it must fall."""
+    rows = [dataclasses.replace(row, weights=np.ones_like(row.weights), rollout_logprobs=np.zeros_like(row.weights))
+            for row in make_rows()]
+    trainer = make_trainer(make_config(policies("qwen3")))
+    losses = [trainer.update(rows)["mismatch_abs"] for _ in range(4)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
+
+
+def test_adamw_step_equals_torch(policies):
+    """Weights after two clipped updates, against torch.optim.AdamW on the same model's gradients."""
+    options = dict(training__optimizer__clip_grad=0.05, training__optimizer__weight_decay=0.1)
+    trainer = make_trainer(make_config(policies("qwen3"), **options))
+    other = make_trainer(make_config(policies("qwen3"), training__optimizer__clip_grad=0.0)).model
+    matrices = [p for p in other.parameters() if p.dim() > 1]
+    vectors = [p for p in other.parameters() if p.dim() == 1]     # norms and biases do not decay
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": vectors, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for seed in (0, 1):
+        trainer.update(make_rows(seed))
+        for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
+            theirs.grad = mine.main_grad.clone()                   # clipped in place by the optimizer
+        assert torch.cat([p.grad.flatten() for p in other.parameters()]).norm() == pytest.approx(0.05, rel=1e-4)
+        optimizer.step()
+        for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
+            torch.testing.assert_close(mine.data, theirs.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay, expected", [
+    ("constant", [0.5, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 0.55, 0.1]), ("cosine", [0.5, 1.0, 0.55, 0.1])])
+def test_learning_rate(decay, expected, policies):
+    """Two warm-up updates of four: rises to the peak at the second, at the last update it is min_lr."""
+    trainer = make_trainer(make_config(
+        policies("qwen3"), run__steps=4, training__optimizer__lr=1.0, training__optimizer__warmup_steps=2,
+        training__optimizer__decay=decay, training__optimizer__min_lr=0.1))
+    rates = [trainer.update(make_rows(groups=1, group_size=2))["lr"] for _ in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_gradient_that_is_not_finite_is_skipped(distributed, policies):
+    rows = make_rows()
+    bad = dataclasses.replace(rows[0], weights=np.full_like(rows[0].weights, np.nan))
+    trainer = make_trainer(make_config(policies("qwen3"), training__optimizer__distributed=distributed,
+                                       training__optimizer__warmup_steps=2))
+    before = weights(trainer)
+    metrics = trainer.update([bad, *rows[1:]])
+    assert metrics["skipped"] == 1 and trainer.skipped == 1
+    assert difference(weights(trainer), before) == 0
+    after = trainer.update(rows)
+    assert after["skipped"] == 0 and trainer.skipped == 1 and after["lr"] == 5e-4
+    assert math.isfinite(after["grad_norm"]) and difference(weights(trainer), before) > 0
+
+
+def test_role_weights_enter_the_numerator_only(policies):
+    """Doubling all weights doubles loss and gradient: the denominator is the number of tokens."""
+    rows = make_rows()
+    doubled = [dataclasses.replace(row, weights=2 * row.weights) for row in rows]
+    one, two = (make_trainer(make_config(policies("qwen3"))) for _ in range(2))
+    first, second = one.update(rows), two.update(doubled)
+    assert second["loss"] == pytest.approx(2 * first["loss"], rel=1e-6)
+    assert second["grad_norm"] == pytest.approx(2 * first["grad_norm"], rel=1e-6)
+
+
+def test_bad_batches_are_refused(policies):
+    trainer = make_trainer(make_config(policies("qwen3")))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        trainer.update([Row(np.arange(3), 3, np.zeros(0, np.float32), np.zeros(0, np.float32))])
+    with pytest.raises(ValueError, match="vocabulary has 128"):
+        trainer.update([Row(np.array([1, 500]), 1, np.ones(1, np.float32), np.zeros(1, np.float32))])

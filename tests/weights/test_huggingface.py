@@ -1,0 +1,220 @@
+"""Loading, exporting and saving, with real Megatron models."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hf_models import CASES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.huggingface import load_weights, save_checkpoint
+from spell_megatron.weights.reshard import export, metadata
+
+
+def config_for(folder, dtype="float32") -> Config:
+    return Config(
+        model={"path": folder, "dtype": dtype}, data={"documents": "unused.parquet"}, run={"device": "cpu"}
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups():
+    backend.initialise(config_for("unused"))
+    yield
+    backend.shutdown()
+
+
+def loaded(folder, dtype="float32"):
+    hf_config = load_hf_config(folder)
+    model = build_model(hf_config, config_for(folder, dtype))
+    load_weights(model, hf_config, folder)
+    return model, hf_config
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
+    """Hugging Face -> Megatron -> Hugging Face: equal bits under equal names, and transformers loads the result."""
+    hf, folder = hf_checkpoint(case)
+    model, hf_config = loaded(folder)
+    stream = dict(export(model, hf_config))
+    assert same(stream, load_file(folder / "model.safetensors"))
+    assert [(n, t.dtype, tuple(t.shape)) for n, t in stream.items()] == metadata(model, hf_config)
+    save_checkpoint(export(model, hf_config), folder, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(again.state_dict(), hf.state_dict())
+
+
+def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen3-moe-normalised")
+    model, hf_config = loaded(folder)
+    save_checkpoint(export(model, hf_config), folder, tmp_path / "out", shard_bytes=50_000)
+    files = sorted(tmp_path.glob("out/*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in export(model, hf_config))
+    largest = max(t.nbytes for _, t in export(model, hf_config))
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= max(50_000, largest) for file in files)
+    again, _ = loaded(tmp_path / "out")
+    assert same(dict(export(again, hf_config)), dict(export(model, hf_config)))
+
+
+def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen3")
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "modeling.py"):
+        (source / name).write_text("{}")
+    model, hf_config = loaded(source, "bfloat16")
+    save_checkpoint(export(model, hf_config), source, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "tokenizer.model",
+    }  # fmt: skip
+    assert load_hf_config(tmp_path / "out").dtype == torch.bfloat16
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_saving_replaces_only_when_complete(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen3")
+    model, hf_config = loaded(folder)
+    out = tmp_path / "out"
+    save_checkpoint(export(model, hf_config), folder, out)
+    before = load_file(out / "model.safetensors")
+
+    def breaks():
+        yield from list(export(model, hf_config))[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(breaks(), folder, out)
+    assert os.listdir(tmp_path) == ["out"]
+    assert same(load_file(out / "model.safetensors"), before)
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight.add_(1)
+    save_checkpoint(export(model, hf_config), folder, out)
+    assert os.listdir(tmp_path) == ["out"]
+    assert same(load_file(out / "model.safetensors"), dict(export(model, hf_config)))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
+    """The write really fails with ENOSPC; only the path is redirected to the device that is always full."""
+    from spell_megatron.weights import huggingface
+
+    real_save = huggingface.save_file
+    _, folder = hf_checkpoint("qwen3")
+    model, hf_config = loaded(folder)
+
+    def save_to_full_disk(tensors, path, metadata):
+        real_save(tensors, path, metadata)
+        with open("/dev/full", "wb") as full:
+            full.write(b"0" * 100_000)
+
+    monkeypatch.setattr(huggingface, "save_file", save_to_full_disk)
+    with pytest.raises(UserError, match="disk is full"):
+        save_checkpoint(export(model, hf_config), folder, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def damaged(folder, tmp_path, damage) -> str:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    with pytest.raises(UserError) as caught:
+        loaded(copy)
+    return str(caught.value)
+
+
+def edit(change):
+    def damage(copy):
+        tensors = load_file(copy / "model.safetensors")
+        change(tensors)
+        save_file(tensors, copy / "model.safetensors")
+
+    return damage
+
+
+def test_missing_tensor(hf_checkpoint, tmp_path):
+    message = damaged(
+        hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    )
+    assert "lacks 1 tensors" in message and "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_unexpected_tensor(hf_checkpoint, tmp_path):
+    extra = edit(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)}))
+    assert "model.layers.0.self_attn.q_proj.bias" in damaged(hf_checkpoint("qwen3")[1], tmp_path, extra)
+
+
+def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen2-tied-yarn")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(copy)
+    model, hf_config = loaded(copy)
+    assert "lm_head.weight" not in dict(export(model, hf_config))
+
+
+def test_wrong_shape(hf_checkpoint, tmp_path):
+    message = damaged(
+        hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.update({"model.norm.weight": torch.ones(47)}))
+    )
+    assert "model.norm.weight" in message and "[47]" in message and "[48]" in message
+
+
+def test_truncated_file(hf_checkpoint, tmp_path):
+    def cut(copy):
+        with open(copy / "model.safetensors", "r+b") as file:
+            file.truncate(os.path.getsize(copy / "model.safetensors") - 1000)
+
+    assert "cut short" in damaged(hf_checkpoint("qwen3")[1], tmp_path, cut)
+
+
+def test_missing_weights(hf_checkpoint, tmp_path):
+    message = damaged(hf_checkpoint("qwen3")[1], tmp_path, lambda copy: (copy / "model.safetensors").unlink())
+    assert "holds no weights" in message
+
+
+def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen3")
+    model, hf_config = loaded(folder)
+    sharded = tmp_path / "sharded"
+    save_checkpoint(export(model, hf_config), folder, sharded, shard_bytes=50_000)
+    index = sharded / "model.safetensors.index.json"
+
+    def unlink(copy):
+        (copy / "model-00002-of-00007.safetensors").unlink(missing_ok=False)
+
+    def misplace(copy):
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.norm.weight"] = "model-00001-of-00007.safetensors"
+        (copy / index.name).write_text(json.dumps(content))
+
+    assert len(list(sharded.glob("*.safetensors"))) == 7
+    assert "model-00002-of-00007.safetensors" in damaged(sharded, tmp_path / "a", unlink)
+    assert "model.norm.weight" in damaged(sharded, tmp_path / "b", misplace)
+    assert "not an index" in damaged(sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{"))
+
+
+def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):
+    """The check comes first: a fault in the last tensor leaves the first one alone."""
+    _, folder = hf_checkpoint("qwen3")
+    model, hf_config = loaded(folder)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    edit(lambda t: [x.add_(1) for x in t.values()] and t.update({"lm_head.weight": torch.ones(2, 2)}))(copy)
+    with pytest.raises(UserError):
+        load_weights(model, hf_config, copy)
+    assert same(dict(export(model, hf_config)), load_file(folder / "model.safetensors"))

@@ -1,0 +1,273 @@
+"""Weights pushed into running engines, against engines started fresh from the same checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spell_megatron.config import SamplingConfig
+from spell_megatron.errors import UserError
+from spell_megatron.rollout.client import Client, Completion, GenerationError
+from spell_megatron.rollout.transfer import checksum
+from spell_megatron.weights.push import WeightPusher
+
+PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
+SEEDED = {"temperature": 0.8, "max_tokens": 12, "seed": 77, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+
+_FRESH = """
+import gc, json, sys
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+if __name__ == "__main__":
+    dtype, prompts, settings, folders = json.loads(sys.argv[1])
+    results = {}
+    for folder in folders:
+        llm = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=1024, max_num_seqs=32,
+                  kv_cache_memory_bytes=2**28, logprobs_mode="processed_logprobs", skip_tokenizer_init=True)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(**settings), use_tqdm=False)
+        results[folder] = [
+            (list(o.outputs[0].token_ids), [d[t].logprob for t, d in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)])
+            for o in outputs
+        ]
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print("RESULT" + json.dumps(results))
+"""
+
+
+def fresh_answers(folders: list[Path], dtype: str = "float32") -> dict[str, list]:
+    """(token ids, log-probabilities) of PROMPTS from engines that loaded the folders from disk."""
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    task = json.dumps([dtype, PROMPTS, SEEDED, [str(folder) for folder in folders]])
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, task], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+@pytest.fixture(scope="module")
+def fresh(policy) -> Callable:
+    answers: dict[str, list] = {}
+
+    def get(folder: Path) -> list:
+        if not answers:
+            answers.update(fresh_answers([policy(kind, 1) for kind in ("dense", "tied", "moe")]))
+        return answers[str(folder)]
+
+    return get
+
+
+def ask(engine) -> tuple[list, set[str]]:
+    """(token ids, log-probabilities) of PROMPTS, and the weight versions that gave them."""
+    answers, versions = [], set()
+    for prompt in PROMPTS:
+        body = {"token_ids": prompt, "sampling_params": SEEDED}
+        choice = engine.post("/inference/v1/generate", body)["choices"][0]
+        answers.append((choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]))
+        versions |= {span["version"] for span in choice["weight_versions"]}
+    return answers, versions
+
+
+def difference(left: list, right: list) -> float:
+    """Largest difference of log-probabilities; infinite if the tokens differ."""
+    if [tokens for tokens, _ in left] != [tokens for tokens, _ in right]:
+        return float("inf")
+    return max(abs(a - b) for (_, x), (_, y) in zip(left, right) for a, b in zip(x, y, strict=True))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def check_pushes(engines, old: Path, new: Path, expected: list, tolerance: float = 1e-5) -> None:
+    before, _ = ask(engines.engines[0])  # fills the prefix cache
+    assert difference(before, expected) == float("inf")
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+    done = pusher.push(weights(new).items(), "one", verify=True)
+    assert done.tensors == len(weights(new))
+    for engine in engines.engines:
+        after, versions = ask(engine)
+        assert versions == {"one"}
+        assert difference(after, expected) <= tolerance
+    pusher.push(weights(old).items(), "two", verify=True)
+    again, versions = ask(engines.engines[0])
+    assert versions == {"two"}
+    assert difference(again, before) <= tolerance
+    pusher.close()
+
+
+# In the order of the engines they need, each started once; the last test on each leaves it unusable.
+
+
+def test_a_pushed_dense_engine_equals_a_fresh_one(engines_for, policy, fresh):
+    check_pushes(engines_for("dense"), policy("dense", 0), policy("dense", 1), fresh(policy("dense", 1)))  # 0.0 measured
+
+
+def test_a_stream_that_breaks_leaves_the_engine_paused(engines_for, policy):
+    engines = engines_for("dense")
+    engine = engines.engines[0]
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+
+    def broken():
+        for index, item in enumerate(weights(policy("dense", 1)).items()):
+            if index == 10:
+                raise ZeroDivisionError
+            yield item
+
+    with pytest.raises(ZeroDivisionError):
+        pusher.push(broken(), "bad")
+    with pytest.raises(UserError, match="interrupted"):
+        pusher.push([], "bad")
+    assert engine.get("/is_paused")["is_paused"]
+    pusher.close()
+    engines.stop()
+
+
+def test_a_pushed_tied_engine_equals_a_fresh_one(engines_for, policy, fresh):
+    check_pushes(engines_for("tied"), policy("tied", 0), policy("tied", 1), fresh(policy("tied", 1)))  # 0.0 measured
+
+
+def test_an_engine_that_refuses_a_tensor_does_not_hang_the_push(engines_for, policy):
+    engines = engines_for("tied")
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14, timeout=60)
+    wrong = weights(policy("tied", 1)) | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 64)}
+    result: list[BaseException] = []
+
+    def push():
+        try:
+            pusher.push(wrong.items(), "bad")
+        except UserError as error:
+            result.append(error)
+
+    thread = threading.Thread(target=push, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and "did not take the weights" in str(result[0])
+    pusher.close()
+    engines.stop()
+
+
+def test_a_pushed_moe_engine_equals_a_fresh_one(engines_for, policy, fresh):
+    check_pushes(engines_for("moe"), policy("moe", 0), policy("moe", 1), fresh(policy("moe", 1)))  # 0.0 measured
+
+
+def test_running_requests_end_before_or_are_aborted(engines_for, policy):
+    engines = engines_for("moe")
+    pusher = WeightPusher(engines)
+    new = weights(policy("moe", 1))
+
+    def push_while_running(running: str, version: str) -> list[Completion] | BaseException:
+        async def main():
+            sampling = SamplingConfig(temperature=0.8, top_p=1.0)
+            async with Client(engines.urls, engines.api_key, sampling, stop_token_ids=[]) as client:
+                request = client.generate([1, 2, 3], n=8, seed=1, max_tokens=200, affinity="a")
+                task = asyncio.create_task(request)
+                await asyncio.sleep(0.3)
+                assert not task.done()
+                await asyncio.to_thread(pusher.push, new.items(), version, running=running)
+                return (await asyncio.gather(task, return_exceptions=True))[0]
+
+        return asyncio.run(main())
+
+    pusher.push(new.items(), "a")
+    completions = push_while_running("wait", "b")
+    assert {c.weight_version for c in completions} == {"a"}
+    assert max(len(c.token_ids) for c in completions) == 200
+    assert isinstance(push_while_running("abort", "c"), GenerationError)
+    assert ask(engines.engines[0])[1] == {"c"}
+    pusher.close()
+
+
+def test_an_incomplete_push_never_serves(engines_for, policy, monkeypatch):
+    monkeypatch.setattr("spell_megatron.rollout.client._RETRY_SECONDS", (0.1,))
+    engines = engines_for("moe")
+    engine = engines.engines[0]
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+    missing = "model.layers.1.mlp.experts.3.up_proj.weight"
+    partial = {name: tensor for name, tensor in weights(policy("moe", 1)).items() if name != missing}
+    with pytest.raises(UserError, match="did not fill .*layers.1.mlp.experts.*restart"):
+        pusher.push(partial.items(), "bad")
+    with pytest.raises(UserError, match="'bad' was interrupted"):
+        pusher.push(weights(policy("moe", 0)).items(), "good")
+    assert engine.get("/is_paused")["is_paused"]
+    assert engine.get("/weight_info")["weight_version"].startswith("updating")
+
+    # Even if somebody resumes it, there is no answer: it breaks, or what it says is refused.
+    engine.post("/resume")
+
+    async def main():
+        sampling = SamplingConfig(temperature=0.8, top_p=1.0)
+        async with Client(engines.urls, engines.api_key, sampling, stop_token_ids=[]) as client:
+            await client.generate([1, 2, 3], n=2, seed=1, max_tokens=4, affinity="a")
+
+    with pytest.raises((GenerationError, UserError)):
+        asyncio.run(main())
+    pusher.close()
+    engines.stop()
+
+
+def test_a_rank_that_does_not_send_takes_part_in_the_stream():
+    produced = []
+    stream = ((str(i), produced.append(i)) for i in range(3))
+    assert WeightPusher(None).push(stream, "v") is None
+    assert produced == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_checksum_sees_values_places_shapes_and_types(dtype):
+    tensor = torch.randn(300, 500).to(dtype)  # more than one chunk
+    swapped = tensor.clone()
+    swapped[0, 0], swapped[299, 499] = 3.0, -5.0
+    tensor[0, 0], tensor[299, 499] = -5.0, 3.0
+    changed = tensor.clone()
+    changed[299, 499] = 3.5
+    sums = [checksum(t) for t in (tensor, swapped, changed, tensor.view(500, 300), tensor.to(torch.float64))]
+    assert len(set(sums)) == 5
+    assert checksum(tensor.T.contiguous().T) == sums[0]
+
+
+@pytest.mark.slow
+def test_two_replicas(engines_for, policy, fresh):
+    check_pushes(engines_for("moe", replicas=2), policy("moe", 0), policy("moe", 1), fresh(policy("moe", 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_tensor_parallel_engine(kind, engines_for, policy, fresh):
+    # Sums over shards are rounded in another order.
+    engines = engines_for(kind, tensor_parallel=2)
+    check_pushes(engines, policy(kind, 0), policy(kind, 1), fresh(policy(kind, 1)), tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_bfloat16(engines_for, policy):
+    expected = fresh_answers([policy("moe", 1)], "bfloat16")[str(policy("moe", 1))]
+    engines = engines_for("moe", dtype="bfloat16")
+
+    before, _ = ask(engines.engines[0])
+    assert difference(before, expected) == float("inf")
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+    stream = ((name, tensor.bfloat16()) for name, tensor in weights(policy("moe", 1)).items())
+    pusher.push(stream, "one", verify=True)
+    assert difference(ask(engines.engines[0])[0], expected) <= 1e-5
+    pusher.close()

@@ -1,0 +1,80 @@
+"""Write the corpus of the quick start: document clusters to train on and held-out questions.
+
+    python tools/make_quickstart_corpus.py [--out examples/quickstart]
+
+`documents.parquet` has the columns of `spell prepare` (cluster_id, document_ids, documents, source), no questions.
+`heldout.jsonl` has one question per line (id, task, question, answer, documents) over clusters of their own:
+no document of it is in the parquet file. Both tasks and both kinds of question (one hop, two hops) occur there
+as `fictional_world.draw_question` draws them, which is also how the seed policy was taught to ask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fictional_world import GENERAL, MATH, Entity, draw_question, make_cluster, questions
+
+SIZES = (5, 6, 7)
+"""Documents per cluster."""
+
+
+def training_clusters(count: int, seed: int = 0) -> list[list[Entity]]:
+    """Clusters without two equal documents anywhere."""
+    rng = random.Random(f"documents {seed}")
+    seen: set[str] = set()
+    clusters = []
+    while len(clusters) < count:
+        cluster = make_cluster(rng, rng.choice(SIZES))
+        texts = {entity.text for entity in cluster}
+        if not texts & seen:
+            seen |= texts
+            clusters.append(cluster)
+    return clusters
+
+
+def heldout_questions(count: int, exclude: set[str], seed: int = 0) -> list[dict]:
+    """One question per cluster, tasks in turn, clusters without any document in `exclude`."""
+    rng = random.Random(f"held out {seed}")
+    rows: list[dict] = []
+    while len(rows) < count:
+        cluster = make_cluster(rng, rng.choice(SIZES))
+        fact = draw_question(rng, questions(cluster), (GENERAL, MATH)[len(rows) % 2])
+        if fact is None or any(entity.text in exclude for entity in cluster):
+            continue
+        rows.append({"id": f"heldout-{len(rows):04d}", "task": fact.task, "question": fact.text,
+                     "answer": fact.answer, "documents": [entity.text for entity in cluster]})
+    return rows
+
+
+def write_corpus(out: Path, clusters: int, heldout: int) -> None:
+    """Write both files into the folder `out`."""
+    training = training_clusters(clusters)
+    rows = heldout_questions(heldout, {entity.text for cluster in training for entity in cluster})
+    ids = [f"fiction-{i:05d}" for i in range(clusters)]
+    table = pa.table({
+        "cluster_id": ids,
+        "document_ids": [[f"{i}/{entity.name}" for entity in cluster] for i, cluster in zip(ids, training)],
+        "documents": [[entity.text for entity in cluster] for cluster in training],
+        "source": ["fiction"] * clusters,
+    })
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, out / "documents.parquet", compression="zstd")
+    (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "examples" / "quickstart")
+    parser.add_argument("--clusters", type=int, default=2000)
+    parser.add_argument("--heldout", type=int, default=500)
+    options = parser.parse_args()
+    write_corpus(options.out, options.clusters, options.heldout)
+
+
+if __name__ == "__main__":
+    main()
