@@ -2,9 +2,10 @@
 
     python benchmarks/tree_update.py [--quick] [--threads N]
 
-Batches of 4 groups (--quick: 2, and the dense model only), each of 8 responses of 40 tokens to a prompt of 1,000 (25:1), on a dense and a
-mixture-of-experts model (4 layers, hidden size 256, vocabulary 8,192, float32). All ways give the same
-gradient norm (checked) and go through the same trainer, one group per microbatch, optimizer step included:
+Batches of 4 groups, each of 8 responses of 40 tokens to a prompt of 1,000 (25:1), on a dense and a
+mixture-of-experts model (4 layers, hidden size 256, vocabulary 8,192, float32); --quick takes 2 groups and
+the dense model only. All ways give the same gradient norm (checked) and go through the same trainer, one
+group per microbatch, optimizer step included:
 
     tree                the project's update: the prompt once
     response logits     every sequence whole, in one packed row; logits of response positions only

@@ -563,11 +563,12 @@ def _descend(raw: Any, location: Sequence[str | int]) -> Any:
 
 
 def launched_processes() -> int | None:
-    """Number of trainer processes if torchrun or srun started this one among several, else None."""
-    if "WORLD_SIZE" in os.environ:
+    """Number of trainer processes if torchrun or srun started this one, else None."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    return tasks if tasks > 1 else None
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:  # a bare batch script has no step
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    return None
 
 
 def _relation_faults(config: Config) -> list[Fault]:
@@ -632,16 +633,6 @@ def _relation_faults(config: Config) -> list[Fault]:
     )
 
     training, optimizer, parallel = config.training, config.training.optimizer, config.training.parallel
-    sampling = config.rollout.sampling
-    longest = sampling.max_prompt_tokens + sampling.max_response_tokens
-    check(
-        longest <= training.tokens_per_microbatch,
-        "training.tokens_per_microbatch "
-        "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens",
-        f"{training.tokens_per_microbatch} tokens cannot hold one row of "
-        f"max_prompt_tokens + max_response_tokens = {longest}. "
-        f"Raise it to at least {longest}, or lower those two",
-    )
     check(
         all(0 <= beta < 1 for beta in optimizer.betas),
         "training.optimizer.betas",

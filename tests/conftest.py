@@ -7,7 +7,7 @@ from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
 
 @pytest.fixture(scope="session")
 def hf_checkpoint(tmp_path_factory):
-    """hf_checkpoint(case) -> (transformers model, its folder), made once for each case of `hf_models.CASES`."""
+    """hf_checkpoint(case) -> (transformers model, its folder), once for each case of `hf_models.CASES`."""
     from hf_models import CASES, make
 
     made = {}

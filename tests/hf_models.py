@@ -31,7 +31,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 CASES = {
@@ -52,7 +57,8 @@ CASES = {
     "qwen3-moe-one-expert-chosen": (Qwen3MoeConfig, MOE | {"head_dim": 12, "num_experts_per_tok": 1}),
     "qwen3-moe-some-dense-layers": (
         Qwen3MoeConfig,
-        MOE | {"head_dim": 16, "norm_topk_prob": True, "num_hidden_layers": 5, "decoder_sparse_step": 2}
+        MOE
+        | {"head_dim": 16, "norm_topk_prob": True, "num_hidden_layers": 5, "decoder_sparse_step": 2}
         | {"mlp_only_layers": [3], "tie_word_embeddings": True},
     ),
 }

@@ -32,7 +32,7 @@ from fictional_world import ATTRIBUTES, GENERAL, MATH, VALUES, Entity, Fact, dra
 from fictional_world import wrong_answer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from spell_megatron.rollout.tokenizer import PolicyTokenizer
 from spell_megatron.selfplay.history import Entry
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict
@@ -43,7 +43,7 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 UNKNOWN, BOS, EOS, PAD = range(4)
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 MARKERS = ("<doc>", "<example>", "<write>", "<ask>", "<answer>", "<number>", "<letter>", "<judge>", "<reference>",
-           "<prediction>", "<verdict>", "[[YES]]", "[[NO]]", '{"question": "')
+           "<prediction>", "[[YES]]", "[[NO]]", '{"question": "')
 JOINTS = ('", "answer": "', '"}')
 WORDS = "Empty word number choice another The Therefore, the correct answer is 1 2 3"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -200,10 +200,10 @@ class Teacher:
     def row(self, smallest: int, largest: int) -> list[Example]:
         """Examples over one cluster; small clusters come with sentences to complete."""
         entities, facts = self.cluster(smallest, largest)
-        examples = [self.responder(entities, facts) for _ in range(6)]
-        examples += [self.questioner(entities, facts) for _ in range(4)]
+        examples = [self.responder(entities, facts) for _ in range(4)]
+        examples += [self.questioner(entities, facts) for _ in range(5)]
         examples += [self.cloze(entities, facts) for _ in range(4 if largest < 4 else 0)]
-        return examples + [self.verifier(facts) for _ in range(2)]
+        return examples + [self.verifier(facts) for _ in range(5)]
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def make_model(vocabulary: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def train(model: Qwen3ForCausalLM, teacher: Teacher, steps: int, rows: int = 8, peak: float = 2e-3) -> None:
+def train(model: Qwen3ForCausalLM, teacher: Teacher, steps: int, rows: int = 6, peak: float = 2e-3) -> None:
     """Teach copying, then reading of one document up to MAX_DOCUMENTS, in `steps` updates all together."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     words = range(len(SPECIAL) + len(MARKERS), teacher.codec.size)
@@ -308,7 +308,7 @@ def train(model: Qwen3ForCausalLM, teacher: Teacher, steps: int, rows: int = 8, 
         for group in optimizer.param_groups:
             group["lr"] = rate
         if documents == 0:
-            batch = copy_batch(teacher.rng, 5 * rows, words)
+            batch = copy_batch(teacher.rng, 40, words)
         else:
             count = rows if documents > 2 else 2 * rows
             batch = pack([teacher.row(max(1, documents - 2), documents) for _ in range(count)])
@@ -330,7 +330,7 @@ def train(model: Qwen3ForCausalLM, teacher: Teacher, steps: int, rows: int = 8, 
         if documents == 0 and accuracy["copy"] > 0.85:
             documents = 1
             print(f"step {step}: copying learned", flush=True)
-        elif 0 < documents < MAX_DOCUMENTS and accuracy["responder"] > 0.8:
+        elif 0 < documents < MAX_DOCUMENTS and accuracy["responder"] > 0.75:
             documents += 1
             accuracy["responder"] -= 0.25
             print(f"step {step}: {documents} documents", flush=True)

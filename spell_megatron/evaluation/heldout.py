@@ -105,7 +105,7 @@ async def validate(
     tasks = sorted({question.task for question in questions})
     for name, members in [("", counts), *((f"{t}/", [c for c, q in zip(counts, questions, strict=True) if q.task == t]) for t in tasks)]:
         for k in sorted({1, samples}):
-            metrics[f"heldout/{name}pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in members)
+            metrics[f"validation/{name}pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in members)
     if len(counts) > 1:
-        metrics["heldout/standard_error"] = stdev(c / samples for c in counts) / len(counts) ** 0.5
+        metrics["validation/standard_error"] = stdev(c / samples for c in counts) / len(counts) ** 0.5
     return metrics

@@ -175,13 +175,14 @@ class Client:
                     return await self._post(replica.url, body)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault) as error:
                 fault = error
+                if replica.resting_until <= time.monotonic():
+                    log.warning("the engine at %s fails: %s", replica.url, error or type(error).__name__)
                 replica.resting_until = time.monotonic() + _REST_SECONDS
-                log.warning("request to %s failed: %s", replica.url, error or type(error).__name__)
         if isinstance(fault, _ServerFault):
             raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
         raise UserError(
-            f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after {len(_RETRY_SECONDS)} more attempts at all replicas "
-            f"({', '.join(replica.url for replica in self._replicas)}). Look into the engines' logs; "
+            f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after "
+            f"{len(_RETRY_SECONDS)} more attempts at all replicas ({', '.join(replica.url for replica in self._replicas)}). Look into the engines' logs; "
             "start them again, or correct rollout.urls, and resume the run from its last checkpoint."
         )
 

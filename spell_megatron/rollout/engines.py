@@ -219,7 +219,7 @@ class _Server:
 
 def server_command(config: Config, port: int, weight_transfer: str) -> list[str]:
     """Command line of one server, as `--dry-run` shows it. The key is not in it."""
-    rollout, sampling = config.rollout, config.rollout.sampling
+    rollout = config.rollout
     flags = {
         "--model": str(config.model.path),
         "--served-model-name": "policy",
@@ -236,12 +236,20 @@ def server_command(config: Config, port: int, weight_transfer: str) -> list[str]
         "--middleware": "spell_megatron.rollout.worker.RequireKey",
     }
     if weight_transfer == "gloo":
-        switches = ["--enforce-eager"]
+        # A prompt prefilled in parts with a seed of its own ends the engine on CPUs ("CPU Generator does
+        # not use offset"), so prompts are prefilled whole and several of them share a batch of this size.
+        switches = ["--enforce-eager", "--no-enable-chunked-prefill"]
+        flags["--max-num-batched-tokens"] = str(max(4096, longest_sequence(config)))
         flags["--kv-cache-memory-bytes"] = str(int(rollout.cpu_kv_cache_gib * 2**30))
     else:
         switches = []
         flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
-    switches += ["--skip-tokenizer-init", "--enable-prefix-caching", "--enable-scale-out"]
+    switches += [
+        "--skip-tokenizer-init",
+        "--enable-prefix-caching",
+        "--enable-scale-out",
+        "--disable-uvicorn-access-log",
+    ]
     return [
         sys.executable,
         "-m",

@@ -52,11 +52,12 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the entries of `state_dict`, cut to this history's capacity."""
-        self._entries = {}
-        for task, cluster_id, entries in state["entries"]:
-            for documents, question, answer in entries:
-                self.admit(task, cluster_id, Entry(tuple(documents), question, answer))
+        """Take over the entries of `state_dict`, the newest up to this history's capacity."""
+        self._entries = {
+            (task, cluster_id): tuple(Entry(tuple(d), q, a) for d, q, a in entries[-self.capacity :])
+            for task, cluster_id, entries in state["entries"]
+            if self.capacity > 0
+        }
 
 
 def _same(a: str, b: str) -> bool:

@@ -141,17 +141,11 @@ def _extract_number(text: str) -> str | None:
     text = text.replace("*", "")
     if r"\boxed{" in text:
         answer = _balanced(text.rpartition(r"\boxed{")[2])
-        return None if answer is None else drop_thousands_separators(answer.rstrip("."))
+        return None if answer is None else drop_thousands_separators(answer.rstrip(".,"))
     for phrase in _NUMBER_PHRASES:
         if found := phrase.findall(text):
-            return _tidy_number(found[-1])
+            return drop_thousands_separators(found[-1].rstrip(".,"))
     return None
-
-
-def _tidy_number(text: str) -> str:
-    text = text.rstrip(".,")
-    marks = re.match(r"[^-0-9.,]*", text)[0]
-    return marks + drop_thousands_separators(text[len(marks) :])
 
 
 def _balanced(text: str) -> str | None:

@@ -82,19 +82,20 @@ WELL_FORMED = re.compile(r"-?(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)(?:\
 """A decimal number whose commas, if any, separate thousands."""
 
 _DELETED = re.compile(r"million|billion|thousand|approximately|USD|US|RMB|[£€¥`%$°]")
-_NUMBER = r"[-+]?[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+_NUMBER = r"[-+]?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?"
 _QUANTITY = re.compile(
     rf"(?P<plain>{_NUMBER})"
     rf"|(?P<unit_after>{_NUMBER})(?: [^0-9 ]+|[^0-9]{{1,2}})"
-    rf"|(?:[^0-9 ]+ |[^-+.0-9]{{1,2}})(?P<unit_before>{_NUMBER})"
+    rf"|(?:[^-+0-9 ][^0-9 ]* |[^-+.0-9]{{1,2}})(?P<unit_before>{_NUMBER})"
 )
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?)|(\*\*|[-+*/^()]))")
+_DIGITS = re.compile(r"[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 _OPERATORS = str.maketrans({"−": "-", "×": "*", "·": "*", "÷": "/"})
 
 
 def drop_thousands_separators(text: str) -> str:
-    """Remove commas if they are well-formed thousands separators; otherwise leave the text alone."""
-    return text.replace(",", "") if WELL_FORMED.fullmatch(text.strip()) else text
+    """Remove the commas of every number in which they separate thousands; leave other commas alone."""
+    return _DIGITS.sub(lambda run: run[0].replace(",", "") if WELL_FORMED.fullmatch(run[0]) else run[0], text)
 
 
 def parse_number(text: str) -> float | None:

@@ -84,15 +84,16 @@ def architecture(hf_config: PretrainedConfig) -> Architecture:
         raise UserError(f"Models of type {family!r} are not supported. Supported are {_supported()}.")
     if hf_config.hidden_act != "silu":
         raise UserError(
-            f"config.json has hidden_act {hf_config.hidden_act!r}; only 'silu' (SwiGLU) is supported, which is "
-            f"what every released model of {FAMILIES[family]} uses."
+            f"config.json has hidden_act {hf_config.hidden_act!r}; only 'silu' (SwiGLU) is supported, "
+            f"which is what every released model of {FAMILIES[family]} uses."
         )
     layer_types = getattr(hf_config, "layer_types", None)
     windowed = getattr(hf_config, "use_sliding_window", False)
     if any(kind != "full_attention" for kind in layer_types) if layer_types else windowed:
         raise UserError(
-            "config.json asks for sliding-window attention, which is not supported. Set use_sliding_window to "
-            "false and remove layer_types if the model is to be trained with full attention."
+            "config.json asks for sliding-window attention, which is not supported. Set "
+            "use_sliding_window to false and remove layer_types if the model is to be trained with full "
+            "attention."
         )
     attention_bias = getattr(hf_config, "attention_bias", False)
     experts = hf_config.num_experts if family == "qwen3_moe" else 0
@@ -108,7 +109,8 @@ def architecture(hf_config: PretrainedConfig) -> Architecture:
         hidden=hf_config.hidden_size,
         heads=hf_config.num_attention_heads,
         groups=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        head_dim=getattr(hf_config, "head_dim", None)
+        or hf_config.hidden_size // hf_config.num_attention_heads,
         ffn=hf_config.intermediate_size,
         vocabulary=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,

@@ -101,7 +101,9 @@ class _TreeAttentionOnCpu(torch.autograd.Function):
     [tokens, groups, head_dim]; the result has the shape and type of query."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scale: float):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scale: float
+    ):
         tokens, heads, _ = query.shape
         out = torch.empty_like(query, dtype=torch.float32, memory_format=torch.contiguous_format)
         lse = torch.empty(tokens, heads, dtype=torch.float32)

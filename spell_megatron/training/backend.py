@@ -25,7 +25,7 @@ def initialise(config: Config) -> torch.device:
 
     Ranks and addresses come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...), from `srun` (SLURM_PROCID,
     ...), or, with neither, this is a single process. The default process group is gloo on CPUs and nccl
-    on GPUs.
+    on GPUs; one that exists already is used as it is.
 
     Returns:
         The device that this rank's model and batches live on.
@@ -45,7 +45,8 @@ def initialise(config: Config) -> torch.device:
     else:
         torch.set_num_threads(config.training.threads)
         _redirect_to_cpu()
-    _join(device, rank, world_size)
+    if not dist.is_initialized():
+        _join(device, rank, world_size)
 
     from megatron.core import parallel_state, tensor_parallel
 
@@ -126,16 +127,17 @@ def _check_layout(config: Config, world_size: int) -> None:
     dense = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % dense:
         raise UserError(
-            f"training.parallel needs tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x "
-            f"{parallel.context} = {dense} processes per replica, which does not divide the {world_size} "
-            "trainer processes. Change the layout or the number of processes."
+            f"training.parallel needs tensor x pipeline x context = {parallel.tensor} x "
+            f"{parallel.pipeline} x {parallel.context} = {dense} processes per replica, which does not "
+            f"divide the {world_size} trainer processes. Change the layout or the number of processes."
         )
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
     if world_size % experts:
         raise UserError(
             f"training.parallel needs expert_tensor x expert x pipeline = {parallel.expert_tensor} x "
-            f"{parallel.expert} x {parallel.pipeline} = {experts} processes per replica of the experts, which "
-            f"does not divide the {world_size} trainer processes. Change the layout or the number of processes."
+            f"{parallel.expert} x {parallel.pipeline} = {experts} processes per replica of the experts, "
+            f"which does not divide the {world_size} trainer processes. Change the layout or the number of "
+            "processes."
         )
 
 
@@ -153,13 +155,13 @@ class _NoStream:
     def wait_event(self, event: object) -> None:
         pass
 
-    def record_event(self, event: object = None) -> "_NoEvent":
+    def record_event(self, event: object = None) -> _NoEvent:
         return _NoEvent()
 
     def synchronize(self) -> None:
         pass
 
-    def __enter__(self) -> "_NoStream":
+    def __enter__(self) -> _NoStream:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -239,7 +241,7 @@ def _redirect_to_cpu() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 
-    # torch collects the factories that `with torch.device(...)` diverts on first use; it must find the originals.
+    # torch collects the factories that `with torch.device(...)` diverts on first use: the originals.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -251,15 +253,19 @@ def _redirect_to_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    megatron_random._get_cuda_rng_state = (
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
     )
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
-    mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(
+        mappings._reduce_scatter_along_first_dim
+    )
     _mend_distributed_optimizer()
 
 

@@ -82,10 +82,10 @@ def latest(run_folder: Path) -> Path | None:
 def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer, schedule and random states in place; returns `state`.
 
-    All ranks call it, with a trainer that has not stepped yet. The layout of ranks may differ from the one that saved; then ranks beyond those
-    that saved keep the random states they have. The learning rate, its schedule, weight decay and betas
-    are those of the trainer's configuration. UserError if the checkpoint is incomplete or belongs to
-    another model.
+    All ranks call it, with a trainer that has not stepped yet. The layout of ranks may differ from the
+    one that saved; then ranks beyond those that saved keep the random states they have. The learning
+    rate, its schedule, weight decay and betas are those of the trainer's configuration. UserError if the
+    checkpoint is incomplete or belongs to another model.
     """
     folder = Path(folder)
     _check_complete(folder)
@@ -143,7 +143,12 @@ def _load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
     loaded = dist_checkpointing.load(_sharded_state(trainer, with_optimizer=updates > 0, is_loading=True), str(folder))
     trainer.model.load_state_dict(loaded["model"])
     if updates:
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer = loaded["optimizer"]
+        for part in [optimizer] if "optimizer" in optimizer or "param_groups" in optimizer else optimizer.values():
+            for group in part.get("optimizer", part)["param_groups"]:
+                # Newer versions of Megatron find a group by its rates, which the configuration may change.
+                group.update({name: groups[0][name] for name in ("max_lr", "min_lr")})
+        trainer.optimizer.load_state_dict(optimizer)
         for group, values in zip(trainer.optimizer.param_groups, settings):
             group.update(values)
     else:

@@ -119,7 +119,7 @@ def _transformer_config(
             "moe_router_topk": arch.experts_per_token,
             "moe_ffn_hidden_size": arch.expert_ffn,
             "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
-            # Softmax over all experts followed by renormalisation of the chosen ones is softmax over the chosen.
+            # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
             "moe_router_pre_softmax": not arch.normalise_router,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss else "none",
@@ -158,7 +158,8 @@ def _transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
-        sequence_parallel=parallel.tensor > 1,  # Megatron's mixture of experts needs it with tensor parallelism
+        sequence_parallel=parallel.tensor
+        > 1,  # Megatron's mixture of experts needs it with tensor parallelism
         variable_seq_lengths=parallel.pipeline > 1,  # rows differ in length
         deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",  # checked against variable_seq_lengths for dense models too
@@ -184,7 +185,7 @@ def _layer_spec(
     )
     if not use_te:
         spec.layer_norm = RMSNorm
-    for layer in spec.layer_specs:  # layers of one kind are one object; setting it again does no harm
+    for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # layers of a kind are one object
         _adapt_layer(layer, arch, use_te)
     return spec
 
@@ -201,19 +202,17 @@ def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
         attention.linear_proj = _with_bias(attention.linear_proj)
     if arch.mlp_bias:
         # A ModuleSpec in megatron-core 0.16, a functools.partial in 0.19.
-        feed_forward = parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
+        feed_forward = (
+            parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
+        )
         feed_forward.linear_fc1 = _with_bias(feed_forward.linear_fc1)
         feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
 
 
 def _with_bias(linear: type) -> type:
-    """The layer with a bias. Megatron's `add_bias_linear` gives one to attention and feed-forward together."""
-    if getattr(linear, "always_biased", False):
-        return linear
+    """The layer with a bias; Megatron's `add_bias_linear` gives one to attention and feed-forward at once."""
 
     class Biased(linear):
-        always_biased = True
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "bias": True})
 
@@ -229,30 +228,30 @@ def _check_layout(arch: Architecture, config: Config) -> None:
         )
     if arch.heads % parallel.tensor or (arch.groups % parallel.tensor and parallel.tensor % arch.groups):
         raise UserError(
-            f"training.parallel.tensor = {parallel.tensor} does not divide the model's {arch.heads} attention heads "
-            f"and {arch.groups} key-value heads. Choose a divisor of both."
+            f"training.parallel.tensor = {parallel.tensor} does not divide the model's {arch.heads} "
+            f"attention heads and {arch.groups} key-value heads. Choose a divisor of both."
         )
     if arch.layers % parallel.pipeline:
         raise UserError(
-            f"training.parallel.pipeline = {parallel.pipeline} does not divide the model's {arch.layers} layers. "
-            "Choose a divisor."
+            f"training.parallel.pipeline = {parallel.pipeline} does not divide the model's {arch.layers} "
+            "layers. Choose a divisor."
         )
     if not arch.experts:
         if parallel.expert > 1 or parallel.expert_tensor > 1:
             raise UserError(
-                "training.parallel.expert and expert_tensor are for mixture-of-experts models, and this model is "
-                "dense. Set both to 1."
+                "training.parallel.expert and expert_tensor are for mixture-of-experts models, and this "
+                "model is dense. Set both to 1."
             )
         return
     if arch.experts % parallel.expert:
         raise UserError(
-            f"training.parallel.expert = {parallel.expert} does not divide the model's {arch.experts} experts. "
-            "Choose a divisor."
+            f"training.parallel.expert = {parallel.expert} does not divide the model's {arch.experts} "
+            "experts. Choose a divisor."
         )
     if arch.normalise_router and arch.experts_per_token == 1:
         raise UserError(
-            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight 1 and the "
-            "router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
+            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight "
+            "1 and the router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
         )
     if (
         parallel.tensor > parallel.expert_tensor
@@ -262,6 +261,6 @@ def _check_layout(arch: Architecture, config: Config) -> None:
         raise UserError(
             f"megatron-core {megatron_version} computes wrong gradients for mixture-of-experts models with "
             f"tensor = {parallel.tensor}, expert_tensor = {parallel.expert_tensor} and expert = 1. Set "
-            "training.parallel.expert_tensor to the value of tensor, or expert above 1, or use megatron-core 0.19 "
-            "(Python 3.12)."
+            "training.parallel.expert_tensor to the value of tensor, or expert above 1, or use "
+            "megatron-core 0.19 (Python 3.12)."
         )

@@ -43,8 +43,8 @@ class _Checkpoint:
                 return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self.folder / INDEX} is not an index of safetensors files ({error!r}). Copy it again from "
-                    "where the checkpoint came from."
+                    f"{self.folder / INDEX} is not an index of safetensors files ({error!r}). Copy it "
+                    "again from where the checkpoint came from."
                 ) from error
         if not (self.folder / SINGLE).is_file():
             raise UserError(
@@ -58,13 +58,15 @@ class _Checkpoint:
             path = self.folder / file
             if not path.is_file():
                 raise UserError(
-                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole checkpoint."
+                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole "
+                    "checkpoint."
                 )
             try:
                 self._opened[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy it again."
+                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy "
+                    "it again."
                 ) from error
         return self._opened[file]
 
@@ -79,8 +81,8 @@ class _Checkpoint:
             return self._open(self.files[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(
-                f"{self.folder / INDEX} places {name} in {self.files[name]}, but it is not there ({error}). Copy the "
-                "whole checkpoint."
+                f"{self.folder / INDEX} places {name} in {self.files[name]}, but it is not there "
+                f"({error}). Copy the whole checkpoint."
             ) from error
 
 
@@ -111,12 +113,14 @@ def load_weights(model: torch.nn.Module, hf_config: PretrainedConfig, folder: Pa
 
 def _check(checkpoint: _Checkpoint, hf_config: PretrainedConfig, own: set[str]) -> None:
     """All tensors of the model are there, no others are, and those that this rank reads have their shapes."""
-    shapes = {name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes)}
+    shapes = {
+        name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes)
+    }
     missing = [name for name in shapes if name not in checkpoint.files]
     if missing:
         raise UserError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}. "
-            "Copy the whole checkpoint, or mend config.json."
+            f"{checkpoint.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
+            f"{missing[0]}. Copy the whole checkpoint, or mend config.json."
         )
     ignored = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
     unexpected = [
@@ -126,14 +130,16 @@ def _check(checkpoint: _Checkpoint, hf_config: PretrainedConfig, own: set[str]) 
     ]
     if unexpected:
         raise UserError(
-            f"{checkpoint.folder} holds {len(unexpected)} tensors that its config.json does not explain, such as "
-            f"{unexpected[0]}. The model would not compute what it was trained to; mend config.json."
+            f"{checkpoint.folder} holds {len(unexpected)} tensors that its config.json does not explain, "
+            f"such as {unexpected[0]}. The model would not compute what it was trained to; mend "
+            "config.json."
         )
     for name in sorted(own, key=lambda name: (checkpoint.files[name], name)):
         if checkpoint.shape(name) != shapes[name]:
             raise UserError(
-                f"{name} in {checkpoint.folder / checkpoint.files[name]} has shape {list(checkpoint.shape(name))}; "
-                f"config.json asks for {list(shapes[name])}. Weights and configuration are of different models."
+                f"{name} in {checkpoint.folder / checkpoint.files[name]} has shape "
+                f"{list(checkpoint.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
+                "configuration are of different models."
             )
 
 
@@ -169,8 +175,8 @@ def save_checkpoint(
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
         raise UserError(
-            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. Free some "
-            "space or choose another folder."
+            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. "
+            "Free some space or choose another folder."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

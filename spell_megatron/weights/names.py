@@ -83,7 +83,9 @@ def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
     A tied vocabulary head is not listed: it is the embedding.
     """
     arch = architecture(hf_config)
-    table = {"embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)}
+    table = {
+        "embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)
+    }
     for layer in range(arch.layers):
         table |= _layer_rules(arch, layer)
     table["decoder.final_layernorm.weight"] = _rule("model.norm.weight", (arch.hidden,), Layout.REPLICATED)

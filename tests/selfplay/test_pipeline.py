@@ -275,6 +275,7 @@ def test_history_grows_the_context(prompts):
 def test_too_long_questioner_prompt_loses_documents(prompts):
     sampling = SamplingConfig(max_prompt_tokens=120)
     selfplay = make_selfplay(prompts, kinds=("format",), groups=1, max_rounds=1, sampling=sampling)
+    selfplay.tokenizer.count = lambda text: len(text.encode())
     rollout = roll(selfplay, ScriptedPolicy())
     questions = [s for s in rollout.samples if s.role == "questioner"]
     assert questions and all(len(s.prompt_ids) <= 120 and 1 <= len(s.document_ids) < 5 for s in questions)

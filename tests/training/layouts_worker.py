@@ -65,10 +65,12 @@ def check(folder: str, parallel: dict) -> None:
     assert (error is not None) == parallel_state.is_pipeline_last_stage()
     missing = saved.keys() - set().union(*everyone)
     print("RESULT " + json.dumps([parallel, error, sorted(missing)]), flush=True)
-    backend.shutdown()
+    # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
+    parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         for case in json.load(file):
             check(*case)
+    backend.shutdown()

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spell_megatron.training import attention
 
@@ -52,7 +53,9 @@ def test_equals_dense_attention(depth, small, monkeypatch):
     rng = random.Random(depth)
     worst = 0.0
     for trial in range(6):
-        end = torch.tensor(random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4)))
+        end = torch.tensor(
+            random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4))
+        )
         groups = rng.choice([1, 2, 3])
         heads, dim = groups * rng.choice([1, 2, 4]), rng.choice([8, 20, 32])
         torch.manual_seed(trial)
@@ -109,20 +112,28 @@ def test_rows_in_the_same_memory_are_not_confused():
             del end
 
 
-def test_long_rows_need_no_square_of_memory():
-    """30,000 tokens: one [tokens, tokens] bool mask alone would take 900 MB."""
-    import resource
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns, in the backward pass too."""
 
-    prompt, answer, answers = 26_000, 500, 8
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *(x.numel() for x in tensors)])
+        return out
+
+
+def test_long_rows_need_no_square_of_memory():
+    """No tensor is larger than the inputs, where a mask of the whole row would have 100 million entries."""
+    prompt, answer, answers = 8_000, 250, 8
     end = [prompt + answer * answers] * prompt
     for i in range(answers):
         end += [prompt + answer * (i + 1)] * answer
     tensors = [torch.randn(len(end), n, 8, requires_grad=True) for n in (2, 1, 1)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    attention.tree_attention(*tensors, torch.tensor(end), 1.0).sum().backward()
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{growth:.0f} MB for {len(end)} tokens")
-    assert growth < 100
+    with LargestTensor() as largest:
+        attention.tree_attention(*tensors, torch.tensor(end), 1.0).sum().backward()
+    assert largest.numel == tensors[0].numel()
 
 
 @pytest.mark.parametrize("total", [700, 1024])

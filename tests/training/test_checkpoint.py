@@ -101,11 +101,16 @@ def test_resume_before_the_first_update(distributed, policy, tmp_path):
     assert difference(weights(resumed), weights(plain)) == 0
 
 
-def test_optimizer_settings_come_from_the_configuration(saved, policy):
-    run, _ = saved
-    trainer = make_trainer(make_config(policy, training__optimizer__lr=5e-5))
-    checkpoint.load(checkpoint.latest(run), trainer)
-    assert trainer.update(make_rows())["lr"] == 5e-5
+@pytest.mark.parametrize("distributed", [False, True])
+def test_optimizer_settings_come_from_the_configuration(distributed, policy, tmp_path):
+    config = make_config(policy, training__optimizer__distributed=distributed)
+    trainer = make_trainer(config)
+    trainer.update(make_rows())
+    checkpoint.save(tmp_path, 1, trainer, {})
+    changed = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__lr=5e-5)
+    other = make_trainer(changed)
+    checkpoint.load(checkpoint.latest(tmp_path), other)
+    assert other.update(make_rows())["lr"] == 5e-5
 
 
 def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):

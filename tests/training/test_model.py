@@ -177,7 +177,10 @@ def test_gradient_equals_transformers(name, hf_checkpoint):
             model.decoder.layers[-1].self_attention.linear_proj.weight.grad,
             hf.model.layers[-1].self_attn.o_proj.weight.grad,
         ),
-        "first norm": (model.decoder.layers[0].input_layernorm.weight.grad, hf.model.layers[0].input_layernorm.weight.grad),
+        "first norm": (
+            model.decoder.layers[0].input_layernorm.weight.grad,
+            hf.model.layers[0].input_layernorm.weight.grad,
+        ),
     }
     for what, (got, expected) in pairs.items():
         print(f"{name} {what}: gradient differs by {relative(got, expected):.1e} relative")
@@ -214,12 +217,16 @@ def test_balancing_loss_reaches_only_the_routers_objective(hf_checkpoint):
 
 
 def test_deep_positions_beyond_the_row(hf_checkpoint):
-    """Rotary embedding follows the position ids, however deep: logits equal transformers' at the same depths."""
+    """Rotary embedding follows the position ids, however deep they are."""
     hf, folder = hf_checkpoint("qwen3")
     tokens = torch.arange(20)
     depth = torch.arange(20) + 5000
     with torch.no_grad():
-        error = (logits(load(folder), tokens, depth) - hf(tokens[None], position_ids=depth[None]).logits[0]).abs().max()
+        error = (
+            (logits(load(folder), tokens, depth) - hf(tokens[None], position_ids=depth[None]).logits[0])
+            .abs()
+            .max()
+        )
     print(f"largest logit difference at depth 5000: {error:.1e}")
     assert error <= 1e-4
 
@@ -309,3 +316,21 @@ def test_processes_must_fit_the_layout():
             backend.initialise(config)
     finally:
         backend.initialise(config_for("unused"))
+
+
+def test_ranks_come_from_torchrun_or_srun_or_nowhere(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert backend._ranks() == (0, 1, 0)
+    # In a batch script, outside srun, Slurm announces the job's tasks, but this process is not one of them.
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert backend._ranks() == (0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert backend._ranks() == (3, 4, 1)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert backend._ranks() == (5, 6, 0)

@@ -44,18 +44,21 @@ def test_two_processes_equal_transformers(tmp_path):
         torch.save(tree, tmp_path / name / "tree.pt")
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps([[str(tmp_path / name), parallel] for name, parallel in LAYOUTS]))
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(Path(__file__).with_name("layouts_worker.py")), str(cases)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+    worker = Path(__file__).with_name("layouts_worker.py")
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, cases],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+    try:
+        output, errors = launched.communicate(timeout=240)
+    finally:
+        launched.terminate()  # torchrun then ends its workers
+    assert launched.returncode == 0, errors[-4000:]
     decoder = json.JSONDecoder()
-    results = [decoder.raw_decode(part)[0] for part in run.stdout.split("RESULT ")[1:]]
+    results = [decoder.raw_decode(part)[0] for part in output.split("RESULT ")[1:]]
     assert len(results) == 2 * len(LAYOUTS)
     for parallel, error, missing in results:
         print(parallel, "largest logit difference", error)

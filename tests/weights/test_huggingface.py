@@ -45,7 +45,7 @@ def same(left, right) -> bool:
 
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
-    """Hugging Face -> Megatron -> Hugging Face: equal bits under equal names, and transformers loads the result."""
+    """Hugging Face -> Megatron -> Hugging Face: equal bits and names, and transformers loads it."""
     hf, folder = hf_checkpoint(case)
     model, hf_config = loaded(folder)
     stream = dict(export(model, hf_config))
@@ -74,14 +74,20 @@ def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3")
     source = tmp_path / "source"
     shutil.copytree(folder, source)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "modeling.py"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "modeling.py",
+    ):
         (source / name).write_text("{}")
     model, hf_config = loaded(source, "bfloat16")
     save_checkpoint(export(model, hf_config), source, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "tokenizer.model",
-    }  # fmt: skip
+        *("model.safetensors", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
+    }
     assert load_hf_config(tmp_path / "out").dtype == torch.bfloat16
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -205,7 +211,9 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
     assert len(list(sharded.glob("*.safetensors"))) == 7
     assert "model-00002-of-00007.safetensors" in damaged(sharded, tmp_path / "a", unlink)
     assert "model.norm.weight" in damaged(sharded, tmp_path / "b", misplace)
-    assert "not an index" in damaged(sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{"))
+    assert "not an index" in damaged(
+        sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{")
+    )
 
 
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):

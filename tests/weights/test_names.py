@@ -22,7 +22,7 @@ def test_rules_name_every_tensor_of_the_checkpoint(case, hf_checkpoint):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("case", ["llama-all-biases", "qwen2", "qwen3-moe-some-dense-layers"])
 def test_shards_make_the_whole_again(case, size, hf_checkpoint):
-    """Bit by bit, with a vocabulary (131) that the size does not divide, and for 4 ranks with 1 or 2 groups."""
+    """Bit by bit, with a vocabulary (131) that the size does not divide, and with fewer groups than ranks."""
     hf, _ = hf_checkpoint(case)
     generator = torch.Generator().manual_seed(0)
     for name, rule in rules(hf.config).items():
@@ -52,7 +52,10 @@ def test_shards_compute_the_same_projection():
     "local, expected",
     [
         ("decoder.layers.1.input_layernorm.weight", "decoder.layers.11.input_layernorm.weight"),
-        ("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.10.input_layernorm.weight"),
+        (
+            "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+            "decoder.layers.10.input_layernorm.weight",
+        ),
         ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.10.pre_mlp_layernorm.weight"),
         (
             "decoder.layers.2.mlp.experts.linear_fc1.weight3",

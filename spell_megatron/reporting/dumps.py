@@ -1,0 +1,79 @@
+"""What the policy wrote in a step, for people to read: one file per step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from spell_megatron.selfplay.batch import Sample
+
+
+def write_dump(
+    samples: Iterable[Sample], folder: Path, step: int, format: Literal["none", "jsonl", "parquet"]
+) -> Path | None:
+    """Write the samples of a step to `folder/step_000012.jsonl` (or .parquet), one row each.
+
+    The file appears when it is complete and replaces an earlier one of the same step. Token ids and
+    log-probabilities are left out; their numbers are there. Returns the file, None for format `none`.
+    """
+    if format == "none":
+        return None
+    rows = [_row(step, sample) for sample in samples]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:06d}.{format}"
+    beside = path.with_name(path.name + ".tmp")
+    if format == "jsonl":
+        with beside.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    else:
+        _write_parquet(rows, beside)
+    os.replace(beside, path)
+    return path
+
+
+def _row(step: int, sample: Sample) -> dict[str, Any]:
+    return {
+        "step": step,
+        "uid": sample.uid,
+        "group": sample.group,
+        "role": sample.role,
+        "task": sample.task,
+        "kind": sample.kind,
+        "reward": float(sample.reward),
+        "advantage": float(sample.advantage),
+        "reference": _text(sample.reference),
+        "prediction": _text(sample.prediction),
+        "rule_score": None if sample.rule_score is None else float(sample.rule_score),
+        "verdict": None if sample.verdict is None else float(sample.verdict),
+        "output": _text(sample.response),
+        "prompt": _text(sample.prompt),
+        "cluster_id": _text(sample.cluster_id),
+        "document_ids": [_text(document) for document in sample.document_ids],
+        "prompt_tokens": len(sample.prompt_ids),
+        "response_tokens": len(sample.response_ids),
+        "truncated": sample.truncated,
+        "weight_version": sample.weight_version,
+    }
+
+
+def _text(text: str | None) -> str | None:
+    """JSON that a model wrote can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = dict.fromkeys(("step", "prompt_tokens", "response_tokens"), pa.int64())
+    real = dict.fromkeys(("reward", "advantage", "rule_score", "verdict"), pa.float64())
+    other = {"document_ids": pa.list_(pa.string()), "truncated": pa.bool_()}
+    types = {**whole, **real, **other}
+    empty = Sample("", "", "responder", "", "good", "", [], [], [], "", 0.0)
+    # an explicit schema: a column that is empty in this step must have the type it has in the others
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in _row(0, empty)])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

@@ -1,0 +1,72 @@
+"""The vectors tool on vectors of our own (tests/data/vectors.json), and on vectors that must fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VECTORS = ROOT / "tests" / "data" / "vectors.json"
+
+
+def run(path):
+    command = [sys.executable, str(ROOT / "tools" / "check_vectors.py"), str(path)]
+    return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+
+
+def test_no_vector_fails():
+    result = run(VECTORS)
+    assert result.returncode == 0, result.stdout + result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last == "64 passed, 0 failed, 22 decided otherwise"
+    assert len(json.loads(VECTORS.read_text())) == 64 + 22
+
+
+def test_only_marked_vectors_are_decided_otherwise(tmp_path):
+    """Without the marked cases, only the list of docmath.normalize is left to our own decision."""
+    cases = [case for case in json.loads(VECTORS.read_text()) if "[ref-quirk]" not in case["note"]]
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(cases))
+    assert run(path).stdout.splitlines()[-1] == f"{len(cases) - 1} passed, 0 failed, 1 decided otherwise"
+
+
+def wrong(expected):
+    """A result that is certainly not the expected one."""
+    if isinstance(expected, dict):
+        return {**expected, next(iter(expected)): "wrong"} if expected else {"wrong": 1}
+    return "wrong"
+
+
+def test_wrong_expectations_fail(tmp_path):
+    """Every function notices a wrong expectation, unless its decided result ignores the reference's."""
+    cases = [case for case in json.loads(VECTORS.read_text()) if "[ref-quirk]" not in case["note"]]
+    unheeded = ("verifier.", "responder.combine", "eval.judge_parse", "docmath.normalize", "batch_composition")
+    cases = [{**c, "expected": wrong(c["expected"])} for c in cases if not c["function"].startswith(unheeded)]
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(cases))
+    result = run(path)
+    assert result.returncode == 1
+    assert result.stdout.count("FAILED") >= 0.9 * len(cases)
+
+
+def test_unknown_functions_fail_and_unreadable_files_are_reported(tmp_path):
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps([{"function": "no.such", "input": {}, "expected": 1, "note": ""}]))
+    assert run(path).stdout.splitlines()[-1] == "0 passed, 1 failed, 0 decided otherwise"
+    path.write_text("{")
+    result = run(path)
+    assert result.returncode == 2 and "cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["pipeline", "parsing", "documents", "prompts", "batch"])
+def test_the_algorithm_imports_no_model_library(module):
+    code = (
+        f"import sys, spell_megatron.selfplay.{module}\n"
+        "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    assert result.stdout.strip() == "[]"

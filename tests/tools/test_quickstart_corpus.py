@@ -1,0 +1,258 @@
+"""The quick start's corpus, prompts, tokenizer and policy."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import fictional_world as world  # noqa: E402
+import make_quickstart_corpus as corpus  # noqa: E402
+import make_seed_policy as seed_policy  # noqa: E402
+
+from spell_megatron.evaluation.heldout import load_questions  # noqa: E402
+from spell_megatron.rollout.tokenizer import PolicyTokenizer  # noqa: E402
+from spell_megatron.selfplay.documents import load_clusters  # noqa: E402
+from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict  # noqa: E402
+from spell_megatron.selfplay.prompts import PromptSet  # noqa: E402
+from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
+
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+# A reader of its own, which knows the sentences and not the generator: relation, sentence, question. In a
+# question X is the subject, which may be a phrase such as "the mayor of Lepoburg".
+SENTENCES = [
+    ("country", r"(\w+) is a city in (\w+)", r"In which country is (.+)\?"),
+    ("mayor", r"The mayor of (\w+) is (\w+)", r"Who is the mayor of (.+)\?"),
+    ("founded", r"(\w+) was founded in (\w+)", r"When was (.+) founded\?"),
+    ("bridges", r"(\w+) has (\w+) bridges", r"How many bridges does (.+) have\?"),
+    ("parks", r"(\w+) has (\w+) parks", r"How many parks does (.+) have\?"),
+    ("seat", r"(\w+) is a company based in (\w+)", r"In which city is (.+) based\?"),
+    ("head", r"The head of (\w+) is (\w+)", r"Who is the head of (.+)\?"),
+    ("makes", r"(\w+) makes (\w+)", r"What does (.+) make\?"),
+    ("workers", r"(\w+) employs (\w+) workers", r"How many workers does (.+) employ\?"),
+    ("ships", r"(\w+) owns (\w+) ships", r"How many ships does (.+) own\?"),
+    ("home", r"(\w+) lives in (\w+)", r"In which city does (.+) live\?"),
+    ("job", r"(\w+) works as a (\w+)", r"What is the job of (.+)\?"),
+    ("born", r"(\w+) was born in (\w+)", r"When was (.+) born\?"),
+    ("medals", r"(\w+) won (\w+) medals", r"How many medals did (.+) win\?"),
+    ("books", r"(\w+) wrote (\w+) books", r"How many books did (.+) write\?"),
+]
+PHRASES = [
+    ("mayor", r"the mayor of (\w+)"),
+    ("head", r"the head of (\w+)"),
+    ("seat", r"the city where (\w+) is based"),
+    ("home", r"the city where (\w+) lives"),
+]
+
+
+def read(documents: list[str]) -> dict[tuple[str, str], str]:
+    """(relation, subject) -> value, out of plain text; every sentence must be understood, and none contradict."""
+    facts: dict[tuple[str, str], str] = {}
+    for document in documents:
+        for sentence in document.removesuffix(".").split(". "):
+            found = [(relation, re.fullmatch(pattern, sentence)) for relation, pattern, _ in SENTENCES]
+            ((relation, match),) = [(relation, match) for relation, match in found if match]
+            assert facts.setdefault((relation, match[1]), match[2]) == match[2]
+    return facts
+
+
+def answers(question: str, documents: list[str]) -> set[str]:
+    """All answers that the documents give to a question."""
+    facts = read(documents)
+    results = set()
+    for relation, _, pattern in SENTENCES:
+        if match := re.fullmatch(pattern, question):
+            subjects = {match[1]}
+            for link, phrase in PHRASES:
+                if inner := re.fullmatch(phrase, match[1]):
+                    subjects.add(facts.get((link, inner[1]), ""))
+            results |= {facts[relation, subject] for subject in subjects if (relation, subject) in facts}
+    return results
+
+
+def test_generated_answers_are_the_only_ones_in_the_text():
+    rng = random.Random(3)
+    hops = {1: 0, 2: 0}
+    for _ in range(300):
+        cluster = world.make_cluster(rng, rng.randint(1, 7))
+        facts = world.questions(cluster)
+        assert len({fact.text for fact in facts}) == len(facts)
+        for fact in facts:
+            assert answers(fact.text, [entity.text for entity in cluster]) == {fact.answer}
+            # The documents named are enough, and of two none can be spared.
+            needed = [entity.text for entity in cluster if entity.name in fact.documents]
+            assert answers(fact.text, needed) == {fact.answer}
+            if len(needed) == 2:
+                assert not any(answers(fact.text, [document]) for document in needed)
+            hops[len(needed)] += 1
+    assert min(hops.values()) > 1000
+
+
+def test_heldout_answers_are_right():
+    for line in load_questions(QUICKSTART / "heldout.jsonl"):
+        assert answers(line.question, list(line.documents)) == {line.answer}
+
+
+def test_no_wrong_value_passes_the_rule():
+    """Values of different kinds too, because a policy may answer with any."""
+    values = [value for pool in world.VALUES.values() for value in pool]
+    assert len(set(values)) == len(values)
+    for reference in values:
+        matches = [v for v in values if rule_score(world.GENERAL, v, reference)]
+        assert matches == [reference]
+    numbers = world.VALUES["number"]
+    for reference in numbers:
+        assert [n for n in numbers if rule_score(world.MATH, n, reference)] == [reference]
+
+
+def test_wrong_answers_are_wrong_and_of_the_same_kind():
+    rng = random.Random(5)
+    facts = world.questions(world.make_cluster(rng, 6))
+    for fact in facts * 20:
+        wrong = world.wrong_answer(rng, facts, fact)
+        assert wrong != fact.answer and wrong in world.VALUES[fact.values]
+
+
+def test_committed_corpus_is_what_the_script_writes(tmp_path):
+    corpus.write_corpus(tmp_path, clusters=2000, heldout=500)
+    for name in ("documents.parquet", "heldout.jsonl"):
+        if name.endswith("parquet"):  # the bytes depend on the version of pyarrow, the rows do not
+            assert pq.read_table(tmp_path / name).equals(pq.read_table(QUICKSTART / name))
+        else:
+            assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes()
+
+
+def test_corpus_loads_and_heldout_documents_are_unseen():
+    clusters = load_clusters(QUICKSTART / "documents.parquet")
+    assert len(clusters) == 2000
+    assert {cluster.source for cluster in clusters} == {"fiction"}
+    assert {len(cluster.documents) for cluster in clusters} == {5, 6, 7}
+    documents = [document for cluster in clusters for document in cluster.documents]
+    assert len(set(documents)) == len(documents)
+    assert not any(number == "0" for document in documents for number in re.findall(r"\d+", document))
+
+    questions = load_questions(QUICKSTART / "heldout.jsonl")
+    assert len(questions) == 500
+    assert not {d for question in questions for d in question.documents} & set(documents)
+    tasks = [question.task for question in questions]
+    assert tasks.count(world.GENERAL) == tasks.count(world.MATH) == 250
+    two_hops = sum(any(re.search(phrase, q.question.partition(" ")[2][6:]) for _, phrase in PHRASES)
+                   for q in questions)
+    assert 100 < two_hops < 300
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> seed_policy.Codec:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    seed_policy.make_tokenizer(folder)
+    return seed_policy.Codec(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(codec) -> seed_policy.Teacher:
+    return seed_policy.Teacher(codec, PromptSet.load("compact"), "test")
+
+
+def test_tokenizer_is_the_committed_one_and_agrees_with_sentencepiece(codec):
+    committed = PolicyTokenizer(QUICKSTART / "policy")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(QUICKSTART / "policy" / "tokenizer.model"))
+    assert committed.vocab_size == codec.size == model.vocab_size()
+    prompts = PromptSet.load("compact")
+    for question in load_questions(QUICKSTART / "heldout.jsonl", limit=50):
+        text = prompts.responder(question.task, question.question, question.documents)
+        ids = committed.prompt_ids(text)
+        assert ids == codec.prompt(text) == [seed_policy.BOS, *model.encode(text)]
+        assert seed_policy.UNKNOWN not in ids
+        assert committed.decode(ids) == " ".join(text.split())
+    for text in ("Plain words: 3 + 4 = 7!", "a\n\n b\tc", "<doc>x", '{"question": " x"}', "caf\u00e9"):
+        assert committed.prompt_ids(text) == [seed_policy.BOS, *model.encode(text)]
+
+
+def test_every_value_is_one_piece(codec):
+    assert all(codec.count(value) == 1 for pool in world.VALUES.values() for value in pool)
+
+
+def test_lessons_satisfy_the_parsers(codec, teacher):
+    rng = random.Random(0)
+    for fact in world.questions(world.make_cluster(rng, 6)):
+        text = codec.decode(codec.output(seed_policy.question_text(fact)))
+        question = parse_question(fact.task, text, False, codec.count, 40)
+        assert isinstance(question, Question) and question.text.strip() == fact.text
+        assert rule_score(fact.task, fact.answer, question.reference)
+        answer = codec.decode(codec.output(seed_policy.answer_text(fact.task, fact.answer)))
+        assert rule_score(fact.task, parse_answer(fact.task, answer, False), fact.answer)
+    for right in (True, False):
+        assert parse_verdict(codec.decode(codec.output(seed_policy.verdict_text(right))), False) == right
+
+
+def test_lessons_never_ask_what_the_history_holds(codec, teacher):
+    histories = 0
+    for _ in range(200):
+        entities, facts = teacher.cluster(3, 6)
+        example = teacher.questioner(entities, facts)
+        prompt = codec.decode(example.prompt)
+        histories += "<example>" in prompt
+        asked = json.loads(codec.decode(example.output))["question"].strip()
+        assert asked not in prompt
+    assert histories > 50
+
+
+def test_packed_rows_give_the_logits_of_separate_sequences(teacher):
+    """Largest difference measured: 2e-6, for logits of size 1."""
+    torch.manual_seed(0)
+    model = seed_policy.make_model(teacher.codec.size).eval()
+    rows = [teacher.row(1, 2), teacher.row(4, 5)]
+    batch = seed_policy.pack(rows)
+    compared = 0
+    with torch.no_grad():
+        packed = model(input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask).logits
+        for i, examples in enumerate(rows):
+            used = batch.weights[i] > 0
+            logits, targets = packed[i][used], batch.targets[i][used].tolist()
+            start = 0
+            for example in examples:
+                n = len(example.output)
+                alone = model(torch.tensor([example.prompt + example.output])).logits[0]
+                expected = alone[len(example.prompt) - 1:-1]
+                assert targets[start:start + n] == example.output
+                torch.testing.assert_close(logits[start:start + n], expected, atol=2e-5, rtol=0)
+                start += n
+            assert start == len(targets)
+            compared += start
+    assert compared > 200
+    assert (batch.keys > 0).sum() == sum(e.role != "cloze" for row in rows for e in row)
+
+
+def test_committed_policy_follows_its_formats():
+    """Format only; `make_seed_policy.py --check-only` measures what it can do."""
+    folder = QUICKSTART / "policy"
+    codec, prompts = seed_policy.Codec(folder), PromptSet.load("compact")
+    model = seed_policy.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == codec.size
+    assert codec.policy.eos_ids == {seed_policy.EOS} == {model.generation_config.eos_token_id}
+    rows = load_questions(QUICKSTART / "heldout.jsonl", limit=40)
+    ids = [codec.prompt(prompts.responder(row.task, row.question, row.documents)) for row in rows]
+    predictions = [parse_answer(row.task, codec.decode(response), False)
+                   for row, response in zip(rows, seed_policy.sample(model, ids, 16, 0.0))]
+    hits = sum(rule_score(row.task, prediction, row.answer) for row, prediction in zip(rows, predictions))
+    assert None not in predictions
+    assert 12 <= hits <= 36  # reads, and has something to learn
+    ids = [codec.prompt(prompts.questioner(row.task, row.documents[:3], [], None)) for row in rows]
+    asked = [parse_question(row.task, codec.decode(response), False, codec.count, 40)
+             for row, response in zip(rows, seed_policy.sample(model, ids, 64, 0.0))]
+    assert sum(isinstance(question, Question) for question in asked) >= 36
+
+
+def test_committed_files_are_small():
+    assert sum(path.stat().st_size for path in QUICKSTART.rglob("*") if path.is_file()) < 20e6
