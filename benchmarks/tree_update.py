@@ -37,13 +37,28 @@ GOALS = {"response logits": 5.5, "all logits": 8.0, "SPELL reference": 12.0}
 
 
 def hf_config(moe: bool):
-    common = dict(vocab_size=VOCAB, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, head_dim=32,
-                  num_key_value_heads=2, intermediate_size=768, max_position_embeddings=4096,
-                  tie_word_embeddings=False)
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        head_dim=32,
+        num_key_value_heads=2,
+        intermediate_size=768,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
     if not moe:
         return transformers.Qwen3Config(**common)
-    return transformers.Qwen3MoeConfig(**common, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=384,
-                                       norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1)
+    return transformers.Qwen3MoeConfig(
+        **common,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=384,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+        decoder_sparse_step=1,
+    )
 
 
 def unshared(rows, numbers):
@@ -53,8 +68,17 @@ def unshared(rows, numbers):
     parts, start = [], 0
     for number in numbers:
         (tree,) = pack([rows[number]], 1)
-        parts.append((tree.tokens, tree.position_ids, tree.end + start, tree.source + start, tree.target,
-                      np.full_like(tree.row, number), tree.offset))
+        parts.append(
+            (
+                tree.tokens,
+                tree.position_ids,
+                tree.end + start,
+                tree.source + start,
+                tree.target,
+                np.full_like(tree.row, number),
+                tree.offset,
+            )
+        )
         start += len(tree.tokens)
     return Tree(*(np.concatenate(column) for column in zip(*parts)))
 
@@ -86,9 +110,16 @@ def measure(moe: bool, groups: int, rounds: int, config: Config) -> dict[str, fl
     trainer = module.Trainer(config, hf_config(moe), model)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, VOCAB, (groups, PROMPT))
-    rows = [Row(np.concatenate([prompt, rng.integers(0, VOCAB, RESPONSE)]), PROMPT,
-                np.full(RESPONSE, rng.normal(), np.float32), np.zeros(RESPONSE, np.float32))
-            for prompt in prompts for _ in range(GROUP)]
+    rows = [
+        Row(
+            np.concatenate([prompt, rng.integers(0, VOCAB, RESPONSE)]),
+            PROMPT,
+            np.full(RESPONSE, rng.normal(), np.float32),
+            np.zeros(RESPONSE, np.float32),
+        )
+        for prompt in prompts
+        for _ in range(GROUP)
+    ]
     packed = [unshared(rows, range(first, first + GROUP)) for first in range(0, len(rows), GROUP)]
     project = module.plan, module.token_logprobs
 
@@ -100,9 +131,9 @@ def measure(moe: bool, groups: int, rounds: int, config: Config) -> dict[str, fl
             module.token_logprobs = plain_logprobs(way != "response logits")
         start = time.process_time()
         if way == "SPELL reference":
-            for tree in packed * 2:                    # the old policy, the reference policy
+            for tree in packed * 2:  # the old policy, the reference policy
                 with torch.no_grad():
-                    hidden, loss = trainer._forward(rows, iter([tree]), model)
+                    hidden, loss = trainer._forward(module._ResponseValues(rows), iter([tree]), model)
                     loss(hidden)
         norm = trainer.update(rows)["grad_norm"]
         return time.process_time() - start, norm
@@ -110,7 +141,7 @@ def measure(moe: bool, groups: int, rounds: int, config: Config) -> dict[str, fl
     ways = ["tree", *GOALS]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     norms = []
-    for way in ways:                                  # also warms up
+    for way in ways:  # also warms up
         norms.append(update(way)[1])
         model.load_state_dict(before, strict=False)
     assert max(norms) / min(norms) - 1 < 1e-4, f"the ways disagree in the gradient norm: {norms}"
@@ -123,18 +154,25 @@ def measure(moe: bool, groups: int, rounds: int, config: Config) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds (under two minutes)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    config = Config(model={"path": Path("."), "dtype": "float32"}, data={"documents": Path(".")},
-                    run={"device": "cpu"}, training={
-                        "threads": options.threads, "tokens_per_microbatch": PROMPT + GROUP * RESPONSE})
+    config = Config(
+        model={"path": Path("."), "dtype": "float32"},
+        data={"documents": Path(".")},
+        run={"device": "cpu"},
+        training={"threads": options.threads, "tokens_per_microbatch": PROMPT + GROUP * RESPONSE},
+    )
     backend.initialise(config)
     figures, holds = {}, True
     groups, rounds, kinds = (2, 1, ["dense"]) if options.quick else (4, 3, ["dense", "moe"])
-    print(f"{groups} groups of {GROUP} responses of {RESPONSE} tokens to a prompt of {PROMPT}; tokens "
-          f"{GROUP * (PROMPT + RESPONSE) / (PROMPT + GROUP * RESPONSE):.2f} to 1; {options.threads} thread(s)")
+    print(
+        f"{groups} groups of {GROUP} responses of {RESPONSE} tokens to a prompt of {PROMPT}; tokens "
+        f"{GROUP * (PROMPT + RESPONSE) / (PROMPT + GROUP * RESPONSE):.2f} to 1; {options.threads} thread(s)"
+    )
     for kind in kinds:
         seconds = measure(kind == "moe", groups, rounds, config)
         for way, value in seconds.items():

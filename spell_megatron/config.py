@@ -78,7 +78,7 @@ class QuestionerConfig(Section):
     history_low: float = 0.0
     """A question enters the history only if its mean responder reward is above this."""
     history_high: float = 1.0
-    """... and below this (the paper's 0 < mean < 1; the released code also admits 1)."""
+    """... and below this: the paper's 0 < mean < 1. The released code also admits 1: set 1.01 for that."""
     max_reference_tokens: int = Field(40, ge=1)
     """General-QA references longer than this many tokens are dropped."""
     reward: Literal["gaussian", "azr", "r_zero"] = "gaussian"
@@ -109,6 +109,8 @@ class GroundingConfig(Section):
 class VerifierConfig(Section):
     enabled: bool = True
     """Judge answers by the policy itself; off: rule rewards only."""
+    votes: int | None = Field(None, ge=1)
+    """Judgments per answer; default: selfplay.group_size. 1 is the paper's ablation without a vote."""
     agreement_low: float = 0.51
     """Verifier groups are trained on if the share of valid votes for the majority is at least this"""
     agreement_high: float = 0.99
@@ -127,7 +129,7 @@ class SelfPlayConfig(Section):
     groups: int = Field(128, ge=1)
     """N: question groups with mixed outcomes per update."""
     group_size: int = Field(8, ge=2)
-    """G: answers per question, and judgments per answer."""
+    """G: answers per question, and (unless verifier.votes says otherwise) judgments per answer."""
     clusters_per_round: int = Field(480, ge=1)
     """Clusters drawn at a time by the sampler; shares of the tasks hold within a round."""
     max_rounds: int = Field(10, ge=1)
@@ -138,7 +140,12 @@ class SelfPlayConfig(Section):
     grounding: GroundingConfig = GroundingConfig()
     verifier: VerifierConfig = VerifierConfig()
     shuffle_rewards: bool = False
-    """Control experiment: permute the responder rewards of all groups before the update."""
+    """Control experiment: permute the advantages among the rows of each role before the update."""
+
+    @property
+    def votes(self) -> int:
+        """Judgments per answer."""
+        return self.verifier.votes or self.group_size
 
 
 class SamplingConfig(Section):
@@ -287,7 +294,7 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with one setting, or with several that do not fit together."""
+    """Something wrong with one setting, or with several that do not fit together. `str` gives one line."""
 
     keys: tuple[str, ...]
     """Dotted keys; the first one heads the line."""
@@ -295,7 +302,8 @@ class Fault:
     """What is wrong, and the remedy."""
 
     def __str__(self) -> str:
-        return f"{self.keys[0]}: {self.message}" if self.keys else self.message
+        line = f"{self.keys[0]}: {' '.join(self.message.split())}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def raise_faults(faults: Sequence[Fault], where: str) -> None:

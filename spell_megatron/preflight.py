@@ -179,8 +179,10 @@ class _Preflight:
         from spell_megatron.rollout.tokenizer import PolicyTokenizer
         from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
 
-        tokenizer = self.attempt("model.path", lambda: PolicyTokenizer(path))
         hf_config = self.attempt("model.path", lambda: load_hf_config(path))
+        tokenizer = None
+        if hf_config is not None or not (path / "config.json").exists():  # it reads that file too
+            tokenizer = self.attempt("model.path", lambda: PolicyTokenizer(path))
         if hf_config is None:
             return
         self.attempt("model.path", lambda: rotary_frequencies(hf_config))
@@ -225,7 +227,7 @@ class _Preflight:
                 )
 
         divides("training.parallel.tensor", parallel.tensor, arch.heads, "attention heads")
-        if arch.groups % parallel.tensor and parallel.tensor % arch.groups:
+        if not arch.heads % parallel.tensor and arch.groups % parallel.tensor and parallel.tensor % arch.groups:
             divides("training.parallel.tensor", parallel.tensor, arch.groups, "key-value heads")
         divides("training.parallel.pipeline", parallel.pipeline, arch.layers, "layers")
         if not servers.urls:

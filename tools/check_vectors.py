@@ -74,7 +74,7 @@ MARKS = "£€¥`%$°"
 
 
 def arithmetic(text: str) -> float | None:
-    """Value of the text as Python arithmetic on real numbers. Raises SyntaxError if it is no Python at all."""
+    """Value of the text as Python arithmetic on real numbers. SyntaxError if it is no Python at all."""
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.Expression):
@@ -159,7 +159,12 @@ def is_real(value: Any) -> bool:
 
 def decide_number(input: dict, expected: Any) -> Any:
     text = input["text"]
-    if is_real(expected) and expected != UNPARSABLE and not is_code(text) and not re.search(r"(?<!10)\^", text):
+    if (
+        is_real(expected)
+        and expected != UNPARSABLE
+        and not is_code(text)
+        and not re.search(r"(?<!10)\^", text)
+    ):
         return expected
     value = decided_number(text)
     return UNPARSABLE if value is None else value
@@ -181,7 +186,10 @@ def numbers_agree(a: float, b: float) -> bool:
     """The comparison of spell-algorithm section 4.1.3 in exact fractions."""
     p, gt = Fraction(a), Fraction(b)
     large, small, tolerance = max(abs(p), abs(gt)), min(abs(p), abs(gt)), Fraction("0.0015")
-    if any(small <= 2 * large / s and abs(small * s - large) <= tolerance * large for s in (100, 10**3, 10**6, 10**9)):
+    if any(
+        small <= 2 * large / s and abs(small * s - large) <= tolerance * large
+        for s in (100, 10**3, 10**6, 10**9)
+    ):
         return p * gt >= 0
     if math.ceil(1000 * small) == math.ceil(1000 * large):
         return p * gt >= 0
@@ -430,7 +438,9 @@ def decide_number_record(input: dict, expected: Any) -> Any:
     answer = record.get("answer")
     if isinstance(answer, bool) or is_blank(record.get("question")) or expected == -1:
         return -1
-    plain = isinstance(expected, dict) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", expected.get("ground_truth", ""))
+    plain = isinstance(expected, dict) and re.fullmatch(
+        r"-?[0-9]+(\.[0-9]+)?", expected.get("ground_truth", "")
+    )
     if plain and not is_code(str(answer)) and not re.search("[0-9][eE,^][0-9]", str(answer)):
         return expected
     value = decided_number(str(answer))
@@ -438,7 +448,10 @@ def decide_number_record(input: dict, expected: Any) -> Any:
         value = decided_number(found[-1])
     if not value:  # zero or no number
         return 0
-    return {"question": record["question"], "ground_truth": format(Decimal(repr(value)), "f").removesuffix(".0")}
+    return {
+        "question": record["question"],
+        "ground_truth": format(Decimal(repr(value)), "f").removesuffix(".0"),
+    }
 
 
 @function("questioner.parse.doc_general_qa", decide_text_record)
@@ -474,7 +487,9 @@ def _(input: dict) -> Any:
     contains = {
         "question": input["record"]["question"] in question.text,
         "labelled_options_in_order": -1 not in places and places == sorted(places),
-        "extra_options_dropped": not any(f"({letter})" in question.text for letter in set(options) - set("ABCD")),
+        "extra_options_dropped": not any(
+            f"({letter})" in question.text for letter in set(options) - set("ABCD")
+        ),
     }
     return {"ground_truth": question.reference, "formatted_question_contains": contains}
 
@@ -641,11 +656,22 @@ def _(input: dict) -> Any:
     }
 
 
-def sample(uid: str, role: str, task: str, kind: str = "good", reward: float = 0.0, group: str = "") -> batch.Sample:
+def sample(
+    uid: str, role: str, task: str, kind: str = "good", reward: float = 0.0, group: str = ""
+) -> batch.Sample:
     return batch.Sample(
-        uid=uid, group=group or uid, role=role, task=task, kind=kind, cluster_id=uid, prompt_ids=[], response_ids=[],
-        logprobs=[], weight_version="0", reward=reward,
-    )  # fmt: skip
+        uid=uid,
+        group=group or uid,
+        role=role,
+        task=task,
+        kind=kind,
+        cluster_id=uid,
+        prompt_ids=[],
+        response_ids=[],
+        logprobs=[],
+        weight_version="0",
+        reward=reward,
+    )
 
 
 def merged_kinds(input: dict, result: dict) -> dict:
@@ -692,9 +718,11 @@ def decide_batch(input: dict, expected: dict) -> dict:
 def run_batch(input: dict) -> dict:
     n = input["n"]
     config = SelfPlayConfig(
-        groups=input["batch"], group_size=n, negatives_per_positive=input.get("bad_ratio", 1),
+        groups=input["batch"],
+        group_size=n,
+        negatives_per_positive=input.get("bad_ratio", 1),
         verifier=VerifierConfig(share=input.get("verifier_ratio", 0.125)),
-    )  # fmt: skip
+    )
     groups = []
     for task, count in input["good_per_task"].items():
         for i in range(count):
@@ -706,7 +734,10 @@ def run_batch(input: dict) -> dict:
         for key, count in input["bad"].items()
         for i in range(count)
     ]
-    judgments = [[sample(f"v{i}", "verifier", "t") for _ in range(n)] for i in range(input["verifier_groups_available"])]
+    judgments = [
+        [sample(f"v{i}", "verifier", "t") for _ in range(n)]
+        for i in range(input["verifier_groups_available"])
+    ]
     rows = batch.compose(groups, negatives, judgments, config, random.Random(0))
     return {
         "ready": len(groups) >= config.groups,
@@ -728,7 +759,11 @@ function("batch_composition", decide_batch)(run_batch)
 def row_rewards(input: dict) -> list[float]:
     """Rewards of rows: given for responder and verifier, the mapped ones for the questioner."""
     config = QuestionerConfig(reward=REWARDS[input["questioner_reward"]])
-    penalties = {"bad_format": config.bad_format_reward, "bad_ground": config.ungrounded_reward, "zero_variance": 0.0}
+    penalties = {
+        "bad_format": config.bad_format_reward,
+        "bad_ground": config.ungrounded_reward,
+        "zero_variance": 0.0,
+    }
     result = []
     for row in input["rows"]:
         if row["role"] != "questioner":
@@ -736,7 +771,9 @@ def row_rewards(input: dict) -> list[float]:
         elif row["type"] in penalties:
             result.append(penalties[row["type"]])
         else:
-            answers = [r["score"] for r in input["rows"] if r["uid"] == row["uid"] and r["role"] == "responder"]
+            answers = [
+                r["score"] for r in input["rows"] if r["uid"] == row["uid"] and r["role"] == "responder"
+            ]
             result.append(rewards.questioner_reward(mean(answers), config))
     return result
 
@@ -776,7 +813,9 @@ def _(input: dict) -> Any:
 def _(input: dict) -> Any:
     eos = {input["eos"]} if isinstance(input["eos"], int) else set(input["eos"])
     lengths = [batch.response_length(ids, eos) for ids in input["response_ids"]]
-    return [[int(i < n) for i in range(len(ids))] for n, ids in zip(lengths, input["response_ids"], strict=True)]
+    return [
+        [int(i < n) for i in range(len(ids))] for n, ids in zip(lengths, input["response_ids"], strict=True)
+    ]
 
 
 @function("agg_loss")
@@ -798,7 +837,10 @@ def _(input: dict) -> Any:
     names = ("logprob", "old_logprob", "advantage")
     tensors = [torch.tensor(input[name], dtype=torch.float64)[mask] for name in names]
     result = policy_loss(*tensors, *input["clip"], input.get("dual_clip", 3.0))
-    return [value.double().mean().item() for value in (result.loss, result.clipped, result.approx_kl, result.clipped_lower)]
+    return [
+        value.double().mean().item()
+        for value in (result.loss, result.clipped, result.approx_kl, result.clipped_lower)
+    ]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -851,7 +893,11 @@ def decide_evaluation(input: dict, expected: dict) -> dict:
     if kind == "number":
         prediction = as_written(input["response"], expected["pred"])
         known = expected["judge"] if prediction == expected["pred"] else {}
-        return {**expected, "pred": prediction, "judge": decide_match(prediction, input["ground_truth"], known)}
+        return {
+            **expected,
+            "pred": prediction,
+            "judge": decide_match(prediction, input["ground_truth"], known),
+        }
     if kind == "letter":
         return expected
     covered = expected["pred"] is not None and decide_loose(
@@ -913,7 +959,11 @@ def check(case: dict[str, Any]) -> tuple[str, str]:
     except Exception as error:  # whatever our code raises is its result for this case
         ours = error
     if not equal(ours, wanted):
-        what = f"expected {wanted!r}" if equal(wanted, expected) else f"decided {wanted!r}, reference {expected!r}"
+        what = (
+            f"expected {wanted!r}"
+            if equal(wanted, expected)
+            else f"decided {wanted!r}, reference {expected!r}"
+        )
         return "failed", f"{what}, got {ours!r}"
     if equal(wanted, expected):
         return "passed", ""
@@ -936,7 +986,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome == "failed" or (options.verbose and detail):
             shown = json.dumps(case["input"], ensure_ascii=False)
             print(f"{outcome.upper()} case {number}: {case['function']}({shown[:500]})\n    {detail}")
-    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['decided otherwise']} decided otherwise")
+    print(
+        f"{counts['passed']} passed, {counts['failed']} failed, "
+        f"{counts['decided otherwise']} decided otherwise"
+    )
     return int(counts["failed"] > 0)
 
 

@@ -1,10 +1,11 @@
 """A small fictional world: documents whose questions have known answers.
 
-A cluster holds one document per entity (a city, a company or a person). A document states three or four facts
-about its entity, and entities of a cluster refer to each other, so that questions need one document or two.
-Every value is one word or number; no value is a substring of another one, so that a text check by substring
-cannot accept a wrong value; numbers lie between 48 and 99, so that no two are equal under the numeric check
-(0.15 % relative, or a factor of 100, 1,000, ...). Years are asked as text: neighbours differ by less than 0.15 %.
+A cluster holds one document per entity (a city, a company or a person). A document states three or
+four facts about its entity, and entities of a cluster refer to each other, so that questions need one
+document or two. Every value is one word or number. No value is a substring of another one, so that a
+text check by substring cannot accept a wrong value; numbers lie between 48 and 99, so that no two are
+equal under the numeric check (0.15 % relative, or a factor of 100, 1,000, ...). Years are asked as text,
+because neighbours differ by less than 0.15 %.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ def _make_names() -> dict[str, list[str]]:
     """Invented names per kind; the ending tells the kind."""
     rng = random.Random(7)
     counts = {"person": 48, "city": 40, "company": 32, "country": 32}
-    endings = {"person": "aoi", "city": ("burg", "ton", "ville"), "company": ("corp", "tek", "soft"),
-               "country": ("land", "stan")}
+    endings = {
+        "person": "aoi",
+        "city": ("burg", "ton", "ville"),
+        "company": ("corp", "tek", "soft"),
+        "country": ("land", "stan"),
+    }
     names: dict[str, list[str]] = {}
     taken: list[str] = []
     for kind, count in counts.items():
         names[kind] = []
         while len(names[kind]) < count:
-            syllables = (rng.choice("bdfghklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "n", "r", "l", "s"))
-                         for _ in range(2))
+            syllables = (
+                rng.choice("bdfghklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "n", "r", "l", "s"))
+                for _ in range(2)
+            )
             name = "".join(syllables) + rng.choice(endings[kind])
             if not any(name in other or other in name for other in taken):
                 taken.append(name)
@@ -39,11 +46,15 @@ def _make_names() -> dict[str, list[str]]:
 
 VALUES: dict[str, list[str]] = {
     **_make_names(),
-    "product": ("lamps boats clocks knives shoes tables carpets engines pianos ropes mirrors bottles paints bicycles "
-                "candles cameras drums gloves helmets kites ladders needles ovens pencils radios saddles tents "
-                "umbrellas violins wheels blankets bricks").split(),
-    "job": ("baker doctor painter pilot farmer singer lawyer teacher miner poet judge sailor tailor chemist nurse "
-            "actor butcher carpenter diver fisher gardener hunter jeweller librarian").split(),
+    "product": (
+        "lamps boats clocks knives shoes tables carpets engines pianos ropes mirrors bottles paints bicycles "
+        "candles cameras drums gloves helmets kites ladders needles ovens pencils radios saddles tents "
+        "umbrellas violins wheels blankets bricks"
+    ).split(),
+    "job": (
+        "baker doctor painter pilot farmer singer lawyer teacher miner poet judge sailor tailor chemist "
+        "nurse actor butcher carpenter diver fisher gardener hunter jeweller librarian"
+    ).split(),
     "year": [str(year) for year in range(1600, 1648)],
     "number": [str(number) for number in range(48, 100) if not 60 <= number <= 64],
 }
@@ -67,21 +78,29 @@ class Attribute:
 ATTRIBUTES: dict[str, dict[str, Attribute]] = {
     "city": {
         "country": Attribute("{e} is a city in {v}.", "In which country is {e}?", "country"),
-        "mayor": Attribute("The mayor of {e} is {v}.", "Who is the mayor of {e}?", "person", "the mayor of {e}"),
+        "mayor": Attribute(
+            "The mayor of {e} is {v}.", "Who is the mayor of {e}?", "person", "the mayor of {e}"
+        ),
         "founded": Attribute("{e} was founded in {v}.", "When was {e} founded?", "year"),
         "bridges": Attribute("{e} has {v} bridges.", "How many bridges does {e} have?", "number"),
         "parks": Attribute("{e} has {v} parks.", "How many parks does {e} have?", "number"),
     },
     "company": {
-        "seat": Attribute("{e} is a company based in {v}.", "In which city is {e} based?", "city",
-                          "the city where {e} is based"),
+        "seat": Attribute(
+            "{e} is a company based in {v}.",
+            "In which city is {e} based?",
+            "city",
+            "the city where {e} is based",
+        ),
         "head": Attribute("The head of {e} is {v}.", "Who is the head of {e}?", "person", "the head of {e}"),
         "product": Attribute("{e} makes {v}.", "What does {e} make?", "product"),
         "workers": Attribute("{e} employs {v} workers.", "How many workers does {e} employ?", "number"),
         "ships": Attribute("{e} owns {v} ships.", "How many ships does {e} own?", "number"),
     },
     "person": {
-        "home": Attribute("{e} lives in {v}.", "In which city does {e} live?", "city", "the city where {e} lives"),
+        "home": Attribute(
+            "{e} lives in {v}.", "In which city does {e} live?", "city", "the city where {e} lives"
+        ),
         "job": Attribute("{e} works as a {v}.", "What is the job of {e}?", "job"),
         "born": Attribute("{e} was born in {v}.", "When was {e} born?", "year"),
         "medals": Attribute("{e} won {v} medals.", "How many medals did {e} win?", "number"),
@@ -133,7 +152,9 @@ def make_cluster(rng: random.Random, size: int) -> list[Entity]:
             near = [other for other, other_kind in kinds.items() if other_kind == values and other != name]
             pool = near if near and rng.random() < 0.7 else [v for v in VALUES[values] if v != name]
             facts[key] = rng.choice(pool)
-        text = " ".join(ATTRIBUTES[kind][key].statement.format(e=name, v=value) for key, value in facts.items())
+        text = " ".join(
+            ATTRIBUTES[kind][key].statement.format(e=name, v=value) for key, value in facts.items()
+        )
         entities.append(Entity(name, kind, facts, text))
     return entities
 

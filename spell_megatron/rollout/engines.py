@@ -67,7 +67,8 @@ class Engine:
 
     def call(self, method: str, *args: str, timeout: float = 600.0) -> list:
         """Calls a method of `worker.WorkerExtension` in every worker; returns one result for each."""
-        return self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout=timeout)["results"]
+        body = {"method": method, "args": list(args)}
+        return self.post("/collective_rpc", body, timeout=timeout)["results"]
 
 
 class Engines:
@@ -93,6 +94,8 @@ class Engines:
     @classmethod
     def open(cls, config: Config, log_folder: Path) -> Engines:
         """Attaches to the engines of rollout.urls, or starts rollout.replicas servers here.
+
+        Call it from the main thread: started servers end when the thread that started them ends.
 
         Args:
             config: the run's configuration.
@@ -140,8 +143,8 @@ class Engines:
                     self.check()
                     if time.monotonic() > deadline:
                         raise UserError(
-                            f"An engine was not ready after {rollout.start_timeout:g} s. Its log, {server.log}, "
-                            f"ends with: {last_words(server.log)}. Give it more time with "
+                            f"An engine was not ready after {rollout.start_timeout:g} s. Its log, "
+                            f"{server.log}, ends with: {last_words(server.log)}. Give it more time with "
                             "rollout.start_timeout, or see in the log what it waits for."
                         )
                     time.sleep(0.25)
@@ -194,7 +197,7 @@ class Engines:
 
 
 class _Server:
-    """A server process and its log. Start it from the main thread: it ends when that thread does."""
+    """A server process and its log; the process ends when the thread that started it does."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -239,6 +242,8 @@ def server_command(config: Config, port: int, weight_transfer: str) -> list[str]
         # A prompt prefilled in parts with a seed of its own ends the engine on CPUs ("CPU Generator does
         # not use offset"), so prompts are prefilled whole and several of them share a batch of this size.
         switches = ["--enforce-eager", "--no-enable-chunked-prefill"]
+        # Prefixes are shared in whole blocks; the default of 128 tokens on CPUs would miss short documents.
+        flags["--block-size"] = "32"
         flags["--max-num-batched-tokens"] = str(max(4096, longest_sequence(config)))
         flags["--kv-cache-memory-bytes"] = str(int(rollout.cpu_kv_cache_gib * 2**30))
     else:
@@ -402,8 +407,8 @@ def _check_engine(engine: Engine, config: Config) -> str:
         faults.append(f"it computes in {about['dtype']}, but model.dtype is {config.model.dtype}")
     if about["max_model_len"] < longest_sequence(config):
         faults.append(
-            f"its --max-model-len {about['max_model_len']} is less than the {longest_sequence(config)} tokens "
-            "of the longest prompt and response in rollout.sampling"
+            f"its --max-model-len {about['max_model_len']} is less than the {longest_sequence(config)} "
+            "tokens of the longest prompt and response in rollout.sampling"
         )
     if about["logprobs_mode"] != "processed_logprobs":
         faults.append(f"its --logprobs-mode is {about['logprobs_mode']}, not processed_logprobs")
@@ -412,5 +417,7 @@ def _check_engine(engine: Engine, config: Config) -> str:
     if paused:
         faults.append("it is paused, perhaps by a weight update that was interrupted: restart it")
     if faults:
-        raise UserError(f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}")
+        raise UserError(
+            f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}"
+        )
     return about["weight_transfer"]

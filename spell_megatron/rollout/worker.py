@@ -179,7 +179,9 @@ class WorkerExtension:
         model.__dict__.pop("load_weights", None)
         record = self._spell_record
         tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
-        heads = {name for name, module in model.named_modules() if tied and isinstance(module, ParallelLMHead)}
+        heads = {
+            name for name, module in model.named_modules() if tied and isinstance(module, ParallelLMHead)
+        }
         missing = [
             name
             for name, _ in model.named_parameters()

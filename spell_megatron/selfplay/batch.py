@@ -76,7 +76,7 @@ def compose(
     groups = groups[: config.groups]
     answers = [answer for group in groups for answer in group.answers]
     questions = [group.question for group in groups]
-    wanted = int(len(answers) * config.verifier.share / config.group_size)
+    wanted = int(len(answers) * config.verifier.share / config.votes)
     chosen = rng.sample(range(len(verifier_groups)), min(wanted, len(verifier_groups)))
     judgments = [row for i in sorted(chosen) for row in verifier_groups[i]]
     return [*answers, *questions, *_draw_negatives(questions, negatives, config, rng), *judgments]

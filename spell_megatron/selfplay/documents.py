@@ -54,7 +54,9 @@ def load_clusters(path: str | Path) -> list[Cluster]:
     for place, row in rows:
         cluster, row_faults = _parse_row(row, columns)
         if cluster and cluster.id in first_place:
-            row_faults.append(f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}")
+            row_faults.append(
+                f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}"
+            )
         elif cluster:
             first_place[cluster.id] = place
             clusters.append(cluster)
@@ -62,9 +64,10 @@ def load_clusters(path: str | Path) -> list[Cluster]:
     if faults:
         more = f" (and {len(faults) - MAX_FAULTS} more)" if len(faults) > MAX_FAULTS else ""
         raise UserError(
-            f"The documents file {path} has {len(faults)} fault(s): {'; '.join(faults[:MAX_FAULTS])}{more}. Each row "
-            "needs a unique cluster_id and a non-empty list `documents` of non-empty texts; document_ids (as many) "
-            "and source are optional. Mend the rows, or write the file again with `spell prepare`."
+            f"The documents file {path} has {len(faults)} fault(s): {'; '.join(faults[:MAX_FAULTS])}{more}. "
+            "Each row needs a unique cluster_id and a non-empty list `documents` of non-empty texts; "
+            "document_ids (as many) and source are optional. Mend the rows, or write the file again with "
+            "`spell prepare`."
         )
     return clusters
 
@@ -73,8 +76,8 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with the words that tell where it stands."""
     if not path.is_file():
         raise UserError(
-            f"The documents file {path} does not exist or is not a file. Set data.documents to a parquet or .jsonl "
-            "file of document clusters; `spell prepare` makes one of your texts."
+            f"The documents file {path} does not exist or is not a file. Set data.documents to a parquet or "
+            ".jsonl file of document clusters; `spell prepare` makes one of your texts."
         )
     if path.stat().st_size == 0:
         raise UserError(f"The documents file {path} is empty. `spell prepare` makes one of your texts.")
@@ -83,10 +86,14 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
             table = pyarrow.parquet.read_table(path)
             return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The documents file {path} cannot be read as parquet: {error}. Write it again.") from error
+            raise UserError(
+                f"The documents file {path} cannot be read as parquet: {error}. Write it again."
+            ) from error
     if path.suffix in (".jsonl", ".json"):
         return _read_json_lines(path)
-    raise UserError(f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either.")
+    raise UserError(
+        f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either."
+    )
 
 
 def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -137,12 +144,16 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
         elif not document.strip():
             faults.append(f"{names['documents']}: document {index} is empty")
         elif not _is_unicode(document):
-            faults.append(f"{names['documents']}: document {index} has half of a surrogate pair, which is no text")
+            faults.append(
+                f"{names['documents']}: document {index} has half of a surrogate pair, which is no text"
+            )
     document_ids = row.get("document_ids")
     if document_ids is None:
         document_ids = [f"{identifier}/{index}" for index in range(len(documents))]
     elif not isinstance(document_ids, list) or len(document_ids) != len(documents):
-        faults.append(f"column document_ids: must be a list with one id for each of the {len(documents)} documents")
+        faults.append(
+            f"column document_ids: must be a list with one id for each of the {len(documents)} documents"
+        )
         document_ids = []
     source = row.get(columns["source"])
     if source is None:
@@ -184,7 +195,9 @@ def choose_context(
     return tuple(sorted(seen | set(rng.sample(unseen, min(new_documents, len(unseen))))))
 
 
-def round_counts(sizes: Mapping[str, int], weights: Mapping[str, float], clusters_per_round: int) -> dict[str, int]:
+def round_counts(
+    sizes: Mapping[str, int], weights: Mapping[str, float], clusters_per_round: int
+) -> dict[str, int]:
     """How many clusters of each task a round holds.
 
     Each task gets the whole part of its share, at most all its clusters (`sizes`); what is left is
@@ -231,7 +244,9 @@ class ClusterSampler:
         self._seed = seed
         self._clusters_per_round = clusters_per_round
         if not self._weights:
-            raise UserError("No task has a positive share; set one in selfplay.tasks, such as {doc_general_qa: 1.0}.")
+            raise UserError(
+                "No task has a positive share; set one in selfplay.tasks, such as {doc_general_qa: 1.0}."
+            )
         self._partition = self._assign(sources)
         self._count_rounds()
         self._round = 0
@@ -250,11 +265,14 @@ class ClusterSampler:
             for i, task in enumerate(tasks):
                 partition[task] += ids[len(ids) * i // len(tasks) : len(ids) * (i + 1) // len(tasks)]
         if empty := [task for task, ids in partition.items() if not ids]:
-            found = ", ".join(f"{n} of source {s!r}" for s, n in Counter(c.source for c in self._clusters.values()).items())
+            found = ", ".join(
+                f"{n} of source {s!r}" for s, n in Counter(c.source for c in self._clusters.values()).items()
+            )
             raise UserError(
-                f"There are no document clusters for the task(s) {', '.join(empty)}. The documents file holds "
-                f"{found or 'none'}, and every cluster serves one task only. Add clusters, name the task(s) in "
-                "data.sources for a source that has some, or give the task(s) the share 0 in selfplay.tasks."
+                f"There are no document clusters for the task(s) {', '.join(empty)}. The documents file "
+                f"holds {found or 'none'}, and every cluster serves one task only. Add clusters, name the "
+                "task(s) in data.sources for a source that has some, or give the task(s) the share 0 in "
+                "selfplay.tasks."
             )
         return partition
 
@@ -263,8 +281,9 @@ class ClusterSampler:
         self._counts = round_counts(sizes, self._weights, self._clusters_per_round)
         if absent := [task for task, count in self._counts.items() if count == 0]:
             raise UserError(
-                f"A round of {self._clusters_per_round} cluster(s) has no place for the task(s) {', '.join(absent)}. "
-                "Raise selfplay.clusters_per_round, or the shares of these tasks in selfplay.tasks."
+                f"A round of {self._clusters_per_round} cluster(s) has no place for the task(s) "
+                f"{', '.join(absent)}. Raise selfplay.clusters_per_round, or the shares of these tasks "
+                "in selfplay.tasks."
             )
 
     def _draw(self, number: int, queues: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -321,10 +340,10 @@ class ClusterSampler:
         present = {cluster_id for ids in self._partition.values() for cluster_id in ids}
         if set(state["partition"]) != set(self._partition) or saved != present:
             raise UserError(
-                f"The checkpoint was made with {len(saved)} clusters for the tasks {', '.join(state['partition'])}, "
-                f"but this run has {len(present)} for {', '.join(self._partition)} ({len(saved ^ present)} of them "
-                "are not in both). Resume with the same documents file, data.sources and selfplay.tasks, or start a "
-                "new run."
+                f"The checkpoint was made with {len(saved)} clusters for the tasks "
+                f"{', '.join(state['partition'])}, but this run has {len(present)} for "
+                f"{', '.join(self._partition)} ({len(saved ^ present)} of them are not in both). Resume with "
+                "the same documents file, data.sources and selfplay.tasks, or start a new run."
             )
         self._seed = state["seed"]
         self._round = state["round"]

@@ -121,11 +121,13 @@ def parse_answer(task: str, text: str, truncated: bool) -> str | None:
 
 def extract_answer(task: str, text: str) -> str | None:
     """What follows an answer phrase (or stands in a box), by the kind of answers of the task."""
-    return {"number": _extract_number, "text": _extract_text, "letter": _extract_letter}[answer_kind(task)](text)
+    return {"number": _extract_number, "text": _extract_text, "letter": _extract_letter}[answer_kind(task)](
+        text
+    )
 
 
 def _extract_text(text: str) -> str | None:
-    """The line after the last occurrence of the first answer phrase that occurs, without full stops around it."""
+    """The line after the last use of the first phrase that occurs, without full stops around it."""
     text = _TEXT_DELETED.sub("", text)
     phrase = next((phrase for phrase in _TEXT_PHRASES if phrase in text), None)
     if phrase is None:
@@ -137,7 +139,7 @@ def _extract_text(text: str) -> str | None:
 
 
 def _extract_number(text: str) -> str | None:
-    """The content of the last box, or else the number after the most specific answer phrase (its last use)."""
+    """The content of the last box, or the number after the last use of the first phrase that has one."""
     text = text.replace("*", "")
     if r"\boxed{" in text:
         answer = _balanced(text.rpartition(r"\boxed{")[2])
@@ -219,13 +221,13 @@ def question_from_record(
 ) -> Question | Rejection:
     """Check a record of the questioner and make a question of it."""
     text, answer = _clean(record.get("question")), record.get("answer")
-    if not text.strip():
+    if not text:
         return Rejection.BAD_FORMAT
     kind = answer_kind(task)
     if kind == "number":
         return _number_question(task, text, answer)
     answer = _clean(answer)
-    if not answer.strip():
+    if not answer:
         return Rejection.BAD_FORMAT
     if kind == "letter":
         return _choice_question(task, text, record.get("options"), answer)
@@ -259,7 +261,7 @@ def _choice_question(task: str, stem: str, options: object, answer: str) -> Ques
     values = [options.get(letter) for letter in LETTERS]
     texts = tuple(_clean(str(value)) if isinstance(value, int | float) else _clean(value) for value in values)
     letter = extract_answer(task, answer) or answer
-    if not all(text.strip() for text in texts) or letter not in tuple(LETTERS):
+    if not all(texts) or letter not in tuple(LETTERS):
         return Rejection.BAD_FORMAT
     return Question(task, _choice_text(stem, texts), letter, stem, texts)
 
@@ -270,10 +272,10 @@ def _choice_text(stem: str, options: Sequence[str]) -> str:
 
 
 def _clean(value: object) -> str:
-    """A string without control characters and lone surrogates; "" for what is no string."""
+    """A string without control characters, lone surrogates and outer blanks; "" for what is no string."""
     if not isinstance(value, str):
         return ""
-    return _CONTROL.sub("", value).encode("utf-8", "replace").decode("utf-8")
+    return _CONTROL.sub("", value).encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def format_decimal(value: float) -> str:

@@ -28,8 +28,10 @@ from spell_megatron.selfplay.history import Entry, History
 from spell_megatron.selfplay.parsing import Question, Rejection, parse_answer, parse_question, parse_verdict
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.rewards import (
+    admissible,
     judgment_rewards,
     majority,
+    mixed,
     questioner_reward,
     responder_reward,
     trainable,
@@ -183,7 +185,7 @@ class SelfPlay:
         client: Client,
         step: int,
         weight_version: str,
-        on_progress: Callable[[int, int], None] = lambda mixed, admitted: None,
+        on_progress: Callable[[int, int], None] = lambda mixed_groups, admitted: None,
     ) -> StepRollout:
         """Roll out one step, update the history and move the sampler on.
 
@@ -299,9 +301,9 @@ class SelfPlay:
         attempt.answers = list(answers)
         mean = attempt.mean_reward
         row.reward = questioner_reward(mean, config)
-        if config.history_low < mean < config.history_high:
+        if admissible(mean, config):
             attempt.entry = Entry(tuple(context), question.text, question.reference)
-        if len({answer.reward for answer in answers}) > 1:
+        if mixed([answer.reward for answer in answers]):
             return "mixed"
         row.kind, row.reward = "zero_variance", 0.0
         return "all_1" if mean > 0.5 else "all_0"
@@ -315,7 +317,7 @@ class SelfPlay:
         """
         documents = attempt.cluster.documents
         seen = {index for entry in entries for index in entry.documents}
-        droppable = [i for i in reversed(context) if i in seen] + [i for i in reversed(context) if i not in seen]
+        droppable = [i for i in context if i in seen] + [i for i in context if i not in seen]
         kept = sorted(context)
         while True:
             prompt = self.prompts.questioner(attempt.task, [documents[i] for i in kept], entries, letter)
@@ -402,7 +404,7 @@ class SelfPlay:
             return None
         limit = self.sampling.max_verdict_tokens or self.sampling.max_response_tokens
         completions = await client.generate(
-            attempt, "verifier", prompt_ids, limit, index=index, n=self.config.group_size
+            attempt, "verifier", prompt_ids, limit, index=index, n=self.config.votes
         )
         texts = [self.tokenizer.decode(completion.token_ids) for completion in completions]
         votes = [parse_verdict(t, c.finish_reason == "length") for t, c in zip(texts, completions, strict=True)]

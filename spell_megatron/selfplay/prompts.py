@@ -44,7 +44,9 @@ class PromptSet:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> PromptSet:
-        """Load a set of this package by name, or a folder of .md files (UTF-8; one trailing newline is dropped).
+        """Load a set of this package by name, or a folder of .md files.
+
+        Files are UTF-8; one trailing newline is dropped.
 
         Raises:
             UserError: naming every missing file and every missing or unknown placeholder.
@@ -55,8 +57,8 @@ class PromptSet:
         if not folder.is_dir():
             known = ", ".join(sorted(path.name for path in SETS.iterdir() if path.is_dir()))
             raise UserError(
-                f"The prompt set {str(name_or_path)!r} is neither a set of this package ({known}) nor a folder. "
-                "Set selfplay.prompts to one of these."
+                f"The prompt set {str(name_or_path)!r} is neither a set of this package ({known}) nor a "
+                "folder. Set selfplay.prompts to one of these."
             )
         templates: dict[str, str] = {}
         faults: list[str] = []
@@ -84,7 +86,9 @@ class PromptSet:
     def _documents(self, documents: Sequence[str]) -> str:
         return "\n".join(self._fill("document", document=document) for document in documents)
 
-    def questioner(self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None) -> str:
+    def questioner(
+        self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None
+    ) -> str:
         """Prompt for a question about the documents, harder than those of the history.
 
         `letter` is the option that shall be right; multiple choice needs it, other tasks ignore it.

@@ -3,7 +3,7 @@
 `<run>/checkpoints/step_000010/` holds
 
     trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
-    hf/            the weights as a Hugging Face checkpoint
+    hf/            the weights as a Hugging Face checkpoint (not yet with pipeline or expert parallelism)
     state.json     what the caller gave: step, history, sampler, ...
     rng/           random states of each rank
     config.json    the configuration that the run had
@@ -94,9 +94,9 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
         _load_trainer(folder / "trainer", trainer, updates)
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise UserError(
-            f"The checkpoint {folder} cannot be loaded into this model ({type(error).__name__}: {error}). Check that "
-            f"model.path is the model the run began with ({folder / 'config.json'} says which), or remove the folder "
-            "and resume from an older checkpoint."
+            f"The checkpoint {folder} does not load into this model ({type(error).__name__}: {error}). "
+            f"Check that model.path is the model the run began with ({folder / 'config.json'} says which), or "
+            "remove the folder and resume from an older checkpoint."
         ) from error
     random_states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
     if random_states.exists():
@@ -113,8 +113,9 @@ def _sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> 
     }
     state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
     if with_optimizer:
-        state["optimizer"] = trainer.optimizer.sharded_state_dict(state["model"], is_loading=is_loading,
-                                                                  metadata=metadata)
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(
+            state["model"], is_loading=is_loading, metadata=metadata
+        )
     return state
 
 
@@ -126,6 +127,9 @@ def _save_trainer(folder: Path, trainer: Trainer) -> None:
 
 def _save_hf(folder: Path, trainer: Trainer) -> None:
     """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
+    sizes = trainer.model.config
+    if sizes.pipeline_model_parallel_size * sizes.expert_model_parallel_size > 1:
+        return  # `export` streams one stage and its experts only
     weights = export(trainer.model, trainer.hf_config)
     try:
         if dist.get_rank() == 0:
@@ -140,11 +144,13 @@ def _load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
         _allocate_state(trainer.optimizer)
     groups = trainer.optimizer.param_groups
     settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
-    loaded = dist_checkpointing.load(_sharded_state(trainer, with_optimizer=updates > 0, is_loading=True), str(folder))
+    wanted = _sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(folder))
     trainer.model.load_state_dict(loaded["model"])
     if updates:
         optimizer = loaded["optimizer"]
-        for part in [optimizer] if "optimizer" in optimizer or "param_groups" in optimizer else optimizer.values():
+        single = "optimizer" in optimizer or "param_groups" in optimizer
+        for part in [optimizer] if single else optimizer.values():
             for group in part.get("optimizer", part)["param_groups"]:
                 # Newer versions of Megatron find a group by its rates, which the configuration may change.
                 group.update({name: groups[0][name] for name in ("max_lr", "min_lr")})
@@ -216,8 +222,8 @@ def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:
     if free < needed:
         shutil.rmtree(partial)
         raise UserError(
-            f"A checkpoint takes about {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB left. Free some space, "
-            "lower checkpoint.keep, or point run.output_dir at another disk."
+            f"A checkpoint takes about {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB left. Free "
+            "some space, lower checkpoint.keep, or point run.output_dir at another disk."
         )
 
 
@@ -226,8 +232,10 @@ def _bytes_needed(trainer: Trainer) -> int:
     sizes = trainer.model.config
     dense = sizes.tensor_model_parallel_size
     experts = sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size
-    local = sum(p.numel() * (2 * p.element_size() + 12) * (dense if getattr(p, "allreduce", True) else experts)
-                for p in trainer.model.parameters())
+    local = sum(
+        p.numel() * (2 * p.element_size() + 12) * (dense if getattr(p, "allreduce", True) else experts)
+        for p in trainer.model.parameters()
+    )
     return local * sizes.pipeline_model_parallel_size
 
 
@@ -236,18 +244,29 @@ def _complete(partial: Path, final: Path, step: int, trainer: Trainer, state: di
     root = final.parent
     _write(partial / "state.json", json.dumps(state))
     _write(partial / "config.json", trainer.config.model_dump_json(indent=2))
-    _write(partial / "meta.json", json.dumps({
-        "step": step, "updates": trainer.scheduler.num_steps, "ranks": dist.get_world_size(), "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
-    }, indent=2))
+    _write(
+        partial / "meta.json",
+        json.dumps(
+            {
+                "step": step,
+                "updates": trainer.scheduler.num_steps,
+                "ranks": dist.get_world_size(),
+                "python": platform.python_version(),
+                **{name: version(name) for name in _PACKAGES},
+            },
+            indent=2,
+        ),
+    )
     replaced = final.with_name(final.name + ".old")
-    if final.exists():                                # a step saved again
+    if final.exists():  # a step saved again
         final.rename(replaced)
     partial.rename(final)
     _write(root / "latest.tmp", final.name)
     os.replace(root / "latest.tmp", root / "latest")
     shutil.rmtree(replaced, ignore_errors=True)
-    kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[-trainer.config.checkpoint.keep:]
+    kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[
+        -trainer.config.checkpoint.keep :
+    ]
     for path in root.glob("step_*"):
         if path not in kept and path != final:
             shutil.rmtree(path)
@@ -265,9 +284,11 @@ def _check_complete(folder: Path) -> None:
     if (folder / "meta.json").exists():
         return
     others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
-    remedy = (f"Complete ones are {', '.join(others)}: write one of these names into {folder.parent / 'latest'}."
-              if others else "There is no complete one beside it; start the run anew.")
-    raise UserError(f"The checkpoint {folder} {'is incomplete' if folder.exists() else 'does not exist'}. {remedy}")
+    remedy = "There is no complete one beside it; start the run anew."
+    if others:
+        remedy = f"Complete ones are {', '.join(others)}: write one of these names into {folder.parent / 'latest'}."
+    fault = "is incomplete" if folder.exists() else "does not exist"
+    raise UserError(f"The checkpoint {folder} {fault}. {remedy}")
 
 
 def _on_rank_0(action: Callable[[], None], root: Path) -> None:
@@ -286,5 +307,7 @@ def _on_rank_0(action: Callable[[], None], root: Path) -> None:
 
 
 def _write_failed(root: Path, reason: str) -> str:
-    return (f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by this "
-            "user; the checkpoints before are untouched, so that `--resume` continues from the newest of them.")
+    return (
+        f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by "
+        "this user; the checkpoints before are untouched, so that `--resume` continues from the newest of them."
+    )

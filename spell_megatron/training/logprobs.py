@@ -15,9 +15,16 @@ WEIGHT_BLOCK = 16384
 """Vocabulary rows whose weight gradient is computed at a time when it cannot be added in place."""
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, source: torch.Tensor, target: torch.Tensor,
-                   temperature: float, chunk: int, vocab_size: int | None = None,
-                   group: dist.ProcessGroup | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    chunk: int,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the target tokens, and the entropies of their distributions.
 
     hidden: [t, 1, hidden] after the final norm; weight: this rank's rows of the vocabulary head
@@ -34,13 +41,16 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, source: torch.Ten
     h = hidden[:, 0].index_select(0, positions)
     # Edges in the order of their positions, so that each chunk of positions owns a slice of them.
     order = torch.argsort(which, stable=True)
-    logprob, entropy = _TokenLogprobs.apply(h, weight, which[order], target[order], 1.0 / temperature, chunk,
-                                            vocab_size, group)
+    logprob, entropy = _TokenLogprobs.apply(
+        h, weight, which[order], target[order], 1.0 / temperature, chunk, vocab_size, group
+    )
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return logprob[back], entropy[which]
 
 
-def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+def _all_reduce(
+    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> None:
     if group is not None and group.size() > 1:
         dist.all_reduce(x, op=op, group=group)
 
@@ -61,13 +71,13 @@ class _TokenLogprobs(torch.autograd.Function):
         weights = None
         for c, begin in enumerate(range(0, len(h), chunk)):
             end = min(begin + chunk, len(h))
-            weights = None                            # free the chunk before
+            weights = None  # free the chunk before
             logits = _logits(h[begin:end], weight[:rows], scale)
             top = logits.amax(-1) if rows else logits.new_full((end - begin,), -torch.inf)
             _all_reduce(top, group, dist.ReduceOp.MAX)
             e = slice(bounds[c], bounds[c + 1])
             row, column = which[e] - begin, target[e] - first_id
-            here = ((column >= 0) & (column < rows)).nonzero()[:, 0]   # edges whose target this rank holds
+            here = ((column >= 0) & (column < rows)).nonzero()[:, 0]  # edges whose target this rank holds
             chosen = torch.zeros(len(row), dtype=torch.float32, device=h.device)
             chosen[here] = logits[row[here], column[here]]
             weights = logits.sub(top[:, None]).exp_()
@@ -80,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logprob[e] = chosen - log_sum[begin:end][row]
             del logits
         if weights is not None:
-            weights.div_(sums[0][:, None])            # softmax of the last chunk
+            weights.div_(sums[0][:, None])  # softmax of the last chunk
         ctx.last_softmax = weights
         ctx.save_for_backward(h, weight, which, target, log_sum)
         ctx.rest = scale, chunk, rows, first_id, bounds, group
@@ -100,7 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
             end = min(begin + chunk, len(h))
             e = slice(bounds[c], bounds[c + 1])
             row, column = which[e] - begin, target[e] - first_id
-            here = ((column >= 0) & (column < rows)).nonzero()[:, 0]   # edges whose target this rank holds
+            here = ((column >= 0) & (column < rows)).nonzero()[:, 0]  # edges whose target this rank holds
             if softmax is None:
                 softmax = _logits(h[begin:end], weight[:rows], scale).sub_(log_sum[begin:end, None]).exp_()
             g = grad[e] * scale

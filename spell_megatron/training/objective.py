@@ -24,8 +24,14 @@ class PolicyLoss(NamedTuple):
     clipped_lower: torch.Tensor
 
 
-def policy_loss(logprob: torch.Tensor, old_logprob: torch.Tensor, advantage: torch.Tensor, clip_low: float,
-                clip_high: float, clip_dual: float) -> PolicyLoss:
+def policy_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float,
+) -> PolicyLoss:
     """Loss of each response token.
 
     With rho = exp(logprob - old_logprob): max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) (PPO,
@@ -44,12 +50,16 @@ def policy_loss(logprob: torch.Tensor, old_logprob: torch.Tensor, advantage: tor
     negative = advantage < 0
     loss = torch.where(negative, torch.minimum(clipped, dual), clipped)
     with torch.no_grad():
-        return PolicyLoss(loss, (clipped > plain).float(), -log_ratio.detach(),
-                          ((clipped > dual) & negative).float())
+        return PolicyLoss(
+            loss, (clipped > plain).float(), -log_ratio.detach(), ((clipped > dual) & negative).float()
+        )
 
 
-def agg_loss(loss: torch.Tensor, mask: torch.Tensor,
-             mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]) -> torch.Tensor:
+def agg_loss(
+    loss: torch.Tensor,
+    mask: torch.Tensor,
+    mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"],
+) -> torch.Tensor:
     """Reduce padded per-token losses [rows, tokens] to a scalar; the trainer's own reduction is token-mean.
 
     token-mean: mean over all tokens of the mask; seq-mean-token-sum: mean over rows of the rows' sums;

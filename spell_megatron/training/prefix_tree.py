@@ -34,12 +34,16 @@ class Row:
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length <= len(self.tokens):
-            raise ValueError(f"prompt_length is {self.prompt_length} in a row of {len(self.tokens)} tokens; "
-                             "a prompt needs at least one token and lies within the row")
+            raise ValueError(
+                f"prompt_length is {self.prompt_length} in a row of {len(self.tokens)} tokens; "
+                "a prompt needs at least one token and lies within the row"
+            )
         response = len(self.tokens) - self.prompt_length
         for name in ("weights", "rollout_logprobs"):
             if len(getattr(self, name)) != response:
-                raise ValueError(f"{name} has {len(getattr(self, name))} values for {response} response tokens")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values for {response} response tokens"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +106,7 @@ def plan(rows: Sequence[Row], max_tokens: int, ranks: int, cost: Cost = Cost()) 
     budgets = [max_tokens]
     if ranks > 1:
         total = sum(len(tree.tokens) for tree in table.pack(max_tokens))
-        budgets += [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]   # 10 % for uneven cuts
+        budgets += [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]  # 10 % for uneven cuts
     best: list[list[Tree]] = []
     shortest = float("inf")
     for budget in dict.fromkeys(min(b, max_tokens) for b in budgets):
@@ -130,8 +134,11 @@ class _Sorted:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         # Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first.
-        keys = {i: row.tokens.astype(">u4").tobytes() for i, row in enumerate(rows)
-                if len(row.tokens) > row.prompt_length}
+        keys = {
+            i: row.tokens.astype(">u4").tobytes()
+            for i, row in enumerate(rows)
+            if len(row.tokens) > row.prompt_length
+        }
         self.order = sorted(keys, key=keys.__getitem__)
         del keys
         self.lengths = np.array([len(rows[i].tokens) for i in self.order], dtype=np.int64)
@@ -141,20 +148,22 @@ class _Sorted:
 
     def pack(self, max_tokens: int) -> list[Tree]:
         """See the function `pack`."""
-        bins: list[tuple[int, list[tuple[int, int]]]] = []   # tokens, runs of sorted rows
+        bins: list[tuple[int, list[tuple[int, int]]]] = []  # tokens, runs of sorted rows
         runs = [(self._tokens(first, last), first, last) for first, last in self._cut(max_tokens)]
-        for tokens, first, last in sorted(runs, key=lambda run: (-run[0], run[1])):   # first fit decreasing
+        for tokens, first, last in sorted(runs, key=lambda run: (-run[0], run[1])):  # first fit decreasing
             for b, (used, members) in enumerate(bins):
                 if used + tokens <= max_tokens:
                     bins[b] = used + tokens, [*members, (first, last)]
                     break
             else:
                 bins.append((tokens, [(first, last)]))
-        return [self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins]
+        return [
+            self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins
+        ]
 
     def _tokens(self, first: int, last: int) -> int:
         """Tokens of the tree of sorted rows first..last-1."""
-        return int(self.lengths[first] + (self.lengths - self.shared)[first + 1:last].sum())
+        return int(self.lengths[first] + (self.lengths - self.shared)[first + 1 : last].sum())
 
     def _cut(self, max_tokens: int) -> list[tuple[int, int]]:
         """Runs of sorted rows, each within the budget, that compute the fewest tokens in all.
@@ -163,17 +172,17 @@ class _Sorted:
         shares with its predecessor once more; one token is added so that free cuts stay few.
         """
         n = len(self.order)
-        own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])   # own[k]: rows before k, unshared
-        begin = self.shared - own[:-1]             # tokens of the run first..last-1 = own[last] + begin[first]
+        own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])  # own[k]: rows before k, unshared
+        begin = self.shared - own[:-1]  # a run first..last-1 holds own[last] + begin[first] tokens
         best = np.zeros(n + 1, dtype=np.int64)
         came_from = np.zeros(n + 1, dtype=np.int64)
-        low = 0                                    # no run that starts before this fits any more
+        low = 0  # no run that starts before this fits any more
         for last in range(1, n + 1):
             while low < last - 1 and own[last] - own[low] > max_tokens:
                 low += 1
             price = best[low:last] + self.shared[low:last] + 1
             fits = begin[low:last] + own[last] <= max_tokens
-            fits[-1] = True                        # a single row may exceed the budget
+            fits[-1] = True  # a single row may exceed the budget
             first = low + int(np.argmin(np.where(fits, price, np.iinfo(np.int64).max)))
             best[last], came_from[last] = best[first] + self.shared[first] + 1, first
         runs, last = [], n
@@ -186,22 +195,25 @@ class _Sorted:
         """Lay out sorted rows (ascending numbers) as one flat forest."""
         shared = [0]
         for before, this in zip(members, members[1:]):
-            shared.append(int(self.shared[before + 1:this + 1].min()))   # neighbours are sorted: a range minimum
+            # In sorted order the common prefix of two rows is the shortest between neighbours on the way.
+            shared.append(int(self.shared[before + 1 : this + 1].min()))
         lengths = self.lengths[members]
         total = int((lengths - shared).sum())
         tokens, depth, end = (np.empty(total, dtype=np.int64) for _ in range(3))
-        path = np.empty(int(lengths.max()), dtype=np.int64)              # flat position of each depth
+        path = np.empty(int(lengths.max()), dtype=np.int64)  # flat position of each depth
         edges = []
         start = previous = 0
         for k, common in zip(members, shared):
             row = self.rows[self.order[k]]
             n, p = len(row.tokens), row.prompt_length
-            end[path[common:previous]] = start                           # these subtrees end where this row departs
+            end[path[common:previous]] = start  # these subtrees end where this row departs
             stop = start + n - common
             path[common:n] = np.arange(start, stop)
             tokens[start:stop] = row.tokens[common:]
             depth[start:stop] = np.arange(common, n)
-            edges.append((path[p - 1:n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p)))
+            edges.append(
+                (path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p))
+            )
             start, previous = stop, n
         end[path[:previous]] = total
         return Tree(tokens, depth, end, *(np.concatenate(column).astype(np.int64) for column in zip(*edges)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,6 +30,18 @@ Progress = Callable[[int, int], None]
 """Called after each microbatch of this rank with (microbatches done, microbatches in all)."""
 
 
+_MEANS = (
+    "loss",
+    "clip_fraction",
+    "approx_kl",
+    "clip_fraction_lower",
+    "entropy",
+    "mismatch_abs",
+    "mismatch_kl",
+)
+"""Metrics that are means over response tokens, in the order of the sums that `_loss` returns."""
+
+
 class Trainer:
     """The policy's Megatron model with its gradients, optimizer and learning rate schedule.
 
@@ -44,7 +56,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
-        training, options = config.training, config.training.optimizer
+        options = config.training.optimizer
         self.config, self.hf_config, self.model = config, hf_config, model
         self.skipped = 0
         self._device = next(model.parameters()).device
@@ -55,24 +67,40 @@ class Trainer:
         # head adds to its gradient buffer itself, unseen by the hooks that an overlap relies on.
         self._ddp = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed
+            ),
             model,
         )
         dtype = getattr(torch, config.model.dtype)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=options.lr, min_lr=options.min_lr, weight_decay=options.weight_decay,
-                adam_beta1=options.betas[0], adam_beta2=options.betas[1], adam_eps=options.eps,
-                clip_grad=options.clip_grad, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+                optimizer="adam",
+                lr=options.lr,
+                min_lr=options.min_lr,
+                weight_decay=options.weight_decay,
+                adam_beta1=options.betas[0],
+                adam_beta2=options.betas[1],
+                adam_eps=options.eps,
+                clip_grad=options.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
                 use_distributed_optimizer=options.distributed,
             ),
             [self._ddp],
         )
         self.scheduler = OptimizerParamScheduler(
-            self.optimizer, init_lr=0.0, max_lr=options.lr, min_lr=min(options.min_lr, options.lr),
-            lr_warmup_steps=options.warmup_steps, lr_decay_steps=max(config.run.steps, options.warmup_steps + 1),
-            lr_decay_style=options.decay, start_wd=options.weight_decay, end_wd=options.weight_decay,
-            wd_incr_steps=0, wd_incr_style="constant",
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=min(options.min_lr, options.lr),
+            lr_warmup_steps=options.warmup_steps,
+            lr_decay_steps=max(config.run.steps, options.warmup_steps + 1),
+            lr_decay_style=options.decay,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
         )
 
     def update(self, rows: Sequence[Row] | None, progress: Progress | None = None) -> dict[str, float]:
@@ -105,7 +133,7 @@ class Trainer:
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, rows),
+            forward_step_func=partial(self._forward, _ResponseValues(rows)),
             data_iterator=_reporting(trees, progress),
             model=[self._ddp],
             num_microbatches=len(trees),
@@ -123,9 +151,8 @@ class Trainer:
         count = max(sums[-1], 1.0)
         computed = sum(len(tree.tokens) for trees in plans for tree in trees if len(tree.source))
         unshared = sum(len(row.tokens) for row in rows)
-        names = ("loss", "clip_fraction", "approx_kl", "clip_fraction_lower", "entropy", "mismatch_abs", "mismatch_kl")
         return {
-            **{name: value / count for name, value in zip(names, sums)},
+            **{name: value / count for name, value in zip(_MEANS, sums)},
             "mismatch_max_ratio": math.exp(min(tops[0], LOG_RATIO_LIMIT)),
             "grad_norm": grad_norm,
             "lr": lr,
@@ -151,40 +178,58 @@ class Trainer:
         vocab = self.hf_config.vocab_size
         for number, row in enumerate(rows):
             if not (0 <= row.tokens.min() and row.tokens.max() < vocab):
-                raise ValueError(f"row {number} of the update batch holds token ids {row.tokens.min()} to "
-                                 f"{row.tokens.max()}, but the policy's vocabulary has {vocab} tokens")
+                raise ValueError(
+                    f"row {number} of the update batch holds token ids {row.tokens.min()} to "
+                    f"{row.tokens.max()}, but the policy's vocabulary has {vocab} tokens"
+                )
         return rows
 
-    def _forward(self, rows: list[Row], trees, model) -> tuple[torch.Tensor, Callable]:
+    def _forward(self, values: _ResponseValues, trees: Iterator[Tree], model) -> tuple[torch.Tensor, Callable]:
         """Megatron's forward_step_func: hidden states of the next tree, and the loss on them."""
         tree = next(trees)
         sequence_parallel = self.model.config.sequence_parallel
         padded = _pad(tree, self.model.config.tensor_model_parallel_size if sequence_parallel else 1)
         hidden = model(*(torch.from_numpy(x).to(self._device) for x in padded))
-        return hidden, partial(self._loss, rows, tree)
+        return hidden, partial(self._loss, values, tree)
 
-    def _loss(self, rows: list[Row], tree: Tree, hidden: torch.Tensor):
+    def _loss(self, values: _ResponseValues, tree: Tree, hidden: torch.Tensor):
         """Sum of the losses of a tree's edges, their number, and the sums behind the metrics."""
         model = self.model
         group = parallel_state.get_tensor_model_parallel_group()
         if model.config.sequence_parallel:
             # token_logprobs returns the whole gradient on every rank, so its backward is a split.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=group
+            )
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
         training = self.config.training
         logprob, entropy = token_logprobs(
-            hidden, weight, self._tensor(tree.source), self._tensor(tree.target),
-            self.config.rollout.sampling.temperature, training.logprob_chunk, self.hf_config.vocab_size, group,
+            hidden,
+            weight,
+            self._tensor(tree.source),
+            self._tensor(tree.target),
+            self.config.rollout.sampling.temperature,
+            training.logprob_chunk,
+            self.hf_config.vocab_size,
+            group,
         )
-        advantage, rollout = (self._tensor(_at_edges(tree, [getattr(row, name) for row in rows]))
-                              for name in ("weights", "rollout_logprobs"))
-        result = policy_loss(logprob, logprob.detach(), advantage, training.clip_low, training.clip_high,
-                             training.clip_dual)
+        advantage, rollout = (self._tensor(x) for x in values.at_edges(tree))
+        result = policy_loss(
+            logprob, logprob.detach(), advantage, training.clip_low, training.clip_high, training.clip_dual
+        )
         loss = result.loss.sum()
         with torch.no_grad():
             delta = (logprob - rollout).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             k3 = delta.exp() - 1 - delta
-            columns = (result.loss, result.clipped, result.approx_kl, result.clipped_lower, entropy, delta.abs(), k3)
+            columns = (
+                result.loss,
+                result.clipped,
+                result.approx_kl,
+                result.clipped_lower,
+                entropy,
+                delta.abs(),
+                k3,
+            )
             sums = torch.stack([column.double().sum() for column in columns])
             top = delta.abs().amax() if len(delta) else delta.new_zeros(())
         count = torch.tensor(len(tree.source), dtype=torch.int, device=self._device)
@@ -195,7 +240,7 @@ class Trainer:
 
     def _reduce(self, outputs: list[dict[str, torch.Tensor]]) -> tuple[list[float], list[float]]:
         """Metric sums and maxima over microbatches and data-parallel ranks; the last stage has them."""
-        sums, top = (torch.zeros(n, dtype=torch.double, device=self._device) for n in (8, 1))
+        sums, top = (torch.zeros(n, dtype=torch.double, device=self._device) for n in (len(_MEANS) + 1, 1))
         if outputs:
             sums = torch.stack([output["sums"] for output in outputs]).sum(0)
             top = torch.stack([output["top"] for output in outputs]).amax(0)
@@ -204,8 +249,11 @@ class Trainer:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             for x in (sums, top):
-                dist.broadcast(x, src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                               group=parallel_state.get_pipeline_model_parallel_group())
+                dist.broadcast(
+                    x,
+                    src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                    group=parallel_state.get_pipeline_model_parallel_group(),
+                )
         return sums.tolist(), top.tolist()
 
     def _step(self) -> tuple[float, float, bool]:
@@ -235,14 +283,27 @@ def training_cost(hf_config) -> Cost:
         mlp = 3 * hidden * hf_config.moe_intermediate_size * hf_config.num_experts_per_tok
     else:
         mlp = 3 * hidden * hf_config.intermediate_size
-    return Cost(token=6.0 * layers * (attention + mlp), pair=12.0 * layers * heads * head_dim,
-                source=6.0 * hidden * hf_config.vocab_size)
+    return Cost(
+        token=6.0 * layers * (attention + mlp),
+        pair=12.0 * layers * heads * head_dim,
+        source=6.0 * hidden * hf_config.vocab_size,
+    )
 
 
-def _at_edges(tree: Tree, values: list[np.ndarray]) -> np.ndarray:
-    """float32 [e]: value `offset` of row `row` for each loss edge."""
-    starts = np.concatenate([[0], np.cumsum([len(v) for v in values])])
-    return np.concatenate(values)[starts[tree.row] + tree.offset].astype(np.float32)
+class _ResponseValues:
+    """Weights and rollout log-probabilities of all rows in two flat arrays, for looking up loss edges."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._starts = np.cumsum([0] + [len(row.weights) for row in rows])
+        self._columns = [
+            np.concatenate([getattr(row, name) for row in rows]).astype(np.float32)
+            for name in ("weights", "rollout_logprobs")
+        ]
+
+    def at_edges(self, tree: Tree) -> list[np.ndarray]:
+        """Weights and rollout log-probabilities of a tree's loss edges, each [e]."""
+        index = self._starts[tree.row] + tree.offset
+        return [column[index] for column in self._columns]
 
 
 def _pad(tree: Tree, multiple: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

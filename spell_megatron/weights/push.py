@@ -81,8 +81,8 @@ class WeightPusher:
             self._channel = self._connect(engines.weight_transfer)
         except (requests.RequestException, RuntimeError, OSError) as error:
             raise UserError(
-                f"The engines ({', '.join(engines.urls)}) could not be connected for weight updates: {error}. "
-                "They must be able to reach this process over the network; their logs may say more."
+                f"The engines ({', '.join(engines.urls)}) could not be connected for weight updates: "
+                f"{error}. They must be able to reach this process over the network; their logs may say more."
             ) from error
 
     def push(
@@ -140,7 +140,8 @@ class WeightPusher:
         world_size = 1 + sum(workers)
         hosts = [urlsplit(engine.url).hostname or "" for engine in self._engines]
         addresses = [address_towards(host) for host in hosts]
-        address = next((own for own in addresses if not own.startswith("127.") and own != "::1"), addresses[0])
+        routed = [own for own in addresses if not own.startswith("127.") and own != "::1"]
+        address = (routed or addresses)[0]
         make = {"gloo": _GlooChannel, "nccl": _NcclChannel, "ipc": _IpcChannel}.get(backend)
         if make is None:
             raise UserError(
@@ -220,7 +221,8 @@ class WeightPusher:
         for engine, reports in zip(self._engines, self._call_all("spell_report_update"), strict=True):
             for report in reports:
                 received, missing = report["received"], report["missing"]
-                wrong = [name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name)]
+                names = sent.keys() | received.keys()
+                wrong = [name for name in names if sent.get(name) != received.get(name)]
                 if wrong:
                     name = min(wrong)
                     raise RuntimeError(
@@ -229,7 +231,8 @@ class WeightPusher:
                     )
                 if missing:
                     raise RuntimeError(
-                        f"the stream did not fill {len(missing)} parameters of {engine.url}, among them {missing[0]}"
+                        f"the stream did not fill {len(missing)} parameters of {engine.url}, among them "
+                        f"{missing[0]}"
                     )
 
     def _all(self, path: str, body: dict | None = None, **params: str) -> list[dict]:

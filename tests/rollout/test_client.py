@@ -176,7 +176,8 @@ def test_cancelling_aborts_in_the_engine(engines_for):
 def test_refusals_and_timeouts_are_generation_errors(engines_for):
     engines = engines_for("dense")
     with pytest.raises(GenerationError, match="HTTP 400"):
-        run(engines, ask(range(200), max_tokens=1, n=1), sampling=SamplingConfig.model_construct(temperature=-1, top_p=1))
+        sampling = SamplingConfig.model_construct(temperature=-1, top_p=1)
+        run(engines, ask(max_tokens=1, n=1), sampling=sampling)
     with pytest.raises(GenerationError, match="refused a request"):
         run(engines, ask([5] * 2000, max_tokens=1, n=1))  # longer than --max-model-len
     with pytest.raises(GenerationError, match="request_timeout"):
@@ -218,7 +219,8 @@ def test_thousands_of_waiting_requests_open_few_connections(engines_for):
 
     async def use(client):
         most = 0
-        tasks = [asyncio.create_task(ask([i % 250, i // 250], n=1, max_tokens=1)(client)) for i in range(1000)]
+        requests = (ask([i % 250, i // 250], n=1, max_tokens=1) for i in range(1000))
+        tasks = [asyncio.create_task(request(client)) for request in requests]
         while not all(task.done() for task in tasks):
             most = max(most, len(psutil.Process().net_connections("tcp")))
             await asyncio.sleep(0.02)

@@ -10,7 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from spell_megatron.errors import UserError
-from spell_megatron.selfplay.documents import Cluster, ClusterSampler, choose_context, load_clusters, round_counts
+from spell_megatron.selfplay.documents import (
+    Cluster,
+    ClusterSampler,
+    choose_context,
+    load_clusters,
+    round_counts,
+)
 from spell_megatron.selfplay.history import Entry
 
 TASKS = {"docmath_qa": 1.0, "doc_general_qa": 1.0, "doc_mc": 1.0}
@@ -27,11 +33,17 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_both_formats_and_both_schemas_are_read(tmp_path, suffix):
     ours = [{"cluster_id": "a", "documents": ["x", "ü\ny"], "document_ids": ["p", "q"], "source": "web_2"}]
-    assert load_clusters(write(tmp_path / f"ours{suffix}", ours)) == [Cluster("a", ("x", "ü\ny"), ("p", "q"), "web_2")]
+    assert load_clusters(write(tmp_path / f"ours{suffix}", ours)) == [
+        Cluster("a", ("x", "ü\ny"), ("p", "q"), "web_2")
+    ]
     bare = [{"cluster_id": 7, "documents": ["x", "y"]}]
-    assert load_clusters(write(tmp_path / f"bare{suffix}", bare)) == [Cluster("7", ("x", "y"), ("7/0", "7/1"), "")]
+    assert load_clusters(write(tmp_path / f"bare{suffix}", bare)) == [
+        Cluster("7", ("x", "y"), ("7/0", "7/1"), "")
+    ]
     released = [{"question_id": 7, "paragraphs": ["x"], "data_source": "docmath_train"}]
-    assert load_clusters(write(tmp_path / f"theirs{suffix}", released)) == [Cluster("7", ("x",), ("7/0",), "docmath")]
+    assert load_clusters(write(tmp_path / f"theirs{suffix}", released)) == [
+        Cluster("7", ("x",), ("7/0",), "docmath")
+    ]
 
 
 FAULTY = [
@@ -39,12 +51,18 @@ FAULTY = [
     ({"cluster_id": "a", "documents": ["x", " \n"]}, "column documents: document 2 is empty"),
     ({"cluster_id": "a", "documents": ["x", 5]}, "column documents: document 2 is not a text but 5"),
     ({"cluster_id": "a", "documents": "x"}, "column documents: must be a non-empty list of texts, not 'x'"),
-    ({"cluster_id": "a", "documents": ["\ud800"]}, "column documents: document 1 has half of a surrogate pair"),
+    (
+        {"cluster_id": "a", "documents": ["\ud800"]},
+        "column documents: document 1 has half of a surrogate pair",
+    ),
     ({"cluster_id": "", "documents": ["x"]}, "column cluster_id: must be a non-empty string"),
     ({"cluster_id": None, "documents": ["x"]}, "column cluster_id: must be"),
     ({"cluster_id": "ok", "documents": ["x"]}, "column cluster_id: 'ok' is already the id of line 1"),
     ({"cluster_id": "a", "texts": ["x"]}, "column documents is missing (columns found: cluster_id, texts)"),
-    ({"cluster_id": "a", "documents": ["x", "y"], "document_ids": ["p"]}, "column document_ids: must be a list"),
+    (
+        {"cluster_id": "a", "documents": ["x", "y"], "document_ids": ["p"]},
+        "column document_ids: must be a list",
+    ),
     ({"cluster_id": "a", "documents": ["x"], "source": 3}, "column source: must be a string, not 3"),
 ]
 
@@ -64,15 +82,21 @@ def test_all_faults_are_reported_at_once_but_not_more_than_ten(tmp_path):
         load_clusters(write(tmp_path / "d.jsonl", rows * 2))
     assert str(error.value).count("line ") >= 10
     assert "more)" in str(error.value)
-    with pytest.raises(UserError, match="line 1.*line 3"):
-        load_clusters(write(tmp_path / "e.jsonl", [FAULTY[0][0], {"cluster_id": "b", "documents": ["x"]}, FAULTY[5][0]]))
+    with pytest.raises(UserError, match=r"line 1.*line 3"):
+        load_clusters(
+            write(tmp_path / "e.jsonl", [FAULTY[0][0], {"cluster_id": "b", "documents": ["x"]}, FAULTY[5][0]])
+        )
 
 
 def test_parquet_with_wrong_columns_and_empty_documents(tmp_path):
-    with pytest.raises(UserError, match="row 1, column cluster_id is missing.*columns found: id, text"):
+    with pytest.raises(UserError, match=r"row 1, column cluster_id is missing.*columns found: id, text"):
         load_clusters(write(tmp_path / "a.parquet", [{"id": "a", "text": "x"}]))
     with pytest.raises(UserError, match="row 2, column documents: document 1 is empty"):
-        load_clusters(write(tmp_path / "b.parquet", [{"cluster_id": i, "documents": [d]} for i, d in enumerate(["x", ""])]))
+        load_clusters(
+            write(
+                tmp_path / "b.parquet", [{"cluster_id": i, "documents": [d]} for i, d in enumerate(["x", ""])]
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -223,11 +247,11 @@ def test_many_small_sources_are_shared_out_evenly():
 def test_task_without_clusters_or_without_a_place_is_the_users_error():
     with pytest.raises(UserError, match=r"no document clusters for the task\(s\) docmath_qa.*data.sources"):
         ClusterSampler(clusters(9), TASKS, {"web": ["doc_mc", "doc_general_qa"]}, 9, 0)
-    with pytest.raises(UserError, match="selfplay.tasks"):
+    with pytest.raises(UserError, match=r"selfplay.tasks"):
         ClusterSampler(clusters(2), TASKS, {}, 9, 0)
     with pytest.raises(UserError, match="clusters_per_round"):
         ClusterSampler(clusters(9), TASKS, {}, 2, 0)
-    with pytest.raises(UserError, match="selfplay.tasks"):
+    with pytest.raises(UserError, match=r"selfplay.tasks"):
         ClusterSampler(clusters(9), {"doc_mc": 0.0}, {}, 2, 0)
 
 

@@ -26,19 +26,68 @@ TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
 PROMPTS = PromptSet.load("full")
 
 PIECES = [
-    "<think>", "</think>", "```json", "```", "```JSON", "the answer is ", "The correct answer is ", "answer is (", ")",
-    r"\boxed{", "{", "}", "}}", "[[YES]]", "[[NO]]", "YES", "NO", "NOT", "*", ".", ",", "\n", "\r", "\t", "\x00", "\x1b",
-    '{"question": "q", "answer": "', '"}', '"options": {"A": 1}', "{{documents}}", "{{letter}}", "\\g<1>", "A", "D", "e",
-    "10^10^10", "9" * 400, "1e999", "-", "+", "^", "**", "(", " x ", " × ", "=", "≈", "%", "$", " or ", "million", "٣", "½",
-    "\ud800", "\udfff", "\u202e", "é", "😀", "__import__('os')._exit(1)", "exit()", "lambda: 0", "nan", "inf", "0", "7", "1,000",
-]  # fmt: skip
-hostile = st.lists(st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=()), max_size=8), max_size=30).map("".join)
+    *(
+        "<think>",
+        "</think>",
+        "```json",
+        "```",
+        "```JSON",
+        "\n",
+        "\r",
+        "\t",
+        "\x00",
+        "\x1b",
+        "*",
+        ".",
+        ",",
+        "{",
+        "}",
+    ),
+    *(
+        "the answer is ",
+        "The correct answer is ",
+        "answer is (",
+        ")",
+        r"\boxed{",
+        "}}",
+        "A",
+        "D",
+        "e",
+        "0",
+        "7",
+    ),
+    *(
+        "[[YES]]",
+        "[[NO]]",
+        "YES",
+        "NO",
+        "NOT",
+        "{{documents}}",
+        "{{letter}}",
+        "\\g<1>",
+        "(",
+        "-",
+        "+",
+        "^",
+        "**",
+    ),
+    *('{"question": "q", "answer": "', '"}', '"options": {"A": 1}', "nan", "inf", " or ", "million", "1,000"),
+    *("10^10^10", "9" * 400, "1e999", " x ", " \u00d7 ", "=", "\u2248", "%", "$", "\u0663", "\u00bd"),
+    *("\ud800", "\udfff", "\u202e", "\u00e9", "\U0001f600"),
+    *("__import__('os')._exit(1)", "exit()", "lambda: 0"),
+]
+hostile = st.lists(
+    st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=()), max_size=8), max_size=30
+).map("".join)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | hostile,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*"ABCDE", "question", "answer"]), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*"ABCDE", "question", "answer"]), inner, max_size=5)
+    ),
     max_leaves=10,
-)  # fmt: skip
+)
 records = st.dictionaries(st.sampled_from(["question", "answer", "options", "extra"]), json_values)
 
 
@@ -130,7 +179,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_time_is_bounded_on_long_hostile_text(name):
-    """Each text in under 5 s for about 40 calls of all functions (1.1 s at most when written)."""
+    """Each text takes all functions under 5 s (1.1 s at most when written)."""
     started = time.process_time()
     check_everything(LONG[name])
     assert time.process_time() - started < 5
@@ -154,8 +203,13 @@ def test_no_text_is_evaluated():
             seen.append((event, arguments))
 
     code = "__import__('os').system('true')"
-    texts = [f"Therefore, the answer is {code}", rf"\boxed{{{code}}}", code, f"[[YES]] {code}",
-             json.dumps({"question": code, "answer": code, "options": dict.fromkeys("ABCD", code)})]  # fmt: skip
+    texts = [
+        f"Therefore, the answer is {code}",
+        rf"\boxed{{{code}}}",
+        code,
+        f"[[YES]] {code}",
+        json.dumps({"question": code, "answer": code, "options": dict.fromkeys("ABCD", code)}),
+    ]
     check_everything(code)  # warm up: imports and caches of the standard library
     sys.addaudithook(hook)
     try:

@@ -29,9 +29,19 @@ def test_general_question():
 
 @pytest.mark.parametrize(
     ("answer", "reference"),
-    [(12.5, "12.5"), (7, "7"), ("$1,200", "1200"), ("0.00001", "0.00001"), (1e-7, "0.0000001"), (1e22, "1" + "0" * 22),
-     ("The answer is 5%", "5"), ("the answer is 1e5", "100000"), ("2 * 3", "6"), (-4, "-4")],
-)  # fmt: skip
+    [
+        (12.5, "12.5"),
+        (7, "7"),
+        ("$1,200", "1200"),
+        ("0.00001", "0.00001"),
+        (1e-7, "0.0000001"),
+        (1e22, "1" + "0" * 22),
+        ("The answer is 5%", "5"),
+        ("the answer is 1e5", "100000"),
+        ("2 * 3", "6"),
+        (-4, "-4"),
+    ],
+)
 def test_math_references_are_decimals(answer, reference):
     assert question("docmath_qa", {"question": "How many?", "answer": answer}).reference == reference
 
@@ -140,12 +150,24 @@ def test_without_a_phrase_only_the_end_of_a_response_counts():
 @pytest.mark.parametrize(
     ("text", "vote"),
     [
-        ("Decision: [[YES]]", 1), ("Decision: [[NO]]", 0), ("They are NOT equal but [[YES]]", 1),
-        ("NO, well: [[YES]]", 1), ("[[YES]] or [[NO]]", -1), ("YES", 1), ("NO.", 0), ("YES and NO", -1), ("EYES", -1),
-        ("NOT", -1), ("yes", -1), ("", -1), ("<think>[[YES]]", -1), ("<think>[[NO]]</think>[[YES]]", 1),
-        ("YES_NO", -1), ("[[YES ]]", 1),
+        ("Decision: [[YES]]", 1),
+        ("Decision: [[NO]]", 0),
+        ("They are NOT equal but [[YES]]", 1),
+        ("NO, well: [[YES]]", 1),
+        ("[[YES]] or [[NO]]", -1),
+        ("YES", 1),
+        ("NO.", 0),
+        ("YES and NO", -1),
+        ("EYES", -1),
+        ("NOT", -1),
+        ("yes", -1),
+        ("", -1),
+        ("<think>[[YES]]", -1),
+        ("<think>[[NO]]</think>[[YES]]", 1),
+        ("YES_NO", -1),
+        ("[[YES ]]", 1),
     ],
-)  # fmt: skip
+)
 def test_votes(text, vote):
     assert parse_verdict(text, truncated=False) == vote
     assert parse_verdict(text, truncated=True) == -1

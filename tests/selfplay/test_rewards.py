@@ -50,9 +50,18 @@ def test_judgments_are_rewarded_for_agreeing():
 
 @pytest.mark.parametrize(
     ("yes", "no", "rule", "kept"),
-    [(8, 0, 1, False), (7, 1, 1, True), (5, 3, 1, True), (4, 4, 0, False), (3, 5, 0, True), (5, 3, 0, False),
-     (7, 0, 1, False), (3, 2, 1, True), (1, 1, 0, False)],
-)  # fmt: skip
+    [
+        (8, 0, 1, False),
+        (7, 1, 1, True),
+        (5, 3, 1, True),
+        (4, 4, 0, False),
+        (3, 5, 0, True),
+        (5, 3, 0, False),
+        (7, 0, 1, False),
+        (3, 2, 1, True),
+        (1, 1, 0, False),
+    ],
+)
 def test_verifier_groups_worth_training_on(yes, no, rule, kept):
     votes = [1] * yes + [0] * no + [-1] * (8 - yes - no)
     assert trainable(votes, majority(votes), rule, VerifierConfig()) is kept
@@ -61,12 +70,20 @@ def test_verifier_groups_worth_training_on(yes, no, rule, kept):
 
 
 def test_responder_is_right_by_rule_or_by_verdict():
-    assert [responder_reward(r, v) for r, v in [(0, 1), (0, 0), (1, 0), (0, None), (1, None)]] == [1, 0, 1, 0, 1]
+    assert [responder_reward(r, v) for r, v in [(0, 1), (0, 0), (1, 0), (0, None), (1, None)]] == [
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
 def test_questioner_reward_over_the_paper_values():
     gaussian = [questioner_reward(k / 8, QuestionerConfig()) for k in range(9)]
-    assert gaussian == pytest.approx([0, 0.079560, 0.324652, 0.754840, 1, 0.754840, 0.324652, 0.079560, 0], abs=1e-6)
+    assert gaussian == pytest.approx(
+        [0, 0.079560, 0.324652, 0.754840, 1, 0.754840, 0.324652, 0.079560, 0], abs=1e-6
+    )
     assert questioner_reward(0.25, QuestionerConfig(reward="azr")) == 0.75
     assert questioner_reward(0.25, QuestionerConfig(reward="r_zero")) == 0.5
     assert questioner_reward(0.0, QuestionerConfig(reward="azr")) == 0  # all wrong: no reward of any kind
@@ -93,17 +110,27 @@ def test_answers_are_normalised_within_their_question():
 
 
 def test_questions_are_normalised_per_task_or_over_the_batch():
-    rows = [make(str(i), "questioner", task, reward=r) for i, (task, r) in
-            enumerate([("doc_mc", 1.0), ("doc_mc", 0.0), ("docmath_qa", 0.5)])]  # fmt: skip
+    rows = [
+        make(str(i), "questioner", task, reward=r)
+        for i, (task, r) in enumerate([("doc_mc", 1.0), ("doc_mc", 0.0), ("docmath_qa", 0.5)])
+    ]
     assign_advantages(rows, "task")
     assert [row.advantage for row in rows] == pytest.approx([0.7071058, -0.7071058, 0], abs=1e-6)
     assign_advantages(rows, "batch")
     assert [row.advantage for row in rows] == pytest.approx([1, -1, 0], abs=1e-5)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["questioner", "responder", "verifier"]),
-                          st.sampled_from(["doc_mc", "docmath_qa"]), st.integers(0, 3),
-                          st.sampled_from([-1.0, -0.5, 0.0, 0.07956, 1.0])), max_size=40))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["questioner", "responder", "verifier"]),
+            st.sampled_from(["doc_mc", "docmath_qa"]),
+            st.integers(0, 3),
+            st.sampled_from([-1.0, -0.5, 0.0, 0.07956, 1.0]),
+        ),
+        max_size=40,
+    )
+)
 def test_advantages_are_finite_and_sum_to_zero_in_every_group(specs):
     rows = [make(f"{uid}", role, task, reward=r, group=f"{task}{uid}") for role, task, uid, r in specs]
     assign_advantages(rows, "task")
@@ -157,7 +184,12 @@ def test_history_survives_json():
 
 def groups_of(counts, n=8):
     return [
-        Group(f"{t}{i}", t, make(f"{t}{i}", "questioner", t), [make(f"{t}{i}", "responder", t) for _ in range(n)])
+        Group(
+            f"{t}{i}",
+            t,
+            make(f"{t}{i}", "questioner", t),
+            [make(f"{t}{i}", "responder", t) for _ in range(n)],
+        )
         for t, count in counts.items()
         for i in range(count)
     ]
@@ -173,18 +205,30 @@ def judged(count, n=8):
 
 def test_full_batch_has_the_published_1408_rows():
     groups = groups_of({"doc_mc": 60, "doc_general_qa": 40, "docmath_qa": 28})
-    kinds = {("doc_mc", "bad_format"): 100, ("doc_general_qa", "bad_ground"): 100, ("docmath_qa", "zero_variance"): 100}
+    kinds = {
+        ("doc_mc", "bad_format"): 100,
+        ("doc_general_qa", "bad_ground"): 100,
+        ("docmath_qa", "zero_variance"): 100,
+    }
     batch = compose(groups, negatives_of(kinds), judged(500), SelfPlayConfig(), random.Random(0))
     assert Counter(f"{row.role}/{row.kind}" for row in batch) == {
-        "responder/good": 1024, "questioner/good": 128, "questioner/bad_format": 60, "questioner/bad_ground": 40,
-        "questioner/zero_variance": 28, "verifier/good": 128,
-    }  # fmt: skip
+        "responder/good": 1024,
+        "questioner/good": 128,
+        "questioner/bad_format": 60,
+        "questioner/bad_ground": 40,
+        "questioner/zero_variance": 28,
+        "verifier/good": 128,
+    }
     assert len({id(row) for row in batch}) == len(batch) == 1408
 
 
 def test_shortage_of_negatives_is_carried_to_the_next_task():
     groups = groups_of({"doc_mc": 5, "docmath_qa": 3})
-    kinds = {("doc_mc", "bad_format"): 1, ("docmath_qa", "bad_format"): 50, ("doc_general_qa", "bad_format"): 50}
+    kinds = {
+        ("doc_mc", "bad_format"): 1,
+        ("docmath_qa", "bad_format"): 50,
+        ("doc_general_qa", "bad_format"): 50,
+    }
     batch = compose(groups, negatives_of(kinds), [], SelfPlayConfig(), random.Random(0))
     negatives = Counter(row.task for row in batch if row.kind != "good")
     assert negatives == {"doc_mc": 1, "docmath_qa": 7}  # a task without positives gives none
@@ -192,7 +236,9 @@ def test_shortage_of_negatives_is_carried_to_the_next_task():
 
 def test_batch_takes_what_there_is():
     groups = groups_of({"doc_mc": 150})
-    batch = compose(groups, negatives_of({("doc_mc", "bad_format"): 10}), judged(3), SelfPlayConfig(), random.Random(0))
+    batch = compose(
+        groups, negatives_of({("doc_mc", "bad_format"): 10}), judged(3), SelfPlayConfig(), random.Random(0)
+    )
     assert Counter(row.role for row in batch) == {"responder": 1024, "questioner": 138, "verifier": 24}
     assert compose([], [], [], SelfPlayConfig(), random.Random(0)) == []
     assert compose([], [], judged(3), SelfPlayConfig(), random.Random(0)) == []

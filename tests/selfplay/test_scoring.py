@@ -57,21 +57,47 @@ def test_numbers_are_read(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "abc", "yes", "True", "(b)", "12,34", "1, 2", "{1,2}", "1 2", "1.2.3", "inf", "nan", "1e999", "5/0", "3+4j",
-     "(-8)^(1/3)", "10^10^10", "9" * 5000, "(" * 400 + "1" + ")" * 400, "len('abc')", "__import__('os').getcwd()",
-     "0x10", "1_000", "٣", "²"],
-)  # fmt: skip
+    [
+        "",
+        "abc",
+        "yes",
+        "True",
+        "(b)",
+        "12,34",
+        "1, 2",
+        "{1,2}",
+        "1 2",
+        "1.2.3",
+        "inf",
+        "nan",
+        "1e999",
+        "5/0",
+        "3+4j",
+        "(-8)^(1/3)",
+        "10^10^10",
+        "9" * 5000,
+        "(" * 400 + "1" + ")" * 400,
+        "len('abc')",
+        "__import__('os').getcwd()",
+        "0x10",
+        "1_000",
+        "٣",
+        "²",
+    ],
+)
 def test_what_is_no_finite_number_is_none(text):
     assert parse_number(text) is None
 
 
-# Small integers and shallow trees: the oracle evaluates with the same floats, so results are equal, not close.
+# The oracle evaluates with the same floats, so results are equal, not just close.
 numerals = st.integers(0, 99).map(str) | st.decimals(0, 99, places=2).map(str)
 expressions = st.recursive(
     numerals,
-    lambda inner: st.tuples(inner, st.sampled_from("+-*/^"), inner).map("".join)
-    | inner.map("({})".format)
-    | inner.map("-{}".format),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from("+-*/^"), inner).map("".join)
+        | inner.map("({})".format)
+        | inner.map("-{}".format)
+    ),
     max_leaves=8,
 )
 
@@ -87,13 +113,20 @@ def test_arithmetic_agrees_with_pythons(oracle, text):
 finite = st.floats(-1e12, 1e12, allow_nan=False) | st.integers(-5000, 5000).map(float)
 
 
-@given(finite, finite | st.none(), st.sampled_from([1, 1.001, 0.999, 1.0015, 1.002, 100, 0.01, 1e3, 1e-6, 1e9, 10]))
+@given(
+    finite,
+    finite | st.none(),
+    st.sampled_from([1, 1.001, 0.999, 1.0015, 1.002, 100, 0.01, 1e3, 1e-6, 1e9, 10]),
+)
 def test_comparison_agrees_with_exact_fractions(oracle, a, b, factor):
     b = a * factor if b is None else b
     # On the very edge of a tolerance floats and fractions may differ; keep away from it by 1e-9.
     assume(all(abs(abs(a - b) - 0.0015 * abs(x)) > 1e-9 * abs(x) for x in (a, b) if x))
     small, large = sorted((abs(a), abs(b)))
-    assume(all(abs(abs(small * s - large) - 0.0015 * large) > 1e-9 * large for s in (100, 1e3, 1e6, 1e9)) or not large)
+    assume(
+        all(abs(abs(small * s - large) - 0.0015 * large) > 1e-9 * large for s in (100, 1e3, 1e6, 1e9))
+        or not large
+    )
     assume(all(abs(1000 * x - round(1000 * x)) > 1e-6 or x.is_integer() for x in (small, large)))
     assert numbers_match(a, b) == oracle.numbers_agree(a, b)
 
@@ -101,11 +134,23 @@ def test_comparison_agrees_with_exact_fractions(oracle, a, b, factor):
 @pytest.mark.parametrize(
     ("prediction", "reference", "match"),
     [
-        (100.15, 100, True), (100.16, 100, False), (5, -5, False), (-5, -5, True), (0, 0, True), (0, -0.0004, False),
-        (0.05, 5, True), (5, 50, False), (5, 5e3, True), (5, 5e6, True), (5, 5e9, True), (5, 50000, False),
-        (1.0004, 1.0008, True), (1e307, 1e307, True), (1e308, -1e308, False),
+        (100.15, 100, True),
+        (100.16, 100, False),
+        (5, -5, False),
+        (-5, -5, True),
+        (0, 0, True),
+        (0, -0.0004, False),
+        (0.05, 5, True),
+        (5, 50, False),
+        (5, 5e3, True),
+        (5, 5e6, True),
+        (5, 5e9, True),
+        (5, 50000, False),
+        (1.0004, 1.0008, True),
+        (1e307, 1e307, True),
+        (1e308, -1e308, False),
     ],
-)  # fmt: skip
+)
 def test_numbers_match_by_sign_scale_and_tolerance(prediction, reference, match):
     assert numbers_match(prediction, reference) is match
 
@@ -138,9 +183,16 @@ def test_text_normalisation_is_idempotent_and_ignores_case(text):
 
 @pytest.mark.parametrize(
     ("task", "kind"),
-    [("docmath_qa", "number"), ("doc_general_qa", "text"), ("doc_mc", "letter"), ("longbench-v2_x", "letter"),
-     ("longbench-hotpotqa", "text"), ("frames", "text"), ("docmath_complong", "number")],
-)  # fmt: skip
+    [
+        ("docmath_qa", "number"),
+        ("doc_general_qa", "text"),
+        ("doc_mc", "letter"),
+        ("longbench-v2_x", "letter"),
+        ("longbench-hotpotqa", "text"),
+        ("frames", "text"),
+        ("docmath_complong", "number"),
+    ],
+)
 def test_kind_of_answers_by_name(task, kind):
     assert answer_kind(task) == kind
 

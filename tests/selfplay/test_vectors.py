@@ -5,16 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "tests" / "data" / "vectors.json"
 
 
 def run(path):
     command = [sys.executable, str(ROOT / "tools" / "check_vectors.py"), str(path)]
-    return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_no_vector_fails():
@@ -41,15 +45,21 @@ def wrong(expected):
 
 
 def test_wrong_expectations_fail(tmp_path):
-    """Every function notices a wrong expectation, unless its decided result ignores the reference's."""
+    """Every function notices a wrong expectation, unless its rule does not use it (45 of 48 when written)."""
     cases = [case for case in json.loads(VECTORS.read_text()) if "[ref-quirk]" not in case["note"]]
-    unheeded = ("verifier.", "responder.combine", "eval.judge_parse", "docmath.normalize", "batch_composition")
+    unheeded = (
+        "verifier.",
+        "responder.combine",
+        "eval.judge_parse",
+        "docmath.normalize",
+        "batch_composition",
+    )
     cases = [{**c, "expected": wrong(c["expected"])} for c in cases if not c["function"].startswith(unheeded)]
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(cases))
     result = run(path)
     assert result.returncode == 1
-    assert result.stdout.count("FAILED") >= 0.9 * len(cases)
+    assert result.stdout.count("FAILED") >= 0.93 * len(cases)
 
 
 def test_unknown_functions_fail_and_unreadable_files_are_reported(tmp_path):
@@ -61,12 +71,17 @@ def test_unknown_functions_fail_and_unreadable_files_are_reported(tmp_path):
     assert result.returncode == 2 and "cannot be read" in result.stderr
 
 
-@pytest.mark.parametrize("module", ["pipeline", "parsing", "documents", "prompts", "batch"])
-def test_the_algorithm_imports_no_model_library(module):
+def test_the_algorithm_imports_no_model_library():
     code = (
-        f"import sys, spell_megatron.selfplay.{module}\n"
+        "import sys, spell_megatron.selfplay.pipeline\n"
         "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""},
-                            capture_output=True, text=True, check=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.strip() == "[]"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -57,7 +58,7 @@ PHRASES = [
 
 
 def read(documents: list[str]) -> dict[tuple[str, str], str]:
-    """(relation, subject) -> value, out of plain text; every sentence must be understood, and none contradict."""
+    """(relation, subject) -> value, out of plain text; every sentence must be understood."""
     facts: dict[tuple[str, str], str] = {}
     for document in documents:
         for sentence in document.removesuffix(".").split(". "):
@@ -147,8 +148,9 @@ def test_corpus_loads_and_heldout_documents_are_unseen():
     assert not {d for question in questions for d in question.documents} & set(documents)
     tasks = [question.task for question in questions]
     assert tasks.count(world.GENERAL) == tasks.count(world.MATH) == 250
-    two_hops = sum(any(re.search(phrase, q.question.partition(" ")[2][6:]) for _, phrase in PHRASES)
-                   for q in questions)
+    two_hops = sum(
+        any(re.search(phrase, q.question.partition(" ")[2][6:]) for _, phrase in PHRASES) for q in questions
+    )
     assert 100 < two_hops < 300
 
 
@@ -224,9 +226,9 @@ def test_packed_rows_give_the_logits_of_separate_sequences(teacher):
             for example in examples:
                 n = len(example.output)
                 alone = model(torch.tensor([example.prompt + example.output])).logits[0]
-                expected = alone[len(example.prompt) - 1:-1]
-                assert targets[start:start + n] == example.output
-                torch.testing.assert_close(logits[start:start + n], expected, atol=2e-5, rtol=0)
+                expected = alone[len(example.prompt) - 1 : -1]
+                assert targets[start : start + n] == example.output
+                torch.testing.assert_close(logits[start : start + n], expected, atol=2e-5, rtol=0)
                 start += n
             assert start == len(targets)
             compared += start
@@ -238,19 +240,26 @@ def test_committed_policy_follows_its_formats():
     """Format only; `make_seed_policy.py --check-only` measures what it can do."""
     folder = QUICKSTART / "policy"
     codec, prompts = seed_policy.Codec(folder), PromptSet.load("compact")
-    model = seed_policy.AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == codec.size
     assert codec.policy.eos_ids == {seed_policy.EOS} == {model.generation_config.eos_token_id}
     rows = load_questions(QUICKSTART / "heldout.jsonl", limit=40)
     ids = [codec.prompt(prompts.responder(row.task, row.question, row.documents)) for row in rows]
-    predictions = [parse_answer(row.task, codec.decode(response), False)
-                   for row, response in zip(rows, seed_policy.sample(model, ids, 16, 0.0))]
-    hits = sum(rule_score(row.task, prediction, row.answer) for row, prediction in zip(rows, predictions))
+    predictions = [
+        parse_answer(row.task, codec.decode(response), False)
+        for row, response in zip(rows, seed_policy.sample(model, ids, 16, 0.0), strict=True)
+    ]
+    hits = sum(
+        rule_score(row.task, prediction, row.answer)
+        for row, prediction in zip(rows, predictions, strict=True)
+    )
     assert None not in predictions
     assert 12 <= hits <= 36  # reads, and has something to learn
     ids = [codec.prompt(prompts.questioner(row.task, row.documents[:3], [], None)) for row in rows]
-    asked = [parse_question(row.task, codec.decode(response), False, codec.count, 40)
-             for row, response in zip(rows, seed_policy.sample(model, ids, 64, 0.0))]
+    asked = [
+        parse_question(row.task, codec.decode(response), False, codec.count, 40)
+        for row, response in zip(rows, seed_policy.sample(model, ids, 64, 0.0), strict=True)
+    ]
     assert sum(isinstance(question, Question) for question in asked) >= 36
 
 

@@ -49,7 +49,14 @@ def test_layout_and_retention(saved):
     assert names(run) == ["latest", "step_000002", "step_000003"]
     assert checkpoint.latest(run) == run / "checkpoints" / "step_000003"
     folder = checkpoint.latest(run)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "hf", "meta.json", "rng", "state.json", "trainer"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "hf",
+        "meta.json",
+        "rng",
+        "state.json",
+        "trainer",
+    ]
     assert json.loads((folder / "config.json").read_text())["checkpoint"]["keep"] == 2
     assert json.loads((folder / "meta.json").read_text())["step"] == 3
     exported = load_file(folder / "hf" / "model.safetensors")
@@ -63,7 +70,9 @@ def test_no_checkpoint_yet(tmp_path):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_resume_continues_exactly(distributed, policy, tmp_path):
     """Random numbers drawn after saving, the next three updates and the weights are identical."""
-    config = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__warmup_steps=4)
+    config = make_config(
+        policy, training__optimizer__distributed=distributed, training__optimizer__warmup_steps=4
+    )
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
     checkpoint.save(tmp_path, 1, trainer, {"step": 1})
@@ -114,8 +123,9 @@ def test_optimizer_settings_come_from_the_configuration(distributed, policy, tmp
 
 
 def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):
-    config = make_config(policy, model__dtype="bfloat16", training__optimizer__distributed=True,
-                         training__optimizer__lr=1e-5)
+    config = make_config(
+        policy, model__dtype="bfloat16", training__optimizer__distributed=True, training__optimizer__lr=1e-5
+    )
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
     checkpoint.save(tmp_path, 1, trainer, {})
@@ -155,7 +165,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
     (left / "half").write_text("x")
     trainer = make_trainer(make_config(policy))
     checkpoint.save(tmp_path, 2, trainer, {"n": 1})
-    checkpoint.save(tmp_path, 2, trainer, {"n": 2})        # the same step again replaces it
+    checkpoint.save(tmp_path, 2, trainer, {"n": 2})  # the same step again replaces it
     assert names(tmp_path) == ["latest", "step_000002"]
     assert checkpoint.load(checkpoint.latest(tmp_path), trainer) == {"n": 2}
 
@@ -189,7 +199,8 @@ def test_too_little_space_is_found_before_writing(saved, monkeypatch):
 def test_killed_while_saving(policy, tmp_path):
     """A process killed in the middle of a save leaves the checkpoint before it as the latest one."""
     script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import os, signal, sys
         from pathlib import Path
 
@@ -205,18 +216,23 @@ def test_killed_while_saving(policy, tmp_path):
 
         if __name__ == "__main__":
             main()
-    """))
+    """)
+    )
     run = tmp_path / "run"
     here = str(Path(__file__).parent)
     log = tmp_path / "log"
-    with open(log, "w") as output:                         # not a pipe: its helper processes would keep it open
+    with open(log, "w") as output:  # not a pipe: its helper processes would keep it open
         process = subprocess.Popen(
-            [sys.executable, script, policy, run], stdout=output, stderr=output, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.getcwd()])})
+            [sys.executable, script, policy, run],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.getcwd()])},
+        )
         try:
             assert process.wait(timeout=120) == -signal.SIGKILL, log.read_text()[-2000:]
         finally:
-            os.killpg(process.pid, signal.SIGKILL)         # Megatron's writer processes outlive a killed parent
+            os.killpg(process.pid, signal.SIGKILL)  # Megatron's writer processes outlive a killed parent
     assert "step_000002.tmp" in names(run)
     trainer = make_trainer(make_config(policy))
     assert checkpoint.load(checkpoint.latest(run), trainer) == {"step": 1}

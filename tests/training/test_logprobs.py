@@ -16,7 +16,7 @@ def problem(t=37, hidden=16, vocab=53, edges=60, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(t, 1, hidden, generator=generator).to(dtype).requires_grad_()
     w = torch.randn(vocab, hidden, generator=generator).to(dtype).requires_grad_()
-    source = torch.randint(0, t, (edges,), generator=generator)      # positions repeat, as at branches
+    source = torch.randint(0, t, (edges,), generator=generator)  # positions repeat, as at branches
     target = torch.randint(0, vocab - 3, (edges,), generator=generator)
     return h, w, source, target, torch.randn(edges, generator=generator)
 
@@ -84,21 +84,33 @@ def test_peak_memory_is_one_chunk():
         run(3_000)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     """)
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert float(out.stdout) < 60, f"{out.stdout} MB above the peak of a single chunk"
 
 
 def _vocab_parallel(rank, world, port, out):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
     h, w, source, target, g = problem(vocab=56)
     mine = w.detach().chunk(world)[rank].clone().requires_grad_()
     logp, entropy = token_logprobs(h, mine, source, target, 0.7, 8, 53, torch.distributed.group.WORLD)
     grads = torch.autograd.grad((logp * g).sum(), (h, mine))
     expected, expected_entropy = plain(h, w, source, target, 0.7, 53)
     want = torch.autograd.grad((expected * g).sum(), (h, w))
-    out[rank] = max(relative(logp, expected), relative(entropy, expected_entropy), relative(grads[0], want[0]),
-                    relative(grads[1], want[1].chunk(world)[rank]))
+    out[rank] = max(
+        relative(logp, expected),
+        relative(entropy, expected_entropy),
+        relative(grads[0], want[0]),
+        relative(grads[1], want[1].chunk(world)[rank]),
+    )
     torch.distributed.destroy_process_group()
 
 

@@ -14,11 +14,14 @@ def mean_policy_loss(logprob, old, advantage, dual=3.0):
     return [x.mean().item() for x in out]
 
 
-@pytest.mark.parametrize("logprob, old, advantage, expected", [
-    ([-0.693147, -1.386294], [-0.693147, -1.386294], [1.0, 1.0], [-1.0, 0.0, 0.0, 0.0]),
-    ([-0.287682, -0.980829], [-0.693147, -1.386294], [1.0, -1.0], [0.15, 0.5, -0.405465, 0.0]),
-    ([0.916291, 0.223144], [-0.693147, -1.386294], [-1.0, -1.0], [3.0, 0.0, -1.609438, 1.0]),
-])
+@pytest.mark.parametrize(
+    "logprob, old, advantage, expected",
+    [
+        ([-0.693147, -1.386294], [-0.693147, -1.386294], [1.0, 1.0], [-1.0, 0.0, 0.0, 0.0]),
+        ([-0.287682, -0.980829], [-0.693147, -1.386294], [1.0, -1.0], [0.15, 0.5, -0.405465, 0.0]),
+        ([0.916291, 0.223144], [-0.693147, -1.386294], [-1.0, -1.0], [3.0, 0.0, -1.609438, 1.0]),
+    ],
+)
 def test_hand_computed(logprob, old, advantage, expected):
     """Ratio 1; ratio 1.5, clipped for the positive advantage only; ratio 5, capped by the dual clip."""
     assert mean_policy_loss(logprob, old, advantage) == pytest.approx(expected, abs=1e-5)
@@ -33,8 +36,14 @@ def test_against_the_scalar_formula():
         loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high))
         if advantage < 0:
             loss = min(loss, -advantage * dual)
-        out = policy_loss(torch.tensor([log_ratio], dtype=torch.float64), torch.zeros(1, dtype=torch.float64),
-                          torch.tensor([advantage], dtype=torch.float64), low, high, dual)
+        out = policy_loss(
+            torch.tensor([log_ratio], dtype=torch.float64),
+            torch.zeros(1, dtype=torch.float64),
+            torch.tensor([advantage], dtype=torch.float64),
+            low,
+            high,
+            dual,
+        )
         assert out.loss.item() == pytest.approx(loss, rel=1e-12)
 
 
@@ -46,12 +55,15 @@ def test_gradient_on_policy_is_minus_the_advantage():
 
 
 def test_absurd_log_ratios_stay_finite():
-    out = policy_loss(torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([-1.0, 1.0]), 0.2, 0.2, 3.0)
+    out = policy_loss(
+        torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([-1.0, 1.0]), 0.2, 0.2, 3.0
+    )
     assert torch.isfinite(out.loss).all() and out.loss[0] == 3.0
 
 
-@pytest.mark.parametrize("mode, expected", [("token-mean", 2.5), ("seq-mean-token-sum", 5.0),
-                                            ("seq-mean-token-mean", 3.0)])
+@pytest.mark.parametrize(
+    "mode, expected", [("token-mean", 2.5), ("seq-mean-token-sum", 5.0), ("seq-mean-token-mean", 3.0)]
+)
 def test_agg_loss(mode, expected):
     loss = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     assert agg_loss(loss, torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]), mode).item() == expected

@@ -13,8 +13,12 @@ from spell_megatron.training.prefix_tree import EMPTY, Cost, Row, pack, plan
 def make_row(tokens, prompt_length, seed=0):
     n = len(tokens) - prompt_length
     rng = np.random.default_rng(seed)
-    return Row(np.array(tokens, dtype=np.int64), prompt_length, rng.normal(size=n).astype(np.float32),
-               rng.normal(size=n).astype(np.float32))
+    return Row(
+        np.array(tokens, dtype=np.int64),
+        prompt_length,
+        rng.normal(size=n).astype(np.float32),
+        rng.normal(size=n).astype(np.float32),
+    )
 
 
 @st.composite
@@ -24,7 +28,7 @@ def row_lists(draw):
     for _ in range(draw(st.integers(1, 9))):
         if rows and draw(st.booleans()):
             tokens = list(draw(st.sampled_from(rows)).tokens)
-            tokens = tokens[:draw(st.integers(1, len(tokens)))]
+            tokens = tokens[: draw(st.integers(1, len(tokens)))]
         else:
             tokens = [draw(st.integers(0, 2))]
         tokens += draw(st.lists(st.integers(0, 2), max_size=8))
@@ -35,7 +39,7 @@ def row_lists(draw):
 def ancestors(tree, q):
     """Flat positions that q may attend to, from the mask's definition."""
     k = np.arange(q + 1)
-    return k[tree.end[:q + 1] > q]
+    return k[tree.end[: q + 1] > q]
 
 
 def check(rows, trees, max_tokens):
@@ -86,8 +90,11 @@ def test_cuts_repeat_the_fewest_tokens(rows, max_tokens):
 
     best = {0: 0}
     for last in range(1, len(ordered) + 1):
-        best[last] = min(best[first] + size(ordered[first:last]) for first in range(last)
-                         if first == last - 1 or size(ordered[first:last]) <= max_tokens)
+        best[last] = min(
+            best[first] + size(ordered[first:last])
+            for first in range(last)
+            if first == last - 1 or size(ordered[first:last]) <= max_tokens
+        )
     packed = sum(len(tree.tokens) for tree in pack(rows, max_tokens))
     # Forests may merge prefixes that cut runs share; free cuts cost nothing, and each cut is priced one
     # token above what it repeats, so the total may exceed the optimum by at most one token per run.
@@ -95,13 +102,26 @@ def test_cuts_repeat_the_fewest_tokens(rows, max_tokens):
 
 
 def test_known_tree():
-    rows = [make_row([5, 6, 7, 8], 2), make_row([5, 6, 7, 9], 2), make_row([5, 6, 7, 8], 2), make_row([4, 1], 1)]
+    rows = [
+        make_row([5, 6, 7, 8], 2),
+        make_row([5, 6, 7, 9], 2),
+        make_row([5, 6, 7, 8], 2),
+        make_row([4, 1], 1),
+    ]
     (tree,) = pack(rows, 100)
     np.testing.assert_array_equal(tree.tokens, [4, 1, 5, 6, 7, 8, 9])
     np.testing.assert_array_equal(tree.position_ids, [0, 1, 0, 1, 2, 3, 3])
     np.testing.assert_array_equal(tree.end, [2, 2, 7, 7, 7, 6, 7])
     edges = set(zip(tree.source.tolist(), tree.target.tolist(), tree.row.tolist(), tree.offset.tolist()))
-    assert edges == {(0, 1, 3, 0), (3, 7, 0, 0), (4, 8, 0, 1), (3, 7, 1, 0), (4, 9, 1, 1), (3, 7, 2, 0), (4, 8, 2, 1)}
+    assert edges == {
+        (0, 1, 3, 0),
+        (3, 7, 0, 0),
+        (4, 8, 0, 1),
+        (3, 7, 1, 0),
+        (4, 9, 1, 1),
+        (3, 7, 2, 0),
+        (4, 8, 2, 1),
+    }
 
 
 def test_groups_stay_whole():
@@ -130,7 +150,10 @@ def test_one_group_over_two_ranks_is_cut_only_if_that_pays():
     assert [len(trees) for trees in short] == [1, 1] and all(len(t.source) for trees in short for t in trees)
     long = plan(group(1000, 1), 10_000, 2)
     assert sorted(len(trees[0].source) for trees in long) in ([0, 8], [4, 4])
-    costs = [sum(len(t.tokens) for t in trees) for trees in plan(group(50, 20) + group(50, 20) + group(50, 20), 10_000, 2)]
+    costs = [
+        sum(len(t.tokens) for t in trees)
+        for trees in plan(group(50, 20) + group(50, 20) + group(50, 20), 10_000, 2)
+    ]
     assert max(costs) <= 1.35 * sum(costs) / 2
 
 
@@ -151,7 +174,9 @@ def test_planning_a_full_batch_is_fast():
     rows = []
     for _ in range(175):
         prompt = rng.integers(0, 150_000, 15_000)
-        rows += [make_row(np.concatenate([prompt, rng.integers(0, 150_000, 1_384)]), 15_000) for _ in range(8)]
+        rows += [
+            make_row(np.concatenate([prompt, rng.integers(0, 150_000, 1_384)]), 15_000) for _ in range(8)
+        ]
     start = time.process_time()
     plans = plan(rows, 32_768, 8, Cost(1.0, 1e-4, 0.1))
     seconds = time.process_time() - start

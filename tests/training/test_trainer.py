@@ -45,12 +45,14 @@ def policies(tmp_path_factory):
 
 def reference(folder, rows, temperature):
     """Loss, gradients by name and metrics of the same objective on the Hugging Face model, row by row."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     count = sum(len(row.weights) for row in rows)
     loss, entropy, mismatch = 0.0, 0.0, 0.0
     for row in rows:
         tokens, p = torch.from_numpy(row.tokens), row.prompt_length
-        logits = model(tokens[None]).logits[0, p - 1:-1].float() / temperature
+        logits = model(tokens[None]).logits[0, p - 1 : -1].float() / temperature
         logp = logits.log_softmax(-1)
         chosen = logp.gather(-1, tokens[p:, None])[:, 0]
         ratio = (chosen - chosen.detach()).exp()
@@ -129,8 +131,12 @@ def test_two_full_updates(family, policies):
 
 def test_likelihood_rises_with_positive_weights(policies):
     """Rollout log-probabilities of zero make mean |d| the negative log-likelihood: it must fall."""
-    rows = [dataclasses.replace(row, weights=np.ones_like(row.weights), rollout_logprobs=np.zeros_like(row.weights))
-            for row in make_rows()]
+    rows = [
+        dataclasses.replace(
+            row, weights=np.ones_like(row.weights), rollout_logprobs=np.zeros_like(row.weights)
+        )
+        for row in make_rows()
+    ]
     trainer = make_trainer(make_config(policies("qwen3")))
     losses = [trainer.update(rows)["mismatch_abs"] for _ in range(4)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
@@ -142,26 +148,45 @@ def test_adamw_step_equals_torch(policies):
     trainer = make_trainer(make_config(policies("qwen3"), **options))
     other = make_trainer(make_config(policies("qwen3"), training__optimizer__clip_grad=0.0)).model
     matrices = [p for p in other.parameters() if p.dim() > 1]
-    vectors = [p for p in other.parameters() if p.dim() == 1]     # norms and biases do not decay
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    vectors = [p for p in other.parameters() if p.dim() == 1]  # norms and biases do not decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
     for seed in (0, 1):
         trainer.update(make_rows(seed))
         for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
-            theirs.grad = mine.main_grad.clone()                   # clipped in place by the optimizer
-        assert torch.cat([p.grad.flatten() for p in other.parameters()]).norm() == pytest.approx(0.05, rel=1e-4)
+            theirs.grad = mine.main_grad.clone()  # clipped in place by the optimizer
+        assert torch.cat([p.grad.flatten() for p in other.parameters()]).norm() == pytest.approx(
+            0.05, rel=1e-4
+        )
         optimizer.step()
         for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
             torch.testing.assert_close(mine.data, theirs.data, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("decay, expected", [
-    ("constant", [0.5, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 0.55, 0.1]), ("cosine", [0.5, 1.0, 0.55, 0.1])])
+@pytest.mark.parametrize(
+    "decay, expected",
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 0.55, 0.1]),
+        ("cosine", [0.5, 1.0, 0.55, 0.1]),
+    ],
+)
 def test_learning_rate(decay, expected, policies):
     """Two warm-up updates of four: rises to the peak at the second, at the last update it is min_lr."""
-    trainer = make_trainer(make_config(
-        policies("qwen3"), run__steps=4, training__optimizer__lr=1.0, training__optimizer__warmup_steps=2,
-        training__optimizer__decay=decay, training__optimizer__min_lr=0.1))
+    trainer = make_trainer(
+        make_config(
+            policies("qwen3"),
+            run__steps=4,
+            training__optimizer__lr=1.0,
+            training__optimizer__warmup_steps=2,
+            training__optimizer__decay=decay,
+            training__optimizer__min_lr=0.1,
+        )
+    )
     rates = [trainer.update(make_rows(groups=1, group_size=2))["lr"] for _ in range(4)]
     assert rates == pytest.approx(expected)
 
@@ -170,8 +195,13 @@ def test_learning_rate(decay, expected, policies):
 def test_a_gradient_that_is_not_finite_is_skipped(distributed, policies):
     rows = make_rows()
     bad = dataclasses.replace(rows[0], weights=np.full_like(rows[0].weights, np.nan))
-    trainer = make_trainer(make_config(policies("qwen3"), training__optimizer__distributed=distributed,
-                                       training__optimizer__warmup_steps=2))
+    trainer = make_trainer(
+        make_config(
+            policies("qwen3"),
+            training__optimizer__distributed=distributed,
+            training__optimizer__warmup_steps=2,
+        )
+    )
     before = weights(trainer)
     metrics = trainer.update([bad, *rows[1:]])
     assert metrics["skipped"] == 1 and trainer.skipped == 1

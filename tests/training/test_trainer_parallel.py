@@ -22,8 +22,21 @@ def folder(tmp_path_factory):
         make_policy(family, folder / family)
     worker = Path(__file__).with_name("trainer_worker.py")
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", worker, folder],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            worker,
+            folder,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-5000:]
     return folder
 
@@ -60,7 +73,9 @@ def test_resumed_run_is_identical(family, distributed, folder):
     result = torch.load(folder / f"{family}_{distributed}.pt")
     timing = {"seconds", "tokens_per_second"}
     for a, b in zip(result["next"], result["resumed"]):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing
+        }
     assert difference(result["resumed_weights"], result["next_weights"]) == 0
     assert result["state"] == {"rank": 0}
 

@@ -14,14 +14,42 @@ from spell_megatron.weights.huggingface import load_weights
 from spell_megatron.weights.reshard import export
 
 VOCAB = 128
-_COMMON = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-               intermediate_size=96, max_position_embeddings=512, initializer_range=0.2)
-_MOE = dict(moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, head_dim=16,
-            decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.0)
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
+_MOE = dict(
+    moe_intermediate_size=48,
+    num_experts=8,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    head_dim=16,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    router_aux_loss_coef=0.0,
+)
 FAMILIES = {
-    "llama3": ("LlamaConfig", "LlamaForCausalLM", dict(tie_word_embeddings=False, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64})),
+    "llama3": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        dict(
+            tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ),
     "qwen2.5": ("Qwen2Config", "Qwen2ForCausalLM", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(tie_word_embeddings=True, head_dim=32)),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(tie_word_embeddings=False, **_MOE)),
@@ -46,8 +74,14 @@ def make_rows(seed: int = 0, groups: int = 4, group_size: int = 4) -> list[Row]:
 
     def add(prompt, response):
         weights, logprobs = rng.normal(size=len(response)), -rng.exponential(size=len(response))
-        rows.append(Row(np.concatenate([prompt, response]), len(prompt), weights.astype(np.float32),
-                        logprobs.astype(np.float32)))
+        rows.append(
+            Row(
+                np.concatenate([prompt, response]),
+                len(prompt),
+                weights.astype(np.float32),
+                logprobs.astype(np.float32),
+            )
+        )
 
     for _ in range(groups):
         prompt = rng.integers(0, VOCAB, rng.integers(5, 40))
@@ -55,17 +89,23 @@ def make_rows(seed: int = 0, groups: int = 4, group_size: int = 4) -> list[Row]:
             add(prompt, rng.integers(0, VOCAB, rng.integers(1, 20)))
     first = rows[0]
     add(first.tokens[:-1], rng.integers(0, VOCAB, 6))
-    add(first.tokens[:first.prompt_length], first.tokens[first.prompt_length:])
+    add(first.tokens[: first.prompt_length], first.tokens[first.prompt_length :])
     add(np.array([3]), rng.integers(0, VOCAB, 5))
     return rows
 
 
 def make_config(folder: Path, **overrides) -> Config:
     """`overrides`: dotted names with `__` for the dot."""
-    values = {"run": {"device": "cpu", "steps": 10}, "model": {"path": str(folder), "dtype": "float32"},
-              "data": {"documents": "none.parquet"},
-              "training": {"tokens_per_microbatch": 100, "logprob_chunk": 16,
-                           "optimizer": {"lr": 1e-3, "clip_grad": 1e6, "distributed": False}}}
+    values = {
+        "run": {"device": "cpu", "steps": 10},
+        "model": {"path": str(folder), "dtype": "float32"},
+        "data": {"documents": "none.parquet"},
+        "training": {
+            "tokens_per_microbatch": 100,
+            "logprob_chunk": 16,
+            "optimizer": {"lr": 1e-3, "clip_grad": 1e6, "distributed": False},
+        },
+    }
     for name, value in overrides.items():
         *path, last = name.split("__")
         node = values
@@ -83,7 +123,9 @@ def make_trainer(config: Config) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().float().clone() for name, tensor in export(trainer.model, trainer.hf_config)}
+    return {
+        name: tensor.detach().float().clone() for name, tensor in export(trainer.model, trainer.hf_config)
+    }
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

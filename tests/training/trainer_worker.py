@@ -22,12 +22,17 @@ def main(folder: Path) -> None:
 
     for family in ("qwen3", "qwen3_moe"):
         for distributed in (False, True):
-            trainer = make_trainer(make_config(folder / family, training__optimizer__distributed=distributed,
-                                               checkpoint__keep=1))
+            trainer = make_trainer(
+                make_config(folder / family, training__optimizer__distributed=distributed, checkpoint__keep=1)
+            )
             metrics = [update(trainer, seed) for seed in range(2)]
             everywhere = [None, None]
             dist.all_gather_object(everywhere, metrics)
-            result = {"metrics": metrics, "same_metrics": everywhere[0] == everywhere[1], "weights": weights(trainer)}
+            result = {
+                "metrics": metrics,
+                "same_metrics": everywhere[0] == everywhere[1],
+                "weights": weights(trainer),
+            }
             run = folder / f"run_{family}_{distributed}"
             checkpoint.save(run, 2, trainer, {"rank": rank})
             result["next"] = [update(trainer, seed) for seed in (2, 3, 4)]

@@ -22,7 +22,14 @@ from spell_megatron.rollout.transfer import checksum
 from spell_megatron.weights.push import WeightPusher
 
 PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
-SEEDED = {"temperature": 0.8, "max_tokens": 12, "seed": 77, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+SEEDED = {
+    "temperature": 0.8,
+    "max_tokens": 12,
+    "seed": 77,
+    "logprobs": 0,
+    "ignore_eos": True,
+    "detokenize": False,
+}
 
 _FRESH = """
 import gc, json, sys
@@ -35,9 +42,10 @@ if __name__ == "__main__":
     for folder in folders:
         llm = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=1024, max_num_seqs=32,
                   kv_cache_memory_bytes=2**28, logprobs_mode="processed_logprobs", skip_tokenizer_init=True)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(**settings), use_tqdm=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [o.outputs[0] for o in llm.generate(inputs, SamplingParams(**settings), use_tqdm=False)]
         results[folder] = [
-            (list(o.outputs[0].token_ids), [d[t].logprob for t, d in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)])
+            (list(o.token_ids), [choices[token].logprob for token, choices in zip(o.token_ids, o.logprobs)])
             for o in outputs
         ]
         llm.llm_engine.engine_core.shutdown()
@@ -120,7 +128,8 @@ def check_pushes(engines, old: Path, new: Path, expected: list, tolerance: float
 
 
 def test_a_pushed_dense_engine_equals_a_fresh_one(engines_for, policy, fresh):
-    check_pushes(engines_for("dense"), policy("dense", 0), policy("dense", 1), fresh(policy("dense", 1)))  # 0.0 measured
+    # 0.0 measured
+    check_pushes(engines_for("dense"), policy("dense", 0), policy("dense", 1), fresh(policy("dense", 1)))
 
 
 def test_a_stream_that_breaks_leaves_the_engine_paused(engines_for, policy):
@@ -144,7 +153,8 @@ def test_a_stream_that_breaks_leaves_the_engine_paused(engines_for, policy):
 
 
 def test_a_pushed_tied_engine_equals_a_fresh_one(engines_for, policy, fresh):
-    check_pushes(engines_for("tied"), policy("tied", 0), policy("tied", 1), fresh(policy("tied", 1)))  # 0.0 measured
+    # 0.0 measured
+    check_pushes(engines_for("tied"), policy("tied", 0), policy("tied", 1), fresh(policy("tied", 1)))
 
 
 def test_an_engine_that_refuses_a_tensor_does_not_hang_the_push(engines_for, policy):
@@ -168,7 +178,8 @@ def test_an_engine_that_refuses_a_tensor_does_not_hang_the_push(engines_for, pol
 
 
 def test_a_pushed_moe_engine_equals_a_fresh_one(engines_for, policy, fresh):
-    check_pushes(engines_for("moe"), policy("moe", 0), policy("moe", 1), fresh(policy("moe", 1)))  # 0.0 measured
+    # 0.0 measured
+    check_pushes(engines_for("moe"), policy("moe", 0), policy("moe", 1), fresh(policy("moe", 1)))
 
 
 def test_running_requests_end_before_or_are_aborted(engines_for, policy):

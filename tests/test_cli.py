@@ -1,0 +1,231 @@
+"""The `spell` command: help, exit statuses, messages, dry runs, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from engine_fixtures import save_policy
+
+from spell_megatron import __version__
+from spell_megatron.cli import main
+from spell_megatron.config import settings
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a policy, documents, and run.yaml, which names both beside itself."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_policy("dense", folder / "policy", seed=0)
+    clusters = [{"cluster_id": str(i), "documents": ["A text.", "Another."]} for i in range(12)]
+    (folder / "clusters.jsonl").write_text("".join(json.dumps(cluster) + "\n" for cluster in clusters))
+    run = {
+        "model": {"path": "policy", "dtype": "float32"},
+        "data": {"documents": "clusters.jsonl"},
+        "run": {"device": "cpu", "steps": 2},
+        "selfplay": {"groups": 2, "clusters_per_round": 6},
+        "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder
+
+
+@pytest.fixture
+def spell(tmp_path, monkeypatch, capsys):
+    """spell(*words) -> (exit status, output, errors), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def spell(*words: str | Path) -> tuple[int, str, str]:
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as end:  # argparse's own way out
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return spell
+
+
+def test_help_is_good_reading(spell):
+    status, text, _ = spell("--help")
+    assert status == 0 and "train " in text and "prepare " in text
+    status, text, _ = spell("train", "--help")
+    assert status == 0
+    for setting in settings():
+        assert f"\n  {setting.key}  (" in text
+    assert "(number; default 0.7)\n      Sampling temperature of all roles" in text
+    assert spell("--version")[1] == f"spell_megatron {__version__}\n"
+
+
+def test_help_answers_without_the_heavy_imports():
+    code = "import sys; from spell_megatron import cli; cli._parser(); print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "Give a YAML file with --config"),
+        (["train", "--config", "missing.yaml"], "no configuration file missing.yaml"),
+        (["train", "--resume", "nowhere"], "no run to resume in nowhere"),
+        (["train", "--config", "x.yaml", "stray"], "Unexpected argument 'stray'"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "required"),
+        (["prepare", "in", "--out", "x.parquet", "--wrong"], "unknown argument '--wrong'"),
+        (["prepare", "missing.txt", "--out", "x.parquet"], "missing.txt"),
+    ],
+)
+def test_a_wrong_command_line_is_a_message_and_status_2(spell, tmp_path, words, message):
+    status, output, errors = spell(*words)
+    assert status == 2 and output == ""
+    assert message in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_faults_of_file_command_line_and_machine_come_at_once(spell, inputs, tmp_path):
+    status, output, errors = spell(
+        "train", "--config", inputs / "run.yaml", "--selfplay.group_sise=4", "--training.optimizer.lr", "fast",
+        "--model.path", "nowhere", "--data.documents=" + str(inputs / "run.yaml"), "--run.steps", "-1",
+    )  # fmt: skip
+    assert status == 2 and output == ""
+    first, *lines = errors.splitlines()
+    assert first == f"spell: 5 faults in {inputs / 'run.yaml'}:"
+    assert {line.split(":")[0].strip() for line in lines} == {
+        "selfplay.group_sise", "training.optimizer.lr", "model.path", "data.documents", "run.steps"
+    }  # fmt: skip
+    assert "Did you mean selfplay.group_size?" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_everything_resolved_and_writes_nothing(spell, inputs, tmp_path):
+    status, output, errors = spell(
+        "train", "--config", inputs / "run.yaml", "--dry-run", "--run.name=mine", "--selfplay.groups", "3"
+    )
+    assert (status, errors) == (0, "")
+    resolved = yaml.safe_load(output)  # the plan is comments
+    assert (resolved["run"]["name"], resolved["selfplay"]["groups"]) == ("mine", 3)
+    assert resolved["model"]["path"] == str(inputs / "policy")
+    assert resolved["selfplay"]["group_size"] == 8
+    plan = [line for line in output.splitlines() if line.startswith("# ")]
+    assert "# run folder   runs/mine (new)" in plan
+    assert "# documents    24 in 12 clusters" in plan
+    assert list(tmp_path.iterdir()) == []
+    # what it prints is a configuration
+    (tmp_path / "printed.yaml").write_text(output)
+    assert spell("train", "--config", "printed.yaml", "--dry-run")[1] == output
+
+
+def test_a_dry_run_with_faults_fails(spell, inputs):
+    status, output, errors = spell("train", "--config", inputs / "run.yaml", "--dry-run", "--selfplay.groups=0")
+    assert status == 2 and output == "" and "selfplay.groups" in errors
+
+
+def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tmp_path):
+    text = spell("train", "--config", inputs / "run.yaml", "--dry-run", "--run.name=old")[1]
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.mkdir(parents=True)
+    (moved / "config.yaml").write_text(text)
+    (moved / "metrics.jsonl").write_text('{"step": 1}\n')
+    status, output, _ = spell("train", "--resume", "elsewhere/moved", "--dry-run", "--run.steps=9")
+    assert status == 0
+    run = yaml.safe_load(output)["run"]
+    assert (run["output_dir"], run["name"], run["steps"]) == (str(tmp_path / "elsewhere"), "moved", 9)
+    assert f"# run folder   {moved} (continued)" in output
+    words = ["--config", inputs / "run.yaml", "--run.output_dir=elsewhere", "--run.name=moved", "--dry-run"]
+    assert spell("train", *words, "--resume")[0] == 0
+    status, _, errors = spell("train", *words)
+    assert status == 2 and "already holds a run" in errors and "--resume" in errors
+
+
+def test_prepare_writes_clusters(spell, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"Document {i} tells of the {['sea', 'sky', 'sun', 'fog'][i]}. " * 20)
+    status, output, errors = spell("prepare", "texts", "--out", "corpus.parquet", "--documents-per-cluster", "2")
+    assert status == 0 and not errors.strip()
+    assert (tmp_path / "corpus.parquet").is_file() and output
+
+
+# Stands in for the training itself, which the launcher knows nothing about: sitecustomize is imported by
+# every process that Python starts with this folder on its path.
+TRAIN = """
+import os, sys, types
+module = types.ModuleType("spell_megatron.train")
+def run(config, resume):
+    import time
+    from spell_megatron.errors import UserError
+    rank = int(os.environ["RANK"])
+    open(f"rank_{rank}", "w").write(os.environ["WORLD_SIZE"])
+    behaviour = os.environ["BEHAVIOUR"]
+    if behaviour == "user error" and rank == 0:
+        raise UserError("The engine died. Look at its log.")
+    if behaviour == "preempted" and rank == 1:
+        sys.exit(75)
+    if behaviour != "success":
+        time.sleep(120)
+module.run = run
+sys.modules["spell_megatron.train"] = module
+"""
+
+
+@pytest.fixture
+def launch(inputs, tmp_path):
+    """Start `spell train` with two processes in an empty folder."""
+    stand_in = tmp_path / "stand_in"
+    stand_in.mkdir()
+    (stand_in / "sitecustomize.py").write_text(textwrap.dedent(TRAIN))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def launch(behaviour: str) -> tuple[subprocess.Popen, Path]:
+        root = str(Path(__file__).parent.parent)
+        path = os.pathsep.join([str(stand_in), root])
+        environment = os.environ | {"PYTHONPATH": path, "BEHAVIOUR": behaviour, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "spell_megatron", "train", "--config", str(inputs / "run.yaml")]
+        words = ["--training.parallel.processes=2"]
+        process = subprocess.Popen(
+            [*command, *words], env=environment, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return process, work
+
+    return launch
+
+
+# Each takes about 15 s: the launcher and two processes import torch and check the configuration.
+@pytest.mark.parametrize(
+    ("behaviour", "status", "message"),
+    [
+        ("success", 0, ""),
+        ("user error", 2, "spell (process 0): The engine died. Look at its log.\n"),
+        pytest.param("preempted", 75, "", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_are_started_and_their_status_comes_back(launch, behaviour, status, message):
+    process, work = launch(behaviour)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == status
+    assert "Traceback" not in errors and errors.endswith(message)
+    if behaviour == "success":
+        assert [(work / f"rank_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes(launch):
+    process, work = launch("endless")
+    deadline = time.monotonic() + 120
+    while not all((work / f"rank_{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors

@@ -1,0 +1,214 @@
+"""A configuration against the machine: what is known to fail before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from engine_fixtures import save_policy
+
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+from spell_megatron.preflight import checkpoint_bytes, find_faults, preflight
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    save_policy("dense", folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def setup(dense, tmp_path):
+    """setup(**sections) -> a configuration that is right on this machine, but for the changes named."""
+    clusters = [
+        {"cluster_id": str(i), "documents": ["A text.", "Another."], "source": "news" if i % 2 else "reports"}
+        for i in range(12)
+    ]
+    documents = tmp_path / "clusters.jsonl"
+    documents.write_text("".join(json.dumps(cluster) + "\n" for cluster in clusters))
+
+    def make(**sections) -> Config:
+        raw = {
+            "model": {"path": dense, "dtype": "float32"},
+            "data": {"documents": documents},
+            "run": {"output_dir": tmp_path / "runs", "device": "cpu"},
+            "selfplay": {"groups": 2, "clusters_per_round": 6},
+            "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
+        }
+        for section, values in sections.items():
+            raw[section] = raw.get(section, {}) | values
+        return Config.model_validate(raw)
+
+    return make
+
+
+def only_fault(config: Config, resume: Path | None = None) -> str:
+    faults, _ = find_faults(config, resume)
+    assert len(faults) == 1, [str(fault) for fault in faults]
+    return str(faults[0])
+
+
+def test_a_right_configuration_has_no_faults_and_nothing_is_written(setup, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert preflight(setup()) == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_faults_come_in_one_error(setup, tmp_path):
+    config = setup(
+        model={"path": tmp_path / "no-model"},
+        data={"documents": tmp_path / "no-documents.parquet"},
+        validation={"questions": tmp_path / "no-questions.jsonl"},
+        selfplay={"prompts": "no-prompts"},
+        rollout={"urls": ["ftp://host", "http://host:99999", "http://host:8000", "http://host:8000/"]},
+    )
+    with pytest.raises(UserError) as error:
+        preflight(config)
+    first, *lines = str(error.value).splitlines()
+    assert first == "7 faults in the configuration:"
+    assert sorted(line.split(":")[0].strip() for line in lines) == [
+        "data.documents",
+        "model.path",
+        "rollout.urls",
+        "rollout.urls",
+        "rollout.urls",
+        "selfplay.prompts",
+        "validation.questions",
+    ]
+
+
+def break_file(name: str, content: bytes | None):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (break_file("config.json", None), "config.json"),
+        (break_file("config.json", b"{"), "cannot be read"),
+        (break_file("config.json", b'{"model_type": "mamba"}'), "'mamba' are not supported"),
+        (break_file("model.safetensors", None), "lacks model.safetensors"),
+        (break_file("model.safetensors", b"version https://git-lfs"), "not a complete safetensors file"),
+        (break_file("tokenizer.json", None), "no tokenizer"),
+    ],
+)
+def test_an_incomplete_model(setup, dense, tmp_path, change, message):
+    folder = tmp_path / "broken"
+    shutil.copytree(dense, folder)
+    change(folder)
+    fault = only_fault(setup(model={"path": folder}))
+    assert fault.startswith("model.path: ") and message in fault
+
+
+def test_a_model_that_lacks_a_shard_or_a_half(setup, dense, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(dense, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model-1.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "model.safetensors").unlink()
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    faults, _ = find_faults(setup(model={"path": folder}))
+    assert [("lacks model-2" in str(f), "not a complete" in str(f)) for f in faults] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "message"),  # the key that the line begins with
+    [
+        ({"data": {"sources": {"newz": ["doc_mc"]}}}, "data.sources", "Did you mean 'news'?"),
+        ({"data": {"sources": {"news": ["doc_mc"], "reports": ["doc_mc"]}}}, "data.sources", "docmath_qa"),
+        ({"selfplay": {"groups": 100, "max_rounds": 2}}, "selfplay.groups", "can never come"),
+        ({"selfplay": {"clusters_per_round": 2}}, "data.sources", "no place"),
+        ({"rollout": {"sampling": {"max_prompt_tokens": 9000}}}, "rollout.sampling", "positions"),
+        ({"training": {"parallel": {"processes": 3, "tensor": 3}}}, "training.parallel.tensor", "attention heads"),
+        ({"training": {"parallel": {"processes": 3, "pipeline": 3}}}, "training.parallel.pipeline", "2 layers"),
+        ({"training": {"parallel": {"processes": 2, "expert": 2}}}, "training.parallel.expert", "no experts"),
+        ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel", "attention heads"),
+        ({"rollout": {"urls": ["localhost:8000"]}}, "rollout.urls", "http://"),
+        ({"logging": {"wandb": True}}, "logging.wandb", "pip install wandb"),
+        ({"run": {"device": "cuda"}}, "run.device", "no GPU"),
+    ],
+)
+def test_settings_that_this_machine_or_model_cannot_serve(setup, sections, key, message):
+    if key == "logging.wandb" and find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    if key == "run.device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fault = only_fault(setup(**sections))
+    assert fault.startswith(key) and message in fault
+
+
+def test_documents_with_a_wrong_column(setup, tmp_path):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text('{"id": 1, "documents": ["a"]}\n')
+    assert "column cluster_id is missing" in only_fault(setup(data={"documents": path}))
+
+
+def test_a_port_in_use(setup):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        config = setup()
+        config.rollout.base_port = port
+        assert only_fault(config).startswith(f"rollout.base_port: port {port} is in use")
+    assert find_faults(config) == ([], [])
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_path):
+    config = setup()
+    folder = tmp_path / "runs" / "spell"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert find_faults(config)[0] == []  # an engine that died at the start leaves no results
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "already holds a run" in only_fault(config)
+    assert find_faults(config, resume=folder)[0] == []
+    assert "no run in" in only_fault(config, resume=tmp_path / "elsewhere")
+
+
+def test_an_output_folder_that_cannot_be_one(setup, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in only_fault(setup(run={"output_dir": tmp_path / "file" / "runs", "device": "cpu"}))
+
+
+def test_a_full_disk(setup, monkeypatch, dense):
+    needed = checkpoint_bytes(dense)
+    size = (dense / "model.safetensors").stat().st_size
+    # float32: 4 bytes a parameter twice, and 12 for the optimizer; the file has a header too
+    assert 5 * size > needed > 4.8 * size
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    assert only_fault(setup()).startswith("run.output_dir: a checkpoint takes about")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * needed))
+    faults, warnings = find_faults(setup())
+    assert not faults and "checkpoint.keep = 2 may not fit" in warnings[0]
+
+
+def test_doubtful_settings_are_warnings(setup, dense):
+    config = setup(
+        model={"path": dense, "dtype": "bfloat16"},
+        selfplay={"groups": 20, "clusters_per_round": 12},
+        training={"tokens_per_microbatch": 100},
+    )
+    faults, warnings = find_faults(config)
+    assert faults == []
+    assert ["bfloat16" in w or "tokens_per_microbatch" in w or "selfplay.groups" in w for w in warnings] == [True] * 3
+
+
+def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
+    config = setup(model={"path": tmp_path / "none"})
+    assert find_faults(config, known_faulty={"model.path"})[0] == []
+    assert len(find_faults(config, known_faulty={"model.dtype"})[0]) == 1
