@@ -79,13 +79,19 @@ class _Preflight:
     def run_folder(self, resume: Path | None) -> None:
         run = self.config.run
         folder = run.output_dir / run.name
+        has_checkpoint = (folder / "checkpoints" / "latest").exists()
         if resume is not None and not resume.is_dir():
             self.fault("run.name", f"there is no run in {resume}. Check the folder given to --resume")
-        if resume is None and holds_run(folder):
+        elif resume is not None and not has_checkpoint:
+            self.fault(
+                "run.name",
+                f"the run in {folder} has no checkpoint to continue from. Remove the folder and start anew",
+            )
+        elif resume is None and holds_run(folder):
+            remedy = "continue that run with --resume" if has_checkpoint else "remove the folder"
             self.fault(
                 "run.name run.output_dir",
-                f"{folder} already holds a run. Choose another name with --run.name=…, or continue that "
-                "run with --resume",
+                f"{folder} already holds a run. Choose another name with --run.name=…, or {remedy}",
             )
         existing = nearest_existing(folder)
         if not existing.is_dir():
@@ -99,7 +105,7 @@ class _Preflight:
                 "logging.wandb",
                 "the wandb package is not installed. Install it (pip install wandb), or set this to false",
             )
-        for package, extra in (("torch", "cpu"), ("megatron.core", "cpu"), ("vllm", "cpu")):
+        for package in ("torch", "megatron.core", "vllm"):
             if package == "vllm" and self.config.rollout.urls:
                 continue
             try:
@@ -110,7 +116,7 @@ class _Preflight:
                 self.fault(
                     "run.device",
                     f"the package {package} is not installed in this Python. Install spell_megatron with the "
-                    f"extra {extra!r} (machines without a GPU) or 'gpu'",
+                    "extra 'cpu' (machines without a GPU) or 'gpu'",
                 )
 
     def documents(self) -> None:
@@ -221,13 +227,11 @@ class _Preflight:
 
         def divides(key: str, size: int, count: int, what: str) -> None:
             if count % size:
-                self.fault(
-                    f"{key} model.path", f"{size} does not divide the model's {count} {what}. Choose a "
-                    f"divisor"
-                )
+                message = f"{size} does not divide the model's {count} {what}. Choose a divisor"
+                self.fault(f"{key} model.path", message)
 
         divides("training.parallel.tensor", parallel.tensor, arch.heads, "attention heads")
-        if not arch.heads % parallel.tensor and arch.groups % parallel.tensor and parallel.tensor % arch.groups:
+        if arch.heads % parallel.tensor == 0 and parallel.tensor % arch.groups:
             divides("training.parallel.tensor", parallel.tensor, arch.groups, "key-value heads")
         divides("training.parallel.pipeline", parallel.pipeline, arch.layers, "layers")
         if not servers.urls:

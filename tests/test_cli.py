@@ -65,7 +65,10 @@ def test_help_is_good_reading(spell):
 
 
 def test_help_answers_without_the_heavy_imports():
-    code = "import sys; from spell_megatron import cli; cli._parser(); print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    code = (
+        "import sys; from spell_megatron import cli; cli._parser(); "
+        "print(sorted({'torch', 'megatron', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -92,8 +95,9 @@ def test_a_wrong_command_line_is_a_message_and_status_2(spell, tmp_path, words, 
 
 def test_all_faults_of_file_command_line_and_machine_come_at_once(spell, inputs, tmp_path):
     status, output, errors = spell(
-        "train", "--config", inputs / "run.yaml", "--selfplay.group_sise=4", "--training.optimizer.lr", "fast",
-        "--model.path", "nowhere", "--data.documents=" + str(inputs / "run.yaml"), "--run.steps", "-1",
+        "train", "--config", inputs / "run.yaml", "--selfplay.group_sise=4",
+        "--training.optimizer.lr", "fast", "--model.path", "nowhere",
+        f"--data.documents={inputs / 'run.yaml'}", "--run.steps", "-1",
     )  # fmt: skip
     assert status == 2 and output == ""
     first, *lines = errors.splitlines()
@@ -124,7 +128,8 @@ def test_a_dry_run_prints_everything_resolved_and_writes_nothing(spell, inputs, 
 
 
 def test_a_dry_run_with_faults_fails(spell, inputs):
-    status, output, errors = spell("train", "--config", inputs / "run.yaml", "--dry-run", "--selfplay.groups=0")
+    words = ["--config", inputs / "run.yaml", "--selfplay.groups=0"]
+    status, output, errors = spell("train", *words, "--dry-run")
     assert status == 2 and output == "" and "selfplay.groups" in errors
 
 
@@ -134,6 +139,8 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
     moved.mkdir(parents=True)
     (moved / "config.yaml").write_text(text)
     (moved / "metrics.jsonl").write_text('{"step": 1}\n')
+    (moved / "checkpoints").mkdir()
+    (moved / "checkpoints" / "latest").write_text("step_000001")
     status, output, _ = spell("train", "--resume", "elsewhere/moved", "--dry-run", "--run.steps=9")
     assert status == 0
     run = yaml.safe_load(output)["run"]
@@ -148,9 +155,10 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
 def test_prepare_writes_clusters(spell, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    for i in range(4):
-        (folder / f"{i}.txt").write_text(f"Document {i} tells of the {['sea', 'sky', 'sun', 'fog'][i]}. " * 20)
-    status, output, errors = spell("prepare", "texts", "--out", "corpus.parquet", "--documents-per-cluster", "2")
+    for i, subject in enumerate(("sea", "sky", "sun", "fog")):
+        (folder / f"{i}.txt").write_text(f"Document {i} tells of the {subject}. " * 20)
+    words = ["--out", "corpus.parquet", "--documents-per-cluster", "2"]
+    status, output, errors = spell("prepare", "texts", *words)
     assert status == 0 and not errors.strip()
     assert (tmp_path / "corpus.parquet").is_file() and output
 
@@ -193,7 +201,12 @@ def launch(inputs, tmp_path):
         command = [sys.executable, "-m", "spell_megatron", "train", "--config", str(inputs / "run.yaml")]
         words = ["--training.parallel.processes=2"]
         process = subprocess.Popen(
-            [*command, *words], env=environment, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, *words],
+            env=environment,
+            cwd=work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         return process, work
 
@@ -204,7 +217,7 @@ def launch(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("behaviour", "status", "message"),
     [
-        ("success", 0, ""),
+        pytest.param("success", 0, "", marks=pytest.mark.slow),
         ("user error", 2, "spell (process 0): The engine died. Look at its log.\n"),
         pytest.param("preempted", 75, "", marks=pytest.mark.slow),
     ],

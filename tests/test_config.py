@@ -36,7 +36,8 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
 
 def test_defaults_are_the_papers(write):
     config = load_config(write(MINIMAL))
-    assert (config.selfplay.groups, config.selfplay.group_size, config.selfplay.questioner.history) == (128, 8, 3)
+    play = config.selfplay
+    assert (play.groups, play.group_size, play.questioner.history) == (128, 8, 3)
     assert (config.rollout.sampling.temperature, config.training.optimizer.lr) == (0.7, 2e-6)
 
 
@@ -207,7 +208,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = st.sampled_from([s.key for s in settings()] + ["selfplay", "rollout.sampling", "x.y", "training.optimizer"])
+SECTIONS = ["selfplay", "rollout.sampling", "training.optimizer", "x.y"]
+KEYS = st.sampled_from([setting.key for setting in settings()] + SECTIONS)
 
 
 @hypothesis.settings(deadline=None)

@@ -585,7 +585,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=QUICKSTART / "policy")
     parser.add_argument("--heldout", type=Path, default=QUICKSTART / "heldout.jsonl")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--check-only", action="store_true", help="report on the policy in --out")
     options = parser.parse_args()
     torch.set_num_threads(1)

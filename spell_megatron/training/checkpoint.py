@@ -95,7 +95,7 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise UserError(
             f"The checkpoint {folder} does not load into this model ({type(error).__name__}: {error}). "
-            f"Check that model.path is the model the run began with ({folder / 'config.json'} says which), or "
+            f"Check that model.path is the model the run began with (see {folder / 'config.json'}), or "
             "remove the folder and resume from an older checkpoint."
         ) from error
     random_states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
@@ -286,7 +286,8 @@ def _check_complete(folder: Path) -> None:
     others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
     remedy = "There is no complete one beside it; start the run anew."
     if others:
-        remedy = f"Complete ones are {', '.join(others)}: write one of these names into {folder.parent / 'latest'}."
+        pointer = folder.parent / "latest"
+        remedy = f"Complete ones are {', '.join(others)}: write one of these names into {pointer}."
     fault = "is incomplete" if folder.exists() else "does not exist"
     raise UserError(f"The checkpoint {folder} {fault}. {remedy}")
 
@@ -309,5 +310,5 @@ def _on_rank_0(action: Callable[[], None], root: Path) -> None:
 def _write_failed(root: Path, reason: str) -> str:
     return (
         f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by "
-        "this user; the checkpoints before are untouched, so that `--resume` continues from the newest of them."
+        "this user; the checkpoints before are untouched, and `--resume` continues from the newest of them."
     )

@@ -184,7 +184,9 @@ class Trainer:
                 )
         return rows
 
-    def _forward(self, values: _ResponseValues, trees: Iterator[Tree], model) -> tuple[torch.Tensor, Callable]:
+    def _forward(
+        self, values: _ResponseValues, trees: Iterator[Tree], model
+    ) -> tuple[torch.Tensor, Callable]:
         """Megatron's forward_step_func: hidden states of the next tree, and the loss on them."""
         tree = next(trees)
         sequence_parallel = self.model.config.sequence_parallel

@@ -31,9 +31,9 @@ def test_a_step_is_one_line_that_is_there_at_once(tmp_path):
         assert not (tmp_path / "metrics.jsonl").exists()  # its presence means that there are results
         log.log(1, {"a": 1, "b": np.float32(0.5), "c": torch.tensor(2.0), "d": True, "note": "text"})
         assert without_time(tmp_path) == [{"step": 1, "a": 1, "b": 0.5, "c": 2.0, "d": 1, "note": "text"}]
-        log.log(2, {"a": 3, "long": "x" * 100})
-        log.log(2, {"heldout/pass@1": 0.25, "a": 4})
-        assert without_time(tmp_path)[1:] == [{"step": 2, "a": 4, "long": "x" * 100, "heldout/pass@1": 0.25}]
+        log.log(2, {"a": 3, "long": "x" * 100})  # longer than what replaces it
+        log.log(2, {"validation/pass@1": 0.25, "a": 4, "long": "y"})
+        assert without_time(tmp_path)[1:] == [{"step": 2, "a": 4, "long": "y", "validation/pass@1": 0.25}]
         log.log(3, {"a": 5})
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
 

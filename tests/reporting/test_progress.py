@@ -33,8 +33,8 @@ def test_the_line_of_a_step_shows_the_metrics_that_it_has(plain):
             "train/seconds": 4.0,
             "time/push": 0.26,
             "unknown": 1,
-            "heldout/pass@1": 0.5372,
-            "heldout/doc_mc/pass@1": 0.1,
+            "validation/pass@1": 0.5372,
+            "validation/doc_mc/pass@1": 0.1,
         },
     )
     assert written() == (
@@ -51,7 +51,8 @@ def test_a_step_without_an_update_has_a_line_too(plain):
 
 def test_the_line_of_a_validation(plain):
     progress, written = plain
-    progress.validation(0, {"heldout/pass@1": 0.5, "heldout/pass@4": 0.75, "heldout/standard_error": 0.0213})
+    measured = {"validation/pass@1": 0.5, "validation/pass@4": 0.75, "validation/standard_error": 0.0213}
+    progress.validation(0, measured)
     assert written() == "held-out after step 0:  pass@1 50.0% (± 2.1%)  pass@4 75.0%\n"
 
 
@@ -67,9 +68,9 @@ def test_without_a_terminal_only_long_stages_write(plain, monkeypatch):
             now[0] = float(second)
             advance(second // 10)
             count(second // 10, 20)
-    assert written().splitlines() == [
-        "  rollout 3/48", "  update 3/20", "  rollout 6/48", "  update 6/20", "  rollout 9/48", "  update 9/20"
-    ]  # fmt: skip
+    lines = [line.strip() for line in written().splitlines()]
+    stages = (("rollout", 48), ("update", 20))
+    assert lines == [f"{stage} {n}/{total}" for n in (3, 6, 9) for stage, total in stages]
 
 
 def test_a_terminal_shows_a_bar_that_leaves_nothing_behind():

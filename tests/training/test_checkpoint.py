@@ -171,7 +171,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
 
 
 def test_full_disk(saved, policy):
-    """A limit on file sizes makes real writes fail as a full disk does: a clear error, nothing half-written."""
+    """A limit on file sizes makes real writes fail as a full disk does: nothing is half-written."""
     run, trainer = saved
     before = names(run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
