@@ -1,8 +1,8 @@
 # `make help` lists the commands. Each makes its own virtual environment in .venv if there is none.
 
-PYTHON := .venv/bin/python
+RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
-TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --durations=10
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=10
 
 .PHONY: help environment quickstart test test-slow
 
@@ -19,7 +19,7 @@ environment:
 quickstart: environment
 	@name=quickstart; n=1; \
 	while [ -e "runs/$$name" ]; do n=$$((n + 1)); name="quickstart-$$n"; done; \
-	$(PYTHON) -m spell_megatron train --config examples/quickstart.yaml --run.name="$$name"
+	$(RUN) -m spell_megatron train --config examples/quickstart.yaml --run.name="$$name"
 
 test: environment
 	@$(TEST) -m "not slow and not gpu"

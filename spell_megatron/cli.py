@@ -127,10 +127,19 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
     for warning in warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
 
+    _quiet_libraries()
     from spell_megatron.train import run
 
     run(config, resume=resume is not None)
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Leave out the warnings of libraries about themselves, which hide what a run has to say."""
+    from warnings import filterwarnings
+
+    for module in ("megatron", "torch", "transformers"):
+        filterwarnings("ignore", module=rf"{module}\.")
 
 
 def _read(

@@ -69,7 +69,8 @@ def run(config: Config, resume: bool = False) -> None:
         if director and not resume:
             metrics |= _validate(director, 0, progress)
             log.log(0, metrics)
-            progress.validation(0, metrics)
+            if director.held_out_questions:
+                progress.validation(0, metrics)
         skipped = 0
         while step < steps:
             step += 1

@@ -120,6 +120,8 @@ def has(name):
 
 def runs(code):
     """Whether the environment's Python runs this code to a good end."""
+    if not PYTHON.exists():
+        return False
     return subprocess.run([str(PYTHON), "-c", code], cwd=str(VENV), capture_output=True).returncode == 0
 
 

@@ -39,7 +39,7 @@ def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion
     if not path.is_file():
         raise UserError(f"The file of held-out questions {path} does not exist; set validation.questions.")
     questions, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

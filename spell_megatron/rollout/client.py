@@ -96,7 +96,8 @@ class Client:
         self._session = aiohttp.ClientSession(
             headers=self._headers,
             timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=0),
+            # Servers close connections that were idle for 5 seconds; reusing one at that moment fails.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         )
         return self
 
