@@ -1,19 +1,22 @@
 """Tokens per second of the streaming roles against the same engine with all prompts known.
 
-    python benchmarks/rollout_pipeline.py [--quick] [--groups N] [--steps N] [--threads N]
+    python benchmarks/rollout_pipeline.py [--quick] [SETTING=VALUE ...]
 
-One engine with the quick start's policy, documents and settings rolls out steps of self-play. Every
-request that a step completed, those of surplus clusters included, is recorded, and the same requests
-(prompts, seeds, limits) are sent again to the same engine in two other orders:
+One engine with the quick start's policy, documents and settings rolls out 4 steps of self-play with 96
+groups each (--quick: 2 steps with 32); the first warms up and is not counted. Settings of the quick start
+can be overridden. Every request that a step completed is recorded, those of surplus clusters included, and
+the same requests (prompts, seeds, limits) are sent again to the same engine:
 
     pipeline       the project's step: every cluster advances alone, surplus is cancelled
     all at once    no order at all: what the engine can do at best
     four barriers  all questions, then all no-context checks, all answers, all judgments
+    used at once   as all at once, without the requests of surplus clusters: what an oracle would send
 
-The prefix cache is emptied before each, and they take turns, step by step. Throughput counts the
-tokens of completed requests in wall time; ratios are medians over the steps. What the pipeline
-computes for requests that it then cancels is its loss. CPU seconds (client, server and engine) are
-printed to tell apart what is computed more and what is waited for. The last line is one JSON object.
+They take turns, step by step, each from an empty prefix cache. Throughput counts the tokens of completed
+requests in wall time; what the pipeline computes for requests that it then cancels is its loss. Figures are
+medians over the steps, ratios those of each step's throughputs, except the ratio to "used at once", which
+is one of times. CPU seconds (client, server, engine) tell what is computed from what is waited for. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,37 +37,47 @@ import psutil
 from spell_megatron.config import Config, load_config
 from spell_megatron.director import Director
 from spell_megatron.rollout.client import Client, Completion
-from spell_megatron.rollout.engines import Engines
+from spell_megatron.rollout.engines import Engine, Engines
 from spell_megatron.selfplay import pipeline
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 ROLES = ("questioner", "no_context", "responder", "verifier")
-WAYS = ("pipeline", "all at once", "four barriers")
+WAYS = ("pipeline", "all at once", "four barriers", "used at once")
 GOAL = 0.9
 
 
 @dataclass
+class Request:
+    """A completed request: place of its cluster in the step, role, and the client's arguments."""
+
+    cluster: int
+    role: str
+    prompt_ids: list[int]
+    arguments: dict
+
+
+@dataclass
 class Recorder:
-    """A client that keeps the requests that were completed, by role."""
+    """A client that keeps the requests it completed."""
 
     client: Client
-    requests: list[tuple[str, tuple, dict]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     tokens: int = 0
-    role: str = ""
+    calling: tuple[int, str] = (0, "")
 
-    async def generate(self, *args, **arguments) -> list[Completion]:
-        role = self.role  # set by the caller just before, without a chance for others to run
-        completions = await self.client.generate(*args, **arguments)
-        self.requests.append((role, args, arguments))
+    async def generate(self, prompt_ids: list[int], **arguments) -> list[Completion]:
+        request = Request(*self.calling, prompt_ids, arguments)
+        completions = await self.client.generate(prompt_ids, **arguments)
+        self.requests.append(request)
         self.tokens += tokens_of(completions)
         return completions
 
 
-class StepClient(pipeline._StepClient):
-    """Tells the recorder the role of each request."""
+class RecordedStep(pipeline._StepClient):
+    """Tells the recorder whose request comes next."""
 
     async def generate(self, attempt, role, *args, **arguments):
-        self.client.role = role
+        self.client.calling = (attempt.index, role)
         return await super().generate(attempt, role, *args, **arguments)
 
 
@@ -72,9 +85,9 @@ def tokens_of(completions: Iterable[Completion]) -> int:
     return sum(len(completion.token_ids) for completion in completions)
 
 
-async def send(client: Client, requests: Iterable[tuple[str, tuple, dict]]) -> int:
+async def send(client: Client, requests: Iterable[Request]) -> int:
     """Send requests at once; returns the number of tokens generated."""
-    answers = await asyncio.gather(*(client.generate(*args, **arguments) for _, args, arguments in requests))
+    answers = await asyncio.gather(*(client.generate(r.prompt_ids, **r.arguments) for r in requests))
     return sum(map(tokens_of, answers))
 
 
@@ -85,65 +98,71 @@ def cpu_seconds() -> float:
     return sum(t.user + t.system for t in times)
 
 
+async def roll_out(director: Director, engine: Engine, step: int, client: Client, unbounded: Client) -> dict:
+    """One step in every way: {way: {tokens, seconds, cpu_seconds}}, and counts of the step."""
+    (probe,) = await client.generate([1], n=1, seed=0, max_tokens=1, affinity="")
+    recorder, rollout = Recorder(client), None
+    figures: dict = {}
+    for way in WAYS:
+        engine.post("/reset_prefix_cache")
+        started, cpu = time.perf_counter(), cpu_seconds()
+        if way == "pipeline":
+            rollout = await director.selfplay.roll_out(recorder, step, probe.weight_version)
+            tokens, requests = recorder.tokens, recorder.requests
+        elif way == "all at once":
+            tokens = await send(unbounded, requests)
+        elif way == "four barriers":
+            tokens = 0
+            for role in ROLES:
+                tokens += await send(unbounded, [r for r in requests if r.role == role])
+        else:
+            tokens = await send(unbounded, [r for r in requests if r.cluster < len(rollout.clusters)])
+        seconds = time.perf_counter() - started
+        figures[way] = {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds() - cpu}
+    surplus = rollout.metrics["selfplay/surplus_clusters"]
+    counts = {
+        "requests": len(requests),
+        "samples": sum(r.arguments["n"] for r in requests),
+        "clusters": len(rollout.clusters),
+        "surplus_clusters": int(surplus),
+        "mixed_groups": int(rollout.metrics["selfplay/mixed_groups"]),
+        "surplus_token_share": 1 - figures["used at once"]["tokens"] / figures["pipeline"]["tokens"],
+    }
+    return figures | {"counts": counts}
+
+
 async def measure(config: Config, engines: Engines, steps: int) -> list[dict]:
-    """Figures of each step; the first step only warms up."""
+    """The figures of each step; one step before them warms up."""
     director = Director(config, engines)
+    sampling = config.rollout.sampling
+    arguments = (engines.urls, engines.api_key, sampling)
+    stops = sorted(director._tokenizer.eos_ids)
     async with (
-        director._client as client,
-        Client(
-            engines.urls,
-            engines.api_key,
-            config.rollout.sampling,
-            stop_token_ids=client._stop_token_ids,
-            concurrency=10**6,  # the engine, not the client, chooses what waits
-        ) as unbounded,
+        Client(*arguments, stop_token_ids=stops, concurrency=config.rollout.concurrency) as client,
+        # Here the engine, not the client, chooses which requests wait.
+        Client(*arguments, stop_token_ids=stops, concurrency=10**6) as unbounded,
     ):
-        (probe,) = await client.generate([1], n=1, seed=0, max_tokens=1, affinity="")
         results = []
         for step in range(steps + 1):
-            recorder = Recorder(client)
-            seconds, cpu, tokens = {}, {}, {}
+            figures = await roll_out(director, engines.engines[0], step, client, unbounded)
+            results.append(figures)
+            print(f"step {step}{' (warm-up)' if step == 0 else ''}, {describe(figures['counts'])}")
             for way in WAYS:
-                engines.engines[0].post("/reset_prefix_cache")
-                started, cpu_before = time.perf_counter(), cpu_seconds()
-                if way == "pipeline":
-                    rollout = await director.selfplay.roll_out(recorder, step, probe.weight_version)
-                    tokens[way] = recorder.tokens
-                elif way == "all at once":
-                    tokens[way] = await send(unbounded, recorder.requests)
-                else:
-                    tokens[way] = 0
-                    for role in ROLES:
-                        tokens[way] += await send(unbounded, (r for r in recorder.requests if r[0] == role))
-                seconds[way] = time.perf_counter() - started
-                cpu[way] = cpu_seconds() - cpu_before
-            metrics = rollout.metrics
-            used, surplus = metrics["selfplay/clusters"], metrics["selfplay/surplus_clusters"]
-            results.append(
-                {
-                    "seconds": seconds,
-                    "cpu": cpu,
-                    "tokens": tokens,
-                    "requests": len(recorder.requests),
-                    "prompt_tokens": sum(len(args[0]) for _, args, _ in recorder.requests),
-                    "used_tokens": None,
-                    "clusters": used,
-                    "surplus": surplus / (used + surplus),
-                    "mixed": metrics["selfplay/mixed_groups"],
-                }
-            )
-            print(f"step {step}" + (" (warm-up)" if step == 0 else ""), flush=True)
-            for way in WAYS:
+                f = figures[way]
                 print(
-                    f"  {way:14s} {tokens[way]:7d} tokens {seconds[way]:7.2f} s {tokens[way] / seconds[way]:7.0f}"
-                    f" tokens/s  {cpu[way]:7.2f} s of CPU",
+                    f"  {way:14s} {f['tokens']:7d} tokens {f['seconds']:7.2f} s "
+                    f"{f['tokens'] / f['seconds']:7.0f} tokens/s {f['cpu_seconds']:7.2f} s of CPU",
                     flush=True,
                 )
-            print(
-                f"  {len(recorder.requests)} requests, {used:.0f} clusters used, {surplus:.0f} surplus, "
-                f"{metrics['selfplay/mixed_groups']:.0f} mixed"
-            )
         return results[1:]
+
+
+def describe(counts: dict) -> str:
+    return (
+        f"{counts['requests']} requests for {counts['samples']} samples; {counts['clusters']} clusters used "
+        f"({counts['mixed_groups']} mixed), {counts['surplus_clusters']} surplus "
+        f"({counts['surplus_token_share']:.0%} of the tokens)"
+    )
 
 
 def main() -> None:
@@ -151,20 +170,53 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one small step (under two minutes)")
-    parser.add_argument("--groups", type=int, default=None)
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("overrides", nargs="*", help="settings of the quick start, such as rollout.threads=1")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as rollout.threads=2")
     options = parser.parse_args()
-    groups = options.groups or (16 if options.quick else 64)
-    steps = options.steps or (1 if options.quick else 3)
-    config = load_config(QUICKSTART, [f"selfplay.groups={groups}", *options.overrides])
-    pipeline._StepClient = StepClient
-    load = os.getloadavg()[0]
+    groups, steps = (32, 1) if options.quick else (96, 3)
+    config = load_config(QUICKSTART, [f"selfplay.groups={groups}", *options.settings])
+    print(
+        f"{config.selfplay.groups} groups a step, {config.selfplay.group_size} answers, "
+        f"{config.selfplay.votes} votes; engine: {config.rollout.threads} thread(s), at most "
+        f"{config.rollout.concurrency} sequences; {os.cpu_count()} cores, load before "
+        f"{os.getloadavg()[0]:.1f}"
+    )
+    pipeline._StepClient = RecordedStep
     with tempfile.TemporaryDirectory() as folder, Engines.open(config, Path(folder)) as engines:
         results = asyncio.run(measure(config, engines, steps))
-    print(load, os.getloadavg())
-    print({w: statistics.median(r["tokens"][w] / r["seconds"][w] for r in results) for w in WAYS})
-    print([r["tokens"]["pipeline"]/r["seconds"]["pipeline"] / (r["tokens"]["all at once"]/r["seconds"]["all at once"]) for r in results])
+    print(f"load after {os.getloadavg()[0]:.1f}; medians of {len(results)} step(s):")
+
+    def median(figure) -> float:
+        return round(statistics.median(map(figure, results)), 3)
+
+    figures = {}
+    for way in WAYS:
+        figures[way] = {
+            "tokens_per_second": median(lambda r: r[way]["tokens"] / r[way]["seconds"]),
+            "seconds": median(lambda r: r[way]["seconds"]),
+            "cpu_seconds": median(lambda r: r[way]["cpu_seconds"]),
+        }
+        if way != "pipeline":
+            # The tokens are those of the pipeline, up to rounding; those used are fewer.
+            figures[way]["pipeline_ratio"] = median(
+                lambda r: (r[way]["seconds"] / r["pipeline"]["seconds"])
+                * (1 if way == "used at once" else r["pipeline"]["tokens"] / r[way]["tokens"])
+            )
+        ratio = figures[way].get("pipeline_ratio", 1.0)
+        print(
+            f"  {way:14s} {figures[way]['tokens_per_second']:7.0f} tokens/s {figures[way]['seconds']:7.2f} s "
+            f"{figures[way]['cpu_seconds']:7.2f} s of CPU; pipeline {ratio:.2f} x"
+        )
+    figures["surplus_token_share"] = median(lambda r: r["counts"]["surplus_token_share"])
+    print(
+        json.dumps(
+            {
+                "benchmark": "rollout_pipeline",
+                "figures": figures,
+                "goal": f"pipeline >= {GOAL} of all at once",
+                "holds": figures["all at once"]["pipeline_ratio"] >= GOAL,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

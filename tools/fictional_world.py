@@ -132,11 +132,11 @@ class Fact:
     """Names of the entities whose documents are needed: one, or two in order."""
 
 
-def make_cluster(rng: random.Random, size: int) -> list[Entity]:
-    """Draw `size` entities with facts; references go to entities of the cluster with probability 0.7."""
+def make_cluster(rng: random.Random, size: int, of: Sequence[str] = tuple(ATTRIBUTES)) -> list[Entity]:
+    """Draw `size` entities of the given kinds; references go to the cluster's entities with probability 0.7."""
     kinds: dict[str, str] = {}
     while len(kinds) < size:
-        kind = rng.choice(("city", "company", "person"))
+        kind = rng.choice(of)
         kinds.setdefault(rng.choice(VALUES[kind]), kind)
     entities = []
     for name, kind in kinds.items():

@@ -3,8 +3,8 @@
     python tools/make_seed_policy.py [--out examples/quickstart/policy]
 
 The policy is taught the formats of the three roles and basic reading of the fictional world, nothing
-more: training stops while it still errs often, so that self-play has something to gain. One thread, a
-fixed number of steps and fixed seeds: the same machine makes the same policy again. At the end it prints
+more. At the end the responder is taught wrong answers in between (`doubt`), so that self-play has something
+to gain: part of that headroom is planted. One thread, a fixed number of steps and fixed seeds: the same machine makes the same policy again. At the end it prints
 how well each role does on the held-out questions and on clusters of its own.
 
 How it learns to read in minutes: first copying of random words, then documents, one at first and more as
@@ -78,6 +78,8 @@ WORDS = "Empty word number choice another The Therefore, the correct answer is 1
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TASKS = (GENERAL, MATH)
 MAX_DOCUMENTS = 7
+WRONG_ANSWERS = 0.4
+DOUBT_STEPS = 250
 
 
 # Texts: what the roles read and write.
@@ -195,11 +197,13 @@ class Example:
 
 
 class Teacher:
-    """Draws clusters and examples. The generator's facts are right, so every lesson is."""
+    """Draws clusters and examples. The generator's facts are right, and so is every lesson, except that
+    the responder is taught a wrong answer (another value of the same documents) in a share `wrong`."""
 
-    def __init__(self, codec: Codec, prompts: PromptSet, seed: str) -> None:
+    def __init__(self, codec: Codec, prompts: PromptSet, seed: str, wrong: float = 0.0) -> None:
         self.codec = codec
         self.prompts = prompts
+        self.wrong = wrong
         self.rng = random.Random(seed)
 
     def cluster(self, smallest: int, largest: int) -> tuple[list[Entity], list[Fact]]:
@@ -221,7 +225,10 @@ class Teacher:
     def responder(self, entities: Sequence[Entity], facts: Sequence[Fact]) -> Example:
         fact = draw_question(self.rng, facts, self.rng.choice(TASKS))
         prompt = self.prompts.responder(fact.task, fact.text, [entity.text for entity in entities])
-        return self.example("responder", prompt, answer_text(fact.task, fact.answer), fact.answer, 0.1)
+        answer = fact.answer
+        if self.rng.random() < self.wrong:
+            answer = wrong_answer(self.rng, facts, fact)
+        return self.example("responder", prompt, answer_text(fact.task, answer), answer, 0.1)
 
     def questioner(self, entities: Sequence[Entity], facts: Sequence[Fact]) -> Example:
         """Half of the prompts list earlier questions of the same task; the new one differs from them."""
@@ -370,11 +377,15 @@ def make_model(vocabulary: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def train(model: Qwen3ForCausalLM, teacher: Teacher, steps: int, rows: int = 6, peak: float = 2e-3) -> None:
-    """Teach copying, then reading of one document up to MAX_DOCUMENTS, in `steps` updates all together."""
+def train(
+    model: Qwen3ForCausalLM, teacher: Teacher, steps: int, peak: float, documents: int = 0, rows: int = 6
+) -> None:
+    """Teach copying, then reading of one document up to MAX_DOCUMENTS, in `steps` updates all together.
+
+    `documents` is where to begin: 0 with copying, else with clusters of up to so many documents.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     words = range(len(SPECIAL) + len(MARKERS), teacher.codec.size)
-    documents = 0
     accuracy = dict.fromkeys(ROLES[1:], 0.0)
     tokens, start = 0, time.process_time()
     for step in range(1, steps + 1):
@@ -575,6 +586,16 @@ def report(
         print("  verifier  ", check_verifier(model, codec, prompts, unseen, temperature), flush=True)
 
 
+def doubt(model: Qwen3ForCausalLM, codec: Codec, prompts: PromptSet) -> None:
+    """Teach the responder to be wrong often, in DOUBT_STEPS updates.
+
+    What a policy of this size learned in minutes it holds with certainty, right or wrong, and self-play
+    had nothing to choose from. This plants doubt: the right answer stays the likeliest one, others from
+    the same documents become likely. Self-play then has to find out which are right.
+    """
+    train(model, Teacher(codec, prompts, "doubt", WRONG_ANSWERS), DOUBT_STEPS, peak=5e-4, documents=MAX_DOCUMENTS)
+
+
 def save(model: Qwen3ForCausalLM, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors."""
     model.generation_config.eos_token_id = EOS
@@ -599,7 +620,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = make_model(codec.size)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {codec.size} pieces", flush=True)
-    train(model, Teacher(codec, prompts, "lessons"), options.steps)
+    train(model, Teacher(codec, prompts, "lessons"), options.steps, peak=2e-3)
+    doubt(model, codec, prompts)
     save(model, options.out)
     report(model, codec, prompts, options.heldout)
 

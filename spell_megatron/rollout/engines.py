@@ -360,6 +360,9 @@ def _environment(config: Config, key: str, gpus: list[str], weight_transfer: str
         environment |= {
             "OMP_NUM_THREADS": str(config.rollout.threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # A lone worker runs in the engine's process: in one of its own it costs a start more, and
+            # each step the two wait for each other busily. (The API server's process stays apart.)
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
     else:

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -127,27 +127,30 @@ class StepRollout:
 class MixedRate:
     """Estimates how likely a cluster in a given stage ends as a mixed group.
 
-    Only the amount of speculation depends on it, never what the step uses.
+    It learns from clusters in the order of admission: failures end early, and counting them as they come
+    would make the rate look low for as long as the others are still running. Only the amount of
+    speculation depends on it, never what the step uses.
     """
 
     def __init__(self) -> None:
         # The prior stands for a few clusters of which a third get mixed; it soon stops mattering.
-        self.reached: defaultdict[str, float] = defaultdict(lambda: 6.0)
-        self.mixed: defaultdict[str, float] = defaultdict(lambda: 2.0)
+        self.ended = {"question": 5.0, "answers": 5.0}
+        self.passed = {"question": 3.0, "answers": 3.0}
 
-    def record(self, stages: Sequence[str], mixed: bool) -> None:
-        for stage in stages:
-            self.reached[stage] += 1
-            self.mixed[stage] += mixed
+    def record(self, stage: str, passed: bool) -> None:
+        """Count a stage that ended: a question that is put to the responder, answers that are mixed."""
+        self.ended[stage] += 1
+        self.passed[stage] += passed
 
     def __call__(self, stage: str) -> float:
-        return self.mixed[stage] / self.reached[stage]
+        rate = self.passed["answers"] / self.ended["answers"]
+        return rate if stage == "answers" else rate * self.passed["question"] / self.ended["question"]
 
     def forget(self, keep: float = 0.5) -> None:
         """Weigh what was seen so far by `keep`, so that the estimate follows the policy."""
-        for counter in (self.reached, self.mixed):
-            for stage in counter:
-                counter[stage] *= keep
+        for counts in (self.ended, self.passed):
+            for stage in counts:
+                counts[stage] *= keep
 
 
 class SelfPlay:
@@ -212,6 +215,7 @@ class SelfPlay:
         upcoming = self.sampler.upcoming()
         attempts: list[Attempt] = []
         running: dict[asyncio.Task[None], Attempt] = {}
+        asked = 0  # the prefix whose questions have passed or failed
         used = mixed_used = 0  # the finished prefix, and the mixed groups in it
         try:
             while True:
@@ -226,11 +230,14 @@ class SelfPlay:
                     break
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    attempt = running.pop(task)
+                    del running[task]
                     task.result()  # engine failures and programming errors end the step
-                    stages = ("question",) if attempt.stage == "question" else ("question", "answers")
-                    self.rate.record(stages, attempt.mixed)
+                while asked < len(attempts) and (attempts[asked].outcome or attempts[asked].stage == "answers"):
+                    self.rate.record("question", attempts[asked].stage == "answers")
+                    asked += 1
                 while used < len(attempts) and attempts[used].outcome and mixed_used < wanted:
+                    if attempts[used].stage == "answers":
+                        self.rate.record("answers", attempts[used].mixed)
                     mixed_used += attempts[used].mixed
                     used += 1
                 self._refuse_broken(attempts)
