@@ -161,7 +161,7 @@ def make_policy(family: str, folder: Path, corpus: Path | None) -> None:
     model.save_pretrained(folder)
 
 
-def train(folder: Path, **selfplay: object) -> tuple[Path, str]:
+def train(folder: Path, *overrides: str) -> tuple[Path, str]:
     """Two steps with the policy and the corpus in `folder`; returns the run's folder and what it printed."""
     config = {
         "run": {"name": "run", "output_dir": str(folder), "steps": STEPS, "device": "cpu"},
@@ -174,8 +174,7 @@ def train(folder: Path, **selfplay: object) -> tuple[Path, str]:
             "clusters_per_round": 6,
             "questioner": {"new_documents": 2},
             "verifier": {"votes": VOTES},
-        }
-        | selfplay,
+        },
         "rollout": {
             "concurrency": 32,
             "cpu_kv_cache_gib": 0.25,
@@ -194,7 +193,7 @@ def train(folder: Path, **selfplay: object) -> tuple[Path, str]:
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     process = subprocess.run(
-        [sys.executable, "-m", "spell_megatron", "train", "--config", str(file)],
+        [sys.executable, "-m", "spell_megatron", "train", "--config", str(file), *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -272,7 +271,7 @@ def test_random_weights_end_without_an_update(tmp_path):
 
     prepare_corpus(tmp_path / "corpus.parquet")
     make_policy("qwen3", tmp_path / "policy", None)
-    run, output = train(tmp_path, max_rounds=2)
+    run, output = train(tmp_path, "--selfplay.max_rounds=2", "--rollout.sampling.max_response_tokens=600")
 
     assert output.count("nothing to train on") == STEPS
     steps = metrics(run)
@@ -283,7 +282,7 @@ def test_random_weights_end_without_an_update(tmp_path):
         assert numbers["selfplay/clusters"] == 12  # all that two rounds of six allow
         assert numbers["selfplay/rate/valid"] == numbers["selfplay/rate/mixed"] == 0
         # what does not end within the limit is dropped as cut off, before anyone looks at its form
-        assert numbers["selfplay/rate/bad_format"] > 0
+        assert numbers["selfplay/rate/bad_format"] > 0.5
         assert numbers["selfplay/rate/bad_format"] + numbers["selfplay/rate/truncated"] == pytest.approx(1)
         for task in TASKS:
             assert numbers[f"selfplay/{task}/rate/valid"] == 0

@@ -7,6 +7,7 @@ the few calls by which Megatron-Core reaches for CUDA (`_redirect_to_cpu`); on G
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import socket
@@ -259,6 +260,8 @@ def _redirect_to_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
+    # Its warning that a fork moved the CPU's random state: here that state is the device's, and meant to move.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy

@@ -89,7 +89,14 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """
     folder = Path(folder)
     _check_complete(folder)
-    updates = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["updates"]
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    updates = meta["updates"]
+    # Megatron loads a vocabulary of another size without a word, because its padding may differ.
+    if meta["vocabulary"] != trainer.hf_config.vocab_size:
+        raise UserError(
+            f"The checkpoint {folder} was made with a vocabulary of {meta['vocabulary']} tokens, but the model of "
+            f"model.path has {trainer.hf_config.vocab_size}. Set model.path to the model that the run began with."
+        )
     try:
         _load_trainer(folder / "trainer", trainer, updates)
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
@@ -251,6 +258,7 @@ def _complete(partial: Path, final: Path, step: int, trainer: Trainer, state: di
                 "step": step,
                 "updates": trainer.scheduler.num_steps,
                 "ranks": dist.get_world_size(),
+                "vocabulary": trainer.hf_config.vocab_size,
                 "python": platform.python_version(),
                 **{name: version(name) for name in _PACKAGES},
             },

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,16 @@ def test_another_model_is_refused(saved, tmp_path):
     make_policy("llama3", tmp_path / "other")
     with pytest.raises(UserError, match="model.path"):
         checkpoint.load(checkpoint.latest(run), make_trainer(make_config(tmp_path / "other")))
+
+
+def test_another_vocabulary_is_refused(saved, tmp_path):
+    run, trainer = saved
+    folder = tmp_path / "step_000003"
+    shutil.copytree(checkpoint.latest(run), folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": meta["vocabulary"] + 1}))
+    with pytest.raises(UserError, match="vocabulary"):
+        checkpoint.load(folder, trainer)
 
 
 def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
