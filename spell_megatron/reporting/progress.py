@@ -106,3 +106,10 @@ def _held_out(metrics: Mapping[str, float]) -> list[str]:
     if shown and "validation/standard_error" in metrics:
         shown[0] += f" (± {metrics['validation/standard_error']:.1%})"
     return shown
+
+
+def gain(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Held-out results of the first and the last validation, beside each other; "" if one is missing."""
+    names = [name for name in after if name.startswith("validation/pass@") and name in before]
+    parts = [f"{n.removeprefix('validation/')} {before[n]:.1%} -> {after[n]:.1%}" for n in names]
+    return f"; held-out {', '.join(parts)}" if parts else ""

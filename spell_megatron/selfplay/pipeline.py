@@ -133,9 +133,9 @@ class MixedRate:
     """
 
     def __init__(self) -> None:
-        # The prior stands for a few clusters of which a third get mixed; it soon stops mattering.
+        # The prior stands for a few clusters of which half get mixed; it soon stops mattering.
         self.ended = {"question": 5.0, "answers": 5.0}
-        self.passed = {"question": 3.0, "answers": 3.0}
+        self.passed = {"question": 3.5, "answers": 3.5}
 
     def record(self, stage: str, passed: bool) -> None:
         """Count a stage that ended: a question that is put to the responder, answers that are mixed."""

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from spell_megatron.reporting import progress as module
-from spell_megatron.reporting.progress import Progress
+from spell_megatron.reporting.progress import Progress, gain
 
 
 @pytest.fixture
@@ -92,3 +92,10 @@ def test_a_process_beside_the_first_shows_nothing(capfd):
         advance(3)
     progress.summary(1, 2, {})
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_gain_compares_the_first_and_the_last_validation():
+    before = {"validation/pass@1": 0.4, "validation/pass@4": 0.7, "other": 1.0}
+    after = {"validation/pass@1": 0.5, "validation/pass@4": 0.75}
+    assert gain(before, after) == "; held-out pass@1 40.0% -> 50.0%, pass@4 70.0% -> 75.0%"
+    assert gain({}, after) == gain(before, {}) == ""
