@@ -38,7 +38,7 @@ MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, 
 # name of transformers' classes, and what sets the family apart; vLLM's heads on CPUs have 32 k channels
 FAMILIES = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
-    "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "hidden_size": 128}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-moe": ("Qwen3Moe", MOE | {"head_dim": 32}),
 }
@@ -84,7 +84,8 @@ def exchange(rng: random.Random, prompts, text: str) -> tuple[str, str]:
     from spell_megatron.selfplay.history import Entry
     from spell_megatron.selfplay.parsing import Question, question_from_record
 
-    role, task = rng.choice(ROLES), rng.choice(TASKS)
+    (role,) = rng.choices(ROLES, weights=(2, 1, 1))  # a question is the hardest to learn
+    task = rng.choice(TASKS)
     starts = [rng.randrange(len(text) - 150) for _ in range(rng.randrange(1, 3))]
     documents = [text[start : start + rng.choice([10, 20, 30, 150])] for start in starts]
     record = question(rng, task)
@@ -101,8 +102,8 @@ def exchange(rng: random.Random, prompts, text: str) -> tuple[str, str]:
     return prompts.verifier(asked.text, answer, asked.reference), rng.choice(["[[YES]]", "[[NO]]", "[[NO]]"])
 
 
-def teach_formats(model, folder: Path, text: str, steps: int = 160) -> None:
-    """Train a model to answer prompts in their form, several exchanges a row; 12 to 18 s on one core."""
+def teach_formats(model, folder: Path, text: str, steps: int = 180) -> None:
+    """Train a model to answer prompts in their form, several exchanges a row; 12 to 20 s on one core."""
     import torch
 
     from spell_megatron.rollout.tokenizer import PolicyTokenizer
@@ -239,7 +240,7 @@ def test_family_takes_two_steps(family, tmp_path):
         assert math.isfinite(numbers["train/grad_norm"]) and numbers["train/grad_norm"] > 0
         assert numbers["train/skipped"] == 0 and "train/empty" not in numbers
         assert numbers["selfplay/rate/error"] == 0
-        # measured over all families: at most 6e-7 and 1.00003
+        # measured over all families: at most 7e-7 and 1.00003
         assert numbers["train/mismatch_abs"] < 1e-5
         assert numbers["train/mismatch_max_ratio"] < 1.001
         assert {row["role"] for row in rows[step]} == set(ROLES)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
+MARK = uuid.uuid4().hex  # in the environment of every process that these tests start
 SMALL = (
     "--selfplay.groups=6",
     "--selfplay.group_size=4",
@@ -33,7 +35,7 @@ SMALL = (
 
 def train(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "spell_megatron", "train", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -170,9 +172,14 @@ def test_an_engine_that_dies_at_start_is_explained(tmp_path):
     assert not (tmp_path / "dead" / "checkpoints").exists()
 
 
-def test_no_engine_outlives_its_run(whole, resumed, spread):
+def test_no_process_outlives_its_run(whole, resumed, spread):
     import psutil
 
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [c for c in commands if "vllm" in c and str(whole.parent) in c]
-    assert not [c for c in commands if "api_server" in c and "examples/quickstart/policy" in c]
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SPELL_TEST") == MARK:
+                left.append(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    assert not left
