@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from spell_megatron.config import Config
 from spell_megatron.evaluation.heldout import load_questions, validate
+from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.tokenizer import PolicyTokenizer
@@ -14,6 +16,8 @@ from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay, StepRollout
 from spell_megatron.selfplay.prompts import PromptSet
+
+Result = TypeVar("Result")
 
 
 class Director:
@@ -59,17 +63,23 @@ class Director:
         self._runner.run(self._client.__aexit__())
         self._runner.close()
 
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            return self._runner.run(work)
+        except UserError:
+            self.engines.check()  # if a server that was started here died, its last words say more
+            raise
+
     def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout:
         """One step of self-play on the engines; see `SelfPlay.roll_out`."""
-        self.engines.check()
-        return self._runner.run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
+        return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
 
     def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
         """Accuracy of the engines' weights on the held-out questions; {} when there are none."""
         if not self._questions:
             return {}
         validation = self.config.validation
-        return self._runner.run(
+        return self._run(
             validate(
                 self._client,
                 self._tokenizer,

@@ -26,6 +26,9 @@ from spell_megatron.selfplay.prompts import PromptSet
 
 Result = TypeVar("Result")
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's attention for CPUs was written for; with another size it dies at the first request."""
+
 
 def preflight(config: Config, resume: Path | None = None) -> list[str]:
     """Check a valid configuration against this machine.
@@ -199,6 +202,12 @@ class _Preflight:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
                 f"{arch.vocabulary}. Use the tokenizer that belongs to the model",
             )
+        if not self.gpus() and not config.rollout.urls and arch.head_dim not in CPU_HEAD_SIZES:
+            self.fault(
+                "model.path",
+                f"the model's attention heads have {arch.head_dim} dimensions, and vLLM's engines on CPUs "
+                f"serve only {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU",
+            )
         self.lengths(hf_config)
         self.layout(arch)
 
@@ -261,14 +270,16 @@ class _Preflight:
                     "choose another base_port, or leave it out to have free ports chosen",
                 )
 
-    def trainer(self) -> None:
-        config = self.config
-        if config.run.device != "cpu" and find_spec("torch") is not None:
-            import torch
+    def gpus(self) -> bool:
+        """Whether the run would use GPUs."""
+        if self.config.run.device == "cpu" or find_spec("torch") is None:
+            return False
+        import torch
 
-            gpus = torch.cuda.is_available()
-        else:
-            gpus = False
+        return torch.cuda.is_available()
+
+    def trainer(self) -> None:
+        config, gpus = self.config, self.gpus()
         if config.run.device == "cuda" and not gpus:
             self.fault(
                 "run.device",

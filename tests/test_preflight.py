@@ -14,7 +14,7 @@ from engine_fixtures import save_policy
 
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
-from spell_megatron.preflight import checkpoint_bytes, find_faults, preflight
+from spell_megatron.preflight import CPU_HEAD_SIZES, checkpoint_bytes, find_faults, preflight
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,23 @@ def test_settings_that_this_machine_or_model_cannot_serve(setup, sections, key, 
         pytest.skip("there is a GPU")
     fault = only_fault(setup(**sections))
     assert fault.startswith(key) and message in fault
+
+
+def test_a_head_size_that_engines_on_cpus_lack(setup, dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 48}))
+    fault = only_fault(setup(model={"path": folder}))
+    assert fault.startswith("model.path") and "48 dimensions" in fault
+    attached = setup(model={"path": folder}, rollout={"urls": ["http://localhost:8000"]})
+    assert find_faults(attached)[0] == []
+
+
+@pytest.mark.engine
+def test_the_head_sizes_are_those_of_vllm():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
 
 def test_documents_with_a_wrong_column(setup, tmp_path):

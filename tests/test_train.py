@@ -9,10 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
+
+from spell_megatron.config import load_config
+from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine
 
@@ -33,14 +38,25 @@ SMALL = (
 )
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "spell_megatron", "train", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spell_megatron", "train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def finished(*arguments: str) -> str:
-    process = train(*arguments)
+def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    process = start(*arguments, **environment)
+    stdout, stderr = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def finished(*arguments: str, **environment: str) -> str:
+    process = train(*arguments, **environment)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout
 
@@ -172,9 +188,41 @@ def test_an_engine_that_dies_at_start_is_explained(tmp_path):
     assert not (tmp_path / "dead" / "checkpoints").exists()
 
 
-def test_no_process_outlives_its_run(whole, resumed, spread):
-    import psutil
+def test_an_engine_killed_in_mid_run_is_explained(tmp_path):
+    where = (f"--run.output_dir={tmp_path}", "--run.name=killed")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n")):  # step 0 is validated
+        time.sleep(0.1)
+    servers = [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
+    assert servers
+    for server in servers:
+        server.kill()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "killed by signal 9" in stderr and "engine-0.log" in stderr
+    assert "Traceback" not in stderr
 
+
+def test_engines_started_beforehand_take_the_same_step(whole):
+    """The run attaches to a server by its address, and leaves it running with the new weights."""
+    where = (f"--run.output_dir={whole.parent}", "--run.name=attached", "--run.steps=1")
+    config = load_config(ROOT / "examples" / "quickstart.yaml", [*where, *SMALL])
+    with Engines.open(config, whole.parent / "attached-logs") as engines:
+        (url,) = engines.urls
+        finished(
+            *("--config", "examples/quickstart.yaml", *where, *SMALL, f"--rollout.urls=[{url}]"),
+            SPELL_API_KEY=engines.api_key,
+        )
+        assert engines.engines[0].healthy()
+    one, two = dump(whole, 1), dump(whole.parent / "attached", 1)
+    assert [(r["uid"], r["prompt"]) for r in one if r["role"] == "questioner"] == [
+        (r["uid"], r["prompt"]) for r in two if r["role"] == "questioner"
+    ]
+    assert metrics(whole.parent / "attached")[1]["train/mismatch_abs"] < 1e-4
+
+
+def test_no_process_outlives_its_run(whole, resumed, spread):
     left = []
     for process in psutil.process_iter():
         try:
