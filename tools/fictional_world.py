@@ -1,11 +1,10 @@
 """A small fictional world: documents whose questions have known answers.
 
-A cluster holds one document per entity (a city, a company or a person). A document states three or
-four facts about its entity, and entities of a cluster refer to each other, so that questions need one
-document or two. Every value is one word or number. No value is a substring of another one, so that a
-text check by substring cannot accept a wrong value; numbers lie between 48 and 99, so that no two are
-equal under the numeric check (0.15 % relative, or a factor of 100, 1,000, ...). Years are asked as text,
-because neighbours differ by less than 0.15 %.
+A cluster holds one document per entity (a city, a company or a person). A document states four or
+five facts about its entity, each as "The RELATION of ENTITY is VALUE.", and entities of a cluster refer to
+each other, so that questions need one document or two. Every value is one word or number. No value is a
+substring of another one, so that a text check by substring cannot accept a wrong value; numbers lie between
+48 and 99, so that no two are equal under the numeric check (0.15 % relative, or a factor of 100, 1,000, ...).
 """
 
 from __future__ import annotations
@@ -55,58 +54,53 @@ VALUES: dict[str, list[str]] = {
         "baker doctor painter pilot farmer singer lawyer teacher miner poet judge sailor tailor chemist "
         "nurse actor butcher carpenter diver fisher gardener hunter jeweller librarian"
     ).split(),
-    "year": [str(year) for year in range(1600, 1648)],
+    "animal": (
+        "badger camel dolphin eagle falcon giraffe hedgehog iguana jackal kangaroo leopard monkey newt otter "
+        "panther rabbit salmon tiger vulture walrus yak zebra beaver crocodile donkey elephant ferret goose "
+        "heron lobster moose ostrich"
+    ).split(),
     "number": [str(number) for number in range(48, 100) if not 60 <= number <= 64],
 }
 """Values of every kind; names of entities are the kinds person, city and company."""
 
 
-@dataclass(frozen=True)
-class Attribute:
-    """What a document may state of its entity."""
-
-    statement: str
-    """Sentence of the document; {e} is the entity, {v} the value."""
-    question: str
-    """Question for the value; {e} is the entity or a phrase that leads to it."""
-    values: str
-    """Kind of the value, a key of VALUES."""
-    link: str = ""
-    """Phrase for the value as an entity, used in two-hop questions; empty if the value has no document."""
-
-
-ATTRIBUTES: dict[str, dict[str, Attribute]] = {
+RELATIONS: dict[str, dict[str, str]] = {
     "city": {
-        "country": Attribute("{e} is a city in {v}.", "In which country is {e}?", "country"),
-        "mayor": Attribute(
-            "The mayor of {e} is {v}.", "Who is the mayor of {e}?", "person", "the mayor of {e}"
-        ),
-        "founded": Attribute("{e} was founded in {v}.", "When was {e} founded?", "year"),
-        "bridges": Attribute("{e} has {v} bridges.", "How many bridges does {e} have?", "number"),
-        "parks": Attribute("{e} has {v} parks.", "How many parks does {e} have?", "number"),
+        "country": "country",
+        "mayor": "person",
+        "twin": "city",
+        "symbol": "animal",
+        "area": "number",
+        "height": "number",
     },
     "company": {
-        "seat": Attribute(
-            "{e} is a company based in {v}.",
-            "In which city is {e} based?",
-            "city",
-            "the city where {e} is based",
-        ),
-        "head": Attribute("The head of {e} is {v}.", "Who is the head of {e}?", "person", "the head of {e}"),
-        "product": Attribute("{e} makes {v}.", "What does {e} make?", "product"),
-        "workers": Attribute("{e} employs {v} workers.", "How many workers does {e} employ?", "number"),
-        "ships": Attribute("{e} owns {v} ships.", "How many ships does {e} own?", "number"),
+        "product": "product",
+        "head": "person",
+        "seat": "city",
+        "rival": "company",
+        "staff": "number",
+        "fleet": "number",
     },
     "person": {
-        "home": Attribute(
-            "{e} lives in {v}.", "In which city does {e} live?", "city", "the city where {e} lives"
-        ),
-        "job": Attribute("{e} works as a {v}.", "What is the job of {e}?", "job"),
-        "born": Attribute("{e} was born in {v}.", "When was {e} born?", "year"),
-        "medals": Attribute("{e} won {v} medals.", "How many medals did {e} win?", "number"),
-        "books": Attribute("{e} wrote {v} books.", "How many books did {e} write?", "number"),
+        "job": "job",
+        "friend": "person",
+        "home": "city",
+        "pet": "animal",
+        "age": "number",
+        "weight": "number",
     },
 }
+"""Per kind of entity, what a document may state of it, and the kind of the value (a key of VALUES)."""
+
+
+def statement(relation: str, entity: str, value: str) -> str:
+    """The sentence of a document for a fact."""
+    return f"The {relation} of {entity} is {value}."
+
+
+def question_for(relation: str, subject: str) -> str:
+    """The question for a value; `subject` is an entity, or "the RELATION of ENTITY" that leads to one."""
+    return f"What is the {relation} of {subject}?"
 
 
 @dataclass(frozen=True)
@@ -126,35 +120,38 @@ class Fact:
     task: str
     text: str
     answer: str
+    relation: str
+    """The relation asked for; in a two-hop question the last one, which is named first."""
     values: str
     """Kind of the answer, a key of VALUES."""
     documents: tuple[str, ...]
     """Names of the entities whose documents are needed: one, or two in order."""
 
 
-def make_cluster(rng: random.Random, size: int, of: Sequence[str] = tuple(ATTRIBUTES)) -> list[Entity]:
-    """Draw `size` entities of the given kinds; references go to the cluster's entities with probability 0.7."""
+def make_cluster(rng: random.Random, size: int) -> list[Entity]:
+    """Draw `size` entities; references go to the cluster's own entities with probability 0.5.
+
+    Most entities of a cluster are of one kind, so that several documents state the relation that a question
+    asks for and only its entity tells which one to read.
+    """
+    main = rng.choice(tuple(RELATIONS))
     kinds: dict[str, str] = {}
     while len(kinds) < size:
-        kind = rng.choice(of)
+        kind = main if rng.random() < 0.9 else rng.choice(tuple(RELATIONS))
         kinds.setdefault(rng.choice(VALUES[kind]), kind)
     entities = []
     for name, kind in kinds.items():
-        numeric = [a for a, attribute in ATTRIBUTES[kind].items() if attribute.values == "number"]
-        verbal = [a for a in ATTRIBUTES[kind] if a not in numeric]
-        chosen = rng.sample(numeric, rng.choice((1, 1, 2))) + rng.sample(verbal, 2)
-        if len(chosen) == 3 and rng.random() < 0.5:
-            chosen = chosen[:1] + verbal
+        numeric = [relation for relation, values in RELATIONS[kind].items() if values == "number"]
+        verbal = [relation for relation in RELATIONS[kind] if relation not in numeric]
+        chosen = rng.sample(numeric, rng.choice((1, 2))) + rng.sample(verbal, 3)
         rng.shuffle(chosen)
         facts = {}
-        for key in chosen:
-            values = ATTRIBUTES[kind][key].values
+        for relation in chosen:
+            values = RELATIONS[kind][relation]
             near = [other for other, other_kind in kinds.items() if other_kind == values and other != name]
-            pool = near if near and rng.random() < 0.7 else [v for v in VALUES[values] if v != name]
-            facts[key] = rng.choice(pool)
-        text = " ".join(
-            ATTRIBUTES[kind][key].statement.format(e=name, v=value) for key, value in facts.items()
-        )
+            pool = near if near and rng.random() < 0.5 else [v for v in VALUES[values] if v != name]
+            facts[relation] = rng.choice(pool)
+        text = " ".join(statement(relation, name, value) for relation, value in facts.items())
         entities.append(Entity(name, kind, facts, text))
     return entities
 
@@ -163,28 +160,32 @@ def questions(entities: Sequence[Entity]) -> list[Fact]:
     """All questions that these documents answer: of one hop, then of two.
 
     Their texts are distinct, so `{fact.text: fact.answer for fact in questions(entities)}` is an oracle.
-    Two-hop questions that name their own answer or start are left out.
+    Two-hop questions that name their own answer are left out.
     """
     by_name = {entity.name: entity for entity in entities}
 
     def ask(entity: Entity, subject: str, documents: tuple[str, ...]) -> list[Fact]:
         facts = []
-        for key, value in entity.facts.items():
-            attribute = ATTRIBUTES[entity.kind][key]
-            task = MATH if attribute.values == "number" else GENERAL
-            facts.append(Fact(task, attribute.question.format(e=subject), value, attribute.values, documents))
+        for relation, value in entity.facts.items():
+            values = RELATIONS[entity.kind][relation]
+            task = MATH if values == "number" else GENERAL
+            facts.append(Fact(task, question_for(relation, subject), value, relation, values, documents))
         return facts
 
     single = [fact for entity in entities for fact in ask(entity, entity.name, (entity.name,))]
     double = []
     for entity in entities:
-        for key, value in entity.facts.items():
-            link = ATTRIBUTES[entity.kind][key].link
-            if link and value in by_name:
-                subject = link.format(e=entity.name)
-                found = ask(by_name[value], subject, (entity.name, value))
+        for relation, value in entity.facts.items():
+            if value in by_name:
+                found = ask(by_name[value], f"the {relation} of {entity.name}", (entity.name, value))
                 double += [fact for fact in found if fact.answer != entity.name]
     return single + double
+
+
+def relation_baseline(entities: Sequence[Entity], fact: Fact) -> float:
+    """Chance of being right for a reader who picks any value that the documents state for the relation."""
+    stated = [entity.facts[fact.relation] for entity in entities if fact.relation in entity.facts]
+    return stated.count(fact.answer) / len(stated)
 
 
 def draw_question(rng: random.Random, facts: Sequence[Fact], task: str, two_hop: float = 0.4) -> Fact | None:

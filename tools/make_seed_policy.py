@@ -2,14 +2,14 @@
 
     python tools/make_seed_policy.py [--out examples/quickstart/policy]
 
-The policy is taught the formats of the three roles and basic reading of the fictional world, nothing
-more. At the end the responder is taught wrong answers in between (`doubt`), so that self-play has something
-to gain: part of that headroom is planted. One thread, a fixed number of steps and fixed seeds: the same machine makes the same policy again. At the end it prints
-how well each role does on the held-out questions and on clusters of its own.
+The policy is taught the formats of the three roles and basic reading of the fictional world, nothing more:
+it stops at LESSONS updates although it still gets better, so that self-play has something to find out. One
+thread, a fixed number of steps and fixed seeds: the same machine makes the same policy again. At the end it
+prints how well each role does on the held-out questions and on clusters of its own.
 
-How it learns to read in minutes: first copying of random words, then documents, one at first and more as
-the answers become right; the loss counts outputs only and mostly the answer; a dozen prompts share their
-documents in one training row (a prefix tree of depth one).
+How it learns to read in minutes: first copying of random words, then one document, then two, with larger
+clusters in between so that no distance is new to it; the loss counts outputs only and mostly the answer; a
+dozen prompts share their documents in one training row (a prefix tree of depth one).
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from pathlib import Path
 import sentencepiece
 import torch
 from fictional_world import (
-    ATTRIBUTES,
     GENERAL,
     MATH,
+    RELATIONS,
     VALUES,
     Entity,
     Fact,
     draw_question,
     make_cluster,
+    question_for,
     questions,
+    statement,
     wrong_answer,
 )
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
@@ -77,9 +79,10 @@ JOINTS = ('", "answer": "', '"}')
 WORDS = "Empty word number choice another The Therefore, the correct answer is 1 2 3"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TASKS = (GENERAL, MATH)
-MAX_DOCUMENTS = 7
-WRONG_ANSWERS = 0.4
-DOUBT_STEPS = 250
+LESSONS = 1000
+"""Updates after copying and single documents have been learned."""
+LARGE_SHARE, LARGEST = 0.25, 9
+"""How many of those are on clusters of three documents or more, and of how many at most."""
 
 
 # Texts: what the roles read and write.
@@ -114,11 +117,11 @@ def make_tokenizer(folder: Path) -> None:
     Every word of the world is one piece; other ASCII text falls back to letters. White space of any kind,
     line ends included, is one blank.
     """
-    sentences = [
-        a.statement + " " + a.question + " " + a.link for kind in ATTRIBUTES.values() for a in kind.values()
-    ]
-    text = " ".join(sentences + [word for values in VALUES.values() for word in values] + [WORDS])
-    words = sorted(set(re.findall(r"\w+,?", re.sub(r"\{.\}", " ", text))))
+    relations = [relation for kind in RELATIONS.values() for relation in kind]
+    text = " ".join(
+        [statement("", "", ""), question_for("", ""), WORDS, *relations, *(v for pool in VALUES.values() for v in pool)]
+    )
+    words = sorted(set(re.findall(r"\w+,?", text)))
     blank = "▁"
     pieces = [blank + text.replace(" ", blank) for text in (*MARKERS, *words)]
     pieces += [text.replace(" ", blank) for text in JOINTS]
@@ -197,19 +200,17 @@ class Example:
 
 
 class Teacher:
-    """Draws clusters and examples. The generator's facts are right, and so is every lesson, except that
-    the responder is taught a wrong answer (another value of the same documents) in a share `wrong`."""
+    """Draws clusters and examples. The generator's facts are right, and so is every lesson."""
 
-    def __init__(self, codec: Codec, prompts: PromptSet, seed: str, wrong: float = 0.0) -> None:
+    def __init__(self, codec: Codec, prompts: PromptSet, seed: str) -> None:
         self.codec = codec
         self.prompts = prompts
-        self.wrong = wrong
         self.rng = random.Random(seed)
 
-    def cluster(self, smallest: int, largest: int) -> tuple[list[Entity], list[Fact]]:
+    def cluster(self, size: int) -> tuple[list[Entity], list[Fact]]:
         """A cluster that has questions of both tasks."""
         while True:
-            entities = make_cluster(self.rng, self.rng.randint(smallest, largest))
+            entities = make_cluster(self.rng, size)
             facts = questions(entities)
             if {fact.task for fact in facts} == set(TASKS):
                 return entities, facts
@@ -225,10 +226,7 @@ class Teacher:
     def responder(self, entities: Sequence[Entity], facts: Sequence[Fact]) -> Example:
         fact = draw_question(self.rng, facts, self.rng.choice(TASKS))
         prompt = self.prompts.responder(fact.task, fact.text, [entity.text for entity in entities])
-        answer = fact.answer
-        if self.rng.random() < self.wrong:
-            answer = wrong_answer(self.rng, facts, fact)
-        return self.example("responder", prompt, answer_text(fact.task, answer), answer, 0.1)
+        return self.example("responder", prompt, answer_text(fact.task, fact.answer), fact.answer, 0.1)
 
     def questioner(self, entities: Sequence[Entity], facts: Sequence[Fact]) -> Example:
         """Half of the prompts list earlier questions of the same task; the new one differs from them."""
@@ -253,19 +251,21 @@ class Teacher:
         """A sentence of the documents again, to be completed."""
         entity = self.rng.choice(entities)
         key, value = self.rng.choice(list(entity.facts.items()))
-        sentence = ATTRIBUTES[entity.kind][key].statement.format(e=entity.name, v=value)
+        sentence = statement(key, entity.name, value)
         texts = [entity.text for entity in entities]
         documents, _, _ = self.prompts.responder(MATH, "", texts).partition("<ask>")
         before, _, after = sentence.rpartition(value)
         return self.example("cloze", documents + before, value + after, value, 0.1)
 
-    def row(self, smallest: int, largest: int) -> list[Example]:
-        """Examples over one cluster; small clusters come with sentences to complete."""
-        entities, facts = self.cluster(smallest, largest)
-        examples = [self.responder(entities, facts) for _ in range(4)]
-        examples += [self.questioner(entities, facts) for _ in range(5)]
-        examples += [self.cloze(entities, facts) for _ in range(4 if largest < 4 else 0)]
-        return examples + [self.verifier(facts) for _ in range(5)]
+    def row(self, size: int) -> list[Example]:
+        """Examples over one cluster: all roles over one or two documents, the responder over more."""
+        entities, facts = self.cluster(size)
+        examples = [self.responder(entities, facts) for _ in range(6)]
+        if size <= 2:
+            examples += [self.questioner(entities, facts) for _ in range(5)]
+            examples += [self.cloze(entities, facts) for _ in range(4)]
+            examples += [self.verifier(facts) for _ in range(3)]
+        return examples
 
 
 @dataclass(frozen=True)
@@ -357,12 +357,17 @@ def copy_batch(rng: random.Random, rows: int, words: Sequence[int]) -> Batch:
 
 
 def make_model(vocabulary: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 1.1 million parameters; its vocabulary is exactly the tokenizer's."""
+    """A Qwen3 of 0.8 million parameters; its vocabulary is exactly the tokenizer's.
+
+    A mixture of experts of the same active size (8 experts of 192, top 2) was tried and learned slower:
+    copying after 1,255 updates instead of 852, single documents 54 % right 245 updates later instead of
+    90 % after 116, at 1.3 times the seconds per update.
+    """
     config = Qwen3Config(
         vocab_size=vocabulary,
-        hidden_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=6,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         intermediate_size=384,
@@ -377,26 +382,26 @@ def make_model(vocabulary: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def train(
-    model: Qwen3ForCausalLM, teacher: Teacher, steps: int, peak: float, documents: int = 0, rows: int = 6
-) -> None:
-    """Teach copying, then reading of one document up to MAX_DOCUMENTS, in `steps` updates all together.
-
-    `documents` is where to begin: 0 with copying, else with clusters of up to so many documents.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+def train(model: Qwen3ForCausalLM, teacher: Teacher, lessons: int) -> None:
+    """Teach copying until 85 % are right, then single documents until 90 % are, then `lessons` updates of
+    clusters."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     words = range(len(SPECIAL) + len(MARKERS), teacher.codec.size)
     accuracy = dict.fromkeys(ROLES[1:], 0.0)
-    tokens, start = 0, time.process_time()
-    for step in range(1, steps + 1):
-        rate = peak * min(1.0, step / 50) * min(1.0, max(0.03, (1 - step / steps) / 0.3))
+    stage, left, step, tokens, start = "copying", lessons, 0, 0, time.process_time()
+    while left:
+        step += 1
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        if documents == 0:
+            group["lr"] = 2e-3 * min(1.0, step / 50)
+        size = 1 if stage == "single documents" else 2
+        if stage == "clusters":
+            left -= 1
+            if teacher.rng.random() < LARGE_SHARE:
+                size = teacher.rng.randint(3, LARGEST)
+        if stage == "copying":
             batch = copy_batch(teacher.rng, 40, words)
         else:
-            count = rows if documents > 2 else 2 * rows
-            batch = pack([teacher.row(max(1, documents - 2), documents) for _ in range(count)])
+            batch = pack([teacher.row(size) for _ in range(max(4, int(14 / (size + 1) ** 0.5)))])
         hidden = model.model(
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
         ).last_hidden_state
@@ -410,17 +415,17 @@ def train(
 
         right, keys = (logits.argmax(-1) == targets).float(), batch.keys[used]
         for i, role in enumerate(ROLES):
-            if i and (keys == i).any():
+            if i and size <= 2 and (keys == i).any():
                 accuracy[role] += 0.05 * (right[keys == i].mean().item() - accuracy[role])
         tokens += int((batch.tokens != PAD).sum())
-        if documents == 0 and accuracy["copy"] > 0.85:
-            documents = 1
-            print(f"step {step}: copying learned", flush=True)
-        elif 0 < documents < MAX_DOCUMENTS and accuracy["responder"] > 0.75:
-            documents += 1
-            accuracy["responder"] -= 0.25
-            print(f"step {step}: {documents} documents", flush=True)
-        if step % 100 == 0 or step == steps:
+        learned = stage
+        if stage == "copying" and accuracy["copy"] > 0.85:
+            stage = "single documents"
+        elif stage == "single documents" and accuracy["responder"] > 0.9:
+            stage = "clusters"
+        if stage != learned:
+            print(f"step {step}: {learned} learned", flush=True)
+        if step % 100 == 0 or not left:
             seconds = time.process_time() - start
             shares = " ".join(f"{role} {share:.2f}" for role, share in accuracy.items())
             print(
@@ -502,7 +507,7 @@ def check_questioner(
     prompts: PromptSet,
     clusters: Sequence[list[Entity]],
     temperature: float,
-    shown: int = 3,
+    shown: int = 2,
     history: bool = False,
 ) -> dict[str, float]:
     """Percentage of questions that parse, that the documents answer, and whose reference is that answer.
@@ -576,7 +581,7 @@ def report(
     torch.manual_seed(0)
     rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
     rng = random.Random("check")
-    unseen = [make_cluster(rng, 6) for _ in range(clusters)]
+    unseen = [make_cluster(rng, 8) for _ in range(clusters)]
     for temperature in (0.0, 0.7):
         print(f"temperature {temperature}")
         print("  responder ", check_responder(model, codec, prompts, rows, temperature))
@@ -584,16 +589,6 @@ def report(
         print("  questioner", check_questioner(model, codec, prompts, unseen, temperature))
         print("  history   ", check_questioner(model, codec, prompts, unseen, temperature, history=True))
         print("  verifier  ", check_verifier(model, codec, prompts, unseen, temperature), flush=True)
-
-
-def doubt(model: Qwen3ForCausalLM, codec: Codec, prompts: PromptSet) -> None:
-    """Teach the responder to be wrong often, in DOUBT_STEPS updates.
-
-    What a policy of this size learned in minutes it holds with certainty, right or wrong, and self-play
-    had nothing to choose from. This plants doubt: the right answer stays the likeliest one, others from
-    the same documents become likely. Self-play then has to find out which are right.
-    """
-    train(model, Teacher(codec, prompts, "doubt", WRONG_ANSWERS), DOUBT_STEPS, peak=5e-4, documents=MAX_DOCUMENTS)
 
 
 def save(model: Qwen3ForCausalLM, folder: Path) -> None:
@@ -606,7 +601,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=QUICKSTART / "policy")
     parser.add_argument("--heldout", type=Path, default=QUICKSTART / "heldout.jsonl")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--lessons", type=int, default=LESSONS)
     parser.add_argument("--check-only", action="store_true", help="report on the policy in --out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -620,8 +615,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = make_model(codec.size)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {codec.size} pieces", flush=True)
-    train(model, Teacher(codec, prompts, "lessons"), options.steps, peak=2e-3)
-    doubt(model, codec, prompts)
+    train(model, Teacher(codec, prompts, "lessons"), options.lessons)
     save(model, options.out)
     report(model, codec, prompts, options.heldout)
 
