@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from spell_megatron.reporting.metrics import MetricsLogger
 from spell_megatron.reporting.progress import Progress, gain
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.pipeline import OUTCOMES
 from spell_megatron.training import backend, checkpoint
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
@@ -27,10 +27,17 @@ from spell_megatron.weights.huggingface import load_weights
 from spell_megatron.weights.push import WeightPusher
 from spell_megatron.weights.reshard import export
 
-logger = logging.getLogger(__name__)
-
-# A gradient that is not finite skips its update; this many in a row end the run.
+# A gradient that is not finite skips its update, and so does a step without a mixed group; this many of
+# either in a row end the run.
 MAX_SKIPPED_IN_A_ROW = 5
+
+# What to do when most attempts at a question end like this.
+REMEDIES = {
+    "questioner_prompt_too_long": "Raise rollout.sampling.max_prompt_tokens, or prepare shorter documents.",
+    "responder_prompt_too_long": "Raise rollout.sampling.max_prompt_tokens, or prepare smaller clusters.",
+    "truncated": "Raise rollout.sampling.max_response_tokens.",
+    "bad_format": "The model does not follow the prompts of selfplay.prompts: read its questions in {dump}.",
+}
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -71,7 +78,7 @@ def run(config: Config, resume: bool = False) -> None:
             log.log(0, metrics)
             if director.held_out_questions:
                 progress.validation(0, metrics)
-        before, skipped = metrics, 0
+        before, skipped, empty = metrics, 0, 0
         while step < steps:
             step += 1
             rows, metrics, started = None, {}, time.monotonic()
@@ -81,6 +88,12 @@ def run(config: Config, resume: bool = False) -> None:
                 metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
                 rows = [_row(sample, config) for sample in rollout.batch]
                 write_dump(rollout.samples, folder / "rollouts", step, config.logging.dump)
+                empty = 0 if rows else empty + 1
+                if empty:
+                    why = _why_empty(metrics, folder / "rollouts")
+                    progress.line(f"step {step}: {why}")
+                    if empty >= MAX_SKIPPED_IN_A_ROW:
+                        raise UserError(f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}")
             metrics |= _update(trainer, rows, progress)
             skipped = skipped + 1 if metrics.get("train/skipped") else 0
             if skipped >= MAX_SKIPPED_IN_A_ROW:
@@ -125,11 +138,22 @@ def _update(trainer: Trainer, rows: list[Row] | None, progress: Progress) -> dic
     empty = [not rows]
     dist.broadcast_object_list(empty, src=0)
     if empty[0]:
-        logger.warning("no question had both right and wrong answers: nothing to train on, the update is left out")
         return {"train/empty": 1.0}
     with progress.stage("update") as advance:
         metrics = trainer.update(rows, advance)
     return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
+    """Why a step has nothing to train on: how its attempts at a question ended, and what to do about it."""
+    rates = {outcome: metrics.get(f"selfplay/rate/{outcome}", 0.0) for outcome in OUTCOMES}
+    ends = sorted((rate, outcome) for outcome, rate in rates.items() if rate)[::-1]
+    text = "no question had both right and wrong answers: nothing to train on, the update is left out"
+    if ends:
+        shares = ", ".join(f"{rate:.0%} {outcome.replace('_', ' ')}" for rate, outcome in ends[:3])
+        text += f" ({metrics['selfplay/clusters']:.0f} tried: {shares})"
+    remedy = REMEDIES.get(ends[0][1], "Look into {dump}.") if ends else ""
+    return f"{text}. {remedy.format(dump=dumps)}".strip()
 
 
 def _push(pusher: WeightPusher, trainer: Trainer, step: int, progress: Progress) -> dict[str, float]:

@@ -49,6 +49,15 @@ MIN_ERRORS = 20
 
 # Outcomes of a cluster that end with a group of answers.
 ANSWERED = ("mixed", "all_0", "all_1")
+OUTCOMES = (
+    *ANSWERED,
+    "ungrounded",
+    *(rejection.value for rejection in Rejection),
+    "error",
+    "questioner_prompt_too_long",
+    "responder_prompt_too_long",
+)
+"""How an attempt at a question can end; `selfplay/rate/<outcome>` of the metrics add up to 1."""
 
 
 class Completion(Protocol):
@@ -567,9 +576,7 @@ def _rates(prefix: str, attempts: Sequence[Attempt]) -> dict[str, float]:
     if not attempts:
         return {}
     outcomes = Counter(a.outcome for a in attempts)
-    names = [*ANSWERED, "ungrounded", *(r.value for r in Rejection), "error",
-             "questioner_prompt_too_long", "responder_prompt_too_long"]  # fmt: skip
-    rates = {f"{prefix}rate/{name}": outcomes[name] / len(attempts) for name in names}
+    rates = {f"{prefix}rate/{name}": outcomes[name] / len(attempts) for name in OUTCOMES}
     rates[f"{prefix}rate/valid"] = sum(outcomes[name] for name in (*ANSWERED, "ungrounded")) / len(attempts)
     answers = [answer for a in attempts for answer in a.answers]
     if answers:
