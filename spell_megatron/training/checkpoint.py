@@ -134,9 +134,6 @@ def _save_trainer(folder: Path, trainer: Trainer) -> None:
 
 def _save_hf(folder: Path, trainer: Trainer) -> None:
     """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
-    sizes = trainer.model.config
-    if sizes.pipeline_model_parallel_size * sizes.expert_model_parallel_size > 1:
-        return  # `export` streams one stage and its experts only
     weights = export(trainer.model, trainer.hf_config)
     try:
         if dist.get_rank() == 0:

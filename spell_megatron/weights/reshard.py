@@ -1,8 +1,10 @@
-"""Parameters of a live Megatron model as a stream of Hugging Face tensors."""
+"""Parameters of a live Megatron model, in any layout, as a stream of Hugging Face tensors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spell_megatron.weights.names import Rule, global_name, rules
+from spell_megatron.weights.names import Layout, Rule, global_name, rules
+
+BUCKET_BYTES = 64 << 20
 
 
 def local_parameters(
@@ -25,13 +29,9 @@ def local_parameters(
         tied_head: also list the copy of the embedding that the last of several pipeline stages holds as its
             vocabulary head.
     """
-    while hasattr(model, "module"):
-        model = model.module
+    model = _unwrapped(model)
     table = rules(hf_config)
-    first_layer = get_transformer_layer_offset(model.config)
-    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
-    first_expert = experts * parallel_state.get_expert_model_parallel_rank()
-    own = {global_name(name, first_layer, first_expert): p for name, p in model.named_parameters()}
+    own = _own_parameters(model)
     head = own.pop("output_layer.weight", None) if model.share_embeddings_and_output_weights else None
     unknown = own.keys() - table.keys()
     if unknown:
@@ -42,36 +42,175 @@ def local_parameters(
     return listed
 
 
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _own_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """This rank's parameters by their names in `rules`."""
+    first_layer = get_transformer_layer_offset(model.config)
+    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = experts * parallel_state.get_expert_model_parallel_rank()
+    return {global_name(name, first_layer, first_expert): p for name, p in model.named_parameters()}
+
+
 @torch.no_grad()
-def export(model: torch.nn.Module, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Stream (Hugging Face name, whole tensor) of this rank's pipeline stage and experts.
+def export(
+    model: torch.nn.Module, hf_config: PretrainedConfig, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream every (Hugging Face name, whole tensor) of the model on rank 0.
 
-    Names come in the order of the Hugging Face model; a tied vocabulary head is not among them and padding
-    of the vocabulary is gone. Tensors may be views of the parameters: copy what must outlive the next
-    update. Every rank of a tensor-parallel group must run the iteration.
+    Every rank runs the iteration; the others send what rank 0 lacks and yield nothing. Names come in the
+    order of the Hugging Face model; a tied vocabulary head is not among them and padding of the vocabulary
+    is gone. Tensors may be views of the parameters: copy what must outlive the next update.
+
+    Each shard goes straight from one rank that holds it to rank 0, which puts the shards together. Ranks
+    hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
     """
-    for rule, parameter in local_parameters(model, hf_config):
-        yield from zip(rule.names, rule.whole(_gather(rule, parameter.detach())))
+    model = _unwrapped(model)
+    own, me = _own_parameters(model), dist.get_rank()
+    if len({parameter.dtype for parameter in own.values()}) > 1:
+        raise RuntimeError("the model's parameters have several types; buckets are of one")
+    buckets = _buckets(model, rules(hf_config), bucket_bytes)
+    if me == 0:
+        incoming = _receive(buckets[0], own) if buckets else None
+        for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
+            # The next bucket travels while this one is used.
+            current, incoming = incoming, _receive(following, own) if following else None
+            shards = current.wait()
+            for number, (name, rule) in enumerate(bucket.rules.items()):
+                shape = _shard_shape(rule, len(bucket.owners))
+                yield from zip(rule.names, rule.whole([parts[number].view(shape) for parts in shards]))
+        return
+    sending: list[tuple[dist.Work, Tensor]] = []
+    for bucket in buckets:
+        if me in bucket.owners:
+            if len(sending) == 2:
+                sending.pop(0)[0].wait()
+            flat = torch.cat([own[name].detach().reshape(-1) for name in bucket.rules])
+            sending.append((dist.isend(flat, dst=0), flat))
+    for work, _ in sending:
+        work.wait()
+    return
+    yield
 
 
-def _gather(rule: Rule, shard: Tensor) -> list[Tensor]:
-    if rule.expert:
-        group = parallel_state.get_expert_tensor_parallel_group()
-    else:
-        group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    return shards
+@dataclass(frozen=True)
+class _Bucket:
+    """Consecutive parameters that the same ranks hold."""
+
+    rules: dict[str, Rule]
+    """By global Megatron name."""
+    owners: tuple[int, ...]
+    """Global ranks, one for each shard in order."""
 
 
-def metadata(
-    model: torch.nn.Module, hf_config: PretrainedConfig
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(Hugging Face name, type, shape) of what `export` will stream, in its order, without any tensor."""
-    return [
-        (name, parameter.dtype, shape)
-        for rule, parameter in local_parameters(model, hf_config)
-        for name, shape in zip(rule.names, rule.shapes)
-    ]
+class _Incoming:
+    """Shards of a bucket on their way to rank 0."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        self._shards: list[list[Tensor] | tuple[dist.Work, Tensor]] = []
+
+    def add_own(self, shards: list[Tensor]) -> None:
+        self._shards.append(shards)
+
+    def add_from(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        flat = torch.empty(sum(self._sizes), dtype=dtype, device=device)
+        self._shards.append((dist.irecv(flat, src=rank), flat))
+
+    def wait(self) -> list[list[Tensor]]:
+        """Shards by owner and parameter."""
+        arrived = []
+        for shards in self._shards:
+            if isinstance(shards, tuple):
+                work, flat = shards
+                work.wait()
+                shards = list(flat.split(self._sizes))
+            arrived.append(shards)
+        return arrived
+
+
+def _receive(bucket: _Bucket, own: dict[str, Tensor]) -> _Incoming:
+    """Ask for a bucket on rank 0."""
+    sizes = [_shard_shape(rule, len(bucket.owners)).numel() for rule in bucket.rules.values()]
+    incoming, example = _Incoming(sizes), next(iter(own.values()))
+    for rank in bucket.owners:
+        if rank == 0:
+            incoming.add_own([own[name].detach() for name in bucket.rules])
+        else:
+            incoming.add_from(rank, example.dtype, example.device)
+    return incoming
+
+
+def _shard_shape(rule: Rule, size: int) -> torch.Size:
+    """Shape of one of `size` shards."""
+    return rule.shard([torch.empty(shape, device="meta") for shape in rule.shapes], size, 0).shape
+
+
+def _buckets(model: torch.nn.Module, table: dict[str, Rule], bucket_bytes: int) -> list[_Bucket]:
+    """The whole model in order, the same on every rank."""
+    places = _places(model)
+    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+    found: dict[tuple, tuple[int, ...]] = {}
+
+    def owners(name: str, rule: Rule) -> tuple[int, ...]:
+        layer = re.search(r"decoder\.layers\.(\d+)\.", name)
+        if layer:
+            stage = next(p.stage for p in places if p.layers.start <= int(layer[1]) < p.layers.stop)
+        else:
+            stage = 0 if name.startswith("embedding") else max(p.stage for p in places)
+        expert = re.search(r"local_experts\.(\d+)\.", name)
+        group = int(expert[1]) // experts if expert else None
+        count = 1 if rule.layout is Layout.REPLICATED else expert_tensor if expert else tensor
+        if (stage, group, count) not in found:
+            holders = [p for p in places if p.stage == stage and group in (None, p.expert_group)]
+            shards = [p.expert_shard if expert else p.shard for p in holders]
+            found[stage, group, count] = tuple(holders[shards.index(i)].rank for i in range(count))
+        return found[stage, group, count]
+
+    element = next(model.parameters()).element_size()
+    buckets: list[_Bucket] = []
+    size = 0
+    for name, rule in table.items():
+        ranks = owners(name, rule)
+        nbytes = sum(torch.Size(shape).numel() for shape in rule.shapes) * element
+        if not buckets or buckets[-1].owners != ranks or size + nbytes > bucket_bytes:
+            buckets.append(_Bucket({}, ranks))
+            size = 0
+        buckets[-1].rules[name] = rule
+        size += nbytes
+    return buckets
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which part of the model a rank holds."""
+
+    rank: int
+    stage: int
+    layers: range
+    shard: int
+    expert_group: int
+    expert_shard: int
+
+
+def _places(model: torch.nn.Module) -> list[_Place]:
+    """The places of all ranks, in the order of the ranks."""
+    first_layer = get_transformer_layer_offset(model.config)
+    mine = _Place(
+        dist.get_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        range(first_layer, first_layer + len(model.decoder.layers)),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+    places: list[_Place] = [mine] * dist.get_world_size()
+    if len(places) > 1:
+        dist.all_gather_object(places, mine)
+    return places

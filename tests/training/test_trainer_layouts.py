@@ -1,0 +1,102 @@
+"""Two updates in every layout against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
+
+from spell_megatron.training import backend
+
+
+def layout(policy: str, recompute: str = "none", distributed: bool = False, **parallel: int) -> tuple[str, dict]:
+    return policy, {
+        "training__recompute": recompute,
+        "training__optimizer__distributed": distributed,
+        "training__parallel": parallel,
+    }
+
+
+ON_TWO = {
+    "tensor": layout("qwen3", tensor=2),
+    "tensor-recompute": layout("llama3", "full", tensor=2),
+    "pipeline-tied": layout("qwen2.5", pipeline=2),
+    "pipeline-recompute": layout("qwen3", "selective", pipeline=2),
+    "expert": layout("qwen3_moe", expert=2),
+    "expert-recompute": layout("qwen3_moe", "full", True, expert=2),
+    "expert-selective": layout("qwen3_moe", "selective", expert=2),
+    "tensor-expert": layout("qwen3_moe", tensor=2, expert=2),
+    "tensor-expert-tensor": layout("qwen3_moe", tensor=2, expert_tensor=2),
+    "pipeline-moe": layout("qwen3_moe", pipeline=2),
+}
+ON_FOUR = {
+    "tensor-data": layout("qwen3", distributed=True, tensor=2),
+    "tensor-pipeline": layout("qwen2.5", tensor=2, pipeline=2),
+    "pipeline-expert": layout("qwen3_moe", pipeline=2, expert=2),
+    "tensor-pipeline-expert": layout("qwen3_moe", "full", tensor=2, pipeline=2, expert=2),
+    "expert-data": layout("qwen3_moe", distributed=True, expert=2),
+    "expert-everywhere": layout("qwen3_moe", tensor=2, expert=4),
+    "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
+}
+ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(policy) -> metrics and weights of the two updates in one process, and the policies' folder."""
+    folder = tmp_path_factory.mktemp("policies")
+    for policy in ("qwen3", "llama3", "qwen2.5", "qwen3_moe"):
+        make_policy(policy, folder / policy)
+    backend.initialise(make_config(folder / "qwen3"))
+    results = {}
+
+    def get(policy: str):
+        if policy not in results:
+            trainer = make_trainer(make_config(folder / policy))
+            results[policy] = [trainer.update(make_rows(seed)) for seed in range(2)], weights(trainer)
+        return results[policy]
+
+    get.folder = folder
+    yield get
+    backend.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        pytest.param(2, ON_TWO, id="2"),
+        pytest.param(4, ON_FOUR, id="4", marks=pytest.mark.slow),
+        pytest.param(8, ON_EIGHT, id="8", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
+    """Loss, gradient norm, entropy and weights after each of two updates: 1e-5 relative (float32)."""
+    for policy in {policy for policy, _ in cases.values()}:
+        (tmp_path / policy).symlink_to(alone.folder / policy)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker = Path(__file__).with_name("trainer_layouts_worker.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), worker, tmp_path]
+    result = subprocess.run(
+        [sys.executable, *launch],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    faults = []
+    for name, (policy, _) in cases.items():
+        metrics, expected = alone(policy)
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert found["same"], f"{name}: the ranks report different metrics"
+        errors = {
+            key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(metrics, found["metrics"], strict=True))
+            for key in ("loss", "grad_norm", "entropy")
+        } | {"weights": difference(found["weights"], expected)}
+        print(name, {key: f"{error:.1e}" for key, error in errors.items()})
+        faults += [f"{name}: {key} {error:.1e}" for key, error in errors.items() if not error <= 1e-5]
+    assert not faults

@@ -1,0 +1,35 @@
+"""Started by torchrun: two updates in every layout of a list, whose results `test_trainer_layouts` reads.
+
+usage: trainer_layouts_worker.py FOLDER   (holds policies and cases.json; results are written beside them)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from trainer_cases import make_config, make_rows, make_trainer, weights
+
+    from spell_megatron.training import backend
+
+    for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
+        config = make_config(folder / policy, **settings)
+        backend.initialise(config)
+        trainer = make_trainer(config)
+        metrics = [trainer.update(make_rows(seed) if dist.get_rank() == 0 else None) for seed in range(2)]
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, [(m["loss"], m["grad_norm"], m["entropy"]) for m in metrics])
+        result = {"metrics": metrics, "same": all(m == everywhere[0] for m in everywhere), "weights": weights(trainer)}
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
+        # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
+        parallel_state.destroy_model_parallel()
+    backend.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
