@@ -242,7 +242,9 @@ class _Preflight:
         divides("training.parallel.tensor", parallel.tensor, arch.heads, "attention heads")
         if arch.heads % parallel.tensor == 0 and parallel.tensor % arch.groups:
             divides("training.parallel.tensor", parallel.tensor, arch.groups, "key-value heads")
-        divides("training.parallel.pipeline", parallel.pipeline, arch.layers, "layers")
+        if parallel.pipeline > arch.layers:
+            message = f"{parallel.pipeline} is more than the model's {arch.layers} layers. Lower it"
+            self.fault("training.parallel.pipeline model.path", message)
         if not servers.urls:
             divides("rollout.tensor_parallel", servers.tensor_parallel, arch.heads, "attention heads")
         if arch.experts:

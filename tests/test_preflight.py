@@ -139,7 +139,7 @@ def parallel(**size: int) -> dict:
         ({"selfplay": {"clusters_per_round": 2}}, "data.sources", "no place"),
         ({"rollout": {"sampling": {"max_prompt_tokens": 9000}}}, "rollout.sampling", "positions"),
         (parallel(tensor=3), "training.parallel.tensor", "attention heads"),
-        (parallel(pipeline=3), "training.parallel.pipeline", "2 layers"),
+        (parallel(pipeline=3), "training.parallel.pipeline", "more than the model's 2 layers"),
         (parallel(expert=2), "training.parallel.expert", "no experts"),
         ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel", "attention heads"),
         ({"rollout": {"urls": ["localhost:8000"]}}, "rollout.urls", "http://"),

@@ -9,6 +9,10 @@ log-sum-exp, and the backward pass gives every rectangle the joined output and l
 gradient exact (the identity behind FlashAttention and ring attention, arXiv:2205.14135, arXiv:2310.01889).
 Nothing of size [tokens, tokens] exists, no key is copied, and only what the forward pass keeps anyway
 (q, k, v, output, log-sum-exp) is saved. On GPUs FlexAttention takes the same mask as blocks.
+
+With context parallelism every rank holds a slice of the tokens. Before the attention they exchange slices of
+tokens for slices of heads and back after it (Ulysses, arXiv:2309.14509), so that the attention itself sees
+whole rows.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -261,8 +268,36 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, end: Tensor, scale
     return out[0].transpose(0, 1)
 
 
+def ulysses_groups(heads: int, groups: int, ranks: int) -> int:
+    """Key-value heads to spread over the context-parallel ranks: `groups`, or copies of them if they are too few.
+
+    Raises:
+        ValueError: the query heads do not divide evenly among the ranks and their key-value heads.
+    """
+    spread = math.lcm(groups, ranks)
+    if heads % spread:
+        raise ValueError(f"{heads} query heads with {groups} key-value heads cannot be spread over {ranks} ranks")
+    return spread if groups % ranks else groups
+
+
+def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[tokens / ranks, heads, d] -> [tokens, heads / ranks, d]."""
+    ranks = group.size()
+    tokens, heads, d = x.shape
+    parts = x.view(tokens, ranks, heads // ranks, d).transpose(0, 1).contiguous()
+    return all_to_all(group, parts.flatten(0, 1))
+
+
+def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[tokens, heads / ranks, d] -> [tokens / ranks, heads, d]."""
+    ranks = group.size()
+    tokens, heads, d = x.shape
+    parts = all_to_all(group, x.contiguous()).view(ranks, tokens // ranks, heads, d)
+    return parts.transpose(0, 1).reshape(tokens // ranks, ranks * heads, d)
+
+
 class TreeAttention(MegatronModule):
-    """Megatron's core attention, with `end` [tokens] in the place of the attention mask."""
+    """Megatron's core attention, with `end` in the place of the attention mask."""
 
     def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__(config=config)
@@ -271,7 +306,15 @@ class TreeAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **unused: Any
     ) -> Tensor:
-        """query [tokens, 1, heads, head_dim], key and value [tokens, 1, groups, head_dim], attention_mask
-        `end` [tokens] -> [tokens, 1, heads * head_dim]."""
-        out = tree_attention(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale)
-        return out.flatten(1)[:, None]
+        """query [tokens, 1, heads, head_dim], key and value [tokens, 1, groups, head_dim] of this rank's
+        tokens, attention_mask `end` [all tokens] -> [tokens, 1, heads * head_dim]."""
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        ranks = self.config.context_parallel_size
+        if ranks == 1:
+            return tree_attention(query, key, value, attention_mask, self.scale).flatten(1)[:, None]
+        group = parallel_state.get_context_parallel_group()
+        copies = ulysses_groups(query.size(1), key.size(1), ranks) // key.size(1)
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+        query, key, value = (_tokens_to_heads(x, group) for x in (query, key, value))
+        out = tree_attention(query, key, value, attention_mask, self.scale)
+        return _heads_to_tokens(out, group).flatten(1)[:, None]

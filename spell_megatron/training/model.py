@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
-from spell_megatron.training.attention import TreeAttention
+from spell_megatron.training.attention import TreeAttention, ulysses_groups
 
 
 class TreeGPTModel(GPTModel):
@@ -42,9 +42,9 @@ class TreeGPTModel(GPTModel):
         """Hidden states after the final norm (last pipeline stage), or this stage's output.
 
         Args:
-            tokens: [1, t] token ids.
+            tokens: [1, t] token ids; with context parallelism this rank's slice of the row.
             position_ids: [1, t] depth of each token in its tree.
-            end: [t] end of each token's subtree (see `attention`); it must not be changed in place.
+            end: [whole row] end of each token's subtree (see `attention`); it must not be changed in place.
 
         Returns:
             [t, 1, hidden]; with sequence parallelism this rank's part of the tokens.
@@ -129,6 +129,8 @@ def _transformer_config(
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": parallel.expert_tensor,
         }
+    if arch.layers % parallel.pipeline:
+        options["pipeline_model_parallel_layout"] = _uneven_stages(arch.layers, parallel.pipeline)
     if training.recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif training.recompute == "selective":
@@ -169,6 +171,14 @@ def _transformer_config(
         bias_dropout_fusion=use_te,
         **options,
     )
+
+
+def _uneven_stages(layers: int, stages: int) -> list[list[str]]:
+    """Megatron's description of a pipeline whose first stages have a layer more; the last has the head."""
+    layout = [["decoder"] * (layers // stages + (stage < layers % stages)) for stage in range(stages)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _feed_forwards(arch: Architecture) -> list[str]:
@@ -222,19 +232,24 @@ def _with_bias(linear: type) -> type:
 
 def _check_layout(arch: Architecture, config: Config) -> None:
     parallel = config.training.parallel
-    if parallel.context > 1:
-        raise UserError(
-            "training.parallel.context is above 1: context parallelism is not available yet. Set it to 1."
-        )
     if arch.heads % parallel.tensor or (arch.groups % parallel.tensor and parallel.tensor % arch.groups):
         raise UserError(
             f"training.parallel.tensor = {parallel.tensor} does not divide the model's {arch.heads} "
             f"attention heads and {arch.groups} key-value heads. Choose a divisor of both."
         )
-    if arch.layers % parallel.pipeline:
+    try:
+        ulysses_groups(
+            arch.heads // parallel.tensor, max(1, arch.groups // parallel.tensor), parallel.context
+        )
+    except ValueError as error:
         raise UserError(
-            f"training.parallel.pipeline = {parallel.pipeline} does not divide the model's {arch.layers} "
-            "layers. Choose a divisor."
+            f"training.parallel.context = {parallel.context} does not fit the model: of each tensor-parallel "
+            f"rank, {error}. Choose a smaller context, or a smaller tensor."
+        ) from error
+    if arch.layers < parallel.pipeline:
+        raise UserError(
+            f"training.parallel.pipeline = {parallel.pipeline} is more than the model's {arch.layers} layers. "
+            "Lower it."
         )
     if not arch.experts:
         if parallel.expert > 1 or parallel.expert_tensor > 1:

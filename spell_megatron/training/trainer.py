@@ -189,13 +189,18 @@ class Trainer:
     ) -> tuple[torch.Tensor, Callable]:
         """Megatron's forward_step_func: hidden states of the next tree, and the loss on them."""
         tree = next(trees)
-        sequence_parallel = self.model.config.sequence_parallel
-        padded = _pad(tree, self.model.config.tensor_model_parallel_size if sequence_parallel else 1)
-        hidden = model(*(torch.from_numpy(x).to(self._device) for x in padded))
-        return hidden, partial(self._loss, values, tree)
+        sizes, context_rank = self.model.config, parallel_state.get_context_parallel_rank()
+        shards = sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1
+        tokens, position_ids, end = _pad(tree, shards * sizes.context_parallel_size)
+        own = tokens.shape[1] // sizes.context_parallel_size
+        mine = slice(context_rank * own, (context_rank + 1) * own)
+        arguments = tokens[:, mine], position_ids[:, mine], end
+        hidden = model(*(self._tensor(np.ascontiguousarray(x)) for x in arguments))
+        return hidden, partial(self._loss, values, tree, mine)
 
-    def _loss(self, values: _ResponseValues, tree: Tree, hidden: torch.Tensor):
-        """Sum of the losses of a tree's edges, their number, and the sums behind the metrics."""
+    def _loss(self, values: _ResponseValues, tree: Tree, mine: slice, hidden: torch.Tensor):
+        """Sum of the losses of the edges whose source is among this context-parallel rank's tokens `mine`,
+        their number, and the sums behind the metrics."""
         model = self.model
         group = parallel_state.get_tensor_model_parallel_group()
         if model.config.sequence_parallel:
@@ -205,17 +210,18 @@ class Trainer:
             )
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
         training = self.config.training
+        edges = np.flatnonzero((tree.source >= mine.start) & (tree.source < mine.stop))
         logprob, entropy = token_logprobs(
             hidden,
             weight,
-            self._tensor(tree.source),
-            self._tensor(tree.target),
+            self._tensor(tree.source[edges] - mine.start),
+            self._tensor(tree.target[edges]),
             self.config.rollout.sampling.temperature,
             training.logprob_chunk,
             self.hf_config.vocab_size,
             group,
         )
-        advantage, rollout = (self._tensor(x) for x in values.at_edges(tree))
+        advantage, rollout = (self._tensor(x[edges]) for x in values.at_edges(tree))
         result = policy_loss(
             logprob, logprob.detach(), advantage, training.clip_low, training.clip_high, training.clip_dual
         )
@@ -234,7 +240,7 @@ class Trainer:
             )
             sums = torch.stack([column.double().sum() for column in columns])
             top = delta.abs().amax() if len(delta) else delta.new_zeros(())
-        count = torch.tensor(len(tree.source), dtype=torch.int, device=self._device)
+        count = torch.tensor(len(edges), dtype=torch.int, device=self._device)
         return loss, count, {"sums": torch.cat([sums, count.double()[None]]), "top": top.double()[None]}
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
+from trainer_cases import FAMILIES, difference, make_config, make_policy, make_rows, make_trainer, weights
 
 from spell_megatron.training import backend
 
@@ -32,6 +32,11 @@ ON_TWO = {
     "tensor-expert": layout("qwen3_moe", tensor=2, expert=2),
     "tensor-expert-tensor": layout("qwen3_moe", tensor=2, expert_tensor=2),
     "pipeline-moe": layout("qwen3_moe", pipeline=2),
+    "tensor-odd": layout("odd", tensor=2),
+    "pipeline-odd": layout("odd", pipeline=2),
+    "context-odd": layout("odd", context=2),
+    "context": layout("qwen3", "full", context=2),
+    "context-expert": layout("qwen3_moe", context=2, expert=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
@@ -40,6 +45,10 @@ ON_FOUR = {
     "tensor-pipeline-expert": layout("qwen3_moe", "full", tensor=2, pipeline=2, expert=2),
     "expert-data": layout("qwen3_moe", distributed=True, expert=2),
     "expert-everywhere": layout("qwen3_moe", tensor=2, expert=4),
+    "context-replicated-heads": layout("qwen3", context=4),
+    "tensor-context": layout("qwen3", distributed=True, tensor=2, context=2),
+    "pipeline-context": layout("qwen2.5", pipeline=2, context=2),
+    "context-data-expert": layout("qwen3_moe", distributed=True, context=2, expert=2),
     "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
 }
 ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2)}
@@ -49,7 +58,7 @@ ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True,
 def alone(tmp_path_factory):
     """alone(policy) -> metrics and weights of the two updates in one process, and the policies' folder."""
     folder = tmp_path_factory.mktemp("policies")
-    for policy in ("qwen3", "llama3", "qwen2.5", "qwen3_moe"):
+    for policy in FAMILIES:
         make_policy(policy, folder / policy)
     backend.initialise(make_config(folder / "qwen3"))
     results = {}
@@ -74,7 +83,7 @@ def alone(tmp_path_factory):
     ],
 )
 def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
-    """Loss, gradient norm, entropy and weights after each of two updates: 1e-5 relative (float32)."""
+    """Metrics and weights after two updates: 1e-5 relative (float32)."""
     for policy in {policy for policy, _ in cases.values()}:
         (tmp_path / policy).symlink_to(alone.folder / policy)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
@@ -95,7 +104,7 @@ def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
         assert found["same"], f"{name}: the ranks report different metrics"
         errors = {
             key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(metrics, found["metrics"], strict=True))
-            for key in ("loss", "grad_norm", "entropy")
+            for key in ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")
         } | {"weights": difference(found["weights"], expected)}
         print(name, {key: f"{error:.1e}" for key, error in errors.items()})
         faults += [f"{name}: {key} {error:.1e}" for key, error in errors.items() if not error <= 1e-5]

@@ -52,6 +52,19 @@ FAMILIES = {
     ),
     "qwen2.5": ("Qwen2Config", "Qwen2ForCausalLM", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(tie_word_embeddings=True, head_dim=32)),
+    # One key-value head, a vocabulary that 2 does not divide, layers that 2 does not divide.
+    "odd": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        dict(
+            tie_word_embeddings=True,
+            head_dim=16,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=1,
+            vocab_size=VOCAB + 3,
+        ),
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(tie_word_embeddings=False, **_MOE)),
 }
 
@@ -60,7 +73,7 @@ def make_policy(family: str, folder: Path) -> None:
     """A random Hugging Face checkpoint without a tokenizer."""
     config, model, extra = FAMILIES[family]
     torch.manual_seed(0)
-    hf = getattr(transformers, model)(getattr(transformers, config)(**_COMMON, **extra)).float()
+    hf = getattr(transformers, model)(getattr(transformers, config)(**{**_COMMON, **extra})).float()
     for name, parameter in hf.named_parameters():
         if "norm" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
