@@ -3,7 +3,7 @@
 `<run>/checkpoints/step_000010/` holds
 
     trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
-    hf/            the weights as a Hugging Face checkpoint (not yet with pipeline or expert parallelism)
+    hf/            the weights as a Hugging Face checkpoint
     state.json     what the caller gave: step, history, sampler, ...
     rng/           random states of each rank
     config.json    the configuration that the run had
@@ -146,26 +146,36 @@ def _save_hf(folder: Path, trainer: Trainer) -> None:
 def _load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
     if updates:
         _allocate_state(trainer.optimizer)
-    groups = trainer.optimizer.param_groups
-    settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
     wanted = _sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
     loaded = dist_checkpointing.load(wanted, str(folder))
     trainer.model.load_state_dict(loaded["model"])
     if updates:
-        optimizer = loaded["optimizer"]
-        single = "optimizer" in optimizer or "param_groups" in optimizer
-        for part in [optimizer] if single else optimizer.values():
-            for group in part.get("optimizer", part)["param_groups"]:
-                # Newer versions of Megatron find a group by its rates, which the configuration may change.
-                group.update({name: groups[0][name] for name in ("max_lr", "min_lr")})
-        trainer.optimizer.load_state_dict(optimizer)
-        for group, values in zip(trainer.optimizer.param_groups, settings):
-            group.update(values)
+        _load_optimizer(trainer.optimizer, loaded["optimizer"], updates)
     else:
         trainer.optimizer.reload_model_params()
     trainer.scheduler.num_steps = updates
     trainer.scheduler.step(0)
     trainer.skipped = loaded["skipped"]
+
+
+def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
+    """Give the optimizer its moments and master weights; everything else it has already.
+
+    The tensors carry names that fit every layout, but the plain values around them (rates, number of steps)
+    are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
+    optimizer, which also is what lets the configuration change rates.
+    """
+    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
+    for part, member in zip(parts, own, strict=True):
+        state = part.get("optimizer", part)
+        for group, ours in zip(state["param_groups"], member.param_groups, strict=True):
+            group.update({name: value for name, value in ours.items() if name != "params"}, step=updates)
+        if "param_state" in part:
+            part.setdefault("param_state_sharding_type", "fully_reshardable")
+        else:
+            state["state"]["common_step"] = torch.tensor(float(updates))
+    optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
 
 
 def _allocate_state(optimizer) -> None:

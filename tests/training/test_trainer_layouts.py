@@ -1,4 +1,4 @@
-"""Two updates in every layout against one process."""
+"""Updates in every layout, and after loading the checkpoint of another one, against one process."""
 
 import json
 import os
@@ -56,7 +56,8 @@ ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True,
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """alone(policy) -> metrics and weights of the two updates in one process, and the policies' folder."""
+    """alone(policy) -> metrics and weights of two updates in one process, and of a third one; `alone.folder`
+    holds the policies."""
     folder = tmp_path_factory.mktemp("policies")
     for policy in FAMILIES:
         make_policy(policy, folder / policy)
@@ -66,7 +67,8 @@ def alone(tmp_path_factory):
     def get(policy: str):
         if policy not in results:
             trainer = make_trainer(make_config(folder / policy))
-            results[policy] = [trainer.update(make_rows(seed)) for seed in range(2)], weights(trainer)
+            two = [trainer.update(make_rows(seed)) for seed in range(2)], weights(trainer)
+            results[policy] = *two, ([trainer.update(make_rows(2))], weights(trainer))
         return results[policy]
 
     get.folder = folder
@@ -98,14 +100,19 @@ def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-5000:]
     faults = []
+
+    def compare(name: str, found: list[dict], found_weights, expected: list[dict], expected_weights) -> None:
+        errors = {
+            key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(expected, found, strict=True))
+            for key in ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")
+        } | {"weights": difference(found_weights, expected_weights)}
+        print(name, {key: f"{error:.1e}" for key, error in errors.items()})
+        faults.extend(f"{name}: {key} {error:.1e}" for key, error in errors.items() if not error <= 1e-5)
+
     for name, (policy, _) in cases.items():
-        metrics, expected = alone(policy)
+        metrics, after_two, (third, after_three) = alone(policy)
         found = torch.load(tmp_path / f"{name}.pt")
         assert found["same"], f"{name}: the ranks report different metrics"
-        errors = {
-            key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(metrics, found["metrics"], strict=True))
-            for key in ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")
-        } | {"weights": difference(found["weights"], expected)}
-        print(name, {key: f"{error:.1e}" for key, error in errors.items()})
-        faults += [f"{name}: {key} {error:.1e}" for key, error in errors.items() if not error <= 1e-5]
+        compare(name, found["metrics"], found["weights"], metrics, after_two)
+        compare(f"{name}, resumed", [found["resumed"][0]], found["resumed"][1], third, after_three)
     assert not faults

@@ -1,4 +1,7 @@
-"""Started by torchrun: two updates in every layout of a list, whose results `test_trainer_layouts` reads.
+"""Started by torchrun: updates in every layout of a list, whose results `test_trainer_layouts` reads.
+
+Each case makes two updates and saves them; then a fresh trainer goes on with a third one from the checkpoint
+that the case before with the same policy has saved, or from its own, if it is the first.
 
 usage: trainer_layouts_worker.py FOLDER   (holds policies and cases.json; results are written beside them)
 """
@@ -14,16 +17,31 @@ def main(folder: Path) -> None:
     from megatron.core import parallel_state
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
-    from spell_megatron.training import backend
+    from spell_megatron.training import backend, checkpoint
 
+    saved: dict[str, Path] = {}
     for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
         config = make_config(folder / policy, **settings)
         backend.initialise(config)
         trainer = make_trainer(config)
-        metrics = [trainer.update(make_rows(seed) if dist.get_rank() == 0 else None) for seed in range(2)]
+
+        def update(trainer, seed):
+            return trainer.update(make_rows(seed) if dist.get_rank() == 0 else None)
+
+        metrics = [update(trainer, seed) for seed in range(2)]
         everywhere = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, [(m["loss"], m["grad_norm"], m["entropy"]) for m in metrics])
-        result = {"metrics": metrics, "same": all(m == everywhere[0] for m in everywhere), "weights": weights(trainer)}
+        result = {
+            "metrics": metrics,
+            "same": all(m == everywhere[0] for m in everywhere),
+            "weights": weights(trainer),
+        }
+        key = policy + str(config.training.optimizer.distributed)
+        before = saved.get(key)
+        saved[key] = checkpoint.save(folder / name, 2, trainer, {})
+        resumed = make_trainer(config)
+        checkpoint.load(before or saved[key], resumed)
+        result["resumed"] = update(resumed, 2), weights(resumed)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{name}.pt")
         # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
