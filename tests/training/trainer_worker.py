@@ -47,8 +47,9 @@ def main(folder: Path) -> None:
     # More ranks than work: the second rank runs an empty microbatch.
     trainer = make_trainer(make_config(folder / "qwen3_moe"))
     metrics = trainer.update(make_rows()[:1] if rank == 0 else None)
+    result = {"metrics": metrics, "weights": weights(trainer)}
     if rank == 0:
-        torch.save({"metrics": metrics, "weights": weights(trainer)}, folder / "one_row.pt")
+        torch.save(result, folder / "one_row.pt")
     backend.shutdown()
 
 
