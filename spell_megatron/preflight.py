@@ -248,6 +248,10 @@ class _Preflight:
         if not servers.urls:
             divides("rollout.tensor_parallel", servers.tensor_parallel, arch.heads, "attention heads")
         if arch.experts:
+            from spell_megatron.training.model import refuse_known_defects  # Megatron takes seconds to import
+
+            keys = "training.parallel.tensor training.parallel.expert training.parallel.expert_tensor"
+            self.attempt(keys, lambda: refuse_known_defects(arch, self.config))
             divides("training.parallel.expert", parallel.expert, arch.experts, "experts")
         elif parallel.expert > 1 or parallel.expert_tensor > 1:
             key = "expert" if parallel.expert > 1 else "expert_tensor"

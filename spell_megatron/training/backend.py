@@ -11,6 +11,8 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -74,6 +76,37 @@ def shutdown() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@contextmanager
+def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
+    """One rank of `config.training.parallel` on a process group that is not there.
+
+    Models built inside have the shapes and shardings of that rank, and no memory (device "meta"). Nothing may
+    be computed with them.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _redirect_to_cpu()
+    parallel, device = config.training.parallel, torch.cuda.current_device
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        with torch.random.fork_rng(devices=()):
+            tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+            torch.cuda.current_device = lambda: torch.device("meta")
+            yield
+    finally:
+        torch.cuda.current_device = device
+        shutdown()
 
 
 def _device(config: Config) -> torch.device:

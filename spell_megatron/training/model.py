@@ -268,8 +268,14 @@ def _check_layout(arch: Architecture, config: Config) -> None:
             "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight "
             "1 and the router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
         )
+
+
+def refuse_known_defects(arch: Architecture, config: Config) -> None:
+    """Raises UserError for layouts in which the installed Megatron-Core trains wrongly."""
+    parallel = config.training.parallel
     if (
-        parallel.tensor > parallel.expert_tensor
+        arch.experts
+        and parallel.tensor > parallel.expert_tensor
         and parallel.expert == 1
         and Version(megatron_version) < Version("0.17")
     ):

@@ -22,7 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from spell_megatron.config import Config
+from spell_megatron.training.architecture import architecture
 from spell_megatron.training.logprobs import token_logprobs
+from spell_megatron.training.model import refuse_known_defects
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
 from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
 
@@ -56,6 +58,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
+        refuse_known_defects(architecture(hf_config), config)
         options = config.training.optimizer
         self.config, self.hf_config, self.model = config, hf_config, model
         self.skipped = 0

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from spell_megatron.errors import UserError
+from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.weights.names import rules
-from spell_megatron.weights.reshard import local_parameters
+from spell_megatron.weights.reshard import local_parameters, shard_place
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Types of weights by their names in safetensors files."""
+
+MAPPED_BYTES = 256 << 20
 
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that make a checkpoint usable: configuration, tokenizer, chat template."""
 
 
-class _Checkpoint:
-    """The tensors of a checkpoint folder, opened file by file and read one by one."""
+class Checkpoint:
+    """The tensors of a checkpoint folder, opened file by file and read one by one. A context manager."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder, self._stack = folder, stack
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._stack = Path(folder), ExitStack()
         self._opened: dict[str, object] = {}
-        self.files = self._locate()
+        self._mapped = 0
+        self.files: dict[str, str] = self._locate()
+        """File name of each tensor."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def _locate(self) -> dict[str, str]:
         """File name of each tensor."""
@@ -74,7 +88,64 @@ class _Checkpoint:
         return tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        return self._open(self.files[name]).get_tensor(name)
+        """A tensor, which lies in the file's pages until it is used."""
+        tensor = self._open(self.files[name]).get_tensor(name)
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED_BYTES:  # pages that were read stay in memory as long as the file is open
+            self._stack.close()
+            self._opened.clear()
+            self._mapped = 0
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The one type of all tensors; UserError if there are several."""
+        names = [name for name in self.files if not name.endswith("rotary_emb.inv_freq")]
+        types = {name: self._slice(name).get_dtype() for name in names}
+        if len(set(types.values())) > 1:
+            found = ", ".join(f"{kind} ({next(n for n in types if types[n] == kind)})" for kind in set(types.values()))
+            raise UserError(
+                f"{self.folder} holds weights of several types: {found}. Save it in one, with transformers' "
+                "save_pretrained after model.to(torch.bfloat16), say."
+            )
+        kind = next(iter(types.values()))
+        if kind not in TYPES:
+            raise UserError(f"{self.folder} holds weights of type {kind}; {', '.join(TYPES)} can be read.")
+        return TYPES[kind]
+
+    def nbytes(self) -> int:
+        """Size of the files."""
+        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+
+    def check(self, hf_config: PretrainedConfig, own: set[str]) -> None:
+        """All tensors of the model are there, no others are, and those named in `own` have their shapes."""
+        shapes = {
+            name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes)
+        }
+        missing = [name for name in shapes if name not in self.files]
+        if missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
+                f"{missing[0]}. Copy the whole checkpoint, or mend config.json."
+            )
+        ignored = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+        unexpected = [
+            name
+            for name in self.files
+            if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+        ]
+        if unexpected:
+            raise UserError(
+                f"{self.folder} holds {len(unexpected)} tensors that its config.json does not explain, "
+                f"such as {unexpected[0]}. The model would not compute what it was trained to; mend "
+                "config.json."
+            )
+        for name in sorted(shapes.keys() & own, key=lambda name: (self.files[name], name)):
+            if self.shape(name) != shapes[name]:
+                raise UserError(
+                    f"{name} in {self.folder / self.files[name]} has shape "
+                    f"{list(self.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
+                    "configuration are of different models."
+                )
 
     def _slice(self, name: str):
         try:
@@ -97,50 +168,11 @@ def load_weights(model: torch.nn.Module, hf_config: PretrainedConfig, folder: Pa
         UserError: a file or tensor is missing, damaged, unexpected or of the wrong shape.
     """
     folder = Path(folder)
-    with ExitStack() as stack:
-        checkpoint = _Checkpoint(folder, stack)
+    with Checkpoint(folder) as checkpoint:
         parameters = local_parameters(model, hf_config, tied_head=True)
-        _check(checkpoint, hf_config, {n for rule, _ in parameters for n in rule.names})
+        checkpoint.check(hf_config, {n for rule, _ in parameters for n in rule.names})
         for rule, parameter in parameters:
-            if rule.expert:
-                size = parallel_state.get_expert_tensor_parallel_world_size()
-                rank = parallel_state.get_expert_tensor_parallel_rank()
-            else:
-                size = parallel_state.get_tensor_model_parallel_world_size()
-                rank = parallel_state.get_tensor_model_parallel_rank()
-            parameter.copy_(rule.shard([checkpoint.tensor(name) for name in rule.names], size, rank))
-
-
-def _check(checkpoint: _Checkpoint, hf_config: PretrainedConfig, own: set[str]) -> None:
-    """All tensors of the model are there, no others are, and those that this rank reads have their shapes."""
-    shapes = {
-        name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes)
-    }
-    missing = [name for name in shapes if name not in checkpoint.files]
-    if missing:
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
-            f"{missing[0]}. Copy the whole checkpoint, or mend config.json."
-        )
-    ignored = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
-    unexpected = [
-        name
-        for name in checkpoint.files
-        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if unexpected:
-        raise UserError(
-            f"{checkpoint.folder} holds {len(unexpected)} tensors that its config.json does not explain, "
-            f"such as {unexpected[0]}. The model would not compute what it was trained to; mend "
-            "config.json."
-        )
-    for name in sorted(own, key=lambda name: (checkpoint.files[name], name)):
-        if checkpoint.shape(name) != shapes[name]:
-            raise UserError(
-                f"{name} in {checkpoint.folder / checkpoint.files[name]} has shape "
-                f"{list(checkpoint.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
-                "configuration are of different models."
-            )
+            parameter.copy_(rule.shard([checkpoint.tensor(name) for name in rule.names], *shard_place(rule)))
 
 
 def save_checkpoint(
@@ -155,7 +187,8 @@ def save_checkpoint(
     Configuration, tokenizer and chat template are copied from `source_folder`.
 
     Args:
-        stream: whole tensors under Hugging Face names; read once, at most `shard_bytes` held at a time.
+        stream: whole tensors under Hugging Face names, in the order of `names.rules`; read once, one tensor
+            held at a time.
         source_folder: checkpoint of the same architecture.
         out_folder: where to write.
         shard_bytes: most bytes per file; larger models are written as several files and an index.
@@ -168,9 +201,10 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        dtype = _write_shards(stream, partial, shard_bytes)
-        _copy_side_files(source, partial, dtype)
-        _replace(partial, out)
+        shapes = {n: s for r in rules(load_hf_config(source)).values() for n, s in zip(r.names, r.shapes)}
+        dtype = _write_shards(stream, partial, shapes, shard_bytes)
+        copy_side_files(source, partial, dtype)
+        replace_folder(partial, out)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
@@ -182,47 +216,62 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(stream: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> torch.dtype:
+def _write_shards(
+    stream: Iterable[tuple[str, Tensor]], folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int
+) -> torch.dtype:
     """Write the weights and, for more than one file, their index. Returns the type of the tensors."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-    dtype = torch.float32
-
-    def flush() -> None:
-        nonlocal size
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-        size = 0
-
-    for name, tensor in stream:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        # A copy of its own: safetensors refuses views that share memory, and the parameter may change.
-        pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-        total += tensor.nbytes
-        dtype = tensor.dtype
-    if pending or not shards:
-        flush()
-    if len(shards) == 1:
-        os.rename(folder / "shard-0", folder / SINGLE)
-        return dtype
+    tensors = iter(stream)
+    first = next(tensors)
+    dtype = first[1].dtype
+    tensors = itertools.chain([first], tensors)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > shard_bytes:
+            files.append([])
+        files[-1].append(name)
     weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"shard-{number}", folder / file)
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
         weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_file(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+    if extra := next(tensors, None):
+        raise RuntimeError(f"the stream goes on after the last tensor of the model with {extra[0]}")
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return dtype
 
 
-def _copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def _write_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    """Write the next tensors of a stream as a safetensors file. The format begins with the length of its
+    header, which lists names and places, so that a file can be written without holding its tensors."""
+    kind = next(name for name, known in TYPES.items() if known == dtype)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, shape in shapes.items():
+            name, tensor = next(tensors, ("nothing", None))
+            if name != expected or tensor.shape != shape or tensor.dtype != dtype:
+                raise RuntimeError(f"the stream has {name} where {expected} of shape {list(shape)} is due")
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy configuration, tokenizer and chat template, and note the weights' type in config.json."""
     for pattern in SIDE_FILES:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json"):
+            if not file.name.endswith(".index.json") and file.name != "metadata.json":
                 shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)  # the older name of the same key
@@ -230,7 +279,7 @@ def _copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _replace(partial: Path, out: Path) -> None:
+def replace_folder(partial: Path, out: Path) -> None:
     """Put `partial` in the place of `out`."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)

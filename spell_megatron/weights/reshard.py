@@ -42,6 +42,19 @@ def local_parameters(
     return listed
 
 
+def shard_place(rule: Rule) -> tuple[int, int]:
+    """(number of shards, this rank's shard) of a parameter."""
+    if rule.expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_rank(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     while hasattr(model, "module"):
         model = model.module

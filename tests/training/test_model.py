@@ -10,8 +10,8 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config, rotary_frequencies
-from spell_megatron.training.model import build_model
+from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
+from spell_megatron.training.model import build_model, refuse_known_defects
 from spell_megatron.weights.huggingface import load_weights
 
 
@@ -294,9 +294,9 @@ def test_unsupported_models_are_refused(tmp_path):
 
 def test_unsupported_layouts_are_refused(tmp_path):
     for name, config_class, options, parallel, reason in [
-        ("a", Qwen3Config, {}, {"context": 2}, "context"),
+        ("a", Qwen3Config, {}, {"context": 3}, "context"),
         ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
-        ("c", Qwen3Config, {}, {"pipeline": 2}, "layers"),
+        ("c", Qwen3Config, {}, {"pipeline": 9}, "layers"),
         ("d", Qwen3Config, {}, {"expert": 2}, "dense"),
         ("e", Qwen3MoeConfig, MOE, {"expert": 4}, "experts"),
     ]:
@@ -305,7 +305,13 @@ def test_unsupported_layouts_are_refused(tmp_path):
 
 def test_broken_megatron_layout_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("spell_megatron.training.model.megatron_version", "0.16.1")
-    message = rejected(tmp_path, Qwen3MoeConfig, MOE, parallel={"tensor": 2})
+    make(Qwen3MoeConfig, MOE).save_pretrained(tmp_path)
+    config = Config(
+        model={"path": tmp_path}, data={"documents": "unused"}, training={"parallel": {"tensor": 2}}
+    )
+    with pytest.raises(UserError) as caught:
+        refuse_known_defects(architecture(load_hf_config(tmp_path)), config)
+    message = str(caught.value)
     assert "wrong gradients" in message and "expert_tensor" in message
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,16 +121,15 @@ def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
     """The write really fails with ENOSPC; only the path is redirected to the device that is always full."""
     from spell_megatron.weights import huggingface
 
-    real_save = huggingface.save_file
+    real_open = Path.open
     _, folder = hf_checkpoint("qwen3")
     model, hf_config = loaded(folder)
 
-    def save_to_full_disk(tensors, path, metadata):
-        real_save(tensors, path, metadata)
-        with open("/dev/full", "wb") as full:
-            full.write(b"0" * 100_000)
+    def open_full_disk(path, mode="r", *arguments, **options):
+        full = mode == "wb" and path.name == "model.safetensors"
+        return real_open(Path("/dev/full") if full else path, mode, *arguments, **options)
 
-    monkeypatch.setattr(huggingface, "save_file", save_to_full_disk)
+    monkeypatch.setattr(huggingface.Path, "open", open_full_disk)
     with pytest.raises(UserError, match="disk is full"):
         save_checkpoint(export(model, hf_config), folder, tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,187 @@
+"""Hugging Face checkpoints to distributed checkpoints of every layout and back."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import CASES, make
+from safetensors.torch import load_file, save_file
+
+from spell_megatron.cli import main
+from spell_megatron.config import Config, ParallelConfig
+from spell_megatron.errors import UserError
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.convert import compare, hf_to_megatron, megatron_to_hf
+from spell_megatron.weights.huggingface import load_weights
+
+LAYOUTS = [
+    {},
+    {"tensor": 2},
+    {"pipeline": 3},
+    {"tensor": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 2},
+    {"expert": 3, "pipeline": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint(case) -> folder of a random bfloat16 model of four layers with a file beside its weights."""
+    made: dict[str, Path] = {}
+
+    def get(case: str) -> Path:
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp(case)
+            config_class, options = CASES[case]
+            hf = make(config_class, {**options, "num_hidden_layers": 4, "num_key_value_heads": 2})
+            hf.bfloat16().save_pretrained(made[case])
+            (made[case] / "tokenizer_config.json").write_text('{"any": "tokenizer"}')
+        return made[case]
+
+    return get
+
+
+def same(one: Path, two: Path) -> bool:
+    left, right = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_exact_in_every_layout(case, checkpoint, tmp_path):
+    """bfloat16, bit by bit; 131 vocabulary entries are padded for two ranks, and four layers over three stages."""
+    source = checkpoint(case)
+    for number, layout in enumerate(LAYOUTS):
+        if "expert" in layout and "moe" not in case:
+            continue
+        out, back = tmp_path / f"megatron{number}", tmp_path / f"hf{number}"
+        hf_to_megatron(source, out, ParallelConfig(**layout))
+        assert compare(out, source) == len(load_file(source / "model.safetensors"))
+        megatron_to_hf(out, back)
+        assert same(source, back)
+        assert (back / "tokenizer_config.json").read_text() == (out / "tokenizer_config.json").read_text()
+        one, two = (json.loads((folder / "config.json").read_text()) for folder in (source, back))
+        assert one == two
+        assert not (back / "metadata.json").exists()
+
+
+@pytest.mark.parametrize("case", ["qwen2-tied-yarn", "qwen3-moe-some-dense-layers"])
+def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
+    from megatron.core import dist_checkpointing
+
+    source, out = checkpoint(case), tmp_path / "out"
+    hf_to_megatron(source, out, ParallelConfig(tensor=2, pipeline=3))
+    config = Config(
+        model={"path": source, "dtype": "bfloat16"}, data={"documents": "none"}, run={"device": "cpu"}
+    )
+    backend.initialise(config)
+    try:
+        hf_config = load_hf_config(source)
+        expected, found = build_model(hf_config, config), build_model(hf_config, config)
+        load_weights(expected, hf_config, source)
+        found.load_state_dict(dist_checkpointing.load({"model": found.sharded_state_dict()}, str(out))["model"])
+        for (name, one), (_, two) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
+            assert torch.equal(one, two), name
+    finally:
+        backend.shutdown()
+
+
+def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
+    source, out, back = checkpoint("qwen3"), tmp_path / "out", tmp_path / "back"
+
+    def spell(*arguments: object) -> tuple[int, str]:
+        status = main(["convert", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    forth, home = ("hf-to-megatron", "--hf", source, "--megatron"), ("megatron-to-hf", "--megatron")
+    assert spell(*forth, out, "--tp", 2, "--verify") == (0, f"{out}: done; all 47 tensors are the same in both\n")
+    assert spell(*home, out, "--hf", back, "--verify")[0] == 0
+    status, message = spell(*forth, out)
+    assert status == 2 and "exists already" in message
+    assert "exists already" in spell(*home, out, "--hf", back)[1]
+    assert "does not divide" in spell(*forth, tmp_path / "b", "--tp", 3)[1]
+    assert "--pp is 0" in spell(*forth, tmp_path / "b", "--pp", 0)[1]
+    assert "no Megatron distributed checkpoint" in spell(*home, source, "--hf", tmp_path / "b")[1]
+    assert sorted(os.listdir(tmp_path)) == ["back", "out"]
+
+
+def damaged(folder: Path, copy: Path, damage) -> Path:
+    shutil.copytree(folder, copy)
+    damage(copy)
+    return copy
+
+
+def test_damaged_inputs_are_named(checkpoint, tmp_path):
+    source, out = checkpoint("qwen3"), tmp_path / "out"
+
+    def refused(number: int, damage) -> str:
+        broken = damaged(source, tmp_path / f"in{number}", damage)
+        with pytest.raises(UserError) as caught:
+            hf_to_megatron(broken, out, ParallelConfig())
+        assert not out.exists() and not (tmp_path / ".out.partial").exists()
+        return str(caught.value)
+
+    def cut(folder):
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+
+    def edit(change):
+        def damage(folder):
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors")
+
+        return damage
+
+    assert "cut short" in refused(1, cut)
+    assert "model.norm.weight" in refused(2, edit(lambda t: t.pop("model.norm.weight")))
+    assert "has shape [47]" in refused(3, edit(lambda t: t.update({"model.norm.weight": torch.ones(47).bfloat16()})))
+    assert "several types" in refused(4, edit(lambda t: t.update({"model.norm.weight": torch.ones(48)})))
+    assert "gpt2" in refused(5, lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
+
+    good = tmp_path / "good"
+    hf_to_megatron(source, good, ParallelConfig(tensor=2))
+
+    def refused_back(number: int, damage) -> str:
+        broken = damaged(good, tmp_path / f"back{number}", damage)
+        with pytest.raises(UserError) as caught:
+            megatron_to_hf(broken, out)
+        assert not out.exists() and not (tmp_path / ".out.partial").exists()
+        return str(caught.value)
+
+    def cut_piece(folder):
+        piece = folder / "__1_0.distcp"
+        piece.write_bytes(piece.read_bytes()[:1000])
+
+    def other_model(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+    assert "damaged" in refused_back(1, cut_piece)
+    assert "damaged" in refused_back(2, lambda f: (f / "__0_0.distcp").unlink())
+    assert "lacks .metadata" in refused_back(3, lambda f: (f / ".metadata").unlink())
+    assert "different models" in refused_back(4, other_model)
+
+
+def test_a_difference_is_found(checkpoint, tmp_path):
+    source, out = checkpoint("qwen3"), tmp_path / "out"
+    hf_to_megatron(source, out, ParallelConfig())
+    other = shutil.copytree(source, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight differs"):
+        compare(out, other)
+
+
+def test_no_room(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="GB left"):
+        hf_to_megatron(checkpoint("qwen3"), tmp_path / "out", ParallelConfig())
+    assert os.listdir(tmp_path) == []
