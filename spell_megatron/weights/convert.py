@@ -10,6 +10,7 @@ Nothing but the tensor at hand is ever in memory.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ def hf_to_megatron(
         source.check(hf_config, set(source.files))
         dtype = source.dtype()
         ranks = [_rank(hf, dtype, parallel, rank) for rank in range(_world_size(parallel))]
-        _write(partial, source, ranks, on_progress)
+        _write(partial, source, dtype, ranks, on_progress)
         save_config(FORMAT, str(partial))
         torch.save({}, partial / "common.pt")
         copy_side_files(hf, partial, dtype)
@@ -127,9 +128,10 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
         raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")
     dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
     parameters, _ = _rank(side_files, dtype, ParallelConfig(), 0)
+    stored = _Stored(reader, metadata, folder)
     for number, parameter in enumerate(parameters):
         values = torch.empty(parameter.shape, dtype=dtype)
-        _read(reader, metadata, folder, parameter.pieces(values))
+        stored.read(parameter.pieces(values))
         yield from zip(parameter.rule.names, parameter.rule.whole([values]), strict=True)
         if on_progress:
             on_progress(number + 1, len(parameters))
@@ -224,6 +226,7 @@ class _Fill(DefaultSavePlanner):
 def _write(
     folder: Path,
     source: Checkpoint,
+    dtype: torch.dtype,
     ranks: list[tuple[list[_Parameter], list[ShardedObject]]],
     on_progress: OnProgress | None,
 ) -> None:
@@ -245,7 +248,7 @@ def _write(
                 planner.add_object(index, stored)
                 items.append(WriteItem(index, WriteItemType.BYTE_IO))
         for parameter in parameters:
-            pieces = parameter.pieces(torch.empty(parameter.shape, dtype=source.dtype(), device="meta"))
+            pieces = parameter.pieces(torch.empty(parameter.shape, dtype=dtype, device="meta"))
             for number, piece in enumerate(pieces):
                 if not is_main_replica(piece.replica_id):
                     continue
@@ -292,32 +295,48 @@ class _Into(DefaultLoadPlanner):
         pass
 
 
-def _read(reader: FileSystemReader, metadata: Metadata, folder: Path, pieces: list[ShardedTensor]) -> None:
-    items = []
-    for piece in pieces:
-        stored = metadata.state_dict_metadata.get(piece.key)
-        sizes = torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
-        if stored is None:
-            raise UserError(
-                f"{folder} lacks {piece.key}, which its config.json asks for. The checkpoint is of another model, or "
-                "incomplete."
+class _Stored:
+    """The pieces of a distributed checkpoint."""
+
+    def __init__(self, reader: FileSystemReader, metadata: Metadata, folder: Path) -> None:
+        self._reader, self._metadata, self._folder = reader, metadata, folder
+        # Layers and experts are stacked to tensors of thousands of pieces, which are not to be searched each time.
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            for chunk in getattr(stored, "chunks", ()):
+                leading = sum(1 for _ in itertools.takewhile(lambda size: size == 1, chunk.sizes[:-1]))
+                for axes in range(leading + 1):
+                    self._chunks.setdefault((key, tuple(chunk.offsets[:axes])), []).append(chunk)
+        reader.set_up_storage_reader(metadata, True)
+
+    def read(self, pieces: list[ShardedTensor]) -> None:
+        """Fill pieces with their values."""
+        items = []
+        for piece in pieces:
+            stored = self._metadata.state_dict_metadata.get(piece.key)
+            if stored is None:
+                raise UserError(
+                    f"{self._folder} lacks {piece.key}, which its config.json asks for. The checkpoint is of another "
+                    "model, or incomplete."
+                )
+            fits = len(stored.size) == len(piece.global_shape) and all(
+                have == want or (piece.allow_shape_mismatch and have > want)
+                for have, want in zip(stored.size, piece.global_shape, strict=True)
             )
-        fits = len(stored.size) == len(piece.global_shape) and all(
-            have == want or (piece.allow_shape_mismatch and have > want)
-            for have, want in zip(stored.size, piece.global_shape, strict=True)
-        )
-        if not fits:
-            raise UserError(
-                f"{piece.key} in {folder} has shape {list(stored.size)}; config.json asks for "
-                f"{list(piece.global_shape)}. Weights and configuration are of different models."
-            )
-        chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), sizes)
-        items += create_read_items_for_chunk_list(piece.key, stored, [chunk])
-    reader.set_up_storage_reader(metadata, True)
-    try:
-        reader.read_data(reader.prepare_local_plan(LoadPlan(items)), _Into(pieces)).wait()
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{folder} is damaged or incomplete ({error}). Copy it again.") from error
+            if not fits:
+                raise UserError(
+                    f"{piece.key} in {self._folder} has shape {list(stored.size)}; config.json asks for "
+                    f"{list(piece.global_shape)}. Weights and configuration are of different models."
+                )
+            chunks = self._chunks[piece.key, tuple(piece.global_offset[: piece.prepend_axis_num])]
+            sizes = torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+            wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), sizes)
+            items += create_read_items_for_chunk_list(piece.key, replace(stored, chunks=chunks), [wanted])
+        try:
+            plan = self._reader.prepare_local_plan(LoadPlan(items))
+            self._reader.read_data(plan, _Into(pieces)).wait()
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self._folder} is damaged or incomplete ({error}). Copy it again.") from error
 
 
 def _locate(folder: Path) -> tuple[Path, Path]:

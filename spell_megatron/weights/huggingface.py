@@ -28,7 +28,7 @@ SINGLE = "model.safetensors"
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Types of weights by their names in safetensors files."""
 
-MAPPED_BYTES = 256 << 20
+MAPPED_BYTES = 64 << 20
 
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that make a checkpoint usable: configuration, tokenizer, chat template."""
@@ -226,10 +226,13 @@ def _write_shards(
     tensors = itertools.chain([first], tensors)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
-        if files[-1] and sum(sizes[other] for other in files[-1]) + size > shard_bytes:
+        if files[-1] and filled + size > shard_bytes:
             files.append([])
+            filled = 0
         files[-1].append(name)
+        filled += size
     weight_map = {}
     for number, names in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE

@@ -46,8 +46,10 @@ class Rule:
             case Layout.REPLICATED:
                 return tensors[0]
             case Layout.ROWS:
-                padding = tensors[0].new_zeros(-tensors[0].size(0) % size, *tensors[0].shape[1:])
-                return torch.cat([tensors[0], padding]).chunk(size)[rank]
+                whole = tensors[0]
+                if missing := -whole.size(0) % size:
+                    whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+                return whole.chunk(size)[rank]
             case Layout.COLUMNS:
                 return tensors[0].chunk(size, dim=1)[rank]
             case Layout.QKV:

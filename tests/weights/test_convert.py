@@ -92,6 +92,7 @@ def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
 
 def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     source, out, back = checkpoint("qwen3"), tmp_path / "out", tmp_path / "back"
+    capsys.readouterr()
 
     def spell(*arguments: object) -> tuple[int, str]:
         status = main(["convert", *map(str, arguments)])
