@@ -2,8 +2,8 @@
 
 RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
-# Files stay together, because the tests of one share engines and runs.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=10 -n 2 --dist loadfile
+# Files stay together, because the tests of one share engines and runs; in order, because the longest come early then.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help environment quickstart test test-slow
 

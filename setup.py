@@ -52,6 +52,6 @@ setup(
         "gpu": ["torch==2.13.0", f"vllm=={VLLM}", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"],
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.7"],
     },
 )

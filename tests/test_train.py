@@ -173,6 +173,25 @@ def test_two_trainer_processes_take_the_same_step(whole, spread):
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
+def test_a_model_cut_over_two_processes_takes_the_same_step(whole, kind):
+    """Export, checkpoint and weight push of a layout in which no process holds the model: the weights that the
+    engine validates after the step are those of one process."""
+    where = (f"--run.output_dir={whole.parent}", f"--run.name={kind}", "--run.steps=2")
+    layout = ("--training.parallel.processes=2", f"--training.parallel.{kind}=2")
+    finished("--config", "examples/quickstart.yaml", *where, *SMALL, *layout)
+    one, two = weights(whole, 2), weights(whole.parent / kind, 2)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-5, name
+    for step in (1, 2):
+        assert metrics(whole.parent / kind)[step]["train/mismatch_abs"] < 1e-4
+        for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
+            expected = metrics(whole)[step][name]
+            assert metrics(whole.parent / kind)[step][name] == pytest.approx(expected, rel=1e-4), name
+
+
 def test_a_run_is_not_overwritten(whole):
     process = train("--config", "examples/quickstart.yaml", f"--run.output_dir={whole.parent}", "--run.name=whole")
     assert process.returncode == 2
