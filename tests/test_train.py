@@ -223,6 +223,7 @@ def test_an_engine_killed_in_mid_run_is_explained(tmp_path):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_engines_started_beforehand_take_the_same_step(whole):
     """The run attaches to a server by its address, and leaves it running with the new weights."""
     where = (f"--run.output_dir={whole.parent}", "--run.name=attached", "--run.steps=1")
