@@ -26,7 +26,7 @@ from transformers import Qwen3MoeConfig
 
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.weights.huggingface import save_checkpoint
-from spell_megatron.weights.names import rules
+from spell_megatron.weights.names import hf_shapes
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
@@ -51,11 +51,10 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     layers = max(2, round((gigabytes * 1e9 - heads) / per_layer))
     folder.mkdir()
     Qwen3MoeConfig(**sizes, num_hidden_layers=layers).save_pretrained(folder)
-    table = rules(load_hf_config(folder)).values()
-    shapes = [(name, shape) for rule in table for name, shape in zip(rule.names, rule.shapes, strict=True)]
+    shapes = hf_shapes(load_hf_config(folder))
     torch.manual_seed(0)
-    noise = torch.randn(max(torch.Size(shape).numel() for _, shape in shapes), dtype=torch.bfloat16)
-    stream = ((name, noise[: torch.Size(shape).numel()].view(shape)) for name, shape in shapes)
+    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()), dtype=torch.bfloat16)
+    stream = ((name, noise[: torch.Size(shape).numel()].view(shape)) for name, shape in shapes.items())
     save_checkpoint(stream, folder, folder.with_name("made"))
     shutil.rmtree(folder)
     folder.with_name("made").rename(folder)

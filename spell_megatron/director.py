@@ -7,8 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from spell_megatron.config import Config
-from spell_megatron.evaluation.heldout import load_questions, validate
 from spell_megatron.errors import UserError
+from spell_megatron.evaluation.heldout import load_questions, validate
 from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.tokenizer import PolicyTokenizer

@@ -232,30 +232,17 @@ class _Preflight:
             )
 
     def layout(self, arch) -> None:
-        parallel, servers = self.config.training.parallel, self.config.rollout
+        from spell_megatron.training.layout import layout_faults, training_defects
 
-        def divides(key: str, size: int, count: int, what: str) -> None:
-            if count % size:
-                message = f"{size} does not divide the model's {count} {what}. Choose a divisor"
-                self.fault(f"{key} model.path", message)
-
-        divides("training.parallel.tensor", parallel.tensor, arch.heads, "attention heads")
-        if arch.heads % parallel.tensor == 0 and parallel.tensor % arch.groups:
-            divides("training.parallel.tensor", parallel.tensor, arch.groups, "key-value heads")
-        if parallel.pipeline > arch.layers:
-            message = f"{parallel.pipeline} is more than the model's {arch.layers} layers. Lower it"
-            self.fault("training.parallel.pipeline model.path", message)
-        if not servers.urls:
-            divides("rollout.tensor_parallel", servers.tensor_parallel, arch.heads, "attention heads")
-        if arch.experts:
-            from spell_megatron.training.model import refuse_known_defects  # Megatron takes seconds to import
-
-            keys = "training.parallel.tensor training.parallel.expert training.parallel.expert_tensor"
-            self.attempt(keys, lambda: refuse_known_defects(arch, self.config))
-            divides("training.parallel.expert", parallel.expert, arch.experts, "experts")
-        elif parallel.expert > 1 or parallel.expert_tensor > 1:
-            key = "expert" if parallel.expert > 1 else "expert_tensor"
-            self.fault(f"training.parallel.{key} model.path", "the model has no experts. Set it to 1")
+        parallel, rollout = self.config.training.parallel, self.config.rollout
+        for names, message in (*layout_faults(arch, parallel), *training_defects(arch, parallel)):
+            keys = " ".join(f"training.parallel.{name}" for name in names.split())
+            self.fault(f"{keys} model.path", message)
+        if not rollout.urls and arch.heads % rollout.tensor_parallel:
+            self.fault(
+                "rollout.tensor_parallel model.path",
+                f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
+            )
 
     def engines(self) -> None:
         rollout = self.config.rollout

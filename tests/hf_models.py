@@ -1,6 +1,10 @@
 """Small random Hugging Face models of every supported family, for parity tests."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -82,3 +86,14 @@ def make(config_class: type, options: dict, seed: int = 0) -> torch.nn.Module:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Something to be done to a checkpoint folder: `change` its tensors."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage

@@ -104,6 +104,11 @@ def architecture(hf_config: PretrainedConfig) -> Architecture:
         moe_layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
     else:
         moe_layers = (False,) * layers
+    if any(moe_layers) and hf_config.norm_topk_prob and hf_config.num_experts_per_tok == 1:
+        raise UserError(
+            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight 1 and the "
+            "router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
+        )
     return Architecture(
         layers=layers,
         hidden=hf_config.hidden_size,

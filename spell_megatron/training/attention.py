@@ -31,6 +31,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spell_megatron.training.layout import ulysses_groups
+
 SMALL = 128
 """Neighbouring subtrees of at most this many tokens together share one call with an explicit mask: a call
 on fewer tokens costs more in overhead than in arithmetic."""
@@ -266,18 +268,6 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, end: Tensor, scale
         enable_gqa=query.size(1) != key.size(1),
     )
     return out[0].transpose(0, 1)
-
-
-def ulysses_groups(heads: int, groups: int, ranks: int) -> int:
-    """Key-value heads to spread over the context-parallel ranks: `groups`, or copies of them if they are too few.
-
-    Raises:
-        ValueError: the query heads do not divide evenly among the ranks and their key-value heads.
-    """
-    spread = math.lcm(groups, ranks)
-    if heads % spread:
-        raise ValueError(f"{heads} query heads with {groups} key-value heads cannot be spread over {ranks} ranks")
-    return spread if groups % ranks else groups
 
 
 def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -51,16 +51,9 @@ def initialise(config: Config) -> torch.device:
     if not dist.is_initialized():
         _join(device, rank, world_size)
 
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
-    parallel = config.training.parallel
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-    )
+    _make_groups(config)
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
@@ -78,6 +71,21 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
+def _make_groups(config: Config, **options: bool) -> None:
+    """Megatron's process groups of a layout."""
+    from megatron.core import parallel_state
+
+    parallel = config.training.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        **options,
+    )
+
+
 @contextmanager
 def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
     """One rank of `config.training.parallel` on a process group that is not there.
@@ -85,21 +93,14 @@ def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
     Models built inside have the shapes and shardings of that rank, and no memory (device "meta"). Nothing may
     be computed with them.
     """
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _redirect_to_cpu()
-    parallel, device = config.training.parallel, torch.cuda.current_device
+    device = torch.cuda.current_device
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=parallel.expert_tensor,
-            create_gloo_process_groups=False,
-        )
+        _make_groups(config, create_gloo_process_groups=False)
         with torch.random.fork_rng(devices=()):
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
             torch.cuda.current_device = lambda: torch.device("meta")

@@ -7,21 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import __version__ as megatron_version
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from packaging.version import Version
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from spell_megatron.config import Config
-from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
-from spell_megatron.training.attention import TreeAttention, ulysses_groups
+from spell_megatron.training.attention import TreeAttention
+from spell_megatron.training.layout import layout_faults, refuse
 
 
 class TreeGPTModel(GPTModel):
@@ -85,7 +83,7 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
         UserError: the model or the layout is not supported, or they do not fit each other.
     """
     arch = architecture(hf_config)
-    _check_layout(arch, config)
+    refuse(layout_faults(arch, config.training.parallel))
     use_te = _has_transformer_engine()
     transformer_config = _transformer_config(hf_config, arch, config, use_te)
     return TreeGPTModel(
@@ -228,60 +226,3 @@ def _with_bias(linear: type) -> type:
 
     Biased.__name__ = Biased.__qualname__ = linear.__name__
     return Biased
-
-
-def _check_layout(arch: Architecture, config: Config) -> None:
-    parallel = config.training.parallel
-    if arch.heads % parallel.tensor or (arch.groups % parallel.tensor and parallel.tensor % arch.groups):
-        raise UserError(
-            f"training.parallel.tensor = {parallel.tensor} does not divide the model's {arch.heads} "
-            f"attention heads and {arch.groups} key-value heads. Choose a divisor of both."
-        )
-    try:
-        ulysses_groups(
-            arch.heads // parallel.tensor, max(1, arch.groups // parallel.tensor), parallel.context
-        )
-    except ValueError as error:
-        raise UserError(
-            f"training.parallel.context = {parallel.context} does not fit the model: of each tensor-parallel "
-            f"rank, {error}. Choose a smaller context, or a smaller tensor."
-        ) from error
-    if arch.layers < parallel.pipeline:
-        raise UserError(
-            f"training.parallel.pipeline = {parallel.pipeline} is more than the model's {arch.layers} layers. "
-            "Lower it."
-        )
-    if not arch.experts:
-        if parallel.expert > 1 or parallel.expert_tensor > 1:
-            raise UserError(
-                "training.parallel.expert and expert_tensor are for mixture-of-experts models, and this "
-                "model is dense. Set both to 1."
-            )
-        return
-    if arch.experts % parallel.expert:
-        raise UserError(
-            f"training.parallel.expert = {parallel.expert} does not divide the model's {arch.experts} "
-            "experts. Choose a divisor."
-        )
-    if arch.normalise_router and arch.experts_per_token == 1:
-        raise UserError(
-            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight "
-            "1 and the router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
-        )
-
-
-def refuse_known_defects(arch: Architecture, config: Config) -> None:
-    """Raises UserError for layouts in which the installed Megatron-Core trains wrongly."""
-    parallel = config.training.parallel
-    if (
-        arch.experts
-        and parallel.tensor > parallel.expert_tensor
-        and parallel.expert == 1
-        and Version(megatron_version) < Version("0.17")
-    ):
-        raise UserError(
-            f"megatron-core {megatron_version} computes wrong gradients for mixture-of-experts models with "
-            f"tensor = {parallel.tensor}, expert_tensor = {parallel.expert_tensor} and expert = 1. Set "
-            "training.parallel.expert_tensor to the value of tensor, or expert above 1, or use "
-            "megatron-core 0.19 (Python 3.12)."
-        )

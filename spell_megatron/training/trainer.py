@@ -23,8 +23,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from spell_megatron.config import Config
 from spell_megatron.training.architecture import architecture
+from spell_megatron.training.layout import refuse, training_defects
 from spell_megatron.training.logprobs import token_logprobs
-from spell_megatron.training.model import refuse_known_defects
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
 from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
 
@@ -58,7 +58,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
-        refuse_known_defects(architecture(hf_config), config)
+        refuse(training_defects(architecture(hf_config), config.training.parallel))
         options = config.training.optimizer
         self.config, self.hf_config, self.model = config, hf_config, model
         self.skipped = 0

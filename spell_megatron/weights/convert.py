@@ -14,7 +14,6 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
-from spell_megatron.weights.huggingface import Checkpoint, copy_side_files, replace_folder, save_checkpoint
+from spell_megatron.weights.huggingface import Checkpoint, appearing, copy_side_files, save_checkpoint
 from spell_megatron.weights.names import Rule
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
@@ -95,7 +94,8 @@ def hf_to_megatron(
             the model, the output exists already, or the disk is full.
     """
     hf_config = load_hf_config(hf)
-    with Checkpoint(hf) as source, _appearing(megatron, source.nbytes()) as partial:
+    with Checkpoint(hf) as source, appearing(_new(Path(megatron))) as partial:
+        _check_room(partial, source.nbytes())
         source.check(hf_config, set(source.files))
         dtype = source.dtype()
         ranks = [_rank(hf, dtype, parallel, rank) for rank in range(_world_size(parallel))]
@@ -112,10 +112,8 @@ def megatron_to_hf(megatron: Path, hf: Path, on_progress: OnProgress | None = No
         UserError: the checkpoint is incomplete, damaged or of another model than its config.json says, the
             output exists already, or the disk is full.
     """
-    if Path(hf).exists():
-        raise _exists(hf)
     _, side_files = _locate(Path(megatron))
-    save_checkpoint(read_megatron(megatron, on_progress), side_files, hf)
+    save_checkpoint(read_megatron(megatron, on_progress), side_files, _new(Path(hf)))
 
 
 def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -144,16 +142,16 @@ def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> 
         UserError: names the first tensor that differs.
     """
     with Checkpoint(hf) as checkpoint:
-        names = []
+        count = 0
         for name, tensor in read_megatron(megatron, on_progress):
-            names.append(name)
+            count += 1
             other = checkpoint.tensor(name)
             if other.dtype != tensor.dtype or other.shape != tensor.shape or _bits(other).ne(_bits(tensor)).any():
                 raise UserError(
                     f"{name} differs between {megatron} and {hf}: the converted checkpoint is wrong. Remove it; if a "
                     "second conversion differs too, suspect the disk or report a defect."
                 )
-    return len(names)
+    return count
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -190,6 +188,11 @@ def _rank(
         return parameters, [entry for entry in nested_values(entries) if isinstance(entry, ShardedObject)]
 
 
+def _stored_sizes(piece: ShardedTensor) -> torch.Size:
+    """Shape of a piece in its whole tensor, which stacks layers and experts."""
+    return torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+
+
 class _Fill(DefaultSavePlanner):
     """Reads the values of a piece when it is its turn to be written."""
 
@@ -220,7 +223,7 @@ class _Fill(DefaultSavePlanner):
             self._current = parameter, parameter.pieces(values)
             self._on_parameter()
         piece = self._current[1][number]
-        return piece.data.reshape((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+        return piece.data.reshape(_stored_sizes(piece))
 
 
 def _write(
@@ -253,11 +256,10 @@ def _write(
                 if not is_main_replica(piece.replica_id):
                     continue
                 offset = torch.Size(piece.global_offset)
-                sizes = torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
                 index = MetadataIndex(piece.key, offset)
                 planner.add(index, parameter, number)
                 data = TensorWriteData(
-                    ChunkStorageMetadata(offset, sizes),
+                    ChunkStorageMetadata(offset, _stored_sizes(piece)),
                     TensorProperties(dtype=piece.dtype),
                     torch.Size(piece.global_shape),
                 )
@@ -278,9 +280,7 @@ class _Into(DefaultLoadPlanner):
     def __init__(self, pieces: list[ShardedTensor]) -> None:
         super().__init__()
         self._places = {
-            MetadataIndex(piece.key, torch.Size(piece.global_offset)): piece.data.view(
-                (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-            )
+            MetadataIndex(piece.key, torch.Size(piece.global_offset)): piece.data.view(_stored_sizes(piece))
             for piece in pieces
         }
 
@@ -329,8 +329,7 @@ class _Stored:
                     f"{list(piece.global_shape)}. Weights and configuration are of different models."
                 )
             chunks = self._chunks[piece.key, tuple(piece.global_offset[: piece.prepend_axis_num])]
-            sizes = torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
-            wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), sizes)
+            wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), _stored_sizes(piece))
             items += create_read_items_for_chunk_list(piece.key, replace(stored, chunks=chunks), [wanted])
         try:
             plan = self._reader.prepare_local_plan(LoadPlan(items))
@@ -352,29 +351,17 @@ def _locate(folder: Path) -> tuple[Path, Path]:
     )
 
 
-def _exists(out: Path) -> UserError:
-    return UserError(f"{out} exists already. Remove it, or choose another place.")
-
-
-@contextmanager
-def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to fill, which takes its name `out` when the block ends well, and else is removed."""
-    out = Path(out)
+def _new(out: Path) -> Path:
+    """The folder to be made; UserError if it is there."""
     if out.exists():
-        raise _exists(out)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise UserError(
-                f"The checkpoint takes about {needed / 1e9:.2f} GB, and the disk of {out} has {free / 1e9:.2f} GB left. "
-                "Free some space, or choose another place."
-            )
-        yield partial
-        replace_folder(partial, out)
-    except OSError as error:
-        raise UserError(f"The checkpoint {out} could not be written: {error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{out} exists already. Remove it, or choose another place.")
+    return out
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"The checkpoint takes about {needed / 1e9:.2f} GB, and the disk of {folder.parent} has "
+            f"{free / 1e9:.2f} GB left. Free some space, or choose another place."
+        )

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import load_hf_config
-from spell_megatron.weights.names import rules
+from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
 INDEX = "model.safetensors.index.json"
@@ -118,9 +118,7 @@ class Checkpoint:
 
     def check(self, hf_config: PretrainedConfig, own: set[str]) -> None:
         """All tensors of the model are there, no others are, and those named in `own` have their shapes."""
-        shapes = {
-            name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes)
-        }
+        shapes = hf_shapes(hf_config)
         missing = [name for name in shapes if name not in self.files]
         if missing:
             raise UserError(
@@ -196,24 +194,10 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the place cannot be written to.
     """
-    source, out = Path(source_folder), Path(out_folder)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        shapes = {n: s for r in rules(load_hf_config(source)).values() for n, s in zip(r.names, r.shapes)}
-        dtype = _write_shards(stream, partial, shapes, shard_bytes)
+    source = Path(source_folder)
+    with appearing(Path(out_folder)) as partial:
+        dtype = _write_shards(stream, partial, hf_shapes(load_hf_config(source)), shard_bytes)
         copy_side_files(source, partial, dtype)
-        replace_folder(partial, out)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        raise UserError(
-            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. "
-            "Free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_shards(
@@ -282,11 +266,28 @@ def copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def replace_folder(partial: Path, out: Path) -> None:
-    """Put `partial` in the place of `out`."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` when the block ends well, and else is removed.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written to.
+    """
+    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(
+            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. "
+            "Free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

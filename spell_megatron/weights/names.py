@@ -96,6 +96,15 @@ def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
     return table
 
 
+def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face tensor, in order."""
+    return {
+        name: shape
+        for rule in rules(hf_config).values()
+        for name, shape in zip(rule.names, rule.shapes, strict=True)
+    }
+
+
 def _layer_rules(arch: Architecture, layer: int) -> dict[str, Rule]:
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
     hidden, queries, keys = arch.hidden, arch.heads * arch.head_dim, arch.groups * arch.head_dim

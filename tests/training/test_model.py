@@ -7,11 +7,12 @@ import torch
 from hf_models import CASES, COMMON, MOE, YARN_ROPE, make
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from spell_megatron.config import Config
+from spell_megatron.config import Config, ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
-from spell_megatron.training.model import build_model, refuse_known_defects
+from spell_megatron.training.layout import training_defects
+from spell_megatron.training.model import build_model
 from spell_megatron.weights.huggingface import load_weights
 
 
@@ -297,22 +298,21 @@ def test_unsupported_layouts_are_refused(tmp_path):
         ("a", Qwen3Config, {}, {"context": 3}, "context"),
         ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
         ("c", Qwen3Config, {}, {"pipeline": 9}, "layers"),
-        ("d", Qwen3Config, {}, {"expert": 2}, "dense"),
+        ("d", Qwen3Config, {}, {"expert": 2}, "no experts"),
         ("e", Qwen3MoeConfig, MOE, {"expert": 4}, "experts"),
     ]:
         assert reason in rejected(tmp_path / name, config_class, options, parallel=parallel)
 
 
 def test_broken_megatron_layout_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("spell_megatron.training.model.megatron_version", "0.16.1")
+    monkeypatch.setattr("spell_megatron.training.layout.version", {"megatron-core": "0.16.1"}.get)
     make(Qwen3MoeConfig, MOE).save_pretrained(tmp_path)
-    config = Config(
-        model={"path": tmp_path}, data={"documents": "unused"}, training={"parallel": {"tensor": 2}}
-    )
-    with pytest.raises(UserError) as caught:
-        refuse_known_defects(architecture(load_hf_config(tmp_path)), config)
-    message = str(caught.value)
-    assert "wrong gradients" in message and "expert_tensor" in message
+    arch = architecture(load_hf_config(tmp_path))
+    ((keys, message),) = training_defects(arch, ParallelConfig(tensor=2))
+    assert keys.startswith("tensor") and "wrong gradients" in message and "expert_tensor" in message
+    assert not list(training_defects(arch, ParallelConfig(tensor=2, expert=2)))
+    monkeypatch.setattr("spell_megatron.training.layout.version", {"megatron-core": "0.19.2"}.get)
+    assert not list(training_defects(arch, ParallelConfig(tensor=2)))
 
 
 def test_processes_must_fit_the_layout():

@@ -1,14 +1,12 @@
 """Models cut over two processes: loading, logits and export."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hf_models import CASES, make
+from torchrun import torchrun
 
 LAYOUTS = [
     ("qwen3", {"tensor": 2}),
@@ -44,19 +42,7 @@ def test_two_processes_equal_transformers(tmp_path):
         torch.save(tree, tmp_path / name / "tree.pt")
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps([[str(tmp_path / name), parallel] for name, parallel in LAYOUTS]))
-    worker = Path(__file__).with_name("layouts_worker.py")
-    launched = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, cases],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = launched.communicate(timeout=240)
-    finally:
-        launched.terminate()  # torchrun then ends its workers
-    assert launched.returncode == 0, errors[-4000:]
+    output = torchrun(2, Path(__file__).with_name("layouts_worker.py"), cases, timeout=240)
     decoder = json.JSONDecoder()
     results = [decoder.raw_decode(part)[0] for part in output.split("RESULT ")[1:]]
     assert len(results) == 2 * len(LAYOUTS)

@@ -1,13 +1,11 @@
 """Updates in every layout, and after loading the checkpoint of another one, against one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import torchrun
 from trainer_cases import FAMILIES, difference, make_config, make_policy, make_rows, make_trainer, weights
 
 from spell_megatron.training import backend
@@ -89,16 +87,7 @@ def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
     for policy in {policy for policy, _ in cases.values()}:
         (tmp_path / policy).symlink_to(alone.folder / policy)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("trainer_layouts_worker.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), worker, tmp_path]
-    result = subprocess.run(
-        [sys.executable, *launch],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
+    torchrun(processes, Path(__file__).with_name("trainer_layouts_worker.py"), tmp_path, timeout=900)
     faults = []
 
     def compare(name: str, found: list[dict], found_weights, expected: list[dict], expected_weights) -> None:

@@ -1,12 +1,10 @@
 """One process against two data-parallel processes, and what two processes save and resume."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import torchrun
 from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
 
 from spell_megatron.training import backend, checkpoint
@@ -20,24 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for family in ("qwen3", "qwen3_moe"):
         make_policy(family, folder / family)
-    worker = Path(__file__).with_name("trainer_worker.py")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--standalone",
-            worker,
-            folder,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
+    torchrun(2, Path(__file__).with_name("trainer_worker.py"), folder, timeout=500)
     return folder
 
 

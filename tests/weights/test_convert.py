@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CASES, make
-from safetensors.torch import load_file, save_file
+from hf_models import CASES, edit, make
+from safetensors.torch import load_file
 
 from spell_megatron.cli import main
 from spell_megatron.config import Config, ParallelConfig
@@ -111,17 +111,12 @@ def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["back", "out"]
 
 
-def damaged(folder: Path, copy: Path, damage) -> Path:
-    shutil.copytree(folder, copy)
-    damage(copy)
-    return copy
-
-
 def test_damaged_inputs_are_named(checkpoint, tmp_path):
     source, out = checkpoint("qwen3"), tmp_path / "out"
 
     def refused(number: int, damage) -> str:
-        broken = damaged(source, tmp_path / f"in{number}", damage)
+        broken = shutil.copytree(source, tmp_path / f"in{number}")
+        damage(broken)
         with pytest.raises(UserError) as caught:
             hf_to_megatron(broken, out, ParallelConfig())
         assert not out.exists() and not (tmp_path / ".out.partial").exists()
@@ -130,14 +125,6 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
     def cut(folder):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-
-    def edit(change):
-        def damage(folder):
-            tensors = load_file(folder / "model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "model.safetensors")
-
-        return damage
 
     assert "cut short" in refused(1, cut)
     assert "model.norm.weight" in refused(2, edit(lambda t: t.pop("model.norm.weight")))
@@ -149,7 +136,8 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
     hf_to_megatron(source, good, ParallelConfig(tensor=2))
 
     def refused_back(number: int, damage) -> str:
-        broken = damaged(good, tmp_path / f"back{number}", damage)
+        broken = shutil.copytree(good, tmp_path / f"back{number}")
+        damage(broken)
         with pytest.raises(UserError) as caught:
             megatron_to_hf(broken, out)
         assert not out.exists() and not (tmp_path / ".out.partial").exists()
@@ -173,9 +161,7 @@ def test_a_difference_is_found(checkpoint, tmp_path):
     source, out = checkpoint("qwen3"), tmp_path / "out"
     hf_to_megatron(source, out, ParallelConfig())
     other = shutil.copytree(source, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"][3] += 1
-    save_file(tensors, other / "model.safetensors")
+    edit(lambda t: t["model.norm.weight"][3].add_(1))(other)
     with pytest.raises(UserError, match="model.norm.weight differs"):
         compare(out, other)
 

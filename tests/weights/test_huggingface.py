@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CASES
-from safetensors.torch import load_file, save_file
+from hf_models import CASES, edit
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config import Config
@@ -142,15 +142,6 @@ def damaged(folder, tmp_path, damage) -> str:
     with pytest.raises(UserError) as caught:
         loaded(copy)
     return str(caught.value)
-
-
-def edit(change):
-    def damage(copy):
-        tensors = load_file(copy / "model.safetensors")
-        change(tensors)
-        save_file(tensors, copy / "model.safetensors")
-
-    return damage
 
 
 def test_missing_tensor(hf_checkpoint, tmp_path):
