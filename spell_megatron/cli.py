@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _train:
+    if rest and arguments.command not in (_train, _plan):
         parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
     try:
         return arguments.command(arguments, rest, argv)
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_plan(commands)
     _add_prepare(commands)
     _add_convert(commands)
     return parser
@@ -121,7 +122,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
         faults = [*faults, *found]
     raise_faults(faults, str(arguments.config or Path(arguments.resume) / "config.yaml"))
     if arguments.dry_run:
-        print(to_yaml(config) + "\n".join(f"# {line}" for line in _plan(config, resume, warnings)))
+        print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
         return 0
     if config.training.parallel.processes > 1 and launched_processes() is None:
         return _launch(config, argv)
@@ -218,7 +219,7 @@ def _launch(config: Config, argv: Sequence[str]) -> int:
     return 0
 
 
-def _plan(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
+def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
     import torch
 
@@ -254,6 +255,61 @@ def _plan(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
     return lines + [f"warning: {warning}" for warning in warnings]
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="tell whether a run fits its GPUs, and how long a step takes",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell plan --config FILE [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
+        description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a run,\n"
+        "how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor weights:\n"
+        "of model.path only config.json is read. Exit status 2: it does not fit.",
+        epilog=_settings_help(),
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of settings (see below)")
+    parser.add_argument("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    config, faults = read_config(arguments.config, _overrides(rest))
+    raise_faults(faults, str(arguments.config))
+    _quiet_libraries()
+    from spell_megatron import planner
+    from spell_megatron.reporting.progress import Progress
+    from spell_megatron.training.architecture import load_hf_config
+
+    if arguments.gpu not in planner.GPUS:
+        raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(planner.GPUS)}.")
+    if arguments.gpus_per_node < 1:
+        raise UserError(f"--gpus-per-node is {arguments.gpus_per_node}; it must be 1 or more.")
+    model = planner.Model.of(load_hf_config(config.model.path))
+    processes = config.training.parallel.processes
+    task = model, config, processes, planner.GPUS[arguments.gpu], planner.Assumptions(arguments.gpus_per_node)
+    plan = planner.plan(*task)
+    print("\n".join(planner.report(model, config, plan, arguments.gpu, task[-1])))
+    best = None
+    with Progress().stage("other layouts") as advance:
+        for number, tried in enumerate(planner.cheapest(*task)):
+            advance(number + 1, planner.TRIES)
+            best = tried if tried.fits else None
+    if best is None:
+        print(f"proposal  no layout on {processes} GPUs fits: use more of them, or shorter rows")
+    elif best.times.update < plan.times.update or not plan.fits:
+        print(
+            f"proposal  {planner.describe(best)}: {best.memory.total / 2**30:.2f} GiB, updates "
+            f"{plan.times.update / best.times.update:.2f} times as fast"
+        )
+    else:
+        print("proposal  none: no other layout is faster and fits")
+    return 0 if plan.fits else 2
 
 
 # ---------------------------------------------------------------------------------------- prepare

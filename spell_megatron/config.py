@@ -193,7 +193,7 @@ class RolloutConfig(Section):
 
 class ParallelConfig(Section):
     processes: int = Field(1, ge=1)
-    """Trainer processes to start on this machine when not started by torchrun or srun."""
+    """Trainer processes (GPUs). They are started on this machine unless torchrun or srun has started them."""
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size: processes that share each layer's matrices."""
     pipeline: int = Field(1, ge=1)

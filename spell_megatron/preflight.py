@@ -281,6 +281,16 @@ class _Preflight:
             )
         elif not gpus and config.model.dtype == "bfloat16":
             self.warnings.append("model.dtype = bfloat16 is slow on CPUs; float32 is usually faster there")
+        elif gpus and launched_processes() is None:
+            import torch
+
+            wanted, visible = config.training.parallel.processes, torch.cuda.device_count()
+            if wanted > visible:
+                self.fault(
+                    "training.parallel.processes",
+                    f"{wanted} trainer processes need a GPU each, and this machine shows {visible}. Lower it, or start "
+                    "the processes on several machines with srun or torchrun",
+                )
         processes = launched_processes()
         if processes not in (None, config.training.parallel.processes):
             self.warnings.append(

@@ -591,6 +591,35 @@ def report(
         print("  verifier  ", check_verifier(model, codec, prompts, unseen, temperature), flush=True)
 
 
+def report_sizes(model: Qwen3ForCausalLM, codec: Codec, prompts: PromptSet, count: int = 300) -> None:
+    """Print the percentage of new questions answered rightly, by the number of documents."""
+    print("documents  knows the relation only  greedy  temperature 1  greedy, one document needed  two needed")
+    for size in (1, 2, 3, 5, 8):
+        rng = random.Random(size)
+        asked: list[tuple[list[Entity], Fact]] = []
+        while len(asked) < count:
+            entities = make_cluster(rng, size)
+            if fact := draw_question(rng, questions(entities), TASKS[len(asked) % 2]):
+                asked.append((entities, fact))
+        ids = [
+            codec.prompt(prompts.responder(fact.task, fact.text, [entity.text for entity in entities]))
+            for entities, fact in asked
+        ]
+        hits = {}
+        for temperature in (0.0, 1.0):
+            torch.manual_seed(0)
+            hits[temperature] = [
+                parse_answer(fact.task, codec.decode(response), False) == fact.answer
+                for (_, fact), response in zip(asked, sample(model, ids, 16, temperature), strict=True)
+            ]
+        needed = [
+            share([hit for hit, (_, fact) in zip(hits[0.0], asked, strict=True) if len(fact.documents) == n])
+            for n in (1, 2)
+        ]
+        baseline = round(100 * sum(relation_baseline(*case) for case in asked) / count, 1)
+        print(f"{size:9} {baseline:24} {share(hits[0.0]):7} {share(hits[1.0]):14} {needed[0]:28} {needed[1]:11}")
+
+
 def save(model: Qwen3ForCausalLM, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors."""
     model.generation_config.eos_token_id = EOS
@@ -609,6 +638,7 @@ def main() -> None:
     if options.check_only:
         model = AutoModelForCausalLM.from_pretrained(options.out)
         report(model, Codec(options.out), prompts, options.heldout)
+        report_sizes(model, Codec(options.out), prompts)
         return
     make_tokenizer(options.out)
     codec = Codec(options.out)

@@ -16,7 +16,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -64,34 +64,8 @@ class Trainer:
         self.skipped = 0
         self._device = next(model.parameters()).device
         self._cost = training_cost(hf_config)
-
         model.config.finalize_model_grads_func = finalize_model_grads
-        # Gradients are reduced after the last microbatch, not during the backward pass: the vocabulary
-        # head adds to its gradient buffer itself, unseen by the hooks that an overlap relies on.
-        self._ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed
-            ),
-            model,
-        )
-        dtype = getattr(torch, config.model.dtype)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.betas[0],
-                adam_beta2=options.betas[1],
-                adam_eps=options.eps,
-                clip_grad=options.clip_grad,
-                bf16=dtype == torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=options.distributed,
-            ),
-            [self._ddp],
-        )
+        self._ddp, self.optimizer = build_optimizer(config, model)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -279,25 +253,57 @@ class Trainer:
         return grad_norm, self.optimizer.param_groups[0]["lr"], True
 
 
+def build_optimizer(
+    config: Config, model: torch.nn.Module, gloo: bool = True
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """The model with its gradient buffers, and Megatron's optimizer of them.
+
+    gloo: False on a process group that is not there (`backend.pretend`), which has no gloo groups beside it.
+    """
+    options = config.training.optimizer
+    # Gradients are reduced after the last microbatch, not during the backward pass: the vocabulary
+    # head adds to its gradient buffer itself, unseen by the hooks that an overlap relies on.
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed),
+        model,
+    )
+    dtype = getattr(torch, config.model.dtype)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.betas[0],
+            adam_beta2=options.betas[1],
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=options.distributed,
+        ),
+        [ddp],
+        use_gloo_process_groups=gloo,
+    )
+    return ddp, optimizer
+
+
 def training_cost(hf_config) -> Cost:
     """FLOPs of forward and backward of one token, one attended pair and one predicting position.
 
     Linear layers take 6 FLOPs per parameter that a token meets; attention 12 per pair, layer and query
     channel (q k and p v, each 2 forward and 4 backward).
     """
-    layers, hidden = hf_config.num_hidden_layers, hf_config.hidden_size
-    heads = hf_config.num_attention_heads
-    groups = getattr(hf_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * groups)
-    if getattr(hf_config, "num_experts_per_tok", None):
-        mlp = 3 * hidden * hf_config.moe_intermediate_size * hf_config.num_experts_per_tok
-    else:
-        mlp = 3 * hidden * hf_config.intermediate_size
+    arch = architecture(hf_config)
+    attention = arch.hidden * arch.head_dim * (2 * arch.heads + 2 * arch.groups)
+    moe = arch.hidden * (3 * arch.expert_ffn * arch.experts_per_token + arch.experts)
+    sparse = sum(arch.moe_layers)
+    feed_forwards = sparse * moe + (arch.layers - sparse) * 3 * arch.hidden * arch.ffn
     return Cost(
-        token=6.0 * layers * (attention + mlp),
-        pair=12.0 * layers * heads * head_dim,
-        source=6.0 * hidden * hf_config.vocab_size,
+        token=6.0 * (arch.layers * attention + feed_forwards),
+        pair=12.0 * arch.layers * arch.heads * arch.head_dim,
+        source=6.0 * arch.hidden * arch.vocabulary,
     )
 
 

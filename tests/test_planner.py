@@ -1,0 +1,169 @@
+"""Counts against published and real ones, predicted against measured memory, and the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes, update_peak
+from spell_megatron import planner
+from spell_megatron.cli import main
+from spell_megatron.config import ParallelConfig, load_config
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.trainer import Trainer
+from spell_megatron.weights.huggingface import load_weights
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "published"),
+    [
+        (load_hf_config(EXAMPLES / "models/qwen3_30b_a3b_thinking_2507"), 30_532_122_624),
+        (
+            LlamaConfig(
+                vocab_size=128256,
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+            ),
+            8_030_261_248,
+        ),
+        (
+            Qwen2Config(
+                vocab_size=152064,
+                hidden_size=3584,
+                intermediate_size=18944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+            ),
+            7_615_616_512,
+        ),
+        (
+            Qwen3Config(
+                **QWEN3,
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                tie_word_embeddings=True,
+            ),
+            4_022_468_096,
+        ),
+    ],
+    ids=["Qwen3-30B-A3B", "Llama-3.1-8B", "Qwen2.5-7B", "Qwen3-4B"],
+)
+def test_the_number_of_parameters_is_the_published_one(hf_config, published):
+    assert planner.Model.of(hf_config).parameters == published
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planner")
+    for kind in ("dense", "moe"):
+        make_checkpoint(kind, folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_prediction_against_measured_memory(kind, recompute, checkpoints):
+    """Parameters, gradients and optimizer state equal; the peak of an update within 15 %."""
+    config, hf_config = make_config(checkpoints / kind, recompute, {}, 1024), load_hf_config(checkpoints / kind)
+    backend.initialise(config)
+    try:
+        model = build_model(hf_config, config)
+        load_weights(model, hf_config, checkpoints / kind)
+        trainer = Trainer(config, hf_config, model)
+        rng = np.random.default_rng(0)
+        tokens, ones = rng.integers(0, 4096, (2, 768)), np.ones(256, np.float32)
+        tokens[1, :512] = tokens[0, :512]
+        rows = [Row(row, 512, ones, -ones) for row in tokens]
+        trainer.update(rows)
+        peak, static = update_peak(trainer, rows), static_bytes(trainer)
+    finally:
+        backend.shutdown()
+    assert static == planner.counted_memory(hf_config, config, 0, 1)[:3]
+    arch = planner.Model.of(hf_config).arch
+    kept, layer = planner.stage_activations(arch, config, range(4), 1024, 1, gpu=False)
+    activations = kept + max(layer, planner.head_bytes(arch, config, 1024))
+    predicted = max(activations, planner.step_bytes(config, static[2]))
+    print(f"{kind}, recompute {recompute}: {predicted / peak - 1:+.1%}")
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("dense", {"tensor": 2, "pipeline": 2}), ("moe", {"pipeline": 2, "expert": 4}), ("moe", {"tensor": 2, "expert": 2})],
+)
+def test_ranks_together_hold_the_model_once(kind, layout, checkpoints):
+    """The distributed optimizer of all 8 ranks together steps every parameter once (but for padding)."""
+    config = make_config(checkpoints / kind, "none", layout, 1024)
+    hf_config = load_hf_config(checkpoints / kind)
+    held = sum(planner.counted_memory(hf_config, config, rank, 8)[2] for rank in range(8))
+    whole = 12 * planner.Model.of(hf_config).parameters
+    # Norms and routers are there once for each tensor-parallel rank.
+    assert whole <= held <= 1.01 * whole
+
+
+def test_the_proposal_is_the_fastest_that_fits(checkpoints):
+    config = make_config(checkpoints / "moe", "full", {}, 1024)
+    model, gpu = planner.Model.of(load_hf_config(checkpoints / "moe")), planner.GPUS["H100-80G"]
+    tried = list(planner.cheapest(model, config, 8, gpu, planner.Assumptions()))
+    assert tried[-1].fits and tried[-1].recompute == "none"
+    assert tried[-1].times.update < planner.plan(model, config, 8, gpu, planner.Assumptions()).times.update
+    small = planner.Gpu(2**30, gpu.flops, gpu.bandwidth, gpu.link)
+    assert not list(planner.cheapest(model, config, 8, small, planner.Assumptions()))
+
+
+def test_memory_moves_as_it_must():
+    """More context-parallel ranks or recompute: fewer activations; more pipeline stages: fewer parameters."""
+    config = load_config(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
+    model = planner.Model.of(load_hf_config(config.model.path))
+
+    def activations(recompute: str, **layout: int) -> int:
+        training = config.training.model_copy(
+            update={"parallel": ParallelConfig(processes=32, **layout), "recompute": recompute}
+        )
+        changed = config.model_copy(update={"training": training})
+        return planner.stage_activations(model.arch, changed, range(48), 100_000, 1, gpu=True)[0]
+
+    assert activations("full", context=8) < activations("selective", context=8) < activations("none", context=8)
+    assert activations("full", context=8) == pytest.approx(activations("full", context=4) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "parameters"),
+    [("qwen3_30b_a3b_thinking_100k.yaml", "H100-80G", 4_018_747_392), ("qwen3_30b_a3b_thinking_100k_h200.yaml", "H200-141G", None)],
+)
+def test_the_recipes_fit(name, gpu, parameters):
+    config = load_config(EXAMPLES / name)
+    model = planner.Model.of(load_hf_config(config.model.path))
+    processes = config.training.parallel.processes
+    plan = planner.plan(model, config, processes, planner.GPUS[gpu], planner.Assumptions())
+    assert plan.fits
+    assert parameters is None or plan.memory.parameters == 2 * parameters
+    assert planner.engine_memory(model, config, planner.GPUS[gpu], planner.Assumptions()).sequences > 1
+
+
+def test_the_command(checkpoints, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: {checkpoints / 'moe'}}}\ndata: {{documents: none}}\n")
+    assert main(["plan", "--config", str(path), "--training.parallel.processes=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "fits" in printed and "at work per token" in printed and "proposal" in printed
+    assert main(["plan", "--config", str(path), "--gpu", "H1000"]) == 2
+    assert "Known are A100-80G" in capsys.readouterr().err
+    big = str(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
+    alone = ["--training.parallel.processes=1", "--training.parallel.tensor=1", "--training.parallel.context=1"]
+    assert main(["plan", "--config", big, *alone, "--training.parallel.expert=1"]) == 2
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed and "no layout on 1 GPUs fits" in printed
