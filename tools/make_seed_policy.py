@@ -38,6 +38,7 @@ from fictional_world import (
     make_cluster,
     question_for,
     questions,
+    relation_baseline,
     statement,
     wrong_answer,
 )
