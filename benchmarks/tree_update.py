@@ -77,6 +77,7 @@ def unshared(rows, numbers):
                 tree.target,
                 np.full_like(tree.row, number),
                 tree.offset,
+                tree.fresh,
             )
         )
         start += len(tree.tokens)

@@ -30,13 +30,13 @@ def main(folder: Path) -> None:
 
         metrics = [update(trainer, seed) for seed in range(2)]
         everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [(m["loss"], m["grad_norm"], m["entropy"]) for m in metrics])
+        dist.all_gather_object(everywhere, [{k: v for k, v in m.items() if "second" not in k} for m in metrics])
         result = {
             "metrics": metrics,
             "same": all(m == everywhere[0] for m in everywhere),
             "weights": weights(trainer),
         }
-        key = policy + str(config.training.optimizer.distributed)
+        key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
         before = saved.get(key)
         saved[key] = checkpoint.save(folder / name, 2, trainer, {})
         resumed = make_trainer(config)
