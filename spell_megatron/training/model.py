@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +22,7 @@ from spell_megatron.config import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.layout import layout_faults, refuse
-from spell_megatron.training.moe import Router
+from spell_megatron.training.moe import GroupedExperts, Router
 
 
 class TreeGPTModel(GPTModel):
@@ -111,6 +112,11 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
 def _has_transformer_engine() -> bool:
     # The probe looks for the package only: importing it without a GPU fails.
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def _wants_grouped_experts(use_te: bool) -> bool:
+    # On CPUs the products themselves take the time: one expert after the other is as fast or faster.
+    return torch.cuda.is_available() and not use_te
 
 
 def _transformer_config(
@@ -226,6 +232,12 @@ def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
         feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
     if isinstance(feed_forward, MoESubmodules):
         feed_forward.router = Router
+        if _wants_grouped_experts(use_te):
+            experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
+            if isinstance(experts, ModuleSpec):
+                experts.module = GroupedExperts
+            else:
+                feed_forward.experts = partial(GroupedExperts, **experts.keywords)
 
 
 def _with_bias(linear: type) -> type:

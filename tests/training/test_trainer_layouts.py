@@ -27,6 +27,7 @@ def layout(
 
 
 ALL_GATHER = {"training__moe_dispatcher": "allgather"}
+GROUPED = {"grouped_experts": True}
 ON_TWO = {
     "tensor": layout("qwen3", tensor=2),
     "tensor-recompute": layout("llama3", "full", tensor=2),
@@ -44,6 +45,7 @@ ON_TWO = {
     "context": layout("qwen3", "full", context=2),
     "context-expert": layout("qwen3_moe", context=2, expert=2),
     "expert-allgather": layout("qwen3_moe", "selective", other=ALL_GATHER, expert=2),
+    "tensor-expert-grouped": layout("qwen3_moe", "selective", True, other=GROUPED, tensor=2, expert=2),
     "expert-balanced": layout("qwen3_moe", "full", other=BALANCED, expert=2),
     "tensor-expert-balanced": layout("qwen3_moe", other=BALANCED, tensor=2, expert=2),
 }
@@ -59,6 +61,7 @@ ON_FOUR = {
     "pipeline-context": layout("qwen2.5", pipeline=2, context=2),
     "context-data-expert": layout("qwen3_moe", distributed=True, context=2, expert=2),
     "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
+    "expert-tensor-grouped": layout("qwen3_moe", other=GROUPED, tensor=2, expert_tensor=2, expert=2),
     "expert-everywhere-allgather": layout("qwen3_moe", other=ALL_GATHER, tensor=2, expert=4),
     "expert-tensor-allgather": layout("qwen3_moe", other=ALL_GATHER, tensor=2, expert_tensor=2, expert=2),
     "tensor-pipeline-balanced": layout("qwen3_moe", "full", other=BALANCED, tensor=2, pipeline=2, expert=2),

@@ -17,10 +17,12 @@ def main(folder: Path) -> None:
     from megatron.core import parallel_state
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
-    from spell_megatron.training import backend, checkpoint
+    from spell_megatron.training import backend, checkpoint, model
 
     saved: dict[str, Path] = {}
     for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
+        grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
+        model._wants_grouped_experts = lambda use_te, grouped=grouped: grouped
         config = make_config(folder / policy, **settings)
         backend.initialise(config)
         trainer = make_trainer(config)
