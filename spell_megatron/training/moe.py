@@ -17,9 +17,9 @@ from torch import Tensor
 class Router(TopKRouter):
     """Megatron's router, which also counts the tokens of each expert and scales its auxiliary loss by tokens.
 
-    Tokens under the padding mask (True: padding) count in neither. Megatron gives every microbatch the same
-    auxiliary loss per token that bears a loss, so that its weight would grow with the length of the prompts,
-    and padding and empty microbatches would count.
+    Tokens under the padding mask (True: padding) count in neither. Megatron's own auxiliary loss assumes that
+    every token it computes bears a loss, so that it would weigh more the longer the prompts are; it is not a
+    number for microbatches that hold only padding, and too small in 0.16 where ranks share the tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
