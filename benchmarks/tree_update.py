@@ -77,6 +77,7 @@ def unshared(rows, numbers):
                 tree.target,
                 np.full_like(tree.row, number),
                 tree.offset,
+                tree.fresh,
             )
         )
         start += len(tree.tokens)
@@ -133,7 +134,8 @@ def measure(moe: bool, groups: int, rounds: int, config: Config) -> dict[str, fl
         if way == "SPELL reference":
             for tree in packed * 2:  # the old policy, the reference policy
                 with torch.no_grad():
-                    hidden, loss = trainer._forward(module._ResponseValues(rows), iter([tree]), model)
+                    batch = iter([(tree, len(tree.tokens))])
+                    hidden, loss = trainer._forward(module._ResponseValues(rows), batch, model)
                     loss(hidden)
         norm = trainer.update(rows)["grad_norm"]
         return time.process_time() - start, norm

@@ -242,8 +242,12 @@ class TrainingConfig(Section):
     """Dual clip for negative advantages."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts on other processes: all-to-all sends each to those that need it; all-gather
+    sends all to all, pads rows to one length and excludes pipelines. Neither drops a token."""
     moe_aux_loss: float = Field(0.0, ge=0)
-    """Coefficient of the load-balancing loss of mixture-of-experts models."""
+    """Coefficient of the load-balancing loss of mixture-of-experts models, summed over layers. It is computed in
+    each microbatch, so that its gradient, unlike the policy's, depends on how the batch is cut."""
     threads: int = Field(1, ge=1)
     """Threads of each trainer process on a CPU."""
     parallel: ParallelConfig = ParallelConfig()
@@ -663,6 +667,13 @@ def _relation_faults(config: Config) -> list[Fault]:
     )
     for role, weight in training.role_weights.items():
         check(weight >= 0, "training.role_weights", f"{role} has weight {weight}. Use 0 or more")
+
+    check(
+        training.moe_dispatcher == "alltoall" or parallel.pipeline == 1,
+        "training.moe_dispatcher training.parallel.pipeline",
+        "Megatron-Core's all-gather wants rows of one length, but microbatches of different lengths pass through "
+        "a pipeline. Use alltoall, or pipeline = 1",
+    )
 
     processes = launched_processes() or parallel.processes
     dense = parallel.tensor * parallel.pipeline * parallel.context

@@ -127,6 +127,10 @@ def test_every_fault_is_reported_at_once_each_on_a_line_with_its_remedy(write):
         ({"training": {"role_weights": {"verifier": -1}}}, "training.role_weights"),
         ({"training": {"parallel": {"processes": 3, "tensor": 2}}}, "training.parallel.processes"),
         ({"training": {"parallel": {"processes": 2, "expert": 4}}}, "training.parallel.expert"),
+        (
+            {"training": {"moe_dispatcher": "allgather", "parallel": {"processes": 2, "pipeline": 2}}},
+            "training.moe_dispatcher",
+        ),
         ({"rollout": {"base_port": 65535, "replicas": 2}}, "rollout.base_port"),
         ({"validation": {"every": 3}}, "validation.every"),
     ],

@@ -34,6 +34,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+EXPERT_LOAD = ("load_imbalance", "load_imbalance_max", "unused_experts")
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 # name of transformers' classes, and what sets the family apart; vLLM's heads on CPUs have 32 k channels
 FAMILIES = {
@@ -243,6 +244,8 @@ def test_family_takes_two_steps(family, tmp_path):
         # measured over all families: at most 7e-7 and 1.00003
         assert numbers["train/mismatch_abs"] < 1e-5
         assert numbers["train/mismatch_max_ratio"] < 1.001
+        balance = {name for name in numbers if name.startswith("train/moe_")}
+        assert balance == {f"train/moe_{x}" for x in EXPERT_LOAD if family == "qwen3-moe"}
         assert {row["role"] for row in rows[step]} == set(ROLES)
         assert {row["weight_version"] for row in rows[step]} == {str(step - 1)}
     everything = rows[1] + rows[2]

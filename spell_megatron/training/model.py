@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +22,7 @@ from spell_megatron.config import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.layout import layout_faults, refuse
+from spell_megatron.training.moe import GroupedExperts, Router
 
 
 class TreeGPTModel(GPTModel):
@@ -36,13 +39,16 @@ class TreeGPTModel(GPTModel):
         # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
         self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, end: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, end: Tensor, uncounted: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the final norm (last pipeline stage), or this stage's output.
 
         Args:
             tokens: [1, t] token ids; with context parallelism this rank's slice of the row.
             position_ids: [1, t] depth of each token in its tree.
             end: [whole row] end of each token's subtree (see `attention`); it must not be changed in place.
+            uncounted: [1, t] bool, True for tokens that the experts' load and auxiliary loss leave out.
 
         Returns:
             [t, 1, hidden]; with sequence parallelism this rank's part of the tokens.
@@ -50,7 +56,12 @@ class TreeGPTModel(GPTModel):
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         angles = position_ids[0].float()[:, None] * self._frequencies
         rotary = torch.cat([angles, angles], dim=-1)[:, None, None, :]
-        return self.decoder(hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary)
+        if uncounted is not None and self.config.sequence_parallel:
+            shards, rank = self.config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+            uncounted = uncounted.chunk(shards, dim=1)[rank]
+        return self.decoder(
+            hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
+        )
 
     @property
     def output_weight(self) -> Tensor | None:
@@ -101,6 +112,11 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
 def _has_transformer_engine() -> bool:
     # The probe looks for the package only: importing it without a GPU fails.
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def _wants_grouped_experts(use_te: bool) -> bool:
+    # On CPUs the products themselves take the time: one expert after the other is as fast or faster.
+    return torch.cuda.is_available() and not use_te
 
 
 def _transformer_config(
@@ -162,7 +178,8 @@ def _transformer_config(
         > 1,  # Megatron's mixture of experts needs it with tensor parallelism
         variable_seq_lengths=parallel.pipeline > 1,  # rows differ in length
         deallocate_pipeline_outputs=True,
-        moe_token_dispatcher_type="alltoall",  # checked against variable_seq_lengths for dense models too
+        # Megatron checks it for dense models too: all-gather is refused with variable_seq_lengths.
+        moe_token_dispatcher_type=training.moe_dispatcher if arch.experts else "alltoall",
         calculate_per_token_loss=True,  # the loss function divides by the whole batch's tokens
         apply_rope_fusion=use_te,
         bias_activation_fusion=use_te and not arch.mlp_bias,
@@ -200,6 +217,8 @@ def _layer_spec(
 
 def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
     parts = layer.submodules
+    # A ModuleSpec in megatron-core 0.16, a functools.partial in 0.19.
+    feed_forward = parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
     attention = parts.self_attention.submodules
     attention.core_attention = TreeAttention
     if not use_te:
@@ -209,12 +228,16 @@ def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
     if arch.output_bias:
         attention.linear_proj = _with_bias(attention.linear_proj)
     if arch.mlp_bias:
-        # A ModuleSpec in megatron-core 0.16, a functools.partial in 0.19.
-        feed_forward = (
-            parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
-        )
         feed_forward.linear_fc1 = _with_bias(feed_forward.linear_fc1)
         feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
+    if isinstance(feed_forward, MoESubmodules):
+        feed_forward.router = Router
+        if _wants_grouped_experts(use_te):
+            experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
+            if isinstance(experts, ModuleSpec):
+                experts.module = GroupedExperts
+            else:
+                feed_forward.experts = partial(GroupedExperts, **experts.keywords)
 
 
 def _with_bias(linear: type) -> type:

@@ -48,12 +48,13 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A forest of prefix trees in one flat row, depth first; all arrays are int64.
+    """A forest of prefix trees in one flat row, depth first; all arrays but `fresh` are int64.
 
     tokens, position_ids (depth in the tree) and end are [t]. `end[k]` is the end of the subtree of token
     k: q may attend to k iff k <= q < end[k]. The loss edges source, target, row and offset are [e]: the
     hidden state at flat position `source` predicts token id `target`, which is response token `offset`
-    of row number `row`.
+    of row number `row`. fresh, bool [t], is False where a token repeats what another tree of the batch
+    computes too: however the rows are cut, each token of their common radix tree is fresh once.
     """
 
     tokens: np.ndarray
@@ -63,6 +64,7 @@ class Tree:
     target: np.ndarray
     row: np.ndarray
     offset: np.ndarray
+    fresh: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Cost:
 
 # One token that predicts nothing: what a rank without work runs, so that all ranks run the same number
 # of microbatches (expert parallel ranks exchange tokens in each).
-EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])))
+EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]))
 
 
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
@@ -200,6 +202,7 @@ class _Sorted:
         lengths = self.lengths[members]
         total = int((lengths - shared).sum())
         tokens, depth, end = (np.empty(total, dtype=np.int64) for _ in range(3))
+        fresh = np.empty(total, dtype=bool)
         path = np.empty(int(lengths.max()), dtype=np.int64)  # flat position of each depth
         edges = []
         start = previous = 0
@@ -211,12 +214,15 @@ class _Sorted:
             path[common:n] = np.arange(start, stop)
             tokens[start:stop] = row.tokens[common:]
             depth[start:stop] = np.arange(common, n)
+            # Tokens that k shares with the sorted row before it are that row's, in whichever tree it is.
+            fresh[start:stop] = depth[start:stop] >= self.shared[k]
             edges.append(
                 (path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p))
             )
             start, previous = stop, n
         end[path[:previous]] = total
-        return Tree(tokens, depth, end, *(np.concatenate(column).astype(np.int64) for column in zip(*edges)))
+        columns = (np.concatenate(column).astype(np.int64) for column in zip(*edges))
+        return Tree(tokens, depth, end, *columns, fresh)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

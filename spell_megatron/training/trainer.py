@@ -25,6 +25,7 @@ from spell_megatron.config import Config
 from spell_megatron.training.architecture import architecture
 from spell_megatron.training.layout import refuse, training_defects
 from spell_megatron.training.logprobs import token_logprobs
+from spell_megatron.training.moe import balance_metrics, routers
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
 from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
 
@@ -58,7 +59,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
-        refuse(training_defects(architecture(hf_config), config.training.parallel))
+        self._arch = architecture(hf_config)
+        refuse(training_defects(self._arch, config.training.parallel))
         options = config.training.optimizer
         self.config, self.hf_config, self.model = config, hf_config, model
         self.skipped = 0
@@ -95,7 +97,9 @@ class Trainer:
             trainer - engine: mean |d|, mean exp(d) - 1 - d (the k3 estimate of KL(engine || trainer),
             http://joschu.net/blog/kl-approx.html), max exp(|d|);
             response_tokens, tokens_unshared (of all rows), tokens_computed (prefixes once), sharing (their
-            ratio), microbatches (per rank), seconds, tokens_per_second (unshared, all ranks).
+            ratio), microbatches (per rank), seconds, tokens_per_second (unshared, all ranks);
+            of a mixture of experts, those of `moe.balance_metrics`: a shared prefix counts once, however the
+            batch is cut.
 
         Raises:
             ValueError: no row has a response, or a token id is outside the vocabulary.
@@ -105,16 +109,24 @@ class Trainer:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         plans = plan(rows, self.config.training.tokens_per_microbatch, ranks, self._cost)
         trees = plans[rank]
+        lengths = [len(tree.tokens) for tree in trees]
+        if self._arch.experts and self.config.training.moe_dispatcher == "allgather":
+            # Expert-parallel ranks gather each other's tokens, which takes equal lengths.
+            lengths = [max(len(tree.tokens) for tree in together) for together in zip(*plans)]
+        count = sum(len(row.weights) for row in rows)
+        distinct = int(sum(tree.fresh.sum() for trees in plans for tree in trees))
+        for router in routers(self.model):
+            router.start_update(aux_scale=count / distinct)  # Megatron divides every gradient by `count`
 
         self._ddp.train()
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
             forward_step_func=partial(self._forward, _ResponseValues(rows)),
-            data_iterator=_reporting(trees, progress),
+            data_iterator=_reporting(list(zip(trees, lengths)), progress),
             model=[self._ddp],
             num_microbatches=len(trees),
-            seq_length=max(len(tree.tokens) for tree in trees),
+            seq_length=max(lengths),
             micro_batch_size=1,
             forward_only=False,
         )
@@ -125,7 +137,6 @@ class Trainer:
         seconds = torch.tensor(time.perf_counter() - start, device=self._device)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
 
-        count = max(sums[-1], 1.0)
         computed = sum(len(tree.tokens) for trees in plans for tree in trees if len(tree.source))
         unshared = sum(len(row.tokens) for row in rows)
         return {
@@ -141,6 +152,7 @@ class Trainer:
             "microbatches": float(len(trees)),
             "seconds": seconds.item(),
             "tokens_per_second": unshared / seconds.item(),
+            **(balance_metrics(self.model, self._arch.moe_layers, distinct) if self._arch.experts else {}),
         }
 
     def _broadcast(self, rows: Sequence[Row] | None) -> list[Row]:
@@ -162,16 +174,20 @@ class Trainer:
         return rows
 
     def _forward(
-        self, values: _ResponseValues, trees: Iterator[Tree], model
+        self, values: _ResponseValues, trees: Iterator[tuple[Tree, int]], model
     ) -> tuple[torch.Tensor, Callable]:
-        """Megatron's forward_step_func: hidden states of the next tree, and the loss on them."""
-        tree = next(trees)
+        """Megatron's forward_step_func: hidden states of the next tree, laid out in at least so many tokens,
+        and the loss on them."""
+        tree, length = next(trees)
         sizes, context_rank = self.model.config, parallel_state.get_context_parallel_rank()
         shards = sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1
-        tokens, position_ids, end = _pad(tree, shards * sizes.context_parallel_size)
+        length += -length % (shards * sizes.context_parallel_size)
+        tokens, position_ids, end, uncounted = _pad(tree, length)
         own = tokens.shape[1] // sizes.context_parallel_size
         mine = slice(context_rank * own, (context_rank + 1) * own)
-        arguments = tokens[:, mine], position_ids[:, mine], end
+        arguments = [tokens[:, mine], position_ids[:, mine], end]
+        if self._arch.experts:
+            arguments.append(uncounted[:, mine])
         hidden = model(*(self._tensor(np.ascontiguousarray(x)) for x in arguments))
         return hidden, partial(self._loss, values, tree, mine)
 
@@ -323,16 +339,17 @@ class _ResponseValues:
         return [column[index] for column in self._columns]
 
 
-def _pad(tree: Tree, multiple: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens [1, t], position_ids [1, t] and end [t], t a multiple: pad tokens see only themselves."""
+def _pad(tree: Tree, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """tokens [1, length], position_ids [1, length], end [length] and uncounted [1, length], which is True for
+    padding and for tokens that another tree counts. Pad tokens see only themselves."""
     t = len(tree.tokens)
-    extra = -t % multiple
-    none = np.zeros(extra, dtype=np.int64)
-    end = np.concatenate([tree.end, np.arange(t, t + extra) + 1])
-    return np.concatenate([tree.tokens, none])[None], np.concatenate([tree.position_ids, none])[None], end
+    none = np.zeros(length - t, dtype=np.int64)
+    end = np.concatenate([tree.end, np.arange(t, length) + 1])
+    tokens, position_ids = (np.concatenate([x, none])[None] for x in (tree.tokens, tree.position_ids))
+    return tokens, position_ids, end, np.concatenate([~tree.fresh, none == 0])[None]
 
 
-def _reporting(trees: list[Tree], progress: Progress | None):
+def _reporting(trees: list, progress: Progress | None):
     """Iterate trees; asking for the next one reports those before as done."""
     for done, tree in enumerate(trees):
         if progress and done:

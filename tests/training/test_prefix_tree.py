@@ -62,6 +62,11 @@ def check(rows, trees, max_tokens):
             np.testing.assert_array_equal(tree.tokens[ancestors(tree, source)], rows[row].tokens[:position])
             assert target == rows[row].tokens[position]
     assert len(seen) == sum(len(r.weights) for r in rows), "a loss edge is missing"
+    fresh = [
+        tuple(tree.tokens[ancestors(tree, q)]) for tree in trees for q in np.flatnonzero(tree.fresh)
+    ]
+    prefixes = {tuple(r.tokens[:i]) for r in rows if len(r.weights) for i in range(1, len(r.tokens) + 1)}
+    assert len(fresh) == len(set(fresh)) and set(fresh) == prefixes, "a token is not fresh exactly once"
 
 
 @settings(max_examples=300, deadline=None)

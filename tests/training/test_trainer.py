@@ -19,7 +19,8 @@ from trainer_cases import (
 )
 
 from spell_megatron.training import backend
-from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.moe import routers
+from spell_megatron.training.prefix_tree import Row, plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,6 +114,83 @@ def test_gradient_does_not_depend_on_the_cut(family, policies):
         print(f"{family}: {metrics['microbatches']:.0f} microbatches, gradient {error:.1e}")
         assert error <= 1e-5
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+
+
+def hf_routing(folder, rows, trees):
+    """The policy's own routing of every distinct token of the batch, by transformers: for each tree the router
+    logits [layers, tokens, experts] of its fresh tokens, with gradients into the returned model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    logits = []  # of each row [layers, tokens, experts]
+    for row in rows:
+        output = model(torch.from_numpy(row.tokens)[None], output_router_logits=True)
+        logits.append(torch.stack([layer.view(len(row.tokens), -1) for layer in output.router_logits]))
+    where = {tuple(row.tokens[: i + 1]): (n, i) for n, row in enumerate(rows) for i in range(len(row.tokens))}
+    routed = []
+    for tree in trees:
+        prefixes = [tuple(tree.tokens[: q + 1][tree.end[: q + 1] > q]) for q in np.flatnonzero(tree.fresh)]
+        places = [where[prefix] for prefix in prefixes]
+        routed.append(torch.stack([logits[number][:, place] for number, place in places], dim=1))
+    return model, routed
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_expert_load_equals_transformers_routing(budget, recompute, policies):
+    """Tokens per layer and expert, each distinct token once, whatever is cut, padded or computed again."""
+    rows = make_rows()
+    trainer = make_trainer(
+        make_config(
+            policies("qwen3_moe"), training__tokens_per_microbatch=budget, training__recompute=recompute
+        )
+    )
+    metrics = trainer.update(rows)
+    _, routed = hf_routing(policies("qwen3_moe"), rows, plan(rows, 10_000, 1)[0])
+    chosen = torch.cat(routed, dim=1).topk(2, dim=-1).indices
+    load = torch.stack([layer.flatten().bincount(minlength=8) for layer in chosen])
+    assert torch.equal(torch.stack([router.tokens_per_expert for router in routers(trainer.model)]), load.double())
+    distinct = {tuple(row.tokens[:i]) for row in rows for i in range(1, len(row.tokens) + 1)}
+    assert load.sum(1).tolist() == [2 * len(distinct)] * 2  # two experts per token: none is dropped
+    imbalance = load.amax(1) / load.float().mean(1)
+    assert metrics["moe_load_imbalance"] == pytest.approx(imbalance.mean().item())
+    assert metrics["moe_load_imbalance_max"] == pytest.approx(imbalance.max().item())
+    assert metrics["moe_unused_experts"] == (load == 0).float().mean().item()
+    assert "moe_aux_loss" not in metrics
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_auxiliary_loss_equals_plain_torch_on_the_hf_model(budget, recompute, policies, tmp_path):
+    """Gradient of the policy loss plus 10 times the balancing loss of every microbatch and layer, weighted by
+    distinct tokens: within 1e-5 relative."""
+    rows = make_rows()
+    options = dict(training__tokens_per_microbatch=budget, training__recompute=recompute)
+    trainer = make_trainer(make_config(policies("qwen3_moe"), training__moe_aux_loss=10.0, **options))
+    metrics = trainer.update(rows)
+    without = make_trainer(make_config(policies("qwen3_moe"), **options))
+    expected = without.update(rows)
+
+    (trees,) = plan(rows, budget, 1, trainer._cost)
+    model, routed = hf_routing(policies("qwen3_moe"), rows, trees)
+    total = sum(logits.shape[1] for logits in routed)
+    loss = 0.0
+    for logits in routed:
+        _, tokens, experts = logits.shape
+        for layer in logits:
+            share = layer.topk(2, dim=-1).indices.flatten().bincount(minlength=experts) / (2 * tokens)
+            loss += tokens / total * experts * (share * layer.softmax(-1).mean(0)).sum()
+    (10 * loss).backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    balancing, found = saved(model, tmp_path), gradients(trainer)
+    sums = {name: gradient + balancing[name] for name, gradient in gradients(without).items()}
+    error = difference(found, sums)
+    print(f"budget {budget}, recompute {recompute}: gradient {error:.1e}")
+    assert error <= 1e-5
+    assert difference(found, gradients(without)) > 0.5
+    assert metrics["moe_aux_loss"] == pytest.approx(loss.item() / 2, rel=1e-5)  # mean over layers
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # of the policy alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,10 +17,12 @@ def main(folder: Path) -> None:
     from megatron.core import parallel_state
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
-    from spell_megatron.training import backend, checkpoint
+    from spell_megatron.training import backend, checkpoint, model
 
     saved: dict[str, Path] = {}
     for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
+        grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
+        model._wants_grouped_experts = lambda use_te, grouped=grouped: grouped
         config = make_config(folder / policy, **settings)
         backend.initialise(config)
         trainer = make_trainer(config)
@@ -30,13 +32,13 @@ def main(folder: Path) -> None:
 
         metrics = [update(trainer, seed) for seed in range(2)]
         everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [(m["loss"], m["grad_norm"], m["entropy"]) for m in metrics])
+        dist.all_gather_object(everywhere, [{k: v for k, v in m.items() if "second" not in k} for m in metrics])
         result = {
             "metrics": metrics,
             "same": all(m == everywhere[0] for m in everywhere),
             "weights": weights(trainer),
         }
-        key = policy + str(config.training.optimizer.distributed)
+        key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
         before = saved.get(key)
         saved[key] = checkpoint.save(folder / name, 2, trainer, {})
         resumed = make_trainer(config)

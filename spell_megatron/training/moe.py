@@ -1,0 +1,144 @@
+"""Mixture of experts: what the routers count and add to the loss, and experts computed as grouped products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class Router(TopKRouter):
+    """Megatron's router, which also counts the tokens of each expert and scales its auxiliary loss by tokens.
+
+    Tokens under the padding mask (True: padding) count in neither. Megatron's own auxiliary loss assumes that
+    every token it computes bears a loss, so that it would weigh more the longer the prompts are; it is not a
+    number for microbatches that hold only padding, and too small in 0.16 where ranks share the tokens.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.start_update(1.0)
+
+    def start_update(self, aux_scale: float) -> None:
+        """Forget the counts. A microbatch of T tokens adds `aux_scale` * coefficient * T * auxiliary loss to
+        the loss before Megatron divides it by the batch's response tokens."""
+        device = torch.cuda.current_device()
+        self.aux_scale = aux_scale
+        # No buffers: they must stay as exact as they are, and out of checkpoints.
+        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.double, device=device)
+        self.aux_loss = torch.zeros((), dtype=torch.double, device=device)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        probs, routing_map = super().routing(logits, padding_mask)
+        # A layer that is recomputed runs twice, the first time without gradients.
+        if self.training and torch.is_grad_enabled():
+            counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
+            self.tokens_per_expert += counted.sum(0)
+        return probs, routing_map
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach T E sum_i f_i P_i of this microbatch: f_i is the share of its T tokens' choices that fell on
+        expert i, P_i the mean probability of i (softmax over all experts), E the number of experts. Each rank
+        adds its own tokens' part. `scores_for_aux_loss` [tokens, experts] and `routing_map` are 0 at padding.
+        """
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if not coefficient:
+            return probs
+        chosen = routing_map.sum(0)
+        dist.all_reduce(chosen, group=self.tp_cp_group)
+        share = chosen / chosen.sum().clamp(min=1)
+        loss = self.num_experts * (share * scores_for_aux_loss.sum(0)).sum()
+        self.aux_loss += loss.detach()
+        return MoEAuxLossAutoScaler.apply(probs, self.aux_scale * coefficient * loss)
+
+
+class GroupedExperts(SequentialMLP):
+    """Megatron's sequential experts, computed as two grouped matrix products of torch.
+
+    The parameters are the same, so that checkpoints and names are too. It is for GPUs without
+    transformer-engine, where many small products would take longer to launch than to compute.
+    """
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Output [tokens, hidden] of tokens [tokens, hidden] that are sorted by expert, times `permuted_probs`
+        [tokens]. With expert tensor parallelism it is this rank's summand, as of the sequential experts."""
+        hidden = permuted_local_hidden_states
+        fc1, fc2 = ([getattr(e, name).weight for e in self.local_experts] for name in ("linear_fc1", "linear_fc2"))
+        # The kernels want rows that begin at multiples of 16 bytes.
+        if not len(hidden) or any(size * hidden.element_size() % 16 for size in (*fc1[0].shape, *fc2[0].shape)):
+            return super().forward(hidden, tokens_per_expert, permuted_probs)
+        ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
+        gate, up = _GroupedLinear.apply(hidden, ends, *fc1).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        inner = (inner * permuted_probs[:, None]).to(inner.dtype)
+        return _GroupedLinear.apply(inner, ends, *fc2), None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x[group] @ weight.T for the rows of each expert; `ends` [experts] int32 are the ends of their groups.
+
+    The weights are copied side by side for each product rather than kept so for the backward pass, which
+    would take the experts' memory again for every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ends, *weights)
+        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, ends, *weights = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_weights = F.grouped_mm(gradient.t(), x, offs=ends)
+        return F.grouped_mm(gradient, torch.stack(weights), offs=ends), None, *of_weights.unbind()
+
+
+def routers(model: torch.nn.Module) -> list[Router]:
+    """The routers of this rank's layers; none in a dense model or a stage of dense layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def balance_metrics(model: torch.nn.Module, moe_layers: Sequence[bool], tokens: int) -> dict[str, float]:
+    """What the routers of all ranks have counted since `start_update`, equal on every rank; all call it.
+
+    Args:
+        model: this rank's part.
+        moe_layers: of the whole model: has the layer a router?
+        tokens: how many each layer has counted, over all ranks.
+
+    Returns:
+        moe_load_imbalance, moe_load_imbalance_max: tokens of the busiest expert over the mean of its layer's
+        experts (1 is balanced), mean and maximum over layers; moe_unused_experts: share of experts without a
+        token; moe_aux_loss, if it is on: auxiliary loss without its coefficient (1 is balanced), mean over
+        layers and over microbatches by their tokens.
+    """
+    columns = model.config.num_moe_experts + 1
+    table = torch.zeros(len(moe_layers), columns, dtype=torch.double, device=torch.cuda.current_device())
+    for router in routers(model):
+        row = table[router.layer_number - 1]
+        row[:-1], row[-1] = router.tokens_per_expert, router.aux_loss
+    # With tensor parallelism too every rank routes tokens of its own: sequence parallelism splits them.
+    dist.all_reduce(table)
+    table = table[list(moe_layers)].cpu()
+    load = table[:, :-1]
+    imbalance = load.amax(1) / load.mean(1)
+    metrics = {
+        "moe_load_imbalance": imbalance.mean().item(),
+        "moe_load_imbalance_max": imbalance.max().item(),
+        "moe_unused_experts": (load == 0).double().mean().item(),
+    }
+    if model.config.moe_aux_loss_coeff:
+        metrics["moe_aux_loss"] = table[:, -1].mean().item() / tokens
+    return metrics
