@@ -1,7 +1,6 @@
 """Updates in every layout, and after loading the checkpoint of another one, against one process."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -53,8 +52,10 @@ ON_FOUR = {
 ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2)}
 
 
-# bfloat16 rounds to 3 digits, and where a sum is cut over processes other partial sums are rounded.
-BFLOAT16 = {"model__dtype": "bfloat16"}
+FLOAT32 = dict.fromkeys(("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio", "weights"), 1e-5)
+# bfloat16 keeps 8 bits, and where a sum is cut over processes other partial sums are rounded. Twice the largest
+# difference found; one process in bfloat16 differs from one in float32 by as much.
+BFLOAT16 = {"loss": 1e-5, "grad_norm": 2e-2, "entropy": 5e-3, "mismatch_abs": 7e-3, "weights": 4e-3}
 BFLOAT16_ON_TWO = {name: ON_TWO[name] for name in ("tensor", "pipeline-tied", "expert-recompute", "context")}
 BFLOAT16_ON_FOUR = {
     name: ON_FOUR[name] for name in ("tensor-data", "tensor-pipeline-expert", "expert-data", "pipeline-context")
@@ -88,7 +89,8 @@ def errors(found: list[dict], found_weights, expected: list[dict], expected_weig
     """Largest relative differences of the metrics, and that of the weights."""
     return {
         key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(expected, found, strict=True))
-        for key in ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")
+        for key in FLOAT32
+        if key != "weights"
     } | {"weights": difference(found_weights, expected_weights)}
 
 
@@ -110,7 +112,7 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
             (f"{name}, resumed", errors([resumed], after_resuming, third, after_three)),
         ):
             print(what, {key: f"{value:.1e}" for key, value in error.items()})
-            faults += [f"{what}: {key} {value:.1e}" for key, value in error.items() if not value <= tolerance[key]]
+            faults += [f"{what}: {key} {error[key]:.1e}" for key, limit in tolerance.items() if not error[key] <= limit]
     assert not faults
 
 
@@ -124,7 +126,7 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
 )
 def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
     """Metrics and weights after two updates: 1e-5 relative (float32)."""
-    check(processes, cases, alone, tmp_path, defaultdict(lambda: 1e-5))
+    check(processes, cases, alone, tmp_path, FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +137,9 @@ def test_every_layout_equals_one_process(processes, cases, alone, tmp_path):
     ],
 )
 def test_bfloat16(processes, cases, alone, tmp_path):
-    """Within twice the largest differences that were found; see the README. `pytest -s` prints them."""
+    """The same in bfloat16, whose optimizer keeps float32 weights; `pytest -s` prints the differences."""
+    dtype = {"model__dtype": "bfloat16"}
     for policy in sorted({policy for policy, _ in cases.values()}):
-        (a, b, _), (c, d, _) = alone(policy, **BFLOAT16), alone(policy)
+        (a, b, _), (c, d, _) = alone(policy, **dtype), alone(policy)
         print(f"{policy}, one process against float32", {k: f"{v:.1e}" for k, v in errors(a, b, c, d).items()})
-    check(processes, cases, alone, tmp_path, defaultdict(lambda: 1.0), **BFLOAT16)
+    check(processes, cases, alone, tmp_path, BFLOAT16, **dtype)
