@@ -255,6 +255,9 @@ class CheckpointConfig(Section):
     """Updates between checkpoints; one is always written at the end."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    asynchronous: bool = False
+    """Write weights and optimizer in another process while the run goes on; on a CPU it can take as much memory
+    as they do."""
 
 
 class ValidationConfig(Section):
