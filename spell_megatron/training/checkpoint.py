@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
@@ -188,10 +189,45 @@ def _sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> 
     }
     state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
     if with_optimizer:
+        for part in _parts(trainer.optimizer):
+            _pad_buckets(part)
         state["optimizer"] = trainer.optimizer.sharded_state_dict(
             state["model"], is_loading=is_loading, metadata=metadata
         )
     return state
+
+
+def _parts(optimizer) -> list[Any]:
+    """The optimizers that Megatron's optimizer is made of: one, or with expert parallelism two."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _pad_buckets(optimizer) -> None:
+    """Mend how Megatron's distributed optimizer finds parameters in its gathered buckets.
+
+    It joins buckets without their padding, but cuts parameters out at places that count it. The second bucket, which
+    an embedding shared by pipeline stages gets, would be saved from wrong places.
+    """
+    gather = getattr(optimizer, "get_parameter_state_dp_zero", None)
+    if gather is None or hasattr(gather, "pads_buckets"):
+        return
+
+    def gather_padded(**options: Any) -> dict[Any, Any]:
+        state = gather(**options)
+        for number, buffer in enumerate(optimizer.buffers):
+            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            if len(sizes) == 1:
+                continue
+            for tensors in state[number].values():
+                for name, tensor in tensors.items():
+                    if torch.is_tensor(tensor):
+                        pieces = tensor.split([size for size, _ in sizes])
+                        padded = [F.pad(piece, (0, whole - size)) for piece, (size, whole) in zip(pieces, sizes)]
+                        tensors[name] = torch.cat(padded)
+        return state
+
+    gather_padded.pads_buckets = True
+    optimizer.get_parameter_state_dp_zero = gather_padded
 
 
 class _Pending:
@@ -258,15 +294,19 @@ def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
     are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
     optimizer, which also is what lets the configuration change rates.
     """
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = _parts(optimizer)
     parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
     for part, member in zip(parts, own, strict=True):
-        state = part.get("optimizer", part)
-        for group, ours in zip(state["param_groups"], member.param_groups, strict=True):
-            group.update({name: value for name, value in ours.items() if name != "params"}, step=updates)
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": updates}
+            for group in member.param_groups
+        ]
         if "param_state" in part:
-            part.setdefault("param_state_sharding_type", "fully_reshardable")
+            part |= {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
         else:
+            state = part.get("optimizer", part)
+            for group, ours in zip(state["param_groups"], groups, strict=True):
+                group.update(ours)
             state["state"]["common_step"] = torch.tensor(float(updates))
     optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
 
@@ -276,7 +316,7 @@ def _allocate_state(optimizer) -> None:
 
     A step with zero gradients, rate and decay creates them without moving a weight.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         inner = part.optimizer
         if inner is None or len(inner.state):
             continue
