@@ -27,6 +27,9 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Layo
             f"{tensor} does not divide the model's {arch.groups} key-value heads, and is no multiple of them. "
             "Choose a divisor",
         )
+    elif (rows := (arch.heads + 2 * arch.groups) * arch.head_dim) % tensor:
+        # Key-value heads fewer than ranks: Megatron cuts the joined projection evenly all the same.
+        yield "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
     else:
         try:
             ulysses_groups(arch.heads // tensor, max(1, arch.groups // tensor), context)
