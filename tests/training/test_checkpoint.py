@@ -319,7 +319,7 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.getcwd()])},
         )
         try:
-            assert process.wait(timeout=120) == -signal.SIGKILL, log.read_text()[-2000:]
+            assert process.wait(timeout=400) == -signal.SIGKILL, log.read_text()[-2000:]
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Megatron's writer processes outlive a killed parent
     assert "step_000002.tmp" in names(run)
