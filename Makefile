@@ -3,14 +3,17 @@
 RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
 # Files stay together, because the tests of one share engines and runs; in order, because the longest come early then.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+TEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 
-.PHONY: help environment quickstart test test-slow
+.PHONY: help environment quickstart test test-slow environment-312 test-312
 
 help:
 	@echo "make quickstart   train a tiny policy by self-play on this machine; no GPU is needed"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that take longer"
+	@echo "make test-312     run the trainer's tests on Python 3.12, with the Megatron-Core of that version, in .venv312"
 	@echo "make environment  only install what the others need, into .venv"
 
 environment:
@@ -27,3 +30,10 @@ test: environment
 
 test-slow: environment
 	@$(TEST) -m "slow and not gpu"
+
+environment-312:
+	@python3 tools/setup_environment.py .venv312
+
+# Without vLLM: the engines, which `make test` tries, do not depend on the version of Megatron-Core.
+test-312: environment-312
+	@$(TEST312) -m "not slow and not gpu and not engine" tests/training tests/weights

@@ -259,6 +259,9 @@ class CheckpointConfig(Section):
     """Updates between checkpoints; one is always written at the end."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    asynchronous: bool = False
+    """Write weights and optimizer in another process while the run goes on. On a CPU that can take as much memory
+    again as they do."""
 
 
 class ValidationConfig(Section):

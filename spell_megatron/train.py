@@ -69,6 +69,7 @@ def run(config: Config, resume: bool = False) -> None:
         stack.callback(pusher.close)
         director = stack.enter_context(Director(config, engines)) if first else None
         log = stack.enter_context(MetricsLogger(folder, config, resume_step=step if resume else None)) if first else None
+        saver = stack.enter_context(checkpoint.Saver(folder, trainer))
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
 
@@ -103,17 +104,19 @@ def run(config: Config, resume: bool = False) -> None:
                     "training.optimizer.lr."
                 )
             metrics |= _push(pusher, trainer, step, progress)
+            saver.poll()
             if step == steps or step % config.checkpoint.every == 0:
                 saving = time.monotonic()
                 with progress.stage("checkpoint"):
                     state = {"step": step, "selfplay": director.selfplay.state_dict()} if director else {}
-                    checkpoint.save(folder, step, trainer, state)
+                    saver.save(step, state)
                 metrics["time/checkpoint"] = time.monotonic() - saving
             if director:
                 metrics["time/step"] = time.monotonic() - started
                 metrics |= _validate(director, step, progress)
                 log.log(step, metrics)
                 progress.summary(step, steps, metrics)
+        saver.finish()
         progress.line(f"{folder}: done after {steps} steps{gain(before, metrics)}")
 
 

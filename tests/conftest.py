@@ -5,6 +5,14 @@ import pytest
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Tests that start engines are marked as such, so that the others can be run without vLLM."""
+    for item in items:
+        if "engines_for" in item.fixturenames:
+            item.add_marker("engine")
+
+
 @pytest.fixture(scope="session")
 def hf_checkpoint(tmp_path_factory):
     """hf_checkpoint(case) -> (transformers model, its folder), once for each case of `hf_models.CASES`."""

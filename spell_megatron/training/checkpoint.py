@@ -22,14 +22,17 @@ import random
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.errors import UserError
@@ -38,34 +41,100 @@ from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
+# Megatron-Core 0.19 can write with one of two packages, and takes one for GPUs by default.
+_STRATEGY = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+
+
+class Saver:
+    """Saves a run's checkpoints, one after the other. All ranks call its methods together.
+
+    With `checkpoint.asynchronous`, `save` leaves weights and optimizer to a process of each rank, forked from it so
+    that it sees them as they are at that moment, and returns. The checkpoint gets its name in the first `poll` that
+    finds all ranks done, in `finish`, or before the next `save`. Leaving the context before that ends the
+    processes; what they wrote is removed by the next save.
+    """
+
+    def __init__(self, run_folder: Path, trainer: Trainer) -> None:
+        self._root, self._trainer = Path(run_folder) / "checkpoints", trainer
+        self._pending: _Pending | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pending:
+            self._pending.writer.close(abort=True)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` and delete all but the newest `checkpoint.keep`.
+
+        state: anything that JSON holds; rank 0's is written. UserError, on all ranks, if the disk is full or
+        cannot be written; the checkpoints before stay as they are.
+        """
+        self.finish()
+        trainer, asynchronous = self._trainer, self._trainer.config.checkpoint.asynchronous
+        final = self._root / f"step_{step:06d}"
+        pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer))
+        partial = pending.partial
+        _on_rank_0(lambda: _prepare(self._root, partial, trainer), self._root)
+        self._pending = pending
+
+        def write() -> None:
+            pending.start(partial / "trainer", trainer, asynchronous)
+            _save_hf(partial / "hf", trainer)
+            torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
+            if dist.get_rank() == 0:
+                _write(partial / "state.json", json.dumps(state))
+                _write(partial / "config.json", trainer.config.model_dump_json(indent=2))
+
+        self._attempt(write)
+        if not asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written, if all ranks have written their part."""
+        if self._pending and self._pending.writer.is_current_async_call_done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and complete it.
+
+        UserError, on all ranks, if a process failed to write its part; the checkpoints before stay as they are.
+        """
+        pending = self._pending
+        if not pending:
+            return
+        self._attempt(pending.wait)
+        self._pending = None
+        _on_rank_0(lambda: _complete(pending, self._trainer.config.checkpoint.keep), self._root)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """A part of saving; if it fails on any rank, the checkpoint is given up on all."""
+        try:
+            action()
+            failure = ""
+        except UserError as error:
+            failure = str(error)
+        except CheckpointException as error:  # only rank 0 has the reasons
+            reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+            failure = _write_failed(self._root, "; ".join(reasons))
+        except (OSError, RuntimeError, CheckpointingException) as error:
+            failure = _write_failed(self._root, f"{type(error).__name__}: {error}")
+        failures = [""] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if any(failures):
+            pending, self._pending = self._pending, None
+            pending.writer.close(abort=True)
+            _on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True), self._root)
+            raise UserError(next(filter(None, failures)))
 
 
 def save(run_folder: Path, step: int, trainer: Trainer, state: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` and delete all but the newest `checkpoint.keep`; all ranks call it.
-
-    state: anything that JSON holds; rank 0's is written. Returns the checkpoint's folder. UserError, on
-    all ranks, if the disk is full or cannot be written; the checkpoints before stay as they are.
-    """
-    root = Path(run_folder) / "checkpoints"
-    final = root / f"step_{step:06d}"
-    partial = final.with_name(final.name + ".tmp")
-    _on_rank_0(lambda: _prepare(root, partial, trainer), root)
-    try:
-        _save_trainer(partial / "trainer", trainer)
-        _save_hf(partial / "hf", trainer)
-        torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
-        failure = ""
-    except UserError as error:
-        failure = str(error)
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        failure = _write_failed(root, f"{type(error).__name__}: {error}")
-    failures = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if any(failures):
-        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True), root)
-        raise UserError(next(filter(None, failures)))
-    _on_rank_0(lambda: _complete(partial, final, step, trainer, state), root)
-    return final
+    """Write one checkpoint and wait until it is complete (see `Saver.save`); returns its folder."""
+    with Saver(run_folder, trainer) as saver:
+        saver.save(step, state)
+        saver.finish()
+    return Path(run_folder) / "checkpoints" / f"step_{step:06d}"
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -120,16 +189,76 @@ def _sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> 
     }
     state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
     if with_optimizer:
+        for part in _parts(trainer.optimizer):
+            _pad_buckets(part)
         state["optimizer"] = trainer.optimizer.sharded_state_dict(
             state["model"], is_loading=is_loading, metadata=metadata
         )
     return state
 
 
-def _save_trainer(folder: Path, trainer: Trainer) -> None:
-    # Before its first step an optimizer has no state, and Megatron cannot save it; a new one is the same.
-    stepped = trainer.scheduler.num_steps > 0
-    dist_checkpointing.save(_sharded_state(trainer, with_optimizer=stepped, is_loading=False), str(folder))
+def _parts(optimizer) -> list[Any]:
+    """The optimizers that Megatron's optimizer is made of: one, or with expert parallelism two."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _pad_buckets(optimizer) -> None:
+    """Mend how Megatron's distributed optimizer finds parameters in its gathered buckets.
+
+    It joins buckets without their padding, but cuts parameters out at places that count it. The second bucket, which
+    an embedding shared by pipeline stages gets, would be saved from wrong places.
+    """
+    gather = getattr(optimizer, "get_parameter_state_dp_zero", None)
+    if gather is None or hasattr(gather, "pads_buckets"):
+        return
+
+    def gather_padded(**options: Any) -> dict[Any, Any]:
+        state = gather(**options)
+        for number, buffer in enumerate(optimizer.buffers):
+            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            if len(sizes) == 1:
+                continue
+            for tensors in state[number].values():
+                for name, tensor in tensors.items():
+                    if torch.is_tensor(tensor):
+                        pieces = tensor.split([size for size, _ in sizes])
+                        padded = [F.pad(piece, (0, whole - size)) for piece, (size, whole) in zip(pieces, sizes)]
+                        tensors[name] = torch.cat(padded)
+        return state
+
+    gather_padded.pads_buckets = True
+    optimizer.get_parameter_state_dp_zero = gather_padded
+
+
+class _Pending:
+    """A checkpoint that is not complete yet.
+
+    Attributes:
+        final, partial: its folder, and the one that gets that name when it is complete.
+        meta: what meta.json will say.
+        writer: the process that writes this rank's part of weights and optimizer, if there is one.
+    """
+
+    def __init__(self, final: Path, partial: Path, meta: dict[str, Any]) -> None:
+        self.final, self.partial, self.meta = final, partial, meta
+        self.writer = TemporalAsyncCaller()
+        self._request: AsyncRequest | None = None
+
+    def start(self, folder: Path, trainer: Trainer, asynchronous: bool) -> None:
+        """Write weights and optimizer, or start the process that does."""
+        # Before its first step an optimizer has no state, and Megatron cannot save it; a new one is the same.
+        state = _sharded_state(trainer, with_optimizer=trainer.scheduler.num_steps > 0, is_loading=False)
+        if asynchronous:
+            self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_STRATEGY)
+            self.writer.schedule_async_call(self._request)
+        else:
+            dist_checkpointing.save(state, str(folder))
+
+    def wait(self) -> None:
+        """Wait for the process; all ranks together then write what describes their parts."""
+        self.writer.is_current_async_call_done(blocking=True, no_dist=True)
+        for finalize in self._request.finalize_fns if self._request else ():
+            finalize()
 
 
 def _save_hf(folder: Path, trainer: Trainer) -> None:
@@ -165,15 +294,19 @@ def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
     are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
     optimizer, which also is what lets the configuration change rates.
     """
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = _parts(optimizer)
     parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
     for part, member in zip(parts, own, strict=True):
-        state = part.get("optimizer", part)
-        for group, ours in zip(state["param_groups"], member.param_groups, strict=True):
-            group.update({name: value for name, value in ours.items() if name != "params"}, step=updates)
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": updates}
+            for group in member.param_groups
+        ]
         if "param_state" in part:
-            part.setdefault("param_state_sharding_type", "fully_reshardable")
+            part |= {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
         else:
+            state = part.get("optimizer", part)
+            for group, ours in zip(state["param_groups"], groups, strict=True):
+                group.update(ours)
             state["state"]["common_step"] = torch.tensor(float(updates))
     optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
 
@@ -183,7 +316,7 @@ def _allocate_state(optimizer) -> None:
 
     A step with zero gradients, rate and decay creates them without moving a weight.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         inner = part.optimizer
         if inner is None or len(inner.state):
             continue
@@ -253,25 +386,22 @@ def _bytes_needed(trainer: Trainer) -> int:
     return local * sizes.pipeline_model_parallel_size
 
 
-def _complete(partial: Path, final: Path, step: int, trainer: Trainer, state: dict[str, Any]) -> None:
-    """Rank 0: the small files, then rename, then `latest`, then delete old checkpoints."""
+def _meta(step: int, trainer: Trainer) -> dict[str, Any]:
+    return {
+        "step": step,
+        "updates": trainer.scheduler.num_steps,
+        "ranks": dist.get_world_size(),
+        "vocabulary": trainer.hf_config.vocab_size,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+def _complete(pending: _Pending, keep: int) -> None:
+    """Rank 0: meta.json, then rename, then `latest`, then delete old checkpoints."""
+    final, partial = pending.final, pending.partial
     root = final.parent
-    _write(partial / "state.json", json.dumps(state))
-    _write(partial / "config.json", trainer.config.model_dump_json(indent=2))
-    _write(
-        partial / "meta.json",
-        json.dumps(
-            {
-                "step": step,
-                "updates": trainer.scheduler.num_steps,
-                "ranks": dist.get_world_size(),
-                "vocabulary": trainer.hf_config.vocab_size,
-                "python": platform.python_version(),
-                **{name: version(name) for name in _PACKAGES},
-            },
-            indent=2,
-        ),
-    )
+    _write(partial / "meta.json", json.dumps(pending.meta, indent=2))
     replaced = final.with_name(final.name + ".old")
     if final.exists():  # a step saved again
         final.rename(replaced)
@@ -279,9 +409,7 @@ def _complete(partial: Path, final: Path, step: int, trainer: Trainer, state: di
     _write(root / "latest.tmp", final.name)
     os.replace(root / "latest.tmp", root / "latest")
     shutil.rmtree(replaced, ignore_errors=True)
-    kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[
-        -trainer.config.checkpoint.keep :
-    ]
+    kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[-keep:]
     for path in root.glob("step_*"):
         if path not in kept and path != final:
             shutil.rmtree(path)

@@ -27,6 +27,9 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Layo
             f"{tensor} does not divide the model's {arch.groups} key-value heads, and is no multiple of them. "
             "Choose a divisor",
         )
+    elif (rows := (arch.heads + 2 * arch.groups) * arch.head_dim) % tensor:
+        # Key-value heads fewer than ranks: Megatron cuts the joined projection evenly all the same.
+        yield "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
     else:
         try:
             ulysses_groups(arch.heads // tensor, max(1, arch.groups // tensor), context)
@@ -36,6 +39,14 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Layo
                 f"{context} does not fit the model: of each tensor-parallel rank, {error}. Choose a smaller "
                 "context, or a smaller tensor",
             )
+    if not all(arch.moe_layers) and arch.ffn % tensor:
+        yield "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
+    if arch.experts and arch.expert_ffn % parallel.expert_tensor:
+        yield (
+            "expert_tensor",
+            f"{parallel.expert_tensor} does not divide the width {arch.expert_ffn} of the model's experts. Choose a "
+            "divisor",
+        )
     if arch.layers < parallel.pipeline:
         yield "pipeline", f"{parallel.pipeline} is more than the model's {arch.layers} layers. Lower it"
     if arch.experts and arch.experts % parallel.expert:

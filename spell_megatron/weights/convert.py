@@ -61,7 +61,7 @@ from spell_megatron.weights.reshard import local_parameters, shard_place
 OnProgress = Callable[[int, int], None]
 """Called with (parameters done, parameters in all)."""
 
-FORMAT = CheckpointingConfig("torch_dist", 1, "torch", 1)
+FORMAT = CheckpointingConfig("torch_dist", 1)
 
 
 @dataclass(frozen=True)

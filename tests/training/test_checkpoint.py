@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,81 @@ def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):
     assert difference(weights(other), weights(trainer)) == 0
 
 
+@pytest.fixture
+def held(monkeypatch, tmp_path):
+    """Writing processes do nothing until `held.go` exists; then first what `held.first` says."""
+
+    class Held(checkpoint.TemporalAsyncCaller):
+        go = tmp_path / "go"
+
+        @staticmethod
+        def first():
+            pass
+
+        def schedule_async_call(self, request):
+            def write(*args, **kwargs):
+                while not Held.go.exists():
+                    time.sleep(0.01)
+                Held.first()
+                request.async_fn(*args, **kwargs)
+
+            super().schedule_async_call(request._replace(async_fn=write))
+
+    monkeypatch.setattr(checkpoint, "TemporalAsyncCaller", Held)
+    return Held
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_asynchronous_save_holds_what_was_there_when_it_began(distributed, policy, held, tmp_path):
+    """Weights move before anything is written; the checkpoint has no name until all is."""
+    config = make_config(policy, training__optimizer__distributed=distributed, checkpoint__asynchronous=True)
+    run = tmp_path / "run"
+    trainer = make_trainer(config)
+    trainer.update(make_rows(0))
+    with checkpoint.Saver(run, trainer) as saver:
+        saver.save(1, {"step": 1})
+        expected = [trainer.update(make_rows(seed))["grad_norm"] for seed in (1, 2)]
+        saver.poll()
+        assert names(run) == ["step_000001.tmp"] and checkpoint.latest(run) is None
+        held.go.touch()
+        saver.save(2, {"step": 2})  # completes the one before
+        assert checkpoint.latest(run).name == "step_000001"
+        resumed = make_trainer(config)
+        assert checkpoint.load(checkpoint.latest(run), resumed) == {"step": 1}
+        assert [resumed.update(make_rows(seed))["grad_norm"] for seed in (1, 2)] == expected
+        assert difference(weights(resumed), weights(trainer)) == 0
+        while "step_000002" not in names(run):
+            saver.poll()
+    assert names(run) == ["latest", "step_000001", "step_000002"]
+
+
+def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
+    run = tmp_path / "run"
+    trainer = make_trainer(make_config(policy, checkpoint__asynchronous=True))
+    trainer.update(make_rows(0))
+
+    def full_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    with checkpoint.Saver(run, trainer) as saver:
+        saver.save(1, {})
+        held.go.touch()
+        saver.finish()
+        held.first = full_disk
+        saver.save(2, {})
+        with pytest.raises(UserError, match="Writing a checkpoint to .* failed: rank 0: .*(File too large|OSError)"):
+            saver.finish()
+        assert names(run) == ["latest", "step_000001"]
+        held.go.unlink()
+        saver.save(3, {})
+        (writer,) = [process for process in active_children() if "Manager" not in process.name]
+    writer.join(timeout=60)
+    assert writer.exitcode == -signal.SIGKILL
+    assert names(run) == ["latest", "step_000001", "step_000003.tmp"]
+    assert checkpoint.latest(run).name == "step_000001"
+
+
 def test_incomplete_and_missing_folders(saved, tmp_path):
     import shutil
 
@@ -207,7 +284,8 @@ def test_too_little_space_is_found_before_writing(saved, monkeypatch):
     assert names(run) == before
 
 
-def test_killed_while_saving(policy, tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_while_saving(asynchronous, policy, tmp_path):
     """A process killed in the middle of a save leaves the checkpoint before it as the latest one."""
     script = tmp_path / "killed.py"
     script.write_text(
@@ -218,7 +296,7 @@ def test_killed_while_saving(policy, tmp_path):
         def main():
             from trainer_cases import make_config, make_trainer
             from spell_megatron.training import backend, checkpoint
-            config = make_config(Path(sys.argv[1]))
+            config = make_config(Path(sys.argv[1]), checkpoint__asynchronous=sys.argv[3] == "True")
             backend.initialise(config)
             trainer = make_trainer(config)
             checkpoint.save(Path(sys.argv[2]), 1, trainer, {"step": 1})
@@ -234,14 +312,14 @@ def test_killed_while_saving(policy, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as output:  # not a pipe: its helper processes would keep it open
         process = subprocess.Popen(
-            [sys.executable, script, policy, run],
+            [sys.executable, script, policy, run, str(asynchronous)],
             stdout=output,
             stderr=output,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.getcwd()])},
         )
         try:
-            assert process.wait(timeout=120) == -signal.SIGKILL, log.read_text()[-2000:]
+            assert process.wait(timeout=400) == -signal.SIGKILL, log.read_text()[-2000:]
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Megatron's writer processes outlive a killed parent
     assert "step_000002.tmp" in names(run)

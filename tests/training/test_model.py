@@ -297,9 +297,12 @@ def test_unsupported_layouts_are_refused(tmp_path):
     for name, config_class, options, parallel, reason in [
         ("a", Qwen3Config, {}, {"context": 3}, "context"),
         ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
+        ("h", Qwen3Config, {"num_attention_heads": 3, "num_key_value_heads": 1}, {"tensor": 3}, "projection"),
         ("c", Qwen3Config, {}, {"pipeline": 9}, "layers"),
         ("d", Qwen3Config, {}, {"expert": 2}, "no experts"),
         ("e", Qwen3MoeConfig, MOE, {"expert": 4}, "experts"),
+        ("f", Qwen3Config, {"intermediate_size": 81}, {"tensor": 2}, "width 81"),
+        ("g", Qwen3MoeConfig, MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
     ]:
         assert reason in rejected(tmp_path / name, config_class, options, parallel=parallel)
 

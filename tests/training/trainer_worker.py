@@ -23,7 +23,12 @@ def main(folder: Path) -> None:
     for family in ("qwen3", "qwen3_moe"):
         for distributed in (False, True):
             trainer = make_trainer(
-                make_config(folder / family, training__optimizer__distributed=distributed, checkpoint__keep=1)
+                make_config(
+                    folder / family,
+                    training__optimizer__distributed=distributed,
+                    checkpoint__keep=1,
+                    checkpoint__asynchronous=family == "qwen3",
+                )
             )
             metrics = [update(trainer, seed) for seed in range(2)]
             everywhere = [None, None]
@@ -34,8 +39,13 @@ def main(folder: Path) -> None:
                 "weights": weights(trainer),
             }
             run = folder / f"run_{family}_{distributed}"
-            checkpoint.save(run, 2, trainer, {"rank": rank})
-            result["next"] = [update(trainer, seed) for seed in (2, 3, 4)]
+            with checkpoint.Saver(run, trainer) as saver:
+                saver.save(2, {"rank": rank})
+                result["next"] = []
+                for seed in (2, 3, 4):
+                    result["next"].append(update(trainer, seed))
+                    saver.poll()
+                saver.finish()
             result["next_weights"] = weights(trainer)
             resumed = make_trainer(trainer.config)
             result["state"] = checkpoint.load(checkpoint.latest(run), resumed)
