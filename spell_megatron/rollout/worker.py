@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from spell_megatron.rollout.read_back import pieces
 from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group, layout, slot
 
 
@@ -148,6 +149,21 @@ class WorkerExtension:
             "weight_transfer": None if transfer is None else transfer.backend,
             "workers": config.parallel_config.world_size_across_dp,
         }
+
+    def spell_weights(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]:
+        """(name, start, shape, dtype, checksum) of each block of a Hugging Face tensor that this worker computes
+        with, read back from where its kernels take it. Negative zeros count as zeros."""
+        tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
+        return [
+            (
+                piece.name,
+                piece.start,
+                tuple(piece.values.shape),
+                str(piece.values.dtype).removeprefix("torch."),
+                checksum(piece.values + 0.0),
+            )
+            for piece in pieces(self.model_runner.get_model(), tied)
+        ]
 
     def spell_watch_update(self, checksums: str) -> None:
         """Starts to record what arrives in the next weight update, with checksums if "yes"."""

@@ -31,6 +31,8 @@ from spell_megatron.rollout.transfer import (
     slot,
 )
 
+BUCKET_BYTES = 64 << 20
+
 Bucket = list[tuple[str, torch.Tensor]]
 
 
@@ -68,7 +70,7 @@ class WeightPusher:
     """
 
     def __init__(
-        self, engines: Engines | None, *, bucket_bytes: int = 64 << 20, timeout: float = 600.0
+        self, engines: Engines | None, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 600.0
     ) -> None:
         self._engines = [] if engines is None else engines.engines
         self._bucket_bytes = bucket_bytes
