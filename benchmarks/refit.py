@@ -97,7 +97,7 @@ class Copy:
 
     def __call__(self) -> None:
         for bucket in self._buckets:
-            broadcast(self._group, bucket)
+            broadcast(self._group, bucket).wait()
         self._group.barrier().wait()
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ def receive(port: int, rank: int, world_size: int, sizes: list[int]) -> None:
     group = gloo_group(ADDRESS, port, rank, world_size, TIMEOUT)
     while True:
         for bucket in buckets:
-            broadcast(group, bucket)
+            broadcast(group, bucket).wait()
         group.barrier().wait()
 
 

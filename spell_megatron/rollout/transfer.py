@@ -70,12 +70,12 @@ def gloo_group(
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> None:
-    """Sends rank 0's buffer to the others, in place; returns when this rank is done."""
+def broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> dist.Work:
+    """Starts to send rank 0's buffer to the others, in place; `wait` for it before the buffer is used."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([buffer], options).wait()
+    return group.broadcast([buffer], options)
 
 
 def layout(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -69,6 +70,8 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    next_bytes: int
+    """Length of the bucket that comes after this one; 0: none."""
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -78,6 +81,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     update_info_cls = GlooUpdateInfo
 
     _group = None
+    _arriving: tuple[dist.Work, torch.Tensor] | None = None
+    """The next bucket, on its way while the last one is loaded."""
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
@@ -107,15 +112,20 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             raise RuntimeError("no trainer is connected: init_weight_transfer_engine comes first")
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         offsets, size = layout(update_info.shapes, dtypes)
-        # A fresh buffer each time: the reload keeps the tensors of an incomplete layer by reference.
-        bucket = torch.empty(size, dtype=torch.uint8)
-        broadcast(self._group, bucket)
+        arriving, bucket = self._arriving or self._receive(size)
+        arriving.wait()
+        self._arriving = self._receive(update_info.next_bytes) if update_info.next_bytes else None
         self.model.load_weights(
             (name, slot(bucket, offset, shape, dtype))
             for name, offset, shape, dtype in zip(
                 update_info.names, offsets, update_info.shapes, dtypes, strict=True
             )
         )
+
+    def _receive(self, size: int) -> tuple[dist.Work, torch.Tensor]:
+        # A fresh buffer each time: the reload keeps the tensors of an incomplete layer by reference.
+        bucket = torch.empty(size, dtype=torch.uint8)
+        return broadcast(self._group, bucket), bucket
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
