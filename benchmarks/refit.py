@@ -90,7 +90,7 @@ class Copy:
         listener = listen(ADDRESS)
         port = listener.getsockname()[1]
         command = [sys.executable, __file__, "--receive"]
-        self._processes = [
+        self.processes = [
             subprocess.Popen([*command, json.dumps([port, rank + 1, receivers + 1, sizes])]) for rank in range(receivers)
         ]
         self._group = gloo_group(ADDRESS, port, 0, receivers + 1, TIMEOUT, listener)
@@ -101,7 +101,7 @@ class Copy:
         self._group.barrier().wait()
 
     def close(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.wait()
 
@@ -172,7 +172,8 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         stack.callback(copy.close)
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
         me = psutil.Process()
-        servers = [p for p in me.children(recursive=True) if p.pid not in {r.pid for r in copy._processes}]
+        receivers = [psutil.Process(process.pid) for process in copy.processes]
+        servers = [process for process in me.children(recursive=True) if process not in receivers]
 
         def push(verify: bool = False) -> None:
             done = pusher.push(export(model, hf_config), "benchmark", verify=verify)
@@ -184,15 +185,18 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
 
         push(verify=True)
         copy()
-        rounds: dict[str, list[float]] = {way: [] for way in ("copy", "push", "memcpy", "export", "trainer", "engine")}
+        rounds: dict[str, list[float]] = {}
+
+        def add(**values: float) -> None:
+            for way, value in values.items():
+                rounds.setdefault(way, []).append(value)
+
         for _ in range(repeats):
-            rounds["copy"].append(timed(copy)[0])
+            seconds, (sender, *receiver) = timed(copy, [me, *receivers])
+            add(copy=seconds, copy_sender_cpu=sender, copy_receiver_cpu=sum(receiver))
             seconds, (trainer, *engine) = timed(push, [me, *servers])
-            rounds["push"].append(seconds)
-            rounds["trainer"].append(trainer)
-            rounds["engine"].append(sum(engine))
-            rounds["memcpy"].append(timed(lambda: target.copy_(source))[0])
-            rounds["export"].append(timed(exported)[0])
+            add(push=seconds, push_trainer_cpu=trainer, push_engine_cpu=sum(engine))
+            add(memcpy=timed(lambda: target.copy_(source))[0], export=timed(exported)[0])
         verified = timed(lambda: push(verify=True))[0]
     middle = {way: statistics.median(values) for way, values in rounds.items()}
     ratios = [push / copy for push, copy in zip(rounds["push"], rounds["copy"], strict=True)]
@@ -202,8 +206,9 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         spread = f"{min(rounds[way]):.2f} to {max(rounds[way]):.2f}"
         print(f"  {way:8} {middle[way]:6.3f} s ({spread}) {speed}")
     print(
-        f"  CPU seconds of a push: trainer {middle['trainer']:.2f}, engine {middle['engine']:.2f}; "
-        f"a push with checksums takes {verified:.2f} s"
+        f"  CPU seconds: push {middle['push_trainer_cpu']:.2f} in the trainer and {middle['push_engine_cpu']:.2f} in the "
+        f"engine, copy {middle['copy_sender_cpu']:.2f} in the sender and {middle['copy_receiver_cpu']:.2f} in the "
+        f"receiver; a push with checksums takes {verified:.2f} s"
     )
     ratio = statistics.median(ratios)
     print(f"  push / copy: {ratio:.2f} ({', '.join(f'{r:.2f}' for r in ratios)})", flush=True)

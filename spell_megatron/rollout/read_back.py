@@ -54,7 +54,9 @@ def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
             values = _matrix(module, module.embedding_dim) if head else module.weight
             yield Piece(f"{whole}.weight", (indices.org_vocab_start_index, 0), values[:rows])
         elif isinstance(module, LinearBase):
-            matrix, bias = _matrix(module, module.input_size_per_partition), module.bias
+            # Replicated layers have no partitions.
+            columns = getattr(module, "input_size_per_partition", module.input_size)
+            matrix, bias = _matrix(module, columns), module.bias
             if isinstance(module, RowParallelLinear):
                 yield Piece(f"{name}.weight", (0, rank * matrix.size(1)), matrix)
                 if bias is not None:

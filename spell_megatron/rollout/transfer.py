@@ -1,19 +1,16 @@
-"""What both ends of a weight transfer share: the process group, the bucket layout, the checksum.
+"""What both ends of a weight transfer share: the process group and the checksum.
 
 Imports neither vLLM nor Megatron, so that the trainer need not import the former.
 """
 
 from __future__ import annotations
 
-import math
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-_ALIGNMENT = 16
 _CHUNK = 1 << 16
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
 
@@ -70,28 +67,15 @@ def gloo_group(
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> dist.Work:
-    """Starts to send rank 0's buffer to the others, in place; `wait` for it before the buffer is used."""
+def broadcast(group: dist.ProcessGroupGloo, tensor: torch.Tensor) -> dist.Work:
+    """Starts to send rank 0's values of a contiguous tensor to the others, in place.
+
+    The values may be used, and on rank 0 be changed, after `wait`.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    return group.broadcast([buffer], options)
-
-
-def layout(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:
-    """Byte offset of each tensor in a bucket, and the bucket's length in bytes."""
-    offsets, end = [], 0
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        offsets.append(end)
-        size = math.prod(shape) * dtype.itemsize
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-def slot(bucket: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """View of one tensor in a bucket [bytes] of dtype uint8."""
-    size = math.prod(shape) * dtype.itemsize
-    return bucket[offset : offset + size].view(dtype).view(tuple(shape))
+    return group.broadcast([tensor.view(-1).view(torch.uint8)], options)
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,7 +26,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from spell_megatron.rollout.read_back import pieces
-from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group, layout, slot
+from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group
 
 
 class RequireKey:
@@ -65,13 +64,11 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in the order of `transfer.layout`."""
+    """The tensors of one bucket, in the order in which they are broadcast."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    next_bytes: int
-    """Length of the bucket that comes after this one; 0: none."""
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -81,8 +78,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     update_info_cls = GlooUpdateInfo
 
     _group = None
-    _arriving: tuple[dist.Work, torch.Tensor] | None = None
-    """The next bucket, on its way while the last one is loaded."""
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
@@ -110,30 +105,29 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("no trainer is connected: init_weight_transfer_engine comes first")
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        offsets, size = layout(update_info.shapes, dtypes)
-        arriving, bucket = self._arriving or self._receive(size)
-        arriving.wait()
-        self._arriving = self._receive(update_info.next_bytes) if update_info.next_bytes else None
-        self.model.load_weights(
-            (name, slot(bucket, offset, shape, dtype))
-            for name, offset, shape, dtype in zip(
-                update_info.names, offsets, update_info.shapes, dtypes, strict=True
-            )
-        )
+        arriving = []
+        for name, dtype, shape in zip(
+            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+        ):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            arriving.append((name, tensor, broadcast(self._group, tensor)))
 
-    def _receive(self, size: int) -> tuple[dist.Work, torch.Tensor]:
-        # A fresh buffer each time: the reload keeps the tensors of an incomplete layer by reference.
-        bucket = torch.empty(size, dtype=torch.uint8)
-        return broadcast(self._group, bucket), bucket
+        def arrived() -> Iterator[tuple[str, torch.Tensor]]:
+            # A tensor is loaded while those behind it arrive.
+            for name, tensor, work in arriving:
+                work.wait()
+                yield name, tensor
+
+        self.model.load_weights(arrived())
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         # The head's matrix is packed for the CPU kernel when its own weights arrive. Those of a tied
         # head arrive as the embedding, so it has to be packed again.
-        for module in self.model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         self._group = None

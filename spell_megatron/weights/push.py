@@ -21,15 +21,7 @@ import torch
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import UPDATING
 from spell_megatron.rollout.engines import Engine, Engines
-from spell_megatron.rollout.transfer import (
-    address_towards,
-    broadcast,
-    checksum,
-    gloo_group,
-    layout,
-    listen,
-    slot,
-)
+from spell_megatron.rollout.transfer import address_towards, broadcast, checksum, gloo_group, listen
 
 BUCKET_BYTES = 64 << 20
 
@@ -175,12 +167,17 @@ class WeightPusher:
         self._all("/start_weight_update")
         sent: dict[str, str] = {}
         size = 0
-        for bucket in self._send(_buckets(stream, self._bucket_bytes)):
+        loading: list[Future] = []
+        for bucket in _buckets(stream, self._bucket_bytes):
             for name, tensor in bucket:
                 if name in sent:
                     raise RuntimeError(f"the stream holds {name} twice")
                 sent[name] = checksum(tensor) if verify else ""
                 size += tensor.nbytes
+            # The workers load a bucket while the next one is produced.
+            _results(loading)
+            loading = self._send(bucket)
+        _results(loading)
         self._check_reports(sent)
         self._all("/finish_weight_update")
         for engine, answer in zip(self._engines, self._all("/reset_prefix_cache"), strict=True):
@@ -190,44 +187,29 @@ class WeightPusher:
         self._all("/resume")
         return Push(len(sent), size, time.monotonic() - start, waited)
 
-    def _send(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
-        """Sends buckets to all engines; yields each while it travels.
-
-        A bucket travels while the engines load the one before it and after the one behind it was produced:
-        transports of GPUs could not run beside the collectives that produce it.
-        """
-        loading: list[Future] = []
-        bucket, following = next(buckets, None), next(buckets, None)
-        while bucket:
-            transmission = self._threads.submit(self._channel.send, bucket)
-            yield bucket
-            try:
-                _results(loading)
-                loading = self._announce(bucket, following)
-                # An engine that refuses a bucket never joins the broadcast, which would then wait in vain.
-                while not transmission.done():
-                    pending = [future for future in loading if not future.done()]
-                    wait([transmission, *pending], return_when=FIRST_COMPLETED)
-                    _results([future for future in loading if future.done()])
-            except requests.RequestException:
-                self._channel.close()
-                raise
-            transmission.result()
-            bucket, following = following, next(buckets, None)
-        _results(loading)
-
-    def _announce(self, bucket: Bucket, following: Bucket | None) -> list[Future]:
-        """Tells all engines what is in a bucket; returns their pending answers, which come when it is loaded."""
+    def _send(self, bucket: Bucket) -> list[Future]:
+        """Announces a bucket to all engines and sends it; returns the engines' pending answers."""
         info = {
             "names": [name for name, _ in bucket],
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
             "shapes": [list(tensor.shape) for _, tensor in bucket],
-            **self._channel.describe(bucket, following),
+            **self._channel.prepare(bucket),
         }
-        return [
+        loading = [
             self._threads.submit(engine.post, "/update_weights", {"update_info": info}, timeout=self._timeout)
             for engine in self._engines
         ]
+        transmission = self._threads.submit(self._channel.send, bucket)
+        # An engine that refuses a bucket never joins the broadcast, which would then wait in vain.
+        while not transmission.done():
+            done, _ = wait([transmission, *(f for f in loading if not f.done())], return_when=FIRST_COMPLETED)
+            try:
+                _results([future for future in loading if future.done()])
+            except requests.RequestException:
+                self._channel.close()
+                raise
+        transmission.result()
+        return loading
 
     def _check_reports(self, sent: dict[str, str]) -> None:
         for engine, reports in zip(self._engines, self._call_all("spell_report_update"), strict=True):
@@ -277,7 +259,7 @@ def _buckets(stream: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> I
 class _Channel(Protocol):
     """How the bytes of a bucket reach the workers."""
 
-    def describe(self, bucket: Bucket, following: Bucket | None) -> dict:
+    def prepare(self, bucket: Bucket) -> dict:
         """What the engines are told of a bucket, beside names, dtypes and shapes."""
 
     def send(self, bucket: Bucket) -> None: ...
@@ -286,7 +268,7 @@ class _Channel(Protocol):
 
 
 class _GlooChannel:
-    """Broadcast of one buffer per bucket on CPUs; its other end is `worker.GlooWeightTransferEngine`."""
+    """Broadcast of the tensors one by one on CPUs; its other end is `worker.GlooWeightTransferEngine`."""
 
     def __init__(self, invite, address: str, world_size: int, bucket_bytes: int, timeout: float) -> None:
         listener = listen(address)
@@ -300,24 +282,21 @@ class _GlooChannel:
             }
         )
         self._group = gloo_group(address, port, 0, world_size, timeout, listener)
-        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8)
 
-    def describe(self, bucket: Bucket, following: Bucket | None) -> dict:
-        return {"next_bytes": _layout(following)[1] if following else 0}
+    def prepare(self, bucket: Bucket) -> dict:
+        return {}
 
     def send(self, bucket: Bucket) -> None:
-        offsets, size = _layout(bucket)
-        buffer = self._buffer[:size] if size <= len(self._buffer) else torch.empty(size, dtype=torch.uint8)
-        for (_, tensor), offset in zip(bucket, offsets, strict=True):
-            slot(buffer, offset, tensor.shape, tensor.dtype).copy_(tensor)
-        broadcast(self._group, buffer).wait()
+        # Straight from where the tensors are: to pack them takes nearly as long as to send them.
+        sending = []
+        for _, tensor in bucket:
+            source = tensor.cpu().contiguous()
+            sending.append((broadcast(self._group, source), source))
+        for work, _ in sending:
+            work.wait()
 
     def close(self) -> None:
         self._group.abort()
-
-
-def _layout(bucket: Bucket) -> tuple[list[int], int]:
-    return layout([tensor.shape for _, tensor in bucket], [tensor.dtype for _, tensor in bucket])
 
 
 class _NcclChannel:
@@ -342,7 +321,7 @@ class _NcclChannel:
         self._group = trainer_init(place)
         self._broadcast = packed_nccl_broadcast_producer
 
-    def describe(self, bucket: Bucket, following: Bucket | None) -> dict:
+    def prepare(self, bucket: Bucket) -> dict:
         return {}
 
     def send(self, bucket: Bucket) -> None:
@@ -362,7 +341,7 @@ class _IpcChannel:
         invite({"packed": True})
         self._buffer: torch.Tensor | None = None
 
-    def describe(self, bucket: Bucket, following: Bucket | None) -> dict:
+    def prepare(self, bucket: Bucket) -> dict:
         from torch.multiprocessing.reductions import reduce_tensor
 
         flat = [tensor.to("cuda").contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
@@ -377,7 +356,7 @@ class _IpcChannel:
         }
 
     def send(self, bucket: Bucket) -> None:
-        """Nothing: the engines read the buffer that `describe` named."""
+        """Nothing: the engines read the buffer that `prepare` named."""
 
     def close(self) -> None:
         self._buffer = None

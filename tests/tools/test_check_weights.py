@@ -23,6 +23,7 @@ def run(capsys, monkeypatch):
 
     def call(engines, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setenv("SPELL_API_KEY", engines.api_key if engines else "")
+        capsys.readouterr()
         status = check_weights.main([str(argument) for argument in arguments])
         return status, *capsys.readouterr()
 
