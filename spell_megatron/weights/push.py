@@ -36,12 +36,14 @@ class Push:
         tensors, bytes: what was sent, counted once.
         seconds: the whole of it.
         waited: seconds of these until the engines stood still (the tail of running requests).
+        verified: checksums that were compared, one for each tensor and worker.
     """
 
     tensors: int
     bytes: int
     seconds: float
     waited: float
+    verified: int
 
 
 class WeightPusher:
@@ -178,14 +180,14 @@ class WeightPusher:
             _results(loading)
             loading = self._send(bucket)
         _results(loading)
-        self._check_reports(sent)
+        verified = self._check_reports(sent)
         self._all("/finish_weight_update")
         for engine, answer in zip(self._engines, self._all("/reset_prefix_cache"), strict=True):
             if not answer["success"]:
                 raise RuntimeError(f"{engine.url} could not reset its prefix cache")
         self._all("/update_weight_version", {"new_version": version})
         self._all("/resume")
-        return Push(len(sent), size, time.monotonic() - start, waited)
+        return Push(len(sent), size, time.monotonic() - start, waited, verified if verify else 0)
 
     def _send(self, bucket: Bucket) -> list[Future]:
         """Announces a bucket to all engines and sends it; returns the engines' pending answers."""
@@ -211,7 +213,9 @@ class WeightPusher:
         transmission.result()
         return loading
 
-    def _check_reports(self, sent: dict[str, str]) -> None:
+    def _check_reports(self, sent: dict[str, str]) -> int:
+        """Compares what was sent with what each worker received; returns the number of comparisons."""
+        compared = 0
         for engine, reports in zip(self._engines, self._call_all("spell_report_update"), strict=True):
             for report in reports:
                 received, missing = report["received"], report["missing"]
@@ -228,6 +232,8 @@ class WeightPusher:
                         f"the stream did not fill {len(missing)} parameters of {engine.url}, among them "
                         f"{missing[0]}"
                     )
+                compared += len(names)
+        return compared
 
     def _all(self, path: str, body: dict | None = None, **params: str) -> list[dict]:
         return self._each(lambda engine: engine.post(path, body, timeout=self._timeout, **params))
