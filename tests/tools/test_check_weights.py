@@ -42,9 +42,41 @@ def test_weights_from_disk_and_pushed_ones(kind, engines_for, policy, run):
     assert run(engines, policy(kind, 0), *engines.urls) == (0, same, "")
 
     changed = "model.layers.1.self_attn.k_proj.weight"
-    new[changed][17, 5] += 1e-6
+    new[changed][17, 5] += 1e-3
     pusher.push(new.items(), "new")
     pusher.close()
     status, output, _ = run(engines, policy(kind, 1), *engines.urls)
     assert status == 1
     assert f"{count - 1} of {count} tensors agree\n  {changed}: checkpoint float32[64x64]:" in output
+    assert output.count("model.") == 1
+
+
+def test_other_checkpoints_and_no_engine(engines_for, policy, run, tmp_path):
+    engines = engines_for("moe")
+    weights = load_file(policy("moe", 0) / "model.safetensors")
+    pusher = WeightPusher(engines)
+    pusher.push(weights.items(), "old")
+    pusher.close()
+    hf_to_megatron(policy("moe", 0), tmp_path / "megatron", ParallelConfig(tensor=2, expert=2))
+    status, output, _ = run(engines, tmp_path / "megatron", *engines.urls)
+    assert (status, output) == (0, f"{engines.urls[0]}: {len(weights)} of {len(weights)} tensors agree\n")
+
+    status, output, _ = run(engines, policy("dense"), *engines.urls)
+    assert status == 1
+    assert "model.layers.0.mlp.gate_proj.weight: checkpoint 6144 elements, engine 0 of them" in output
+
+    status, _, errors = run(engines, policy("moe"), *engines.urls, "http://127.0.0.1:9")
+    assert status == 2 and "http://127.0.0.1:9 does not say which weights it has" in errors
+    status, _, errors = run(engines, tmp_path, *engines.urls)
+    assert status == 2 and f"{tmp_path} is no" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_a_started_engine_gets_the_weights(tensor_parallel, policy, run):
+    status, output, _ = run(
+        None, policy("tied"), "--start", "--device", "cpu", "--tensor-parallel", tensor_parallel
+    )
+    count = len(load_file(policy("tied") / "model.safetensors"))
+    assert status == 0
+    assert output.startswith(f"pushed {count} tensors") and f"{count} of {count} tensors agree" in output
