@@ -72,7 +72,7 @@ def compare(
         on_tensor: called with the number of tensors compared so far.
 
     Returns:
-        The number of tensors, and the differences, at most one for each tensor and engine.
+        The number of tensors of the stream and the engines, and the differences, at most one for each tensor and engine.
 
     Raises:
         UserError: an engine does not answer, cannot be read back or took other weights meanwhile.
@@ -89,6 +89,7 @@ def compare(
                 differences.append(Difference(name, engine.url, *found))
         if on_tensor:
             on_tensor(count)
+    count += len(set().union(*held))
     for engine, blocks in zip(engines, held, strict=True):
         differences += [Difference(name, engine.url, "nothing", blocks[name][0][-1]) for name in blocks]
     for engine, version in zip(engines, before, strict=True):
