@@ -184,6 +184,8 @@ class RolloutConfig(Section):
     """Seconds a server may take to become healthy."""
     request_timeout: float = Field(3600.0, gt=0)
     """Seconds a request may take."""
+    verify_weights: bool = False
+    """Compare a checksum of every tensor on both sides of each push; pushes take longer by it."""
     api_key_env: str = "SPELL_API_KEY"
     """Environment variable that holds the servers' key; unset: a random key per run."""
     extra_args: list[str] = []

@@ -73,7 +73,7 @@ def run(config: Config, resume: bool = False) -> None:
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
 
-        metrics = _push(pusher, trainer, step, progress)
+        metrics = _push(pusher, trainer, step, progress, config.rollout.verify_weights)
         if director and not resume:
             metrics |= _validate(director, 0, progress)
             log.log(0, metrics)
@@ -103,7 +103,7 @@ def run(config: Config, resume: bool = False) -> None:
                     f"stops. Resume from the last good checkpoint in {folder / 'checkpoints'} with a smaller "
                     "training.optimizer.lr."
                 )
-            metrics |= _push(pusher, trainer, step, progress)
+            metrics |= _push(pusher, trainer, step, progress, config.rollout.verify_weights)
             saver.poll()
             if step == steps or step % config.checkpoint.every == 0:
                 saving = time.monotonic()
@@ -159,11 +159,15 @@ def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
     return f"{text}. {remedy.format(dump=dumps)}".strip()
 
 
-def _push(pusher: WeightPusher, trainer: Trainer, step: int, progress: Progress) -> dict[str, float]:
+def _push(
+    pusher: WeightPusher, trainer: Trainer, step: int, progress: Progress, verify: bool
+) -> dict[str, float]:
     """Send the weights to the engines; they are version `step` from then on."""
     with progress.stage("push"):
-        push = pusher.push(export(trainer.model, trainer.hf_config), str(step))
-    return {"time/push": push.seconds, "push/bytes": push.bytes} if push else {}
+        push = pusher.push(export(trainer.model, trainer.hf_config), str(step), verify=verify)
+    if push is None:
+        return {}
+    return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}
 
 
 def _validate(director: Director, step: int, progress: Progress) -> dict[str, float]:

@@ -88,7 +88,8 @@ def resumed(whole) -> Path:
 def spread(whole) -> Path:
     """The first step of the same run with two data-parallel trainer processes."""
     where = (f"--run.output_dir={whole.parent}", "--run.name=spread", "--run.steps=1")
-    finished("--config", "examples/quickstart.yaml", *where, *SMALL, "--training.parallel.processes=2")
+    settings = ("--training.parallel.processes=2", "--rollout.verify_weights=true")
+    finished("--config", "examples/quickstart.yaml", *where, *SMALL, *settings)
     return whole.parent / "spread"
 
 
@@ -171,6 +172,11 @@ def test_two_trainer_processes_take_the_same_step(whole, spread):
     assert [r["uid"] for r in dump(whole, 1)] == [r["uid"] for r in dump(spread, 1)]
     for name in ("train/loss", "train/grad_norm", "train/response_tokens", "train/entropy"):
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
+
+
+def test_pushes_are_verified_where_asked_for(whole, spread):
+    assert metrics(spread)[1]["push/verified"] == len(weights(spread, 1))
+    assert metrics(whole)[1]["push/verified"] == 0
 
 
 @pytest.mark.slow

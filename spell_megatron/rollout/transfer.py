@@ -1,20 +1,16 @@
-"""What both ends of a weight transfer share: the process group, the bucket layout, the checksum.
+"""What both ends of a weight transfer share: the process group and the checksum.
 
 Imports neither vLLM nor Megatron, so that the trainer need not import the former.
 """
 
 from __future__ import annotations
 
-import math
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-_ALIGNMENT = 16
-_CHUNK = 1 << 16
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
 
 
@@ -70,44 +66,35 @@ def gloo_group(
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> None:
-    """Sends rank 0's buffer to the others, in place; returns when this rank is done."""
+def broadcast(group: dist.ProcessGroupGloo, tensor: torch.Tensor) -> dist.Work:
+    """Starts to send rank 0's values of a contiguous tensor to the others, in place.
+
+    The values may be used, and on rank 0 be changed, after `wait`.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([buffer], options).wait()
-
-
-def layout(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:
-    """Byte offset of each tensor in a bucket, and the bucket's length in bytes."""
-    offsets, end = [], 0
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        offsets.append(end)
-        size = math.prod(shape) * dtype.itemsize
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-def slot(bucket: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """View of one tensor in a bucket [bytes] of dtype uint8."""
-    size = math.prod(shape) * dtype.itemsize
-    return bucket[offset : offset + size].view(dtype).view(tuple(shape))
+    return group.broadcast([tensor.view(-1).view(torch.uint8)], options)
 
 
 def checksum(tensor: torch.Tensor) -> str:
     """Dtype, shape and a 64-bit checksum of a tensor's bits, the same on every device.
 
-    The checksum is the sum over i of bits(x_i) * (2 i + 1) * c mod 2^64, with x read as integers
-    of the element's width: it changes when values change or change places.
+    The checksum is the sum over i of word_i * (2 i + 1) * c mod 2^64, with the bits read as 32-bit words (bytes,
+    where they are not a multiple of 32 bits): it changes when words change or change places.
     """
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().view(-1).view(integers)
-    factors = (2 * torch.arange(_CHUNK, device=tensor.device) + 1) * _MULTIPLIER
-    total = 0
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].to(torch.int64)
-        # The factors of this chunk are those of the first one, moved by 2 * start * c.
-        moved = 2 * start * _MULTIPLIER * int(chunk.sum())
-        total += int((chunk * factors[: chunk.numel()]).sum()) + moved
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()  # words have to lie at multiples of their size
+    words = flat.view(torch.int32) if len(flat) % 4 == 0 else flat
+    # Fits a CPU's cache; on other devices the number of calls counts.
+    length = 1 << 16 if words.device.type == "cpu" else 1 << 24
+    factors = (2 * torch.arange(min(length, len(words)), device=words.device) + 1) * _MULTIPLIER
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, len(words), length):
+        chunk = words[start : start + length].to(torch.int64)
+        # The factors of this chunk are those of the first one, moved by 2 * start * c (as a signed integer).
+        moved = (2 * start * _MULTIPLIER + (1 << 63)) % (1 << 64) - (1 << 63)
+        total += (chunk * factors[: len(chunk)]).sum() + chunk.sum() * moved
     shape = "x".join(map(str, tensor.shape))
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{total % (1 << 64):016x}"
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{int(total) % (1 << 64):016x}"

@@ -25,7 +25,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group, layout, slot
+from spell_megatron.rollout.read_back import pieces
+from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group
 
 
 class RequireKey:
@@ -63,7 +64,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in the order of `transfer.layout`."""
+    """The tensors of one bucket, in the order in which they are broadcast."""
 
     names: list[str]
     dtype_names: list[str]
@@ -104,25 +105,29 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("no trainer is connected: init_weight_transfer_engine comes first")
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        offsets, size = layout(update_info.shapes, dtypes)
-        # A fresh buffer each time: the reload keeps the tensors of an incomplete layer by reference.
-        bucket = torch.empty(size, dtype=torch.uint8)
-        broadcast(self._group, bucket)
-        self.model.load_weights(
-            (name, slot(bucket, offset, shape, dtype))
-            for name, offset, shape, dtype in zip(
-                update_info.names, offsets, update_info.shapes, dtypes, strict=True
-            )
-        )
+        arriving = []
+        for name, dtype, shape in zip(
+            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+        ):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            arriving.append((name, tensor, broadcast(self._group, tensor)))
+
+        def arrived() -> Iterator[tuple[str, torch.Tensor]]:
+            # A tensor is loaded while those behind it arrive.
+            for name, tensor, work in arriving:
+                work.wait()
+                yield name, tensor
+
+        self.model.load_weights(arrived())
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         # The head's matrix is packed for the CPU kernel when its own weights arrive. Those of a tied
         # head arrive as the embedding, so it has to be packed again.
-        for module in self.model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         self._group = None
@@ -148,6 +153,21 @@ class WorkerExtension:
             "weight_transfer": None if transfer is None else transfer.backend,
             "workers": config.parallel_config.world_size_across_dp,
         }
+
+    def spell_weights(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]:
+        """(name, start, shape, dtype, checksum) of each block of a Hugging Face tensor that this worker computes
+        with, read back from where its kernels take it. Negative zeros count as zeros."""
+        tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
+        return [
+            (
+                piece.name,
+                piece.start,
+                tuple(piece.values.shape),
+                str(piece.values.dtype).removeprefix("torch."),
+                checksum(piece.values + 0.0),
+            )
+            for piece in pieces(self.model_runner.get_model(), tied)
+        ]
 
     def spell_watch_update(self, checksums: str) -> None:
         """Starts to record what arrives in the next weight update, with checksums if "yes"."""

@@ -112,13 +112,13 @@ def megatron_to_hf(megatron: Path, hf: Path, on_progress: OnProgress | None = No
         UserError: the checkpoint is incomplete, damaged or of another model than its config.json says, the
             output exists already, or the disk is full.
     """
-    _, side_files = _locate(Path(megatron))
+    _, side_files = locate(Path(megatron))
     save_checkpoint(read_megatron(megatron, on_progress), side_files, _new(Path(hf)))
 
 
 def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every (Hugging Face name, tensor) of a distributed checkpoint, in the order of the Hugging Face model."""
-    folder, side_files = _locate(Path(megatron))
+    folder, side_files = locate(Path(megatron))
     reader = FileSystemReader(str(folder))
     metadata = reader.read_metadata()
     dtypes = {str(m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if _is_weight(k, m)}
@@ -338,7 +338,7 @@ class _Stored:
             raise UserError(f"{self._folder} is damaged or incomplete ({error}). Copy it again.") from error
 
 
-def _locate(folder: Path) -> tuple[Path, Path]:
+def locate(folder: Path) -> tuple[Path, Path]:
     """(folder of the distributed checkpoint, folder of config.json and tokenizer)."""
     for weights, side_files in ((folder, folder), (folder / "trainer", folder / "hf")):
         if (weights / "metadata.json").is_file() and (side_files / "config.json").is_file():

@@ -21,15 +21,9 @@ import torch
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import UPDATING
 from spell_megatron.rollout.engines import Engine, Engines
-from spell_megatron.rollout.transfer import (
-    address_towards,
-    broadcast,
-    checksum,
-    gloo_group,
-    layout,
-    listen,
-    slot,
-)
+from spell_megatron.rollout.transfer import address_towards, broadcast, checksum, gloo_group, listen
+
+BUCKET_BYTES = 64 << 20
 
 Bucket = list[tuple[str, torch.Tensor]]
 
@@ -42,12 +36,14 @@ class Push:
         tensors, bytes: what was sent, counted once.
         seconds: the whole of it.
         waited: seconds of these until the engines stood still (the tail of running requests).
+        verified: checksums that were compared, one for each tensor and worker.
     """
 
     tensors: int
     bytes: int
     seconds: float
     waited: float
+    verified: int
 
 
 class WeightPusher:
@@ -68,7 +64,7 @@ class WeightPusher:
     """
 
     def __init__(
-        self, engines: Engines | None, *, bucket_bytes: int = 64 << 20, timeout: float = 600.0
+        self, engines: Engines | None, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 600.0
     ) -> None:
         self._engines = [] if engines is None else engines.engines
         self._bucket_bytes = bucket_bytes
@@ -184,14 +180,14 @@ class WeightPusher:
             _results(loading)
             loading = self._send(bucket)
         _results(loading)
-        self._check_reports(sent)
+        verified = self._check_reports(sent)
         self._all("/finish_weight_update")
         for engine, answer in zip(self._engines, self._all("/reset_prefix_cache"), strict=True):
             if not answer["success"]:
                 raise RuntimeError(f"{engine.url} could not reset its prefix cache")
         self._all("/update_weight_version", {"new_version": version})
         self._all("/resume")
-        return Push(len(sent), size, time.monotonic() - start, waited)
+        return Push(len(sent), size, time.monotonic() - start, waited, verified if verify else 0)
 
     def _send(self, bucket: Bucket) -> list[Future]:
         """Announces a bucket to all engines and sends it; returns the engines' pending answers."""
@@ -217,7 +213,9 @@ class WeightPusher:
         transmission.result()
         return loading
 
-    def _check_reports(self, sent: dict[str, str]) -> None:
+    def _check_reports(self, sent: dict[str, str]) -> int:
+        """Compares what was sent with what each worker received; returns the number of comparisons."""
+        compared = 0
         for engine, reports in zip(self._engines, self._call_all("spell_report_update"), strict=True):
             for report in reports:
                 received, missing = report["received"], report["missing"]
@@ -234,6 +232,8 @@ class WeightPusher:
                         f"the stream did not fill {len(missing)} parameters of {engine.url}, among them "
                         f"{missing[0]}"
                     )
+                compared += len(names)
+        return compared
 
     def _all(self, path: str, body: dict | None = None, **params: str) -> list[dict]:
         return self._each(lambda engine: engine.post(path, body, timeout=self._timeout, **params))
@@ -274,7 +274,7 @@ class _Channel(Protocol):
 
 
 class _GlooChannel:
-    """Broadcast of one buffer per bucket on CPUs; its other end is `worker.GlooWeightTransferEngine`."""
+    """Broadcast of the tensors one by one on CPUs; its other end is `worker.GlooWeightTransferEngine`."""
 
     def __init__(self, invite, address: str, world_size: int, bucket_bytes: int, timeout: float) -> None:
         listener = listen(address)
@@ -293,13 +293,13 @@ class _GlooChannel:
         return {}
 
     def send(self, bucket: Bucket) -> None:
-        shapes = [tensor.shape for _, tensor in bucket]
-        dtypes = [tensor.dtype for _, tensor in bucket]
-        offsets, size = layout(shapes, dtypes)
-        buffer = torch.empty(size, dtype=torch.uint8)
-        for (_, tensor), offset in zip(bucket, offsets, strict=True):
-            slot(buffer, offset, tensor.shape, tensor.dtype).copy_(tensor)
-        broadcast(self._group, buffer)
+        # Straight from where the tensors are: to pack them takes nearly as long as to send them.
+        sending = []
+        for _, tensor in bucket:
+            source = tensor.cpu().contiguous()
+            sending.append((broadcast(self._group, source), source))
+        for work, _ in sending:
+            work.wait()
 
     def close(self) -> None:
         self._group.abort()

@@ -9,17 +9,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine_fixtures import engine_config
 from spell_megatron.config import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Client, Completion, GenerationError
+from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transfer import checksum
-from spell_megatron.weights.push import WeightPusher
+from spell_megatron.weights.check import compare
+from spell_megatron.weights.push import WeightPusher, _IpcChannel, _NcclChannel
+from torchrun import torchrun
 
 PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
 SEEDED = {
@@ -255,6 +261,9 @@ def test_checksum_sees_values_places_shapes_and_types(dtype):
     sums = [checksum(t) for t in (tensor, swapped, changed, tensor.view(500, 300), tensor.to(torch.float64))]
     assert len(set(sums)) == 5
     assert checksum(tensor.T.contiguous().T) == sums[0]
+    odd = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(300, 500)  # at an odd place in memory
+    assert checksum(odd) == sums[0]
+    assert checksum(tensor[0, :7]) != checksum(tensor[0, 1:8])  # 7 bytes are no whole number of words
 
 
 @pytest.mark.slow
@@ -268,6 +277,74 @@ def test_tensor_parallel_engine(kind, engines_for, policy, fresh):
     # Sums over shards are rounded in another order.
     engines = engines_for(kind, tensor_parallel=2)
     check_pushes(engines, policy(kind, 0), policy(kind, 1), fresh(policy(kind, 1)), tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_engines_of_several_layouts_at_once(policy, monkeypatch, tmp_path):
+    """One broadcast serves a lone worker and the two of a tensor-parallel engine; each computes with the new weights."""
+    monkeypatch.setenv("SPELL_API_KEY", "the key of both")
+    with ExitStack() as stack:
+        urls = []
+        for size in (1, 2):
+            config = engine_config(policy("moe"), tensor_parallel=size)
+            urls += stack.enter_context(Engines.open(config, tmp_path / str(size))).urls
+        engines = Engines.open(engine_config(policy("moe"), urls=urls), tmp_path)
+        pusher = WeightPusher(engines)
+        new = weights(policy("moe", 1))
+        assert pusher.push(new.items(), "one", verify=True).verified == 3 * len(new)
+        assert compare(new.items(), engines.engines) == (len(new), [])
+        pusher.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        ("moe", [{"tensor": 2, "expert": 2}, {"pipeline": 2}, {"expert": 2}]),
+        ("tied", [{"tensor": 2}, {"pipeline": 2}]),
+    ],
+)
+def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypatch):
+    """Each layout in turn pushes other weights than the one before; the engine then computes with just those."""
+    engines = engines_for(kind)
+    monkeypatch.setenv("SPELL_API_KEY", engines.api_key)
+    tasks = [[str(policy(kind, 1 - index % 2)), layout] for index, layout in enumerate(layouts)]
+    worker = Path(__file__).with_name("push_worker.py")
+    output = torchrun(2, worker, json.dumps([engines.urls, tasks]), timeout=400)
+    count = len(weights(policy(kind)))
+    assert output.count(f"RESULT {count} sent, {count} compared, [] differ") == len(layouts)
+
+
+def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
+    """vLLM's own classes parse the requests of the nccl and ipc channels. Without a GPU the calls that need one are
+    left out: the rendezvous, and the handle of a buffer in its memory."""
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_common, nccl_engine
+
+    bucket = [("a", torch.zeros(3, 4)), ("b", torch.ones(5, dtype=torch.float32))]
+    announced = {
+        "names": ["a", "b"],
+        "dtype_names": ["float32", "float32"],
+        "shapes": [[3, 4], [5]],
+    }
+    invited: list[dict] = []
+    groups: list[dict] = []
+    monkeypatch.setattr(nccl_common, "trainer_init", groups.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    channel = _NcclChannel(invited.append, "127.0.0.1", 3, 1 << 20, 60.0)
+    info = nccl_common.NCCLWeightTransferInitInfo(**invited[0], rank_offset=1)
+    assert (info.world_size, info.packed, info.packed_buffer_size_bytes) == (3, True, 1 << 20)
+    assert groups == [{"master_address": "127.0.0.1", "master_port": info.master_port, "world_size": 3}]
+    nccl_engine.NCCLWeightTransferUpdateInfo(**announced, **channel.prepare(bucket))
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    channel = _IpcChannel(invited.append, "127.0.0.1", 2, 1 << 20, 60.0)
+    assert ipc_engine.IPCWeightTransferInitInfo(**invited[1]).packed
+    update = ipc_engine.IPCWeightTransferUpdateInfo(**announced, **channel.prepare(bucket))
+    assert update.tensor_sizes == [48, 20] and update.ipc_handles.keys() == {"GPU-1"}
+    assert torch.equal(channel._buffer.view(torch.float32), torch.cat([torch.zeros(12), torch.ones(5)]))
 
 
 @pytest.mark.slow

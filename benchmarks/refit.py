@@ -1,0 +1,257 @@
+"""Seconds of a weight push against a plain copy of the same bytes over the same path, in one run on this machine.
+
+    python benchmarks/refit.py [--quick] [--gigabytes 1.0] [--repeats 7] [--tensor-parallel N]
+
+A random model in float32, dense and as a mixture of experts (Qwen3, head size 128), lives in a Megatron trainer in
+this process, and a real vLLM engine that serves the same architecture takes its weights again and again:
+
+    push    what `spell train` does after an update: pause, export, send in buckets, load layer by layer, reset the
+            prefix cache, resume
+    copy    the same bytes in as many buckets through a gloo group of the same kind (loopback TCP), from memory that
+            is already laid out for it into memory that is already there, in as many processes as the engine has
+            workers: nothing is packed, unpacked or allocated
+    memcpy  one copy of the same bytes in this process's memory, for scale
+
+They take turns; ratios are medians of those of each round. Beside a push are shown: export alone, a push with
+checksums, and the CPU seconds of both sides, which depend less on what else the machine does. What the engine
+spends beyond the receiver of the copy is vLLM's loading: it copies every tensor into its layer and packs each matrix
+for the CPU's kernels, a step that GPUs do not have. The first push is checked by checksums; the engine started with
+other weights. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from spell_megatron.config import Config
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.rollout.transfer import broadcast, gloo_group, listen
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.push import BUCKET_BYTES, WeightPusher
+from spell_megatron.weights.reshard import export
+
+GOAL = 1.5
+ADDRESS = "127.0.0.1"
+TIMEOUT = 300.0
+
+
+def write_config(folder: Path, moe: bool, gigabytes: float) -> None:
+    """config.json of a model of about this size in float32."""
+    hidden, vocabulary, experts = 1024, 16_384, 32
+    sizes = dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=3072,
+        tie_word_embeddings=False,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    per_expert = 384
+    attention = hidden * 128 * (2 * 8 + 2 * 4)
+    feed_forward = experts * 3 * hidden * per_expert if moe else 3 * hidden * 3072
+    layers = max(2, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / (attention + feed_forward)))
+    if moe:
+        config = Qwen3MoeConfig(
+            **sizes,
+            num_hidden_layers=layers,
+            moe_intermediate_size=per_expert,
+            num_experts=experts,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            architectures=["Qwen3MoeForCausalLM"],
+        )
+    else:
+        config = Qwen3Config(**sizes, num_hidden_layers=layers, architectures=["Qwen3ForCausalLM"])
+    config.save_pretrained(folder)
+
+
+class Copy:
+    """The plain copy: a group of this process and receivers that hold a destination for every bucket."""
+
+    def __init__(self, sizes: list[int], receivers: int) -> None:
+        self._buckets = [torch.ones(size, dtype=torch.uint8) for size in sizes]
+        listener = listen(ADDRESS)
+        port = listener.getsockname()[1]
+        command = [sys.executable, __file__, "--receive"]
+        self.processes = [
+            subprocess.Popen([*command, json.dumps([port, rank + 1, receivers + 1, sizes])]) for rank in range(receivers)
+        ]
+        self._group = gloo_group(ADDRESS, port, 0, receivers + 1, TIMEOUT, listener)
+
+    def __call__(self) -> None:
+        for bucket in self._buckets:
+            broadcast(self._group, bucket).wait()
+        self._group.barrier().wait()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def receive(port: int, rank: int, world_size: int, sizes: list[int]) -> None:
+    """One receiver of a plain copy, until it is killed."""
+    buckets = [torch.ones(size, dtype=torch.uint8) for size in sizes]
+    group = gloo_group(ADDRESS, port, rank, world_size, TIMEOUT)
+    while True:
+        for bucket in buckets:
+            broadcast(group, bucket).wait()
+        group.barrier().wait()
+
+
+def bucket_sizes(sizes: list[int]) -> list[int]:
+    """Sizes of the buckets in which tensors of these sizes are pushed."""
+    buckets = [0]
+    for size in sizes:
+        if buckets[-1] and buckets[-1] + size > BUCKET_BYTES:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU time of a process."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def timed(action, processes: list[psutil.Process] = ()) -> tuple[float, list[float]]:
+    """(wall seconds, CPU seconds of each process) of an action."""
+    before, start = [cpu_seconds(p) for p in processes], time.perf_counter()
+    action()
+    seconds = time.perf_counter() - start
+    return seconds, [cpu_seconds(p) - b for p, b in zip(processes, before, strict=True)]
+
+
+def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parallel: int) -> dict:
+    """Figures of one model."""
+    kind = "moe" if moe else "dense"
+    folder = root / kind
+    folder.mkdir()
+    write_config(folder, moe, gigabytes)
+    config = Config(
+        model={"path": folder, "dtype": "float32"},
+        data={"documents": folder},
+        run={"device": "cpu"},
+        rollout={
+            "tensor_parallel": tensor_parallel,
+            "concurrency": 8,
+            "cpu_kv_cache_gib": 0.25,
+            "sampling": {"max_prompt_tokens": 256, "max_response_tokens": 256},
+            "extra_args": ["--load-format", "dummy"],
+        },
+    )
+    with ExitStack() as stack:
+        backend.initialise(config)
+        stack.callback(backend.shutdown)
+        hf_config = load_hf_config(folder)
+        model = build_model(hf_config, config)
+        sizes = [tensor.nbytes for _, tensor in export(model, hf_config)]
+        size = sum(sizes)
+        engines = stack.enter_context(Engines.open(config, root / "logs"))
+        pusher = WeightPusher(engines)
+        stack.callback(pusher.close)
+        copy = Copy(bucket_sizes(sizes), tensor_parallel)
+        stack.callback(copy.close)
+        source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+        me = psutil.Process()
+        receivers = [psutil.Process(process.pid) for process in copy.processes]
+        servers = [process for process in me.children(recursive=True) if process not in receivers]
+
+        def push(verify: bool = False) -> None:
+            done = pusher.push(export(model, hf_config), "benchmark", verify=verify)
+            assert done.bytes == size
+
+        def exported() -> None:
+            for _ in export(model, hf_config):
+                pass
+
+        push(verify=True)
+        copy()
+        rounds: dict[str, list[float]] = {}
+
+        def add(**values: float) -> None:
+            for way, value in values.items():
+                rounds.setdefault(way, []).append(value)
+
+        for _ in range(repeats):
+            seconds, (sender, *receiver) = timed(copy, [me, *receivers])
+            add(copy=seconds, copy_sender_cpu=sender, copy_receiver_cpu=sum(receiver))
+            seconds, (trainer, *engine) = timed(push, [me, *servers])
+            add(push=seconds, push_trainer_cpu=trainer, push_engine_cpu=sum(engine))
+            add(memcpy=timed(lambda: target.copy_(source))[0], export=timed(exported)[0])
+        verified = timed(lambda: push(verify=True))[0]
+    middle = {way: statistics.median(values) for way, values in rounds.items()}
+    ratios = [push / copy for push, copy in zip(rounds["push"], rounds["copy"], strict=True)]
+    print(f"{kind}: {size / 1e9:.2f} GB in {len(sizes)} tensors, {len(bucket_sizes(sizes))} buckets")
+    for way in ("push", "copy", "memcpy", "export"):
+        speed = f"{size / 1e9 / middle[way]:6.2f} GB/s" if way != "export" else ""
+        spread = f"{min(rounds[way]):.2f} to {max(rounds[way]):.2f}"
+        print(f"  {way:8} {middle[way]:6.3f} s ({spread}) {speed}")
+    print(
+        f"  CPU seconds: push {middle['push_trainer_cpu']:.2f} in the trainer and {middle['push_engine_cpu']:.2f} in the "
+        f"engine, copy {middle['copy_sender_cpu']:.2f} in the sender and {middle['copy_receiver_cpu']:.2f} in the "
+        f"receiver; a push with checksums takes {verified:.2f} s"
+    )
+    ratio = statistics.median(ratios)
+    push_cpu, copy_cpu = (
+        [x + y for x, y in zip(rounds[f"{way}_cpu"], rounds[f"{other}_cpu"], strict=True)]
+        for way, other in (("push_trainer", "push_engine"), ("copy_sender", "copy_receiver"))
+    )
+    cpu_ratio = statistics.median(push_cpu) / statistics.median(copy_cpu)
+    print(f"  push / copy: {ratio:.2f} ({', '.join(f'{r:.2f}' for r in ratios)}); in CPU time {cpu_ratio:.2f}", flush=True)
+    return {
+        "gigabytes": round(size / 1e9, 3),
+        "ratio": round(ratio, 3),
+        "cpu_ratio": round(cpu_ratio, 3),
+        "verified_seconds": round(verified, 3),
+        **{f"{way}_seconds": round(value, 3) for way, value in middle.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="0.3 GB, the dense model only (under two minutes)")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of each model (default 1)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="workers of the engine")
+    parser.add_argument("--receive", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.receive:
+        receive(*json.loads(options.receive))
+    gigabytes, kinds = (0.3, (False,)) if options.quick else (options.gigabytes, (False, True))
+    print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}", flush=True)
+    figures = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for moe in kinds:
+            figures["moe" if moe else "dense"] = measure(
+                Path(temporary), moe, gigabytes, options.repeats, options.tensor_parallel
+            )
+    print(f"load after {os.getloadavg()[0]:.1f}")
+    holds = all(figure["ratio"] <= GOAL for figure in figures.values())
+    result = {"benchmark": "refit", "figures": figures, "goal": f"push <= {GOAL} x copy", "holds": holds}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What a worker of vLLM computes with, as pieces of Hugging Face tensors.
+
+Kernels keep weights as they like them: fused, cut, packed. Here they are turned back, so that an engine's weights
+can be compared with a checkpoint's however they got there, from disk or by updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm._custom_ops import cpu_prepack_moe_weight
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a Hugging Face tensor."""
+
+    name: str
+    start: tuple[int, ...]
+    """Place of its first element in the whole tensor."""
+    values: Tensor
+
+
+def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
+    """Everything that the model computes with. A tied head is read too, under the embedding's name.
+
+    Raises:
+        NotImplementedError: weights are kept in a way that cannot be turned back.
+    """
+    rank = get_tensor_model_parallel_rank()
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if isinstance(module, RoutedExperts):
+            # The experts' container may stand between the layer and its experts.
+            yield from _experts(name.removesuffix(".routed_experts"), module)
+        elif isinstance(module, VocabParallelEmbedding):
+            indices = module.shard_indices
+            rows = indices.org_vocab_end_index - indices.org_vocab_start_index
+            head = isinstance(module, ParallelLMHead)
+            whole = "model.embed_tokens" if head and tied_head else name
+            values = _matrix(module, module.embedding_dim) if head else module.weight
+            yield Piece(f"{whole}.weight", (indices.org_vocab_start_index, 0), values[:rows])
+        elif isinstance(module, LinearBase):
+            # Replicated layers have no partitions.
+            columns = getattr(module, "input_size_per_partition", module.input_size)
+            matrix, bias = _matrix(module, columns), module.bias
+            if isinstance(module, RowParallelLinear):
+                yield Piece(f"{name}.weight", (0, rank * matrix.size(1)), matrix)
+                if bias is not None:
+                    yield Piece(f"{name}.bias", (0,), bias.to(matrix.dtype))
+                continue
+            begin = 0
+            for part, start, rows in _rows(module, own, rank, matrix.size(0)):
+                whole = f"{parent}.{part}"
+                yield Piece(f"{whole}.weight", (start, 0), matrix[begin : begin + rows])
+                if bias is not None:
+                    # Some kernels for CPUs keep it in float32.
+                    yield Piece(f"{whole}.bias", (start,), bias[begin : begin + rows].to(matrix.dtype))
+                begin += rows
+        else:
+            for own, values in module.named_parameters(recurse=False):
+                yield Piece(f"{name}.{own}", (0,) * values.dim(), values)
+
+
+def _rows(module: LinearBase, name: str, rank: int, rows: int) -> list[tuple[str, int, int]]:
+    """(name, first row in the whole tensor, rows here) of what a linear layer has one above the other."""
+    if isinstance(module, QKVParallelLinear):
+        queries, keys = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        group = rank // module.num_kv_head_replicas
+        return [("q_proj", rank * queries, queries), ("k_proj", group * keys, keys), ("v_proj", group * keys, keys)]
+    if isinstance(module, MergedColumnParallelLinear):
+        return [(part, rank * (rows // 2), rows // 2) for part in ("gate_proj", "up_proj")]
+    return [(name, 0, rows)]
+
+
+def _matrix(module: torch.nn.Module, columns: int) -> Tensor:
+    """The matrix [out, columns] that a layer multiplies by."""
+    multiply = getattr(module, "cpu_linear", None)
+    if multiply is None:
+        return module.weight
+    # Kernels for CPUs keep a packed copy only; by the unit matrix they give it back, each value exactly.
+    unit = torch.eye(columns, dtype=module.weight.dtype)
+    return multiply(unit, module.weight, None).T
+
+
+def _experts(name: str, module: RoutedExperts) -> Iterator[Piece]:
+    method, config = module.quant_method, module.moe_config
+    rows = config.intermediate_size_per_partition_unpadded
+    start = config.tp_rank * rows
+    experts = range(module.local_num_experts)
+    if module.expert_map is not None:
+        places = module.expert_map.tolist()
+        experts = [places.index(local) for local in experts]
+    gate_up, down = _unpacked(module, module.w13_weight), _unpacked(module, module.w2_weight)
+    half = gate_up.size(1) // 2
+    swapped = method.unquantized_backend is UnquantizedMoeBackend.FLASHINFER_CUTLASS
+    gate, up = (half, 0) if swapped else (0, half)
+    for local, expert in enumerate(experts):
+        whole = f"{name}.{expert}"
+        yield Piece(f"{whole}.gate_proj.weight", (start, 0), gate_up[local, gate : gate + rows])
+        yield Piece(f"{whole}.up_proj.weight", (start, 0), gate_up[local, up : up + rows])
+        yield Piece(f"{whole}.down_proj.weight", (0, start), down[local, :, :rows])
+
+
+def _unpacked(module: RoutedExperts, weight: Tensor) -> Tensor:
+    """Experts' matrices [experts, out, in] as they were before they were packed for the kernel."""
+    backend, kernel = module.quant_method.unquantized_backend, module.quant_method.moe_kernel
+    plain = (
+        UnquantizedMoeBackend.TRITON,
+        UnquantizedMoeBackend.BATCHED_TRITON,
+        UnquantizedMoeBackend.FLASHINFER_CUTLASS,
+    )
+    if backend in plain or (backend is UnquantizedMoeBackend.CPU and kernel.fused_experts._use_zentorch):
+        return weight
+    if backend is not UnquantizedMoeBackend.CPU:
+        raise NotImplementedError(f"experts of vLLM's {backend.value} kernel cannot be read back")
+    # Packing changes the order within an expert, the same for all: the order in which it puts numbers.
+    size = weight[0].numel()
+    count = torch.arange(size, dtype=torch.int32)
+    if weight.element_size() == 4:
+        order = _packed(count, weight, kernel)
+    else:
+        low, high = (_packed(part.to(torch.int16), weight, kernel) for part in (count & 0xFFFF, count >> 16))
+        order = (high.to(torch.int64) << 16) + (low.to(torch.int64) & 0xFFFF)
+    result = torch.empty_like(weight)
+    result.view(len(weight), size)[:, order.to(torch.int64)] = weight.view(len(weight), size)
+    return result
+
+
+def _packed(numbers: Tensor, weight: Tensor, kernel) -> Tensor:
+    bits = numbers.view(weight.dtype).view(1, *weight.shape[1:])
+    return cpu_prepack_moe_weight(bits, kernel.fused_experts.isa).view(-1).view(numbers.dtype)

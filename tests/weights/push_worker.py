@@ -1,0 +1,50 @@
+"""One rank of a trainer that pushes into running engines in several layouts; see `test_push`.
+
+Usage: torchrun push_worker.py JSON of [urls, [[checkpoint folder, training.parallel], ...]].
+"""
+
+import json
+import sys
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from spell_megatron.config import Config
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.training import backend
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import build_model
+from spell_megatron.weights.check import compare, read_checkpoint
+from spell_megatron.weights.huggingface import load_weights
+from spell_megatron.weights.push import WeightPusher
+from spell_megatron.weights.reshard import export
+
+
+def push(urls: list[str], folder: str, parallel: dict) -> None:
+    config = Config(
+        model={"path": folder, "dtype": "float32"},
+        data={"documents": "unused.parquet"},
+        run={"device": "cpu"},
+        rollout={"urls": urls, "sampling": {"max_prompt_tokens": 256, "max_response_tokens": 256}},
+        training={"parallel": parallel},
+    )
+    backend.initialise(config)
+    hf_config = load_hf_config(config.model.path)
+    model = build_model(hf_config, config)
+    load_weights(model, hf_config, config.model.path)
+    engines = None if dist.get_rank() else Engines.open(config, config.model.path)
+    pusher = WeightPusher(engines, bucket_bytes=1 << 15)
+    done = pusher.push(export(model, hf_config, bucket_bytes=1 << 14), str(parallel), verify=True)
+    if engines:
+        count, differences = compare(read_checkpoint(config.model.path), engines.engines)
+        print(f"RESULT {done.tensors} sent, {count} compared, {differences} differ", flush=True)
+    pusher.close()
+    # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
+    parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    urls, tasks = json.loads(sys.argv[1])
+    for folder, parallel in tasks:
+        push(urls, folder, parallel)
+    backend.shutdown()

@@ -1,0 +1,107 @@
+"""Prove that engines compute with the weights of a checkpoint: a checksum per Hugging Face tensor on both sides.
+
+    python tools/check_weights.py CHECKPOINT URL [URL ...]
+    python tools/check_weights.py CHECKPOINT --start [--tensor-parallel N] [--device cpu]
+
+CHECKPOINT is a Hugging Face folder, a Megatron distributed checkpoint or a step of a run (step_000012). Engines are
+read back from where their kernels take the weights, so it does not matter how they got there; serving pauses for it
+(seconds for each gigabyte). Their key is taken from the environment variable SPELL_API_KEY; set it before
+`spell train` to be able to look into the engines of a run.
+
+With --start an engine is started on this machine with random weights, those of the checkpoint are pushed into it as
+training pushes them, and the result is compared: a test of weight transfer on this machine.
+
+Exit status: 0 all tensors agree, 1 some differ, 2 no comparison was possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from spell_megatron.config import Config
+from spell_megatron.errors import UserError
+from spell_megatron.reporting.progress import Progress
+from spell_megatron.rollout.engines import Engine, Engines
+from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.weights.check import compare, read_checkpoint, side_files
+from spell_megatron.weights.names import hf_shapes
+from spell_megatron.weights.push import WeightPusher
+
+SHOWN = 5
+KEY = "SPELL_API_KEY"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("urls", nargs="*", metavar="URL", help="address of a running engine")
+    parser.add_argument("--start", action="store_true", help="start an engine here and push the weights into it")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="of the engine of --start")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="of the engine of --start")
+    options = parser.parse_args(argv)
+    if options.start == bool(options.urls):
+        parser.error("give the addresses of running engines, or --start")
+    try:
+        return _check(options)
+    except UserError as error:
+        print(f"check_weights: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(options: argparse.Namespace) -> int:
+    folder = side_files(options.checkpoint)
+    hf_config = load_hf_config(folder)
+    progress = Progress()
+    with ExitStack() as stack:
+        if options.start:
+            engines = _pushed(options, folder, stack, progress)
+        else:
+            engines = [Engine(url, os.environ.get(KEY, "")) for url in options.urls]
+        with progress.stage("comparing", len(hf_shapes(hf_config))) as advance:
+            count, differences = compare(read_checkpoint(options.checkpoint), engines, advance)
+    for engine in engines:
+        wrong = [difference for difference in differences if difference.engine == engine.url]
+        print(f"{engine.url}: {count - len(wrong)} of {count} tensors agree")
+        for difference in wrong[:SHOWN]:
+            print(f"  {difference.name}: checkpoint {difference.checkpoint}, engine {difference.held}")
+        if len(wrong) > SHOWN:
+            print(f"  and {len(wrong) - SHOWN} more")
+    return 1 if differences else 0
+
+
+def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progress: Progress) -> list[Engine]:
+    """An engine that was started with random weights and got those of the checkpoint by a push."""
+    _, first = next(read_checkpoint(options.checkpoint))
+    config = Config(
+        model={"path": folder, "dtype": str(first.dtype).removeprefix("torch.")},
+        data={"documents": folder},
+        run={"device": options.device},
+        rollout={
+            "tensor_parallel": options.tensor_parallel,
+            "concurrency": 8,
+            "cpu_kv_cache_gib": 0.25,
+            "sampling": {"max_prompt_tokens": 256, "max_response_tokens": 256},
+            "extra_args": ["--load-format", "dummy"],
+        },
+    )
+    logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with progress.stage("starting an engine"):
+        engines = stack.enter_context(Engines.open(config, logs))
+    pusher = WeightPusher(engines)
+    stack.callback(pusher.close)
+    with progress.stage("pushing"):
+        done = pusher.push(read_checkpoint(options.checkpoint), "checkpoint", verify=True)
+    print(f"pushed {done.tensors} tensors, {done.bytes / 1e9:.2f} GB, in {done.seconds:.1f} s ({engines.weight_transfer})")
+    return engines.engines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
