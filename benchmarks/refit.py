@@ -93,7 +93,8 @@ class Copy:
         port = listener.getsockname()[1]
         command = [sys.executable, __file__, "--receive"]
         self.processes = [
-            subprocess.Popen([*command, json.dumps([port, rank + 1, receivers + 1, sizes])]) for rank in range(receivers)
+            subprocess.Popen([*command, json.dumps([port, rank, receivers + 1, sizes])])
+            for rank in range(1, receivers + 1)
         ]
         self._group = gloo_group(ADDRESS, port, 0, receivers + 1, TIMEOUT, listener)
 
@@ -208,9 +209,9 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         spread = f"{min(rounds[way]):.2f} to {max(rounds[way]):.2f}"
         print(f"  {way:8} {middle[way]:6.3f} s ({spread}) {speed}")
     print(
-        f"  CPU seconds: push {middle['push_trainer_cpu']:.2f} in the trainer and {middle['push_engine_cpu']:.2f} in the "
-        f"engine, copy {middle['copy_sender_cpu']:.2f} in the sender and {middle['copy_receiver_cpu']:.2f} in the "
-        f"receiver; a push with checksums takes {verified:.2f} s"
+        f"  CPU seconds: push {middle['push_trainer_cpu']:.2f} in the trainer and {middle['push_engine_cpu']:.2f} "
+        f"in the engine, copy {middle['copy_sender_cpu']:.2f} in the sender and {middle['copy_receiver_cpu']:.2f} "
+        f"in the receiver; a push with checksums takes {verified:.2f} s"
     )
     ratio = statistics.median(ratios)
     push_cpu, copy_cpu = (
@@ -218,7 +219,8 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         for way, other in (("push_trainer", "push_engine"), ("copy_sender", "copy_receiver"))
     )
     cpu_ratio = statistics.median(push_cpu) / statistics.median(copy_cpu)
-    print(f"  push / copy: {ratio:.2f} ({', '.join(f'{r:.2f}' for r in ratios)}); in CPU time {cpu_ratio:.2f}", flush=True)
+    rounds_of_it = ", ".join(f"{r:.2f}" for r in ratios)
+    print(f"  push / copy: {ratio:.2f} ({rounds_of_it}); in CPU time {cpu_ratio:.2f}", flush=True)
     return {
         "gigabytes": round(size / 1e9, 3),
         "ratio": round(ratio, 3),

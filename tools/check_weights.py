@@ -99,7 +99,8 @@ def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progres
     stack.callback(pusher.close)
     with progress.stage("pushing"):
         done = pusher.push(read_checkpoint(options.checkpoint), "checkpoint", verify=True)
-    print(f"pushed {done.tensors} tensors, {done.bytes / 1e9:.2f} GB, in {done.seconds:.1f} s ({engines.weight_transfer})")
+    size, way = f"{done.bytes / 1e9:.2f} GB", engines.weight_transfer
+    print(f"pushed {done.tensors} tensors, {size}, in {done.seconds:.1f} s ({way})")
     return engines.engines
 
 

@@ -72,7 +72,7 @@ def compare(
         on_tensor: called with the number of tensors compared so far.
 
     Returns:
-        The number of tensors of the stream and the engines, and the differences, at most one for each tensor and engine.
+        The number of tensors of both sides, and the differences, at most one for each tensor and engine.
 
     Raises:
         UserError: an engine does not answer, cannot be read back or took other weights meanwhile.

@@ -281,7 +281,7 @@ def test_tensor_parallel_engine(kind, engines_for, policy, fresh):
 
 @pytest.mark.slow
 def test_engines_of_several_layouts_at_once(policy, monkeypatch, tmp_path):
-    """One broadcast serves a lone worker and the two of a tensor-parallel engine; each computes with the new weights."""
+    """One broadcast serves a lone worker and the two of a tensor-parallel engine; all take the new weights."""
     monkeypatch.setenv("SPELL_API_KEY", "the key of both")
     with ExitStack() as stack:
         urls = []
