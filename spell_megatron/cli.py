@@ -267,14 +267,15 @@ def _add_plan(commands) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="spell plan --config FILE [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
-        description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a run,\n"
-        "how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor weights:\n"
-        "of model.path only config.json is read. Exit status 2: it does not fit.",
+        description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a\n"
+        "run, how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor\n"
+        "weights: of model.path only config.json is read. Exit status 2: it does not fit.",
         epilog=_settings_help(),
     )
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of settings (see below)")
-    parser.add_argument("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    add = parser.add_argument
+    add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     parser.set_defaults(command=_plan)
 
 

@@ -198,9 +198,7 @@ def trainer_memory(model: Model, config: Config, processes: int, assume: Assumpt
     return max((_rank_memory(model, config, rank, processes, assume) for rank in ranks), key=lambda m: m.total)
 
 
-def _rank_memory(
-    model: Model, config: Config, rank: int, processes: int, assume: Assumptions
-) -> Memory:
+def _rank_memory(model: Model, config: Config, rank: int, processes: int, assume: Assumptions) -> Memory:
     arch, stages = model.arch, config.training.parallel.pipeline
     parameters, gradients, optimizer, layers = counted_memory(model.hf_config, config, rank, processes)
     stage = rank * stages // processes
@@ -237,6 +235,7 @@ def counted_memory(
         stepped = [
             p
             for part in getattr(optimizer, "chained_optimizers", [optimizer])
+            if part.optimizer is not None
             for group in part.optimizer.param_groups
             for p in group["params"]
         ]
@@ -275,9 +274,7 @@ def stage_activations(
     return microbatches * kept, again + _passing(arch, config, moe, own)
 
 
-def layer_activations(
-    arch: Architecture, config: Config, moe: bool, tokens: int, gpu: bool
-) -> tuple[int, int]:
+def layer_activations(arch: Architecture, config: Config, moe: bool, tokens: int, gpu: bool) -> tuple[int, int]:
     """Bytes that the backward pass of a layer needs of its attention (with both norms) and of its feed-forward.
 
     Args:
@@ -578,8 +575,10 @@ def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumpti
     arch, sampling, gpu = model.arch, config.rollout.sampling, plan.gpu
     count = model.parameters
     idle = model.expert_parameters * (1 - arch.experts_per_token / arch.experts) if arch.experts else 0
-    yield f"model     {count:,} parameters" + (f", {(count - idle) / 1e9:.2f} billion at work per token" if idle else "")
-    yield f"trainer   {plan.processes} x {name}: {describe(plan)}; rows of up to {row_tokens(config):,} tokens"
+    at_work = f", {(count - idle) / 1e9:.2f} billion at work per token" if idle else ""
+    yield f"model     {count:,} parameters{at_work}"
+    rows = f"rows of up to {row_tokens(config):,} tokens"
+    yield f"trainer   {plan.processes} x {name}: {describe(plan)}; {rows}"
     notes = {
         "parameters": "counted on a rank of the real model",
         "gradients": "counted; float32",
@@ -594,7 +593,8 @@ def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumpti
     for part, note in notes.items():
         yield f"  {part:12} {getattr(plan.memory, part) / GIB:8.2f} GiB   {note}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"  {'total':12} {plan.memory.total / GIB:8.2f} GiB   of {gpu.memory / GIB:.2f} on the fullest rank: {verdict}"
+    room = f"of {gpu.memory / GIB:.2f} on the fullest rank: {verdict}"
+    yield f"  {'total':12} {plan.memory.total / GIB:8.2f} GiB   {room}"
     engine = engine_memory(model, config, gpu, assume)
     yield f"engines   {config.rollout.replicas} x {config.rollout.tensor_parallel} {name}"
     yield f"  {'weights':12} {engine.weights / GIB:8.2f} GiB   per GPU"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes, update_peak
 from spell_megatron import planner
@@ -102,7 +102,11 @@ def test_prediction_against_measured_memory(kind, recompute, checkpoints):
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("dense", {"tensor": 2, "pipeline": 2}), ("moe", {"pipeline": 2, "expert": 4}), ("moe", {"tensor": 2, "expert": 2})],
+    [
+        ("dense", {"tensor": 2, "pipeline": 2}),
+        ("moe", {"pipeline": 2, "expert": 4}),
+        ("moe", {"tensor": 2, "expert": 2}),
+    ],
 )
 def test_ranks_together_hold_the_model_once(kind, layout, checkpoints):
     """The distributed optimizer of all 8 ranks together steps every parameter once (but for padding)."""
@@ -142,7 +146,10 @@ def test_memory_moves_as_it_must():
 
 @pytest.mark.parametrize(
     ("name", "gpu", "parameters"),
-    [("qwen3_30b_a3b_thinking_100k.yaml", "H100-80G", 4_018_747_392), ("qwen3_30b_a3b_thinking_100k_h200.yaml", "H200-141G", None)],
+    [
+        ("qwen3_30b_a3b_thinking_100k.yaml", "H100-80G", 4_018_747_392),
+        ("qwen3_30b_a3b_thinking_100k_h200.yaml", "H200-141G", None),
+    ],
 )
 def test_the_recipes_fit(name, gpu, parameters):
     config = load_config(EXAMPLES / name)

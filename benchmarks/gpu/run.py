@@ -272,7 +272,8 @@ def main() -> None:
         figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items())
         print(f"{name:10} {figures}   ({time.perf_counter() - start:.0f} s)", flush=True)
     holds = all(result["holds"] for result in results.values())
-    print(json.dumps({"benchmark": "gpu", "device": where, "figures": results, "goal": "see each part", "holds": holds}))
+    result = {"benchmark": "gpu", "device": where, "figures": results, "goal": "see each part", "holds": holds}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import UPDATING
-from spell_megatron.rollout.engines import Engine, Engines
+from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transfer import address_towards, broadcast, checksum, gloo_group, listen
 
 BUCKET_BYTES = 64 << 20

@@ -136,7 +136,9 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
             (f"{name}, resumed", errors([resumed], after_resuming, third, after_three)),
         ):
             print(what, {key: f"{value:.1e}" for key, value in error.items()})
-            faults += [f"{what}: {key} {error[key]:.1e}" for key in error if not error[key] <= tolerance.get(key, math.inf)]
+            faults += [
+                f"{what}: {key} {value:.1e}" for key, value in error.items() if not value <= tolerance.get(key, math.inf)
+            ]
     assert not faults
 
 
