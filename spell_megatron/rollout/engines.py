@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import requests
@@ -127,31 +127,34 @@ class Engines:
     def _start(cls, config: Config, log_folder: Path) -> Engines:
         rollout = config.rollout
         key = os.environ.get(rollout.api_key_env) or secrets.token_urlsafe(32)
-        ports = _ports(rollout.base_port, rollout.replicas)
         placement, backend = _placement(config)
         log_folder.mkdir(parents=True, exist_ok=True)
         self = cls([], key, [])
         try:
-            for replica, (port, gpus) in enumerate(zip(ports, placement, strict=True)):
-                command = server_command(config, port, backend)
-                environment = _environment(config, key, gpus, backend)
-                self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
-                self.engines.append(Engine(f"http://127.0.0.1:{port}", key))
-            deadline = time.monotonic() + rollout.start_timeout
-            for engine, server in zip(self.engines, self._servers, strict=True):
-                while not engine.healthy():
-                    self.check()
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            f"An engine was not ready after {rollout.start_timeout:g} s. Its log, "
-                            f"{server.log}, ends with: {last_words(server.log)}. Give it more time with "
-                            "rollout.start_timeout, or see in the log what it waits for."
-                        )
-                    time.sleep(0.25)
+            with _held_ports(rollout.base_port, rollout.replicas) as ports:
+                for replica, (port, gpus) in enumerate(zip(ports, placement, strict=True)):
+                    command = server_command(config, port, backend)
+                    environment = _environment(config, key, gpus, backend)
+                    self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
+                    self.engines.append(Engine(f"http://127.0.0.1:{port}", key))
+                self._wait_until_healthy(rollout.start_timeout)
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _wait_until_healthy(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for engine, server in zip(self.engines, self._servers, strict=True):
+            while not engine.healthy():
+                self.check()
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"An engine was not ready after {seconds:g} s. Its log, {server.log}, ends with: "
+                        f"{last_words(server.log)}. Give it more time with rollout.start_timeout, or see "
+                        "in the log what it waits for."
+                    )
+                time.sleep(0.25)
 
     def check(self) -> None:
         """Raises UserError if a server that was started here has ended."""
@@ -292,8 +295,17 @@ def last_words(log: Path) -> str:
     return " | ".join(errors[-2:] or lines[-3:] or ["(nothing)"])[:1500]
 
 
-def _ports(base: int | None, count: int) -> list[int]:
-    """Ports for the servers; raises UserError if one of those asked for is taken."""
+@contextlib.contextmanager
+def _held_ports(base: int | None, count: int) -> Iterator[list[int]]:
+    """Ports for the servers, kept from other programs until the servers listen.
+
+    A server binds its port seconds after it was chosen; until then any connection of this machine
+    could be given it. A socket that is bound and does not listen prevents that, and does not keep out
+    the server, because both have SO_REUSEADDR.
+
+    Raises:
+        UserError: one of the ports asked for is taken.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for offset, candidate in enumerate(sockets):
@@ -307,7 +319,7 @@ def _ports(base: int | None, count: int) -> list[int]:
                     "End the program that holds it (perhaps an engine of an earlier run), choose another "
                     "rollout.base_port, or leave it out to have free ports chosen."
                 ) from error
-        return [candidate.getsockname()[1] for candidate in sockets]
+        yield [candidate.getsockname()[1] for candidate in sockets]
 
 
 def _placement(config: Config) -> tuple[list[list[str]], str]:

@@ -25,7 +25,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from spell_megatron.rollout.read_back import pieces
 from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group
 
 
@@ -157,6 +156,9 @@ class WorkerExtension:
     def spell_weights(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]:
         """(name, start, shape, dtype, checksum) of each block of a Hugging Face tensor that this worker computes
         with, read back from where its kernels take it. Negative zeros count as zeros."""
+        # It knows the insides of vLLM's kernels, which serving and training must not depend on.
+        from spell_megatron.rollout.read_back import pieces
+
         tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
         return [
             (
