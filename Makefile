@@ -7,6 +7,9 @@ PYTEST := -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorde
 TEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 
+# Without compiled files each of the many processes compiles vLLM, transformers and Megatron-Core anew, half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help environment quickstart test test-slow environment-312 test-312
 
 help:

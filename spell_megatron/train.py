@@ -164,7 +164,8 @@ def _push(
 ) -> dict[str, float]:
     """Send the weights to the engines; they are version `step` from then on."""
     with progress.stage("push"):
-        push = pusher.push(export(trainer.model, trainer.hf_config), str(step), verify=verify)
+        stream = export(trainer.model, trainer.hf_config, everywhere=pusher.everywhere)
+        push = pusher.push(stream, str(step), verify=verify)
     if push is None:
         return {}
     return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}

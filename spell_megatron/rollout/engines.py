@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -24,8 +23,6 @@ from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 
 _STOP_SECONDS = 15.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 class Engine:
@@ -94,8 +91,6 @@ class Engines:
     @classmethod
     def open(cls, config: Config, log_folder: Path) -> Engines:
         """Attaches to the engines of rollout.urls, or starts rollout.replicas servers here.
-
-        Call it from the main thread: started servers end when the thread that started them ends.
 
         Args:
             config: the run's configuration.
@@ -183,12 +178,7 @@ class Engines:
             server.process.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
         for server in self._servers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(max(0.0, deadline - time.monotonic()))
-            # Workers are in the server's group: whatever is left of it goes too.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait()
+            server.stop(deadline)
         self._servers.clear()
         atexit.unregister(self.stop)
 
@@ -199,18 +189,19 @@ class Engines:
         self.stop()
 
 
+# Ends the process group $2 when the process $1 has ended, however that came about. (A server that gets a
+# SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.)
+_GUARD = """
+while kill -0 "$1" && kill -0 "-$2"; do sleep 1; done 2>/dev/null
+kill -TERM "-$2" && sleep 10 && kill -KILL "-$2"
+"""
+
+
 class _Server:
-    """A server process and its log; the process ends when the thread that started it does."""
+    """A server process and its log; it ends, with all its processes, when this process does."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -219,8 +210,24 @@ class _Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
             )
+        self._guard = subprocess.Popen(
+            ["sh", "-c", _GUARD, "sh", str(os.getpid()), str(self.process.pid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def stop(self, deadline: float) -> None:
+        """Waits until a deadline (time.monotonic) for the terminated server, then ends what is left of it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        for process in (self.process, self._guard):
+            # Workers are in the server's group: whatever is left of it goes too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def server_command(config: Config, port: int, weight_transfer: str) -> list[str]:
@@ -325,8 +332,8 @@ def _held_ports(base: int | None, count: int) -> Iterator[list[int]]:
 def _placement(config: Config) -> tuple[list[list[str]], str]:
     """GPUs of each server, and the backend by which weights reach them.
 
-    Servers take the GPUs that the trainer leaves free. If the machine has a single GPU, trainer
-    and engine share it, and weights go from process to process by CUDA IPC.
+    Servers take the GPUs that the trainer leaves free. If trainer and engines both need all of them,
+    they share them, and weights go from process to process by CUDA IPC.
     """
     rollout = config.rollout
     gpus = [] if config.run.device == "cpu" else _visible_gpus()
@@ -336,8 +343,8 @@ def _placement(config: Config) -> tuple[list[list[str]], str]:
     each, free = rollout.tensor_parallel, gpus[trainers:]
     if len(free) >= rollout.replicas * each:
         return [free[i * each : (i + 1) * each] for i in range(rollout.replicas)], "nccl"
-    if len(gpus) == trainers == rollout.replicas == each == 1:
-        return [gpus], "ipc"
+    if len(gpus) == trainers == rollout.replicas * each:
+        return [gpus[i * each : (i + 1) * each] for i in range(rollout.replicas)], "ipc"
     raise UserError(
         f"This machine shows {len(gpus)} GPU(s): {trainers} for the trainer leave {max(0, len(free))} for "
         f"{rollout.replicas} engine(s) of {each} GPU(s). Lower rollout.replicas or rollout.tensor_parallel, "

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import requests
 import torch
+import torch.distributed as dist
 
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import UPDATING
@@ -49,15 +50,19 @@ class Push:
 class WeightPusher:
     """Sends the trainer's weights to every worker of every engine.
 
-    One group connects the sending trainer process with all workers; a bucket is broadcast once,
-    however many replicas there are, and each worker takes its own shard out of it.
+    By gloo and nccl, one group connects rank 0 of the trainer with all workers; a bucket is broadcast
+    once, however many replicas there are, and each worker takes its own shard out of it. (vLLM's nccl
+    backend receives from a single sender.) By ipc, trainer and engines share their GPUs, and each
+    worker reads the bucket of the trainer rank on its own GPU. All trainer ranks call the same methods.
 
     Args:
-        engines: the engines. None on the trainer ranks that do not send: they take part in
-            producing the stream (collectives) and in nothing else.
+        engines: the engines on rank 0, None on the others.
         bucket_bytes: tensors are sent in buckets of about this size; a larger tensor has a bucket
             of its own. Neither side holds more than two buckets and one incomplete layer.
         timeout: seconds that the rendezvous, a bucket, or the end of running requests may take.
+
+    Attributes:
+        everywhere: whether the stream has to come on every trainer rank, not on rank 0 alone.
 
     Raises:
         UserError: the engines cannot be connected.
@@ -70,7 +75,12 @@ class WeightPusher:
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
         self._broken = ""
+        shared = [engines is not None and engines.weight_transfer == "ipc"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared, src=0)
+        self.everywhere = shared[0]
         if engines is None:
+            self._channel = _IpcChannel() if self.everywhere else None
             return
         self._threads = ThreadPoolExecutor(len(self._engines) + 1, thread_name_prefix="weights")
         try:
@@ -91,26 +101,27 @@ class WeightPusher:
     ) -> Push | None:
         """Replaces the weights of all engines and labels them with a version.
 
-        Called on every trainer rank that takes part in producing the stream.
+        Called on every trainer rank.
 
         Args:
-            stream: every weight of the model under its Hugging Face name, best ordered by layer.
-                Tensors must not be overwritten while the stream goes on. Tied weights may be left
-                out once, as in checkpoints.
+            stream: every weight of the model under its Hugging Face name, best ordered by layer;
+                on ranks but 0 empty, unless `everywhere`. Tensors must not be overwritten while the
+                stream goes on. Tied weights may be left out once, as in checkpoints.
             version: the version that completions carry from now on.
             running: let requests that are in the engines end, or abort them.
             verify: compare a checksum of each tensor on both sides.
 
         Returns:
-            What was sent, on the sending rank.
+            What was sent, on rank 0.
 
         Raises:
             UserError: the engines did not take the weights, or took other ones. They are left
                 paused and labelled, so that they never serve a mixture; restart them.
         """
         if not self._engines:
-            for _ in stream:
-                pass
+            for bucket in _buckets(stream, self._bucket_bytes):
+                if self._channel:
+                    self._channel.prepare(bucket)
             return None
         if self._broken:
             raise UserError(f"The engines cannot take weights: {self._broken}")
@@ -129,6 +140,7 @@ class WeightPusher:
         """Ends the connection; the engines keep serving what they have."""
         if self._engines:
             self._threads.shutdown(wait=False)
+        if self._channel:
             self._channel.close()
 
     def _connect(self, backend: str) -> _Channel:
@@ -138,8 +150,7 @@ class WeightPusher:
         addresses = [address_towards(host) for host in hosts]
         routed = [own for own in addresses if not own.startswith("127.") and own != "::1"]
         address = (routed or addresses)[0]
-        make = {"gloo": _GlooChannel, "nccl": _NcclChannel, "ipc": _IpcChannel}.get(backend)
-        if make is None:
+        if backend not in ("gloo", "nccl", "ipc"):
             raise UserError(
                 f"The engines receive weights by {backend!r}, which this trainer cannot send by. Start them "
                 'with --weight-transfer-config {"backend": "nccl"} (or "gloo" on CPUs).'
@@ -152,7 +163,12 @@ class WeightPusher:
                 body = {"init_info": init_info | place}
                 joining.append(self._threads.submit(engine.post, "/init_weight_transfer_engine", body))
 
-        channel = make(invite, address, world_size, self._bucket_bytes, self._timeout)
+        if backend == "gloo":
+            channel = _GlooChannel(invite, address, world_size, self._timeout)
+        elif backend == "nccl":
+            channel = _NcclChannel(invite, address, world_size, self._bucket_bytes)
+        else:
+            channel = _IpcChannel(invite)
         for future in joining:
             future.result()
         return channel
@@ -276,7 +292,7 @@ class _Channel(Protocol):
 class _GlooChannel:
     """Broadcast of the tensors one by one on CPUs; its other end is `worker.GlooWeightTransferEngine`."""
 
-    def __init__(self, invite, address: str, world_size: int, bucket_bytes: int, timeout: float) -> None:
+    def __init__(self, invite, address: str, world_size: int, timeout: float) -> None:
         listener = listen(address)
         port = listener.getsockname()[1]
         invite(
@@ -310,7 +326,7 @@ class _NcclChannel:
 
     _BUFFERS = 2
 
-    def __init__(self, invite, address: str, world_size: int, bucket_bytes: int, timeout: float) -> None:
+    def __init__(self, invite, address: str, world_size: int, bucket_bytes: int) -> None:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
@@ -341,28 +357,36 @@ class _NcclChannel:
 
 
 class _IpcChannel:
-    """CUDA memory shared with an engine on the same GPU; its other end is vLLM's own ipc backend."""
+    """CUDA memory shared with the engines' workers on the same GPUs; its other end is vLLM's own ipc backend.
 
-    def __init__(self, invite, address: str, world_size: int, bucket_bytes: int, timeout: float) -> None:
-        invite({"packed": True})
+    Every trainer rank has one and prepares the same buckets; rank 0 tells the engines of all.
+    """
+
+    def __init__(self, invite=None) -> None:
+        if invite:
+            invite({"packed": True})
         self._buffer: torch.Tensor | None = None
 
     def prepare(self, bucket: Bucket) -> dict:
         from torch.multiprocessing.reductions import reduce_tensor
 
         flat = [tensor.to("cuda").contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
-        # Kept until the next bucket: the engines have answered for this one by then.
-        self._buffer = torch.cat(flat)
+        buffer = torch.cat(flat)
         torch.cuda.synchronize()
-        gpu = str(torch.cuda.get_device_properties(self._buffer.device).uuid)
-        handles = {gpu: reduce_tensor(self._buffer)[1]}
+        handles = {str(torch.cuda.get_device_properties(buffer.device).uuid): reduce_tensor(buffer)[1]}
+        if dist.is_initialized():
+            everyones: list[dict] = [{}] * dist.get_world_size()
+            dist.all_gather_object(everyones, handles)
+            handles = {gpu: handle for some in everyones for gpu, handle in some.items()}
+        # Only now may the buffer of the bucket before go: rank 0 comes here when the engines have read it.
+        self._buffer = buffer
         return {
             "tensor_sizes": [part.numel() for part in flat],
             "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
         }
 
     def send(self, bucket: Bucket) -> None:
-        """Nothing: the engines read the buffer that `prepare` named."""
+        """Nothing: the engines read the buffers that `prepare` named."""
 
     def close(self) -> None:
         self._buffer = None

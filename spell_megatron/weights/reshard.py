@@ -71,27 +71,30 @@ def _own_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def export(
-    model: torch.nn.Module, hf_config: PretrainedConfig, bucket_bytes: int = BUCKET_BYTES
+    model: torch.nn.Module,
+    hf_config: PretrainedConfig,
+    bucket_bytes: int = BUCKET_BYTES,
+    everywhere: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream every (Hugging Face name, whole tensor) of the model on rank 0.
+    """Stream every (Hugging Face name, whole tensor) of the model on rank 0, or on every rank.
 
-    Every rank runs the iteration; the others send what rank 0 lacks and yield nothing. Names come in the
-    order of the Hugging Face model; a tied vocabulary head is not among them and padding of the vocabulary
-    is gone. Tensors may be views of the parameters: copy what must outlive the next update.
+    Every rank runs the iteration; unless `everywhere`, the others send what rank 0 lacks and yield nothing.
+    Names come in the order of the Hugging Face model; a tied vocabulary head is not among them and padding
+    of the vocabulary is gone. Tensors may be views of the parameters: copy what must outlive the next update.
 
-    Each shard goes straight from one rank that holds it to rank 0, which puts the shards together. Ranks
-    hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
+    Each shard goes straight from one rank that holds it to those that yield, which put the shards together.
+    Ranks hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
     """
     model = _unwrapped(model)
     own, me = _own_parameters(model), dist.get_rank()
     if len({parameter.dtype for parameter in own.values()}) > 1:
         raise RuntimeError("the model's parameters have several types; buckets are of one")
     buckets = _buckets(model, rules(hf_config), bucket_bytes)
-    if me == 0:
-        incoming = _receive(buckets[0], own) if buckets else None
+    if everywhere or me == 0:
+        incoming = _receive(buckets[0], own, everywhere) if buckets else None
         for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
             # The next bucket travels while this one is used.
-            current, incoming = incoming, _receive(following, own) if following else None
+            current, incoming = incoming, _receive(following, own, everywhere) if following else None
             shards = current.wait()
             for number, (name, rule) in enumerate(bucket.rules.items()):
                 shape = _shard_shape(rule, len(bucket.owners))
@@ -121,18 +124,17 @@ class _Bucket:
 
 
 class _Incoming:
-    """Shards of a bucket on their way to rank 0."""
+    """Shards of a bucket on their way to this rank."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
         self._shards: list[list[Tensor] | tuple[dist.Work, Tensor]] = []
 
+    def add(self, work: dist.Work, flat: Tensor) -> None:
+        self._shards.append((work, flat))
+
     def add_own(self, shards: list[Tensor]) -> None:
         self._shards.append(shards)
-
-    def add_from(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        flat = torch.empty(sum(self._sizes), dtype=dtype, device=device)
-        self._shards.append((dist.irecv(flat, src=rank), flat))
 
     def wait(self) -> list[list[Tensor]]:
         """Shards by owner and parameter."""
@@ -146,15 +148,18 @@ class _Incoming:
         return arrived
 
 
-def _receive(bucket: _Bucket, own: dict[str, Tensor]) -> _Incoming:
-    """Ask for a bucket on rank 0."""
+def _receive(bucket: _Bucket, own: dict[str, Tensor], everywhere: bool) -> _Incoming:
+    """Ask for a bucket on rank 0; with `everywhere`, all ranks ask for it and its owners hand it out."""
     sizes = [_shard_shape(rule, len(bucket.owners)).numel() for rule in bucket.rules.values()]
-    incoming, example = _Incoming(sizes), next(iter(own.values()))
+    incoming, example, me = _Incoming(sizes), next(iter(own.values())), dist.get_rank()
     for rank in bucket.owners:
-        if rank == 0:
-            incoming.add_own([own[name].detach() for name in bucket.rules])
-        else:
-            incoming.add_from(rank, example.dtype, example.device)
+        mine = [own[name].detach() for name in bucket.rules] if rank == me else []
+        if mine and not (everywhere and dist.get_world_size() > 1):
+            incoming.add_own(mine)
+            continue
+        flat = torch.cat([part.reshape(-1) for part in mine]) if mine else example.new_empty(sum(sizes))
+        work = dist.broadcast(flat, src=rank, async_op=True) if everywhere else dist.irecv(flat, src=rank)
+        incoming.add(work, flat)
     return incoming
 
 

@@ -139,6 +139,7 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
     command = server_command(config, 1, backend)
     assert "--enforce-eager" not in command and "--gpu-memory-utilization" in command
     assert placed(1, 1)[1:] == ([["0"]], "ipc")
+    assert placed(4, 4, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "ipc")
     assert placed(0, 2, replicas=2)[1:] == ([[], []], "gloo")
     with pytest.raises(UserError, match="rollout.replicas"):
         placed(4, 3, replicas=2)
@@ -157,14 +158,17 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-def test_no_server_outlives_a_killed_parent(policy, tmp_path: Path):
+@pytest.mark.parametrize("hangs", [False, True])
+def test_no_server_outlives_a_killed_parent(hangs, policy, tmp_path: Path):
     code = _STARTER.format(tests=str(Path(__file__).parents[1]))
     with subprocess.Popen(
         [sys.executable, "-c", code, str(policy("dense")), str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as parent:
         server = psutil.Process(int(parent.stdout.readline()))
-        family = [server, *server.children(recursive=True)]
-        assert len(family) > 1
+        family = [*psutil.Process(parent.pid).children(recursive=True)]
+        assert server in family and len(family) > 2
+        if hangs:
+            server.suspend()  # SIGTERM has no effect on it now
         parent.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=30)
     for process in alive:

@@ -41,6 +41,9 @@ def check(folder: str, parallel: dict) -> None:
     else:
         wrong = [n for n in exported if n not in saved or not torch.equal(exported[n], saved[n])]
         wrong += saved.keys() - exported.keys()
+    everywhere = {n: t.clone() for n, t in export(model, hf_config, bucket_bytes=20_000, everywhere=True)}
+    assert everywhere.keys() == saved.keys()
+    wrong += [f"{n} on rank {dist.get_rank()}" for n in saved if not torch.equal(everywhere[n], saved[n])]
 
     tree = torch.load(f"{folder}/tree.pt")
     found = []

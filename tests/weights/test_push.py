@@ -245,7 +245,7 @@ def test_an_incomplete_push_never_serves(engines_for, policy, monkeypatch):
 
 def test_a_rank_that_does_not_send_takes_part_in_the_stream():
     produced = []
-    stream = ((str(i), produced.append(i)) for i in range(3))
+    stream = ((str(i), produced.append(i) or torch.zeros(1)) for i in range(3))
     assert WeightPusher(None).push(stream, "v") is None
     assert produced == [0, 1, 2]
 
@@ -331,7 +331,7 @@ def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
     groups: list[dict] = []
     monkeypatch.setattr(nccl_common, "trainer_init", groups.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    channel = _NcclChannel(invited.append, "127.0.0.1", 3, 1 << 20, 60.0)
+    channel = _NcclChannel(invited.append, "127.0.0.1", 3, 1 << 20)
     info = nccl_common.NCCLWeightTransferInitInfo(**invited[0], rank_offset=1)
     assert (info.world_size, info.packed, info.packed_buffer_size_bytes) == (3, True, 1 << 20)
     assert groups == [{"master_address": "127.0.0.1", "master_port": info.master_port, "world_size": 3}]
@@ -341,11 +341,19 @@ def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
-    channel = _IpcChannel(invited.append, "127.0.0.1", 2, 1 << 20, 60.0)
+    channel = _IpcChannel(invited.append)
     assert ipc_engine.IPCWeightTransferInitInfo(**invited[1]).packed
     update = ipc_engine.IPCWeightTransferUpdateInfo(**announced, **channel.prepare(bucket))
     assert update.tensor_sizes == [48, 20] and update.ipc_handles.keys() == {"GPU-1"}
     assert torch.equal(channel._buffer.view(torch.float32), torch.cat([torch.zeros(12), torch.ones(5)]))
+
+
+def test_trainer_ranks_that_share_their_gpus_tell_of_all_buffers():
+    output = torchrun(2, Path(__file__).with_name("ipc_worker.py"), timeout=120)
+    # Two ones in float32 are bytes of which 2 x (128 + 63) is the sum.
+    for number in (1, 2):
+        handles = {f"GPU-{rank}": ("handle of", rank, 3 * number + 382) for rank in range(2)}
+        assert output.count(f"RESULT [3, 8] {handles}") == 2
 
 
 @pytest.mark.slow
