@@ -96,6 +96,7 @@ def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp
         attach(policy("dense"))
 
 
+@pytest.mark.slow  # test_train sees the same from outside
 def test_an_engine_that_dies_at_start_is_quoted(policy, tmp_path: Path):
     broken = shutil.copytree(policy("dense"), tmp_path / "broken")
     weights = broken / "model.safetensors"

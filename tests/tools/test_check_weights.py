@@ -30,7 +30,7 @@ def run(capsys, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
+@pytest.mark.parametrize("kind", [pytest.param("tied", marks=pytest.mark.slow), "moe"])
 def test_weights_from_disk_and_pushed_ones(kind, engines_for, policy, run):
     """An engine agrees with what it loaded, then with what was pushed, and with nothing else."""
     engines = engines_for(kind)
