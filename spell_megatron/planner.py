@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from spell_megatron.config import Config, ParallelConfig
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import Architecture, architecture
-from spell_megatron.training.layout import layout_faults, training_defects
+from spell_megatron.training.layout import context_split, layout_faults, training_defects
 from spell_megatron.training.model import build_model
 from spell_megatron.training.prefix_tree import Cost
 from spell_megatron.training.trainer import build_optimizer, training_cost
@@ -293,6 +293,9 @@ def layer_activations(arch: Architecture, config: Config, moe: bool, tokens: int
     attention += mixed
     attention += 4 * arch.head_dim * size  # cosine and sine, twice
     attention += (2 * queries + keys) * size + 4 * queries / arch.head_dim  # query, key, output; log-sum-exp
+    swapping, groups = context_split(arch, config.training.parallel)
+    spread = math.lcm(max(arch.groups // tensor, 1), swapping) * arch.head_dim
+    attention += 2 * (groups * spread - keys) * size  # copies of keys and values, and those of other ranks
     if moe:
         width = arch.expert_ffn / expert_tensor
         copies = arch.experts_per_token * expert_tensor / tensor
@@ -424,9 +427,12 @@ def _communication(
     # Sequence parallelism: a gather before and a scatter after each part of a layer; backward gathers inputs again.
     parts = 2 * layers - sparse
     total = seconds(own * arch.hidden * size * parts * (2 * forwards + 3), tensor, 1)
-    keys = math.lcm(max(arch.groups // tensor, 1), context)
+    swapping, groups = context_split(arch, parallel)
+    keys = math.lcm(max(arch.groups // tensor, 1), swapping)
     exchanged = (2 * arch.heads / tensor + 2 * keys) * arch.head_dim
-    total += seconds(own * exchanged * size * layers * (forwards + 1), context, tensor)
+    total += seconds(own * exchanged * size * layers * (forwards + 1), swapping, tensor)
+    gathered = groups * 2 * keys * arch.head_dim
+    total += seconds(own * gathered * size * layers * (forwards + 1), groups, tensor * swapping)
     copies = arch.experts_per_token * expert_tensor / tensor
     total += seconds(own * copies * arch.hidden * size * 2 * sparse * (forwards + 1), expert, expert_tensor)
     total += seconds(own * copies * arch.hidden * size * 2 * sparse * (forwards + 1), expert_tensor, 1)

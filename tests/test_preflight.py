@@ -141,7 +141,6 @@ def parallel(**size: int) -> dict:
         (parallel(tensor=3), "training.parallel.tensor", "attention heads"),
         (parallel(pipeline=3), "training.parallel.pipeline", "more than the model's 2 layers"),
         (parallel(expert=2), "training.parallel.expert", "no experts"),
-        (parallel(context=8), "training.parallel.context", "does not fit the model"),
         ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel", "attention heads"),
         ({"rollout": {"urls": ["localhost:8000"]}}, "rollout.urls", "http://"),
         ({"logging": {"wandb": True}}, "logging.wandb", "pip install wandb"),

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
+from spell_megatron.training.architecture import architecture, load_hf_config
+from spell_megatron.training.layout import context_split
 
 
 def initialise(config: Config) -> torch.device:
@@ -76,10 +78,14 @@ def _make_groups(config: Config, **options: bool) -> None:
     from megatron.core import parallel_state
 
     parallel = config.training.parallel
+    split = (1, 1)
+    if parallel.context > 1:
+        split = context_split(architecture(load_hf_config(config.model.path)), parallel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        hierarchical_context_parallel_sizes=list(split) if split[1] > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         **options,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from importlib.metadata import version
 
+import numpy as np
 from packaging.version import Version
 
 from spell_megatron.config import ParallelConfig
@@ -18,7 +19,7 @@ LayoutFault = tuple[str, str]
 
 def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[LayoutFault]:
     """Why the model cannot be cut so."""
-    tensor, context = parallel.tensor, parallel.context
+    tensor = parallel.tensor
     if arch.heads % tensor:
         yield "tensor", f"{tensor} does not divide the model's {arch.heads} attention heads. Choose a divisor"
     elif arch.groups % tensor and tensor % arch.groups:
@@ -30,15 +31,6 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Layo
     elif (rows := (arch.heads + 2 * arch.groups) * arch.head_dim) % tensor:
         # Key-value heads fewer than ranks: Megatron cuts the joined projection evenly all the same.
         yield "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
-    else:
-        try:
-            ulysses_groups(arch.heads // tensor, max(1, arch.groups // tensor), context)
-        except ValueError as error:
-            yield (
-                "context tensor",
-                f"{context} does not fit the model: of each tensor-parallel rank, {error}. Choose a smaller "
-                "context, or a smaller tensor",
-            )
     if not all(arch.moe_layers) and arch.ffn % tensor:
         yield "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
     if arch.experts and arch.expert_ffn % parallel.expert_tensor:
@@ -79,13 +71,41 @@ def refuse(faults: Iterator[LayoutFault]) -> None:
         raise UserError(f"training.parallel.{keys.split()[0]}: {message}.")
 
 
-def ulysses_groups(heads: int, groups: int, ranks: int) -> int:
-    """Key-value heads to spread over the context-parallel ranks: `groups`, or copies of them if they are too few.
+def context_split(arch: Architecture, parallel: ParallelConfig) -> tuple[int, int]:
+    """How the context-parallel ranks share the attention: (ranks that swap tokens for heads, such groups).
 
-    Raises:
-        ValueError: the query heads do not divide evenly among the ranks and their key-value heads.
+    As many ranks as the heads of a tensor-parallel rank allow swap tokens for heads (Ulysses,
+    arXiv:2309.14509), with copies of key-value heads that are too few. If there are more ranks, each group
+    keeps its own queries and gathers the keys and values of the others.
     """
-    spread = math.lcm(groups, ranks)
-    if heads % spread:
-        raise ValueError(f"{heads} query heads with {groups} key-value heads cannot be spread over {ranks} ranks")
-    return spread
+    heads, groups = arch.heads // parallel.tensor, max(1, arch.groups // parallel.tensor)
+    fitting = [
+        ranks
+        for ranks in range(1, parallel.context + 1)
+        if parallel.context % ranks == 0 and heads % math.lcm(groups, ranks) == 0
+    ]
+    return fitting[-1], parallel.context // fitting[-1]
+
+
+def query_ranges(length: int, group: int, groups: int) -> list[tuple[int, int]]:
+    """Positions [start, stop) of a row that one of `groups` groups of context-parallel ranks holds, ascending.
+
+    The row is cut into 2 groups pieces and each group takes one from the front and one from the back, because
+    tokens at the back attend to more. `length` is a multiple of 2 groups, if there are several.
+    """
+    if groups == 1:
+        return [(0, length)]
+    piece = length // (2 * groups)
+    return [(i * piece, (i + 1) * piece) for i in (group, 2 * groups - 1 - group)]
+
+
+def context_positions(length: int, rank: int, swapping: int, groups: int) -> np.ndarray:
+    """Positions [length / ranks] of a row that a context-parallel rank holds, ascending.
+
+    Args:
+        length: of the row, a multiple of the ranks, and of twice as many if there are several groups.
+        rank: in the context-parallel group, whose consecutive ranks swap tokens for heads.
+        swapping, groups: of `context_split`.
+    """
+    held = [np.arange(start, stop) for start, stop in query_ranges(length, rank // swapping, groups)]
+    return np.split(np.concatenate(held), swapping)[rank % swapping]

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from spell_megatron.config import Config
 from spell_megatron.training.architecture import architecture
-from spell_megatron.training.layout import refuse, training_defects
+from spell_megatron.training.layout import context_positions, context_split, refuse, training_defects
 from spell_megatron.training.logprobs import token_logprobs
 from spell_megatron.training.moe import balance_metrics, routers
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
@@ -179,20 +179,19 @@ class Trainer:
         """Megatron's forward_step_func: hidden states of the next tree, laid out in at least so many tokens,
         and the loss on them."""
         tree, length = next(trees)
-        sizes, context_rank = self.model.config, parallel_state.get_context_parallel_rank()
-        shards = sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1
-        length += -length % (shards * sizes.context_parallel_size)
+        swapping, groups = context_split(self._arch, self.config.training.parallel)
+        shards = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
+        length += -length % (shards * swapping * groups * (2 if groups > 1 else 1))
         tokens, position_ids, end, uncounted = _pad(tree, length)
-        own = tokens.shape[1] // sizes.context_parallel_size
-        mine = slice(context_rank * own, (context_rank + 1) * own)
+        mine = context_positions(length, parallel_state.get_context_parallel_rank(), swapping, groups)
         arguments = [tokens[:, mine], position_ids[:, mine], end]
         if self._arch.experts:
             arguments.append(uncounted[:, mine])
         hidden = model(*(self._tensor(np.ascontiguousarray(x)) for x in arguments))
         return hidden, partial(self._loss, values, tree, mine)
 
-    def _loss(self, values: _ResponseValues, tree: Tree, mine: slice, hidden: torch.Tensor):
-        """Sum of the losses of the edges whose source is among this context-parallel rank's tokens `mine`,
+    def _loss(self, values: _ResponseValues, tree: Tree, mine: np.ndarray, hidden: torch.Tensor):
+        """Sum of the losses of the edges whose source is among this context-parallel rank's positions `mine`,
         their number, and the sums behind the metrics."""
         model = self.model
         group = parallel_state.get_tensor_model_parallel_group()
@@ -203,11 +202,12 @@ class Trainer:
             )
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
         training = self.config.training
-        edges = np.flatnonzero((tree.source >= mine.start) & (tree.source < mine.stop))
+        place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)
+        edges = np.flatnonzero(mine[place] == tree.source)
         logprob, entropy = token_logprobs(
             hidden,
             weight,
-            self._tensor(tree.source[edges] - mine.start),
+            self._tensor(place[edges]),
             self._tensor(tree.target[edges]),
             self.config.rollout.sampling.temperature,
             training.logprob_chunk,

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spell_megatron.training import attention
+from spell_megatron.training.layout import context_positions, query_ranges
 
 
 def random_forest(rng: random.Random, depth: int, longest: int, trees: int) -> list[int]:
@@ -38,9 +39,9 @@ def dense_attention(query, key, value, end, scale):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
 
 
-def output_and_gradients(function, tensors, end, scale, upstream):
+def output_and_gradients(function, tensors, end, scale, upstream, *more):
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out = function(*leaves, end, scale)
+    out = function(*leaves, end, scale, *more)
     (out * upstream).sum().backward()
     return out.detach(), *(x.grad for x in leaves)
 
@@ -84,6 +85,44 @@ def test_plan_covers_the_mask_once():
         positions = torch.arange(total)
         mask = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
         assert torch.equal(counts, mask.int())
+
+
+def test_some_queries_against_all_keys(monkeypatch):
+    """What groups of context-parallel ranks compute: the rows of the whole result, the sums of their gradients."""
+    rng = random.Random(7)
+    for trial in range(12):
+        monkeypatch.setattr(attention, "SMALL", rng.choice([1, 24, 256]))
+        end = random_forest(rng, depth=3, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4))
+        groups = rng.choice([2, 3])
+        end = torch.tensor(end + [len(end) + i + 1 for i in range(-len(end) % (2 * groups))])
+        torch.manual_seed(trial)
+        tensors = [torch.randn(len(end), n, 16) for n in (4, 2, 2)]
+        upstream = torch.randn(len(end), 4, 16)
+        double = [x.double() for x in tensors]
+        out, grad_q, grad_k, grad_v = output_and_gradients(dense_attention, double, end, 0.25, upstream.double())
+        sums = [torch.zeros_like(x) for x in tensors[1:]]
+        for group in range(groups):
+            ranges = query_ranges(len(end), group, groups)
+            rows = torch.cat([torch.arange(*r) for r in ranges])
+            some = [tensors[0][rows], *tensors[1:]]
+            part, *grads = output_and_gradients(attention.tree_attention, some, end, 0.25, upstream[rows], ranges)
+            torch.testing.assert_close(part.double(), out[rows], rtol=0, atol=1e-5)
+            torch.testing.assert_close(grads[0].double(), grad_q[rows], rtol=0, atol=1e-5)
+            for total, grad in zip(sums, grads[1:]):
+                total += grad
+        torch.testing.assert_close(sums[0].double(), grad_k, rtol=0, atol=3e-5)
+        torch.testing.assert_close(sums[1].double(), grad_v, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(("swapping", "groups"), [(1, 1), (4, 1), (1, 3), (2, 2)])
+def test_context_parallel_ranks_hold_every_position_once(swapping, groups):
+    ranks = swapping * groups
+    held = [context_positions(12 * ranks, rank, swapping, groups) for rank in range(ranks)]
+    assert sorted(p for positions in held for p in positions) == list(range(12 * ranks))
+    assert all(len(p) == 12 and (p[1:] > p[:-1]).all() for p in held)
+    if groups > 1:  # causal work is the same for all groups
+        work = {sum(int(held[g * swapping + i].sum()) for i in range(swapping)) for g in range(groups)}
+        assert len(work) == 1
 
 
 def test_bfloat16_is_as_exact_as_its_type():
@@ -136,9 +175,11 @@ def test_long_rows_need_no_square_of_memory():
     assert largest.numel == tensors[0].numel()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("total", [700, 1024])
-def test_flex_blocks_describe_the_same_mask(total):
-    """The GPU path's blocks, checked without a GPU: needed and full blocks are exactly those of the mask."""
+def test_flex_blocks_describe_the_same_mask(total, groups):
+    """The GPU path's blocks, checked without a GPU: needed and full blocks are exactly those of the mask, if
+    queries are contiguous; otherwise none is missing and none falsely called full."""
     rng = random.Random(total)
     ends: list[int] = []
     while len(ends) < total:
@@ -149,6 +190,22 @@ def test_flex_blocks_describe_the_same_mask(total):
     mask = torch.zeros(blocks * size, blocks * size, dtype=torch.bool)
     positions = torch.arange(total)
     mask[:total, :total] = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
+    if groups > 1:
+        ranges = query_ranges(total, 1, groups)
+        mask = mask[torch.cat([torch.arange(*r) for r in ranges])]
+        mask = torch.nn.functional.pad(mask, (0, 0, 0, -len(mask) % size))
+        block_mask = attention.flex_block_mask(end, ranges)
+        dense = block_mask.to_dense()[0, 0].bool()
+        tiles = mask.view(-1, size, blocks, size).permute(0, 2, 1, 3)
+        assert not (tiles.any(-1).any(-1) & ~dense).any()
+        for row in range(len(tiles)):
+            chosen = block_mask.full_kv_indices[0, 0, row, : block_mask.full_kv_num_blocks[0, 0, row]]
+            real = slice(0, min(size, total // 2 - row * size))
+            assert all(tiles[row, c, real].all() for c in chosen)
+        index = torch.arange(total // 2)
+        told = block_mask.mask_mod(0, 0, index[:, None], positions[None, :])
+        assert torch.equal(told, mask[: total // 2, :total])
+        return
     tiles = mask.view(blocks, size, blocks, size).permute(0, 2, 1, 3)
     block_mask = attention.flex_block_mask(end)
     assert torch.equal(block_mask.to_dense()[0, 0].bool(), tiles.any(-1).any(-1))

@@ -295,7 +295,6 @@ def test_unsupported_models_are_refused(tmp_path):
 
 def test_unsupported_layouts_are_refused(tmp_path):
     for name, config_class, options, parallel, reason in [
-        ("a", Qwen3Config, {}, {"context": 3}, "context"),
         ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
         ("h", Qwen3Config, {"num_attention_heads": 3, "num_key_value_heads": 1}, {"tensor": 3}, "projection"),
         ("c", Qwen3Config, {}, {"pipeline": 9}, "layers"),

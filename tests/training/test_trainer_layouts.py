@@ -46,6 +46,7 @@ ON_TWO = {
     "context-odd": layout("odd", context=2),
     "context": layout("qwen3", "full", context=2),
     "context-expert": layout("qwen3_moe", context=2, expert=2),
+    "context-gathered": layout("three_heads", "selective", context=2),
     "expert-allgather": layout("qwen3_moe", "selective", other=ALL_GATHER, expert=2),
     "tensor-expert-grouped": layout("qwen3_moe", "selective", True, other=GROUPED, tensor=2, expert=2),
     "expert-balanced": layout("qwen3_moe", "full", other=BALANCED, expert=2),
@@ -59,7 +60,9 @@ ON_FOUR = {
     "expert-data": layout("qwen3_moe", distributed=True, expert=2),
     "expert-everywhere": layout("qwen3_moe", tensor=2, expert=4),
     "context-replicated-heads": layout("qwen3", context=4),
+    "context-swapped-and-gathered": layout("odd", context=4),
     "tensor-context": layout("qwen3", distributed=True, tensor=2, context=2),
+    "tensor-context-gathered": layout("odd", "full", tensor=2, context=2),
     "pipeline-context": layout("qwen2.5", pipeline=2, context=2),
     "context-data-expert": layout("qwen3_moe", distributed=True, context=2, expert=2),
     "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
@@ -69,7 +72,10 @@ ON_FOUR = {
     "tensor-pipeline-balanced": layout("qwen3_moe", "full", other=BALANCED, tensor=2, pipeline=2, expert=2),
     "context-data-balanced": layout("qwen3_moe", "selective", True, other=BALANCED, context=2, expert=2),
 }
-ON_EIGHT = {"tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2)}
+ON_EIGHT = {
+    "tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2),
+    "tensor-context-gathered-expert": layout("qwen3_moe", "selective", tensor=4, context=2, expert=2),
+}
 
 
 METRICS = ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")

@@ -65,6 +65,11 @@ FAMILIES = {
             vocab_size=VOCAB + 3,
         ),
     ),
+    "three_heads": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        dict(tie_word_embeddings=False, head_dim=16, num_attention_heads=3, num_key_value_heads=3),
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(tie_word_embeddings=False, **_MOE)),
 }
 
