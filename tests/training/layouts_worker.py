@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
+from torchrun import end_layout
 
 from spell_megatron.config import Config
 from spell_megatron.training import backend
@@ -72,8 +73,7 @@ def check(folder: str, parallel: dict) -> None:
     error = max(((x - tree["logits"]).abs().max().item() for x in found), default=None)
     assert (error is not None) == parallel_state.is_pipeline_last_stage()
     print("RESULT " + json.dumps([parallel, error, sorted(wrong)]), flush=True)
-    # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
-    parallel_state.destroy_model_parallel()
+    end_layout()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 def main(folder: Path) -> None:
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
+    from torchrun import end_layout
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
     from spell_megatron.training import backend, checkpoint, model
@@ -46,8 +46,7 @@ def main(folder: Path) -> None:
         result["resumed"] = update(resumed, 2), weights(resumed)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{name}.pt")
-        # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
-        parallel_state.destroy_model_parallel()
+        end_layout()
     backend.shutdown()
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+from torchrun import end_layout
 
 from spell_megatron.config import Config
 from spell_megatron.rollout.engines import Engines
@@ -39,8 +39,7 @@ def push(urls: list[str], folder: str, parallel: dict) -> None:
         count, differences = compare(read_checkpoint(config.model.path), engines.engines)
         print(f"RESULT {done.tensors} sent, {count} compared, {differences} differ", flush=True)
     pusher.close()
-    # Not backend.shutdown(): torchrun's store cannot serve a second default process group.
-    parallel_state.destroy_model_parallel()
+    end_layout()
 
 
 if __name__ == "__main__":
