@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The GPU suite on a machine with one GPU, Python 3.12, torch with CUDA, Triton and transformers:
+#
+#     benchmarks/gpu/run.sh          runs it and writes benchmarks/results/gpu.txt and gpu.json
+#     benchmarks/gpu/run.sh wheels   fetches what such a machine may lack into benchmarks/gpu/wheels, with a network
+#
+# Set PYTHON to choose an interpreter, OUT for another folder of results. Options go to run.py.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+wheels=benchmarks/gpu/wheels
+if [ "${1-}" = wheels ]; then
+    fetch=("$python" -m pip download --quiet --dest "$wheels" --only-binary=:all: --python-version 3.12
+        --implementation cp --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64
+        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
+    "${fetch[@]}" --no-deps megatron-core==0.19.2
+    "${fetch[@]}" 'pydantic>=2.12'
+    ls "$wheels"
+    exit
+fi
+packages=$PWD/build/gpu-packages
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if ! "$python" -c 'import megatron.core, pydantic' 2>/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$packages" "$wheels"/*.whl || {
+        echo "megatron-core or pydantic is missing here: run benchmarks/gpu/run.sh wheels where there is a network," \
+            "and bring the folder $wheels along." >&2
+        exit 2
+    }
+    export PYTHONPATH=$PYTHONPATH:$packages
+fi
+exec "$python" benchmarks/gpu/run.py --out "${OUT:-benchmarks/results}" "$@"
