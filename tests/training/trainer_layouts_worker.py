@@ -11,41 +11,48 @@ import sys
 from pathlib import Path
 
 
-def main(folder: Path) -> None:
+def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str, Path]) -> None:
     import torch
     import torch.distributed as dist
-    from torchrun import end_layout
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
     from spell_megatron.training import backend, checkpoint, model
 
+    grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
+    model._wants_grouped_experts = lambda use_te: grouped
+    config = make_config(folder / policy, **settings)
+    backend.initialise(config)
+    trainer = make_trainer(config)
+
+    def update(trainer, seed):
+        return trainer.update(make_rows(seed) if dist.get_rank() == 0 else None)
+
+    metrics = [update(trainer, seed) for seed in range(2)]
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, [{k: v for k, v in m.items() if "second" not in k} for m in metrics])
+    result = {
+        "metrics": metrics,
+        "same": all(m == everywhere[0] for m in everywhere),
+        "weights": weights(trainer),
+    }
+    key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
+    before = saved.get(key)
+    saved[key] = checkpoint.save(folder / name, 2, trainer, {})
+    resumed = make_trainer(config)
+    checkpoint.load(before or saved[key], resumed)
+    result["resumed"] = update(resumed, 2), weights(resumed)
+    if dist.get_rank() == 0:
+        torch.save(result, folder / f"{name}.pt")
+
+
+def main(folder: Path) -> None:
+    from torchrun import end_layout
+
+    from spell_megatron.training import backend
+
     saved: dict[str, Path] = {}
     for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
-        grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
-        model._wants_grouped_experts = lambda use_te, grouped=grouped: grouped
-        config = make_config(folder / policy, **settings)
-        backend.initialise(config)
-        trainer = make_trainer(config)
-
-        def update(trainer, seed):
-            return trainer.update(make_rows(seed) if dist.get_rank() == 0 else None)
-
-        metrics = [update(trainer, seed) for seed in range(2)]
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [{k: v for k, v in m.items() if "second" not in k} for m in metrics])
-        result = {
-            "metrics": metrics,
-            "same": all(m == everywhere[0] for m in everywhere),
-            "weights": weights(trainer),
-        }
-        key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
-        before = saved.get(key)
-        saved[key] = checkpoint.save(folder / name, 2, trainer, {})
-        resumed = make_trainer(config)
-        checkpoint.load(before or saved[key], resumed)
-        result["resumed"] = update(resumed, 2), weights(resumed)
-        if dist.get_rank() == 0:
-            torch.save(result, folder / f"{name}.pt")
+        check(folder, name, policy, settings, saved)
         end_layout()
     backend.shutdown()
 
