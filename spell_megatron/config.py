@@ -242,6 +242,14 @@ class TrainingConfig(Section):
     """PPO clip above 1."""
     clip_dual: float = Field(3.0, gt=1)
     """Dual clip for negative advantages."""
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
+    """Weigh each token's loss by trainer over engine probability, of the token or of its whole response, to correct
+    for engines that compute differently from the trainer."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Largest importance weight."""
+    routing_replay: bool = True
+    """Mixture-of-experts models: send each token to the experts that the engine sent it to. Off by itself where the
+    engines do not tell (vLLM on CPUs)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
