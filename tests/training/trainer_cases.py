@@ -108,6 +108,17 @@ def make_rows(seed: int = 0, groups: int = 4, group_size: int = 4) -> list[Row]:
     return rows
 
 
+def make_routed_rows(seed: int = 0) -> list[Row]:
+    """`make_rows` with random routings for the mixture of experts, some only from the response on. The rollout
+    log-probabilities are not far from a random policy's, so that importance weights on both sides of the cap occur;
+    the weights are positive, so that the loss, in which these weights multiply, is no small difference."""
+    rng, rows = np.random.default_rng(seed), make_rows(seed)
+    rows = recorded(rows, other_routings(rows, 2, 8, 2, seed))
+    rows[1:4] = [replace(row, routing=row.routing[row.prompt_length :]) for row in rows[1:4]]
+    logprobs = [rng.normal(-6.5, 2, len(row.weights)).astype(np.float32) for row in rows]
+    return [replace(row, weights=abs(row.weights), rollout_logprobs=x) for row, x in zip(rows, logprobs, strict=True)]
+
+
 def make_config(folder: Path, **overrides) -> Config:
     """`overrides`: dotted names with `__` for the dot."""
     values = {

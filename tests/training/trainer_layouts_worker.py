@@ -15,7 +15,7 @@ def main(folder: Path) -> None:
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
-    from trainer_cases import make_config, make_rows, make_trainer, weights
+    from trainer_cases import make_config, make_routed_rows, make_rows, make_trainer, weights
 
     from spell_megatron.training import backend, checkpoint, model
 
@@ -23,12 +23,13 @@ def main(folder: Path) -> None:
     for name, (policy, settings) in json.loads((folder / "cases.json").read_text()).items():
         grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
         model._wants_grouped_experts = lambda use_te, grouped=grouped: grouped
+        rows = make_routed_rows if settings.pop("routed", False) else make_rows
         config = make_config(folder / policy, **settings)
         backend.initialise(config)
         trainer = make_trainer(config)
 
-        def update(trainer, seed):
-            return trainer.update(make_rows(seed) if dist.get_rank() == 0 else None)
+        def update(trainer, seed, rows=rows):
+            return trainer.update(rows(seed) if dist.get_rank() == 0 else None)
 
         metrics = [update(trainer, seed) for seed in range(2)]
         everywhere = [None] * dist.get_world_size()
@@ -38,7 +39,8 @@ def main(folder: Path) -> None:
             "same": all(m == everywhere[0] for m in everywhere),
             "weights": weights(trainer),
         }
-        key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
+        training = config.training
+        key = f"{policy} {training.optimizer.distributed} {training.moe_aux_loss} {training.importance_sampling}"
         before = saved.get(key)
         saved[key] = checkpoint.save(folder / name, 2, trainer, {})
         resumed = make_trainer(config)
