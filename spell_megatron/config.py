@@ -678,6 +678,12 @@ def _relation_faults(config: Config) -> list[Fault]:
         "training.clip_low",
         f"{training.clip_low} must be below 1, for 1 - clip_low bounds a ratio of probabilities. Lower it",
     )
+    check(
+        training.importance_sampling != "sequence" or config.rollout.sampling.top_p == 1,
+        "training.importance_sampling rollout.sampling.top_p",
+        f"with top_p = {config.rollout.sampling.top_p} the engine gives each token a higher probability than the "
+        "trainer, and their product over a response leaves no weight at all. Set top_p to 1, or use token",
+    )
     for role, weight in training.role_weights.items():
         check(weight >= 0, "training.role_weights", f"{role} has weight {weight}. Use 0 or more")
 

@@ -210,14 +210,14 @@ def reference(
     return sums, model
 
 
-def near_the_policy(folder: Path, rows: list[Row], noise: float = 0.5) -> list[Row]:
-    """The rows with rollout log-probabilities that differ from the policy's by normal noise."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def near_the_policy(folder: Path, rows: list[Row], noise: float = 0.5, dtype=torch.float32) -> list[Row]:
+    """The rows with rollout log-probabilities that differ by normal noise from the policy's in transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     rng, result = np.random.default_rng(0), []
     for row in rows:
         tokens, p = torch.from_numpy(row.tokens), row.prompt_length
         with torch.no_grad():
-            logp = (model(tokens[None]).logits[0, p - 1 : -1] / 0.7).log_softmax(-1)
+            logp = (model(tokens[None]).logits[0, p - 1 : -1].float() / 0.7).log_softmax(-1)
         chosen = logp.gather(-1, tokens[p:, None])[:, 0].numpy()
         result.append(replace(row, rollout_logprobs=chosen + rng.normal(0, noise, len(chosen)).astype(np.float32)))
     return result
