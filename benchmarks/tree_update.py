@@ -78,6 +78,7 @@ def unshared(rows, numbers):
                 np.full_like(tree.row, number),
                 tree.offset,
                 tree.fresh,
+                tree.routed_by,
             )
         )
         start += len(tree.tokens)

@@ -242,6 +242,14 @@ class TrainingConfig(Section):
     """PPO clip above 1."""
     clip_dual: float = Field(3.0, gt=1)
     """Dual clip for negative advantages."""
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
+    """Weigh each token's loss by trainer over engine probability, of the token or of its whole response, to correct
+    for engines that compute differently from the trainer."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Largest importance weight."""
+    routing_replay: bool = True
+    """Mixture-of-experts models: send each token to the experts that the engine sent it to. Off by itself where the
+    engines do not tell (vLLM on CPUs)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
@@ -669,6 +677,12 @@ def _relation_faults(config: Config) -> list[Fault]:
         training.clip_low < 1,
         "training.clip_low",
         f"{training.clip_low} must be below 1, for 1 - clip_low bounds a ratio of probabilities. Lower it",
+    )
+    check(
+        training.importance_sampling != "sequence" or config.rollout.sampling.top_p == 1,
+        "training.importance_sampling rollout.sampling.top_p",
+        f"with top_p = {config.rollout.sampling.top_p} the engine gives each token a higher probability than the "
+        "trainer, and their product over a response leaves no weight at all. Set top_p to 1, or use token",
     )
     for role, weight in training.role_weights.items():
         check(weight >= 0, "training.role_weights", f"{role} has weight {weight}. Use 0 or more")

@@ -65,6 +65,8 @@ def run(config: Config, resume: bool = False) -> None:
         with progress.stage("loading the policy"):
             trainer = _make_trainer(config)
             step, state = _restore(folder, trainer) if resume else (0, {})
+        if first and (why := _no_replay(config, trainer, engines)):
+            progress.line(f"Routing replay is off: {why}.")
         pusher = WeightPusher(engines)
         stack.callback(pusher.close)
         director = stack.enter_context(Director(config, engines)) if first else None
@@ -89,6 +91,7 @@ def run(config: Config, resume: bool = False) -> None:
                 metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
                 rows = [_row(sample, config) for sample in rollout.batch]
                 write_dump(rollout.samples, folder / "rollouts", step, config.logging.dump)
+                del rollout  # the routings of its samples are large
                 empty = 0 if rows else empty + 1
                 if empty:
                     why = _why_empty(metrics, folder / "rollouts")
@@ -125,6 +128,13 @@ def _make_trainer(config: Config) -> Trainer:
     model = build_model(hf_config, config)
     load_weights(model, hf_config, config.model.path)
     return Trainer(config, hf_config, model)
+
+
+def _no_replay(config: Config, trainer: Trainer, engines: Engines) -> str:
+    """Why a mixture of experts is trained without the engines' routings; "" if it is not."""
+    if not trainer.model.config.num_moe_experts:
+        return ""
+    return engines.no_routing if config.training.routing_replay else "training.routing_replay is false"
 
 
 def _restore(folder: Path, trainer: Trainer) -> tuple[int, dict]:
@@ -188,4 +198,5 @@ def _row(sample: Sample, config: Config) -> Row:
         prompt_length=len(sample.prompt_ids),
         weights=np.full(len(sample.response_ids), weight, dtype=np.float32),
         rollout_logprobs=np.array(sample.logprobs, dtype=np.float32),
+        routing=sample.routing,
     )

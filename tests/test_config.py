@@ -124,6 +124,7 @@ def test_every_fault_is_reported_at_once_each_on_a_line_with_its_remedy(write):
         ({"training": {"optimizer": {"min_lr": 1e-3}}}, "training.optimizer.min_lr"),
         ({"training": {"optimizer": {"warmup_steps": 70}}}, "training.optimizer.warmup_steps"),
         ({"training": {"clip_low": 1.0}}, "training.clip_low"),
+        ({"training": {"importance_sampling": "sequence"}}, "training.importance_sampling"),
         ({"training": {"role_weights": {"verifier": -1}}}, "training.role_weights"),
         ({"training": {"parallel": {"processes": 3, "tensor": 2}}}, "training.parallel.processes"),
         ({"training": {"parallel": {"processes": 2, "expert": 4}}}, "training.parallel.expert"),

@@ -92,6 +92,7 @@ async def validate(
             seed=derive_seed(seed, "held-out", question.id),
             max_tokens=sampling.max_response_tokens,
             affinity=question.documents[0],
+            prompt_routing=False,
         )
         predictions = [
             parse_answer(question.task, tokenizer.decode(c.token_ids), c.finish_reason == "length") for c in completions

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import io
 import json
 import logging
 import time
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import aiohttp
+import numpy as np
 
 from spell_megatron.config import SamplingConfig
 from spell_megatron.errors import UserError
@@ -39,12 +42,15 @@ class Completion:
             from (after temperature and, where top_p < 1, its renormalisation).
         finish_reason: `stop` (end-of-sequence token) or `length` (cut at max_tokens).
         weight_version: version of the weights that sampled all of it.
+        routing: of a mixture of experts, if the engine returns them, the experts to which it sent the tokens
+            before the last: integers [tokens, layers, experts per token]. Those of the prompt come first.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: str
+    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -115,6 +121,7 @@ class Client:
         max_tokens: int,
         affinity: str,
         greedy: bool = False,
+        prompt_routing: bool = True,
     ) -> list[Completion]:
         """Samples n completions of a prompt.
 
@@ -130,6 +137,8 @@ class Client:
             affinity: requests with equal affinity go to the same replica, so that they meet the
                 same prefix cache, as long as it is alive.
             greedy: take the likeliest token every time instead of sampling.
+            prompt_routing: have the routing of the prompt returned too. It is long, and the same for all
+                completions of a prompt that the engine has in its prefix cache.
 
         Raises:
             GenerationError: the engine refused the request (too long a prompt, say), failed at it
@@ -149,6 +158,8 @@ class Client:
         # seeds apart, and lets a large n be cut into requests that give the same samples.
         base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big")
         ids = list(prompt_ids)
+        if not prompt_routing:
+            params["routed_experts_prompt_start"] = len(ids)
         parts = [
             {
                 "token_ids": ids,
@@ -162,7 +173,9 @@ class Client:
         ]
         answers = await asyncio.gather(*(self._send(json.dumps(part), affinity) for part in parts))
         completions = [
-            _completion(choice) for answer in answers for choice in sorted(answer, key=lambda c: c["index"])
+            _completion(choice, len(ids) if prompt_routing else 0)
+            for answer in answers
+            for choice in sorted(answer, key=lambda c: c["index"])
         ]
         return completions * n if greedy else completions
 
@@ -228,7 +241,8 @@ class _ServerFault(Exception):
     """A 5xx answer: the engine is overloaded, stopping or broken; another may do better."""
 
 
-def _completion(choice: dict) -> Completion:
+def _completion(choice: dict, routed_prompt: int) -> Completion:
+    """A completion from the engine's JSON; `routed_prompt`: prompt tokens whose routing was asked for."""
     reason = choice["finish_reason"]
     if reason not in ("stop", "length"):
         raise GenerationError(f"the engine ended a completion with {reason!r}; was it aborted?")
@@ -239,4 +253,10 @@ def _completion(choice: dict) -> Completion:
             "no request may run across a weight update"
         )
     logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return Completion(choice["token_ids"], logprobs, reason, versions[0])
+    routing = None
+    if choice["routed_experts"] is not None:
+        routing = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
+        expected = routed_prompt + len(choice["token_ids"]) - 1
+        if len(routing) != expected:
+            raise GenerationError(f"the engine returned the experts of {len(routing)} tokens, not of {expected}")
+    return Completion(choice["token_ids"], logprobs, reason, versions[0], routing)

@@ -75,12 +75,13 @@ class Engines:
         engines: one per replica.
         api_key: key that all of them demand.
         weight_transfer: backend by which they receive weights: gloo, nccl or ipc.
+        no_routing: why they do not return the experts of tokens, for users; "" if they do.
     """
 
     def __init__(self, engines: list[Engine], api_key: str, servers: list[_Server]) -> None:
         self.engines = engines
         self.api_key = api_key
-        self.weight_transfer = ""
+        self.weight_transfer = self.no_routing = ""
         self._servers = servers
         atexit.register(self.stop)
 
@@ -164,13 +165,19 @@ class Engines:
                 )
 
     def _check_fit(self, config: Config) -> None:
-        backends = {_check_engine(engine, config) for engine in self.engines}
+        described = [_check_engine(engine, config) for engine in self.engines]
+        backends = {about["weight_transfer"] for about in described}
         if len(backends) > 1:
             raise UserError(
                 f"The engines of rollout.urls receive weights by different backends ({sorted(backends)}). "
                 "Start all with the same --weight-transfer-config."
             )
         self.weight_transfer = backends.pop()
+        silent = [engine.url for engine, about in zip(self.engines, described) if not about["routed_experts"]]
+        if silent and self.weight_transfer == "gloo":
+            self.no_routing = "vLLM does not return the experts of tokens on CPUs"
+        elif silent:
+            self.no_routing = f"the engine at {silent[0]} was started without --enable-return-routed-experts"
 
     def stop(self) -> None:
         """Ends the servers that were started here, with all their processes. May be called again."""
@@ -259,6 +266,8 @@ def server_command(config: Config, port: int, weight_transfer: str) -> list[str]
     else:
         switches = []
         flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+        if weight_transfer in ("nccl", "ipc") and config.training.routing_replay and _has_experts(config.model.path):
+            switches.append("--enable-return-routed-experts")
     switches += [
         "--skip-tokenizer-init",
         "--enable-prefix-caching",
@@ -273,6 +282,11 @@ def server_command(config: Config, port: int, weight_transfer: str) -> list[str]
         *switches,
         *rollout.extra_args,
     ]
+
+
+def _has_experts(model: Path) -> bool:
+    path = model / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("num_experts_per_tok"))
 
 
 def longest_sequence(config: Config) -> int:
@@ -392,8 +406,8 @@ def _environment(config: Config, key: str, gpus: list[str], weight_transfer: str
     return environment
 
 
-def _check_engine(engine: Engine, config: Config) -> str:
-    """Checks that an engine suits the run; returns its weight-transfer backend."""
+def _check_engine(engine: Engine, config: Config) -> dict:
+    """Checks that an engine suits the run; returns what it says of itself (`worker.spell_describe`)."""
     if not engine.healthy():
         raise UserError(
             f"No healthy engine answers at {engine.url} (rollout.urls). Start it, wait until its /health "
@@ -442,4 +456,4 @@ def _check_engine(engine: Engine, config: Config) -> str:
         raise UserError(
             f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}"
         )
-    return about["weight_transfer"]
+    return about

@@ -150,6 +150,7 @@ class WorkerExtension:
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
             "weight_transfer": None if transfer is None else transfer.backend,
+            "routed_experts": config.aux_output_config.enable_return_routed_experts,
             "workers": config.parallel_config.world_size_across_dp,
         }
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from spell_megatron.config import SelfPlayConfig
 
 Role = Literal["questioner", "responder", "verifier"]
@@ -19,7 +21,8 @@ class Sample:
     """One completion of one role: what the trainer needs, then what people want to read.
 
     `uid` names the question the sample belongs to, `group` the samples it is compared with. `logprobs`
-    are the engine's log-probabilities of `response_ids`. `kind` tells why a question's reward is not
+    are the engine's log-probabilities of `response_ids`, `routing` the experts to which it sent the tokens before
+    the last (as many as it has: integers [tokens, layers, experts per token]), or None. `kind` tells why a question's reward is not
     positive; it is `good` for all other samples.
     """
 
@@ -43,6 +46,7 @@ class Sample:
     verdict: float | None = None
     document_ids: list[str] = field(default_factory=list)
     truncated: bool = False
+    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass

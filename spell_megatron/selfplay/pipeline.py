@@ -19,6 +19,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from spell_megatron.config import SamplingConfig, SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.advantages import assign_advantages
@@ -67,13 +69,21 @@ class Completion(Protocol):
     logprobs: Sequence[float]
     finish_reason: str
     weight_version: str
+    routing: np.ndarray | None
 
 
 class Client(Protocol):
     """What the pipeline needs of the engines."""
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, n: int, seed: int, max_tokens: int, affinity: str
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int,
+        seed: int,
+        max_tokens: int,
+        affinity: str,
+        prompt_routing: bool = True,
     ) -> list[Completion]: ...
 
 
@@ -322,6 +332,8 @@ class SelfPlay:
         if mixed([answer.reward for answer in answers]):
             return "mixed"
         row.kind, row.reward = "zero_variance", 0.0
+        for answer in answers:
+            answer.routing = None  # nobody trains on them, and routings are large
         return "all_1" if mean > 0.5 else "all_0"
 
     def _questioner_prompt(
@@ -375,7 +387,9 @@ class SelfPlay:
     ) -> int:
         limit = self.sampling.max_no_context_tokens or self.sampling.max_response_tokens
         prompt_ids = self.tokenizer.prompt_ids(self.prompts.responder(attempt.task, question.text, None))
-        completion = (await client.generate(attempt, "no_context", prompt_ids, limit, index=index))[0]
+        completion = (
+            await client.generate(attempt, "no_context", prompt_ids, limit, index=index, prompt_routing=False)
+        )[0]
         text = self.tokenizer.decode(completion.token_ids)
         prediction = parse_answer(attempt.task, text, completion.finish_reason == "length")
         return rule_score(attempt.task, prediction, question.reference)
@@ -391,8 +405,10 @@ class SelfPlay:
     ) -> Sample:
         """One answer over all documents, and its judgments."""
         task = attempt.task
+        limit = self.sampling.max_response_tokens
+        # Of a prompt that all answers share one routing is enough.
         completion = (
-            await client.generate(attempt, "responder", prompt_ids, self.sampling.max_response_tokens, index=index)
+            await client.generate(attempt, "responder", prompt_ids, limit, index=index, prompt_routing=index == 0)
         )[0]
         text = self.tokenizer.decode(completion.token_ids)
         prediction = parse_answer(task, text, completion.finish_reason == "length")
@@ -513,7 +529,14 @@ class _StepClient:
         return derive_seed(*parts)
 
     async def generate(
-        self, attempt: Attempt, role: str, prompt_ids: list[int], max_tokens: int, index: int = 0, n: int = 1
+        self,
+        attempt: Attempt,
+        role: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        index: int = 0,
+        n: int = 1,
+        prompt_routing: bool = True,
     ) -> list[Completion]:
         completions = await self.client.generate(
             prompt_ids,
@@ -521,6 +544,7 @@ class _StepClient:
             seed=self.seed(attempt, role, index),
             max_tokens=max_tokens,
             affinity=attempt.cluster.id,
+            prompt_routing=prompt_routing,
         )
         for completion in completions:
             if completion.weight_version != self.weight_version:
@@ -563,6 +587,7 @@ class _StepClient:
             response=text,
             document_ids=[attempt.cluster.document_ids[i] for i in documents],
             truncated=completion.finish_reason == "length",
+            routing=completion.routing,
         )
 
 

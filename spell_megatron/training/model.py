@@ -22,7 +22,7 @@ from spell_megatron.config import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.layout import layout_faults, refuse
-from spell_megatron.training.moe import GroupedExperts, Router
+from spell_megatron.training.moe import GroupedExperts, Router, routers
 
 
 class TreeGPTModel(GPTModel):
@@ -38,9 +38,15 @@ class TreeGPTModel(GPTModel):
         self.vocabulary: int = hf_config.vocab_size
         # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
         self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
+        self._routers = routers(self)
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, end: Tensor, uncounted: Tensor | None = None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        end: Tensor,
+        uncounted: Tensor | None = None,
+        routing: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm (last pipeline stage), or this stage's output.
 
@@ -49,6 +55,7 @@ class TreeGPTModel(GPTModel):
             position_ids: [1, t] depth of each token in its tree.
             end: [whole row] end of each token's subtree (see `attention`); it must not be changed in place.
             uncounted: [1, t] bool, True for tokens that the experts' load and auxiliary loss leave out.
+            routing: [t, layers of this stage, top_k] experts to replay (see `moe.Router.recorded`).
 
         Returns:
             [t, 1, hidden]; with sequence parallelism this rank's part of the tokens.
@@ -56,12 +63,21 @@ class TreeGPTModel(GPTModel):
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         angles = position_ids[0].float()[:, None] * self._frequencies
         rotary = torch.cat([angles, angles], dim=-1)[:, None, None, :]
-        if uncounted is not None and self.config.sequence_parallel:
+        if self.config.sequence_parallel:
             shards, rank = self.config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
-            uncounted = uncounted.chunk(shards, dim=1)[rank]
+            uncounted = None if uncounted is None else uncounted.chunk(shards, dim=1)[rank]
+            routing = None if routing is None else routing.chunk(shards)[rank]
+        for router in self._routers:
+            router.recorded = None if routing is None else routing[:, router.layer_number - self.layers.start - 1]
         return self.decoder(
             hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
         )
+
+    @property
+    def layers(self) -> range:
+        """Numbers, from 0, of the layers of this pipeline stage."""
+        first = self.decoder.layers[0].layer_number - 1
+        return range(first, first + len(self.decoder.layers))
 
     @property
     def output_weight(self) -> Tensor | None:
@@ -136,6 +152,7 @@ def _transformer_config(
             # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
             "moe_router_pre_softmax": not arch.normalise_router,
             "moe_router_dtype": "fp32",
+            "moe_enable_routing_replay": training.routing_replay,
             "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss else "none",
             "moe_aux_loss_coeff": training.moe_aux_loss,
             "moe_grouped_gemm": use_te,

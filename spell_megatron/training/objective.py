@@ -55,6 +55,17 @@ def policy_loss(
         )
 
 
+def importance_weight(log_ratio: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Truncated importance weights min(exp(log_ratio), cap), and 1 where the cap is reached; both without gradient.
+
+    log_ratio [tokens]: log-probability by the trainer minus that by the engine, of each token (Yao et al.,
+    https://fengyao.notion.site/off-policy-rl) or of the token's whole response (Liu, Li et al.,
+    https://richardli.xyz/rl-collapse). It is clamped like the others.
+    """
+    ratio = log_ratio.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return ratio.clamp(max=cap), (ratio >= cap).float()
+
+
 def agg_loss(
     loss: torch.Tensor,
     mask: torch.Tensor,

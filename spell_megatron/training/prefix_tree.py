@@ -11,7 +11,7 @@ Everything here is NumPy on one core; nothing knows about models or roles.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +24,15 @@ class Row:
     tokens: int64 [n], prompt and response; prompt_length: at least 1, since the first response token is
     predicted from the last prompt token; weights: float32 [n - prompt_length], factor of each response
     token in the loss (advantage times role weight); rollout_logprobs: float32 [n - prompt_length], the
-    engine's log-probability of each response token.
+    engine's log-probability of each response token; routing: the experts to which the engine sent the m
+    tokens before the last, integers [m, layers, top_k], or None. An engine never computes a row's last token.
     """
 
     tokens: np.ndarray
     prompt_length: int
     weights: np.ndarray
     rollout_logprobs: np.ndarray
+    routing: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length <= len(self.tokens):
@@ -44,6 +46,16 @@ class Row:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} values for {response} response tokens"
                 )
+        if self.routing is not None and len(self.routing) >= len(self.tokens):
+            raise ValueError(
+                f"routing is of {len(self.routing)} tokens in a row of {len(self.tokens)}, whose last has none"
+            )
+
+    @property
+    def routed(self) -> range:
+        """Places of the tokens that `routing` is of."""
+        stop = len(self.tokens) - 1
+        return range(stop - len(self.routing), stop) if self.routing is not None else range(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +67,8 @@ class Tree:
     hidden state at flat position `source` predicts token id `target`, which is response token `offset`
     of row number `row`. fresh, bool [t], is False where a token repeats what another tree of the batch
     computes too: however the rows are cut, each token of their common radix tree is fresh once.
+    routed_by [t] is the row whose recorded routing a token takes, -1 if no row has any for it: of the rows
+    that share the token the first, in the order of their token ids, however the rows are cut.
     """
 
     tokens: np.ndarray
@@ -65,6 +79,7 @@ class Tree:
     row: np.ndarray
     offset: np.ndarray
     fresh: np.ndarray
+    routed_by: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,9 @@ class Cost:
 
 # One token that predicts nothing: what a rank without work runs, so that all ranks run the same number
 # of microbatches (expert parallel ranks exchange tokens in each).
-EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]))
+EMPTY = Tree(
+    *(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]), np.array([-1])
+)
 
 
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
@@ -147,6 +164,28 @@ class _Sorted:
         self.shared = np.zeros(len(self.order), dtype=np.int64)
         for k in range(1, len(self.order)):
             self.shared[k] = _common_prefix(rows[self.order[k - 1]].tokens, rows[self.order[k]].tokens)
+        # own[k]: tokens that the rows before k add to the common radix tree. Row k adds those numbered from there.
+        self.own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
+        self.routed_by = self._routed_by()
+
+    def _nodes(self, k: int, begin: int, end: int) -> Iterator[tuple[int, slice]]:
+        """Numbers in the common radix tree of the tokens begin..end-1 of sorted row k, as (first place, numbers)."""
+        while begin < end:
+            first = max(begin, int(self.shared[k]))
+            if first < end:
+                number = int(self.own[k] - self.shared[k])
+                yield first, slice(number + first, number + end)
+                end = first
+            k -= 1  # what a row shares with the one before it are that one's tokens
+
+    def _routed_by(self) -> np.ndarray:
+        """int32, for each token of the common radix tree: the row whose routing it takes (see `Tree`)."""
+        routed_by = np.full(self.own[-1], -1, dtype=np.int32)
+        for k in reversed(range(len(self.order))):  # so that the first row has the last word
+            routed = self.rows[self.order[k]].routed
+            for _, numbers in self._nodes(k, routed.start, routed.stop):
+                routed_by[numbers] = self.order[k]
+        return routed_by
 
     def pack(self, max_tokens: int) -> list[Tree]:
         """See the function `pack`."""
@@ -174,7 +213,7 @@ class _Sorted:
         shares with its predecessor once more; one token is added so that free cuts stay few.
         """
         n = len(self.order)
-        own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])  # own[k]: rows before k, unshared
+        own = self.own
         begin = self.shared - own[:-1]  # a run first..last-1 holds own[last] + begin[first] tokens
         best = np.zeros(n + 1, dtype=np.int64)
         came_from = np.zeros(n + 1, dtype=np.int64)
@@ -202,7 +241,7 @@ class _Sorted:
         lengths = self.lengths[members]
         total = int((lengths - shared).sum())
         tokens, depth, end = (np.empty(total, dtype=np.int64) for _ in range(3))
-        fresh = np.empty(total, dtype=bool)
+        fresh, routed_by = np.empty(total, dtype=bool), np.empty(total, dtype=np.int64)
         path = np.empty(int(lengths.max()), dtype=np.int64)  # flat position of each depth
         edges = []
         start = previous = 0
@@ -216,13 +255,16 @@ class _Sorted:
             depth[start:stop] = np.arange(common, n)
             # Tokens that k shares with the sorted row before it are that row's, in whichever tree it is.
             fresh[start:stop] = depth[start:stop] >= self.shared[k]
+            for first, numbers in self._nodes(k, common, n):
+                at = start + first - common
+                routed_by[at : at + numbers.stop - numbers.start] = self.routed_by[numbers]
             edges.append(
                 (path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p))
             )
             start, previous = stop, n
         end[path[:previous]] = total
         columns = (np.concatenate(column).astype(np.int64) for column in zip(*edges))
-        return Tree(tokens, depth, end, *columns, fresh)
+        return Tree(tokens, depth, end, *columns, fresh, routed_by)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,8 +26,8 @@ from spell_megatron.config import Config
 from spell_megatron.training.architecture import architecture
 from spell_megatron.training.layout import context_positions, context_split, refuse, training_defects
 from spell_megatron.training.logprobs import token_logprobs
-from spell_megatron.training.moe import balance_metrics, routers
-from spell_megatron.training.objective import LOG_RATIO_LIMIT, policy_loss
+from spell_megatron.training.moe import expert_metrics, routers
+from spell_megatron.training.objective import LOG_RATIO_LIMIT, importance_weight, policy_loss
 from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
 
 Progress = Callable[[int, int], None]
@@ -41,6 +42,8 @@ _MEANS = (
     "entropy",
     "mismatch_abs",
     "mismatch_kl",
+    "importance_weight",
+    "importance_capped",
 )
 """Metrics that are means over response tokens, in the order of the sums that `_loss` returns."""
 
@@ -87,7 +90,8 @@ class Trainer:
 
         The loss is -(1 / N) sum_t weight_t rho_t, where N is the number of response tokens of the whole
         batch over all ranks: it does not depend on how the batch is cut or spread. A row's weights
-        (advantage times role weight) scale the sum, not N.
+        (advantage times role weight, and importance weights where `training.importance_sampling` asks for
+        them) scale the sum, not N. Of a mixture of experts the rows' routings are replayed.
 
         Returns, equal on every rank:
             loss, grad_norm (before clipping), lr, skipped (1.0 if the gradient was not finite, so that no
@@ -96,13 +100,16 @@ class Trainer:
             mismatch_abs, mismatch_kl, mismatch_max_ratio: trainer against engine log-probabilities d =
             trainer - engine: mean |d|, mean exp(d) - 1 - d (the k3 estimate of KL(engine || trainer),
             http://joschu.net/blog/kl-approx.html), max exp(|d|);
+            importance_weight, importance_capped: mean of the truncated importance weights, and share of those
+            that reach the cap; if they are off, of those that there would be per token;
             response_tokens, tokens_unshared (of all rows), tokens_computed (prefixes once), sharing (their
             ratio), microbatches (per rank), seconds, tokens_per_second (unshared, all ranks);
-            of a mixture of experts, those of `moe.balance_metrics`: a shared prefix counts once, however the
+            of a mixture of experts, those of `moe.expert_metrics`: a shared prefix counts once, however the
             batch is cut.
 
         Raises:
-            ValueError: no row has a response, or a token id is outside the vocabulary.
+            ValueError: no row has a response, a token id is outside the vocabulary, or a routing is not of the
+                policy's layers and experts per token.
         """
         start = time.perf_counter()
         rows = self._broadcast(rows)
@@ -115,6 +122,7 @@ class Trainer:
             lengths = [max(len(tree.tokens) for tree in together) for together in zip(*plans)]
         count = sum(len(row.weights) for row in rows)
         distinct = int(sum(tree.fresh.sum() for trees in plans for tree in trees))
+        routings = _Routings(rows, plans, rank, self.model.layers, self._device)
         for router in routers(self.model):
             router.start_update(aux_scale=count / distinct)  # Megatron divides every gradient by `count`
 
@@ -122,7 +130,7 @@ class Trainer:
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, _ResponseValues(rows)),
+            forward_step_func=partial(self._forward, _ResponseValues(rows), routings),
             data_iterator=_reporting(list(zip(trees, lengths)), progress),
             model=[self._ddp],
             num_microbatches=len(trees),
@@ -130,6 +138,8 @@ class Trainer:
             micro_batch_size=1,
             forward_only=False,
         )
+        for router in routers(self.model):
+            router.forget_routings()
         if progress:
             progress(len(trees), len(trees))
         sums, tops = self._reduce(outputs)
@@ -152,15 +162,27 @@ class Trainer:
             "microbatches": float(len(trees)),
             "seconds": seconds.item(),
             "tokens_per_second": unshared / seconds.item(),
-            **(balance_metrics(self.model, self._arch.moe_layers, distinct) if self._arch.experts else {}),
+            **self._expert_metrics(distinct, routings.any),
         }
 
+    def _expert_metrics(self, distinct: int, replays: bool) -> dict[str, float]:
+        return expert_metrics(self.model, self._arch.moe_layers, distinct, replays) if self._arch.experts else {}
+
     def _broadcast(self, rows: Sequence[Row] | None) -> list[Row]:
-        """The rows of rank 0 on every rank, checked."""
-        box = [list(rows) if rows is not None else []]
+        """The rows of rank 0 on every rank, checked. Only rank 0 has their routings, others have arrays of zeros
+        without memory in their place: see `_Routings`."""
+        rows = list(rows) if rows is not None else []
+        if not (self._arch.experts and self.config.training.routing_replay):
+            rows = [replace(row, routing=None) for row in rows]
         if dist.get_world_size() > 1:
+            shapes = [None if row.routing is None else (row.routing.dtype, row.routing.shape) for row in rows]
+            box = [[replace(row, routing=None) for row in rows], shapes]
             dist.broadcast_object_list(box, src=0, device=self._device)
-        (rows,) = box
+            if dist.get_rank() > 0:
+                rows = [
+                    row if of is None else replace(row, routing=np.broadcast_to(np.zeros((), of[0]), of[1]))
+                    for row, of in zip(*box, strict=True)
+                ]
         rows = [row for row in rows if len(row.weights)]
         if not rows:
             raise ValueError("the update batch holds no row with a response; there is nothing to train on")
@@ -171,10 +193,16 @@ class Trainer:
                     f"row {number} of the update batch holds token ids {row.tokens.min()} to "
                     f"{row.tokens.max()}, but the policy's vocabulary has {vocab} tokens"
                 )
+            expected = self._arch.layers, self._arch.experts_per_token
+            if row.routing is not None and row.routing.shape[1:] != expected:
+                raise ValueError(
+                    f"row {number} of the update batch holds routings of shape {row.routing.shape}, but the policy "
+                    f"has {expected[0]} layers and {expected[1]} experts per token"
+                )
         return rows
 
     def _forward(
-        self, values: _ResponseValues, trees: Iterator[tuple[Tree, int]], model
+        self, values: _ResponseValues, routings: _Routings, trees: Iterator[tuple[Tree, int]], model
     ) -> tuple[torch.Tensor, Callable]:
         """Megatron's forward_step_func: hidden states of the next tree, laid out in at least so many tokens,
         and the loss on them."""
@@ -187,6 +215,8 @@ class Trainer:
         arguments = [tokens[:, mine], position_ids[:, mine], end]
         if self._arch.experts:
             arguments.append(uncounted[:, mine])
+        if routings.any:
+            arguments.append(routings.of(tree, mine))
         hidden = model(*(self._tensor(np.ascontiguousarray(x)) for x in arguments))
         return hidden, partial(self._loss, values, tree, mine)
 
@@ -218,23 +248,45 @@ class Trainer:
         result = policy_loss(
             logprob, logprob.detach(), advantage, training.clip_low, training.clip_high, training.clip_dual
         )
-        loss = result.loss.sum()
+        difference, losses = logprob.detach() - rollout, result.loss
+        log_ratio = difference
+        if training.importance_sampling == "sequence":
+            log_ratio = self._sums_over_rows(difference, tree, edges)
+        weight, capped = importance_weight(log_ratio, training.importance_cap)
+        if training.importance_sampling != "none":
+            losses = weight * losses
+        loss = losses.sum()
         with torch.no_grad():
-            delta = (logprob - rollout).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            delta = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             k3 = delta.exp() - 1 - delta
             columns = (
-                result.loss,
+                losses,
                 result.clipped,
                 result.approx_kl,
                 result.clipped_lower,
                 entropy,
                 delta.abs(),
                 k3,
+                weight,
+                capped,
             )
             sums = torch.stack([column.double().sum() for column in columns])
             top = delta.abs().amax() if len(delta) else delta.new_zeros(())
         count = torch.tensor(len(edges), dtype=torch.int, device=self._device)
         return loss, count, {"sums": torch.cat([sums, count.double()[None]]), "top": top.double()[None]}
+
+    def _sums_over_rows(self, values: torch.Tensor, tree: Tree, edges: np.ndarray) -> torch.Tensor:
+        """For each of this context-parallel rank's `edges` [e] of a tree, the sum of `values` [e] over its row's.
+
+        A row is in one tree with all its edges, and in the same place among the rows on all these ranks.
+        """
+        rows, row_of_edge = np.unique(tree.row, return_inverse=True)
+        row_of_edge = self._tensor(row_of_edge[edges])
+        sums = torch.zeros(len(rows), dtype=torch.double, device=self._device)
+        sums.index_add_(0, row_of_edge, values.double())
+        if parallel_state.get_context_parallel_world_size() > 1 and len(rows):
+            dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        return sums[row_of_edge].to(values.dtype)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -337,6 +389,56 @@ class _ResponseValues:
         """Weights and rollout log-probabilities of a tree's loss edges, each [e]."""
         index = self._starts[tree.row] + tree.offset
         return [column[index] for column in self._columns]
+
+
+class _Routings:
+    """The recorded routings that this rank's trees take, of the layers of its pipeline stage.
+
+    All ranks make one together, from the rows of `Trainer._broadcast`. Rank 0 sends the routings row by row, so that
+    no rank but the first ever holds more than one that it does not need.
+    """
+
+    def __init__(
+        self, rows: list[Row], plans: list[list[Tree]], rank: int, layers: range, device: torch.device
+    ) -> None:
+        recorded = [row.routing for row in rows if row.routing is not None]
+        self.any = bool(recorded)
+        self._top_k = recorded[0].shape[2] if recorded else 0
+        self._layers = layers
+        self._first: dict[int, int] = {}
+        self._kept: dict[int, np.ndarray] = {}
+        used = [{int(row) for tree in trees for row in np.unique(tree.routed_by)} - {-1} for trees in plans]
+        for number in sorted(set.union(*used)):
+            routing = _from_rank_0(rows[number].routing, device)
+            if number in used[rank]:
+                part = routing[:, layers.start : layers.stop]
+                self._kept[number] = part.copy() if dist.get_rank() else part  # rank 0 has the whole anyway
+                self._first[number] = rows[number].routed.start
+
+    def of(self, tree: Tree, places: slice) -> np.ndarray:
+        """Experts of a range of a tree's tokens, padding behind it included: int16 [tokens, layers of the stage,
+        top_k], -1 where there is no record."""
+        result = np.full((places.stop - places.start, len(self._layers), self._top_k), -1, dtype=np.int16)
+        rows, depths = tree.routed_by[places], tree.position_ids[places]
+        # Runs of tokens that follow each other in one row.
+        cuts = np.flatnonzero((np.diff(rows) != 0) | (np.diff(depths) != 1)) + 1
+        for start, stop in zip([0, *cuts], [*cuts, len(rows)]):
+            if len(rows) and (row := int(rows[start])) >= 0:
+                first = depths[start] - self._first[row]
+                result[start:stop] = self._kept[row][first : first + stop - start]
+        return result
+
+
+def _from_rank_0(array: np.ndarray, device: torch.device) -> np.ndarray:
+    """The array of rank 0 on all ranks, which have arrays of its type and shape."""
+    if dist.get_world_size() == 1:
+        return array
+    # As bytes: neither gloo nor NCCL knows all types of integers.
+    sent = torch.empty(array.nbytes, dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        sent.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    dist.broadcast(sent, src=0)
+    return sent.cpu().numpy().view(array.dtype).reshape(array.shape) if dist.get_rank() else array
 
 
 def _pad(tree: Tree, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

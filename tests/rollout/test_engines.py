@@ -74,6 +74,7 @@ def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp
 
     attached = attach(policy("dense", 1))
     assert (attached.urls, attached.weight_transfer) == (engines.urls, "gloo")
+    assert "on CPUs" in attached.no_routing
     attached.stop()
     assert engines.engines[0].healthy()  # what was not started here is not stopped here
 
@@ -139,6 +140,12 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"
     command = server_command(config, 1, backend)
     assert "--enforce-eager" not in command and "--gpu-memory-utilization" in command
+    flag = "--enable-return-routed-experts"
+    assert flag not in command
+    config.model.path = policy("moe")
+    assert flag in server_command(config, 1, backend) and flag not in server_command(config, 1, "gloo")
+    config.training.routing_replay = False
+    assert flag not in server_command(config, 1, backend)
     assert placed(1, 1)[1:] == ([["0"]], "ipc")
     assert placed(4, 4, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "ipc")
     assert placed(0, 2, replicas=2)[1:] == ([[], []], "gloo")

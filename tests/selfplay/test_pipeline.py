@@ -9,6 +9,7 @@ import json
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from spell_megatron.config import SamplingConfig, SelfPlayConfig
@@ -28,6 +29,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     weight_version: str
+    routing: np.ndarray | None = None
 
 
 class Bytes:
@@ -49,7 +51,7 @@ class ScriptedPolicy:
         self.jitter, self.version, self.fail = random.Random(jitter) if jitter else None, version, fail
         self.requests, self.cancelled, self.running = [], 0, 0
 
-    async def generate(self, prompt_ids, *, n, seed, max_tokens, affinity):
+    async def generate(self, prompt_ids, *, n, seed, max_tokens, affinity, prompt_routing=True):
         prompt = bytes(prompt_ids).decode()
         self.requests.append((affinity, prompt, seed, n))
         try:
@@ -63,7 +65,11 @@ class ScriptedPolicy:
         if self.fail and self.fail in prompt:
             raise UserError("engine 0 is gone")
         texts = [self.text(prompt, affinity, seed + i) for i in range(n)]
-        return [Completion(list(t.encode()), [-0.5] * len(t.encode()), r, self.version) for t, r in texts]
+        start = len(prompt_ids) if prompt_routing else 0
+        return [
+            Completion(list(t.encode()), [-0.5] * len(t.encode()), r, self.version, np.zeros((start + len(t) - 1, 2, 2)))
+            for t, r in texts
+        ]
 
     def text(self, prompt, affinity, seed):
         role, task = prompt.split("|")[:2]
@@ -162,6 +168,25 @@ def test_the_step_uses_the_shortest_prefix_with_n_mixed_groups(prompts):
     # the next step begins where the prefix ended: surplus clusters were given back
     following = [cluster.id for cluster, _ in zip_first(selfplay.sampler.upcoming(), 5)]
     assert following == order[len(rollout.clusters) : len(rollout.clusters) + 5]
+
+
+def test_samples_carry_their_routings(prompts):
+    """One answer of a group has that of the prompt too; answers that are not trained on have none."""
+    rollout = roll(make_selfplay(prompts), ScriptedPolicy())
+    assert len({s.role for s in rollout.batch}) == 3
+    for sample in rollout.batch:
+        assert len(sample.routing) + 1 in (len(sample.response_ids), len(sample.prompt_ids) + len(sample.response_ids))
+    groups = {}
+    for sample in rollout.samples:
+        groups.setdefault((sample.role, sample.group), []).append(sample)
+    for (role, _), samples in groups.items():
+        whole = [s.routing is not None and len(s.routing) >= len(s.prompt_ids) for s in samples]
+        if role != "responder":
+            assert all(whole)
+        elif len({s.reward for s in samples}) > 1:
+            assert whole == [True, False, False, False] and all(len(s.routing) for s in samples)
+        else:
+            assert all(s.routing is None for s in samples)
 
 
 def zip_first(iterator, count):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spell_megatron.training.objective import agg_loss, policy_loss
+from spell_megatron.training.objective import agg_loss, importance_weight, policy_loss
 
 
 def mean_policy_loss(logprob, old, advantage, dual=3.0):
@@ -52,6 +52,14 @@ def test_gradient_on_policy_is_minus_the_advantage():
     advantage = torch.tensor([0.5, -2.0, 0.0])
     policy_loss(logprob, logprob.detach(), advantage, 0.2, 0.2, 3.0).loss.sum().backward()
     torch.testing.assert_close(logprob.grad, -advantage)
+
+
+def test_importance_weights_are_truncated_and_carry_no_gradient():
+    ratio = torch.tensor([0.5, 1.0, 1.9, 2.0, 3.0, 1e30], requires_grad=True)
+    weight, capped = importance_weight(ratio.log(), 2.0)
+    torch.testing.assert_close(weight, torch.tensor([0.5, 1.0, 1.9, 2.0, 2.0, 2.0]))
+    assert capped[[0, 1, 2, 4, 5]].tolist() == [0, 0, 0, 1, 1]  # at the cap itself rounding decides
+    assert not weight.requires_grad and not capped.requires_grad
 
 
 def test_absurd_log_ratios_stay_finite():

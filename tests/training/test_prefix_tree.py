@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from spell_megatron.training.prefix_tree import EMPTY, Cost, Row, pack, plan
 
 
-def make_row(tokens, prompt_length, seed=0):
+def make_row(tokens, prompt_length, seed=0, routed=None):
+    """`routed`: the last but one so many tokens have a routing; None: there is no record at all."""
     n = len(tokens) - prompt_length
     rng = np.random.default_rng(seed)
     return Row(
@@ -18,6 +19,7 @@ def make_row(tokens, prompt_length, seed=0):
         prompt_length,
         rng.normal(size=n).astype(np.float32),
         rng.normal(size=n).astype(np.float32),
+        None if routed is None else np.zeros((routed, 1, 1), np.uint8),
     )
 
 
@@ -32,7 +34,8 @@ def row_lists(draw):
         else:
             tokens = [draw(st.integers(0, 2))]
         tokens += draw(st.lists(st.integers(0, 2), max_size=8))
-        rows.append(make_row(tokens, draw(st.integers(1, len(tokens)))))
+        routed = draw(st.none() | st.integers(0, len(tokens) - 1))
+        rows.append(make_row(tokens, draw(st.integers(1, len(tokens))), routed=routed))
     return rows
 
 
@@ -67,6 +70,14 @@ def check(rows, trees, max_tokens):
     ]
     prefixes = {tuple(r.tokens[:i]) for r in rows if len(r.weights) for i in range(1, len(r.tokens) + 1)}
     assert len(fresh) == len(set(fresh)) and set(fresh) == prefixes, "a token is not fresh exactly once"
+
+    providers = {}
+    for number in sorted((i for i, r in enumerate(rows) if len(r.weights)), key=lambda i: list(rows[i].tokens)):
+        for place in rows[number].routed:
+            providers.setdefault(tuple(rows[number].tokens[: place + 1]), number)
+    for tree in trees:
+        found = [providers.get(tuple(tree.tokens[ancestors(tree, q)]), -1) for q in range(len(tree.tokens))]
+        assert tree.routed_by.tolist() == found, "a token does not take the routing of the first row that has one"
 
 
 @settings(max_examples=300, deadline=None)
@@ -171,6 +182,8 @@ def test_faulty_rows_are_refused():
         make_row([1, 2], 0)
     with pytest.raises(ValueError, match="2 response tokens"):
         Row(np.arange(4), 2, np.zeros(1, np.float32), np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match="whose last has none"):
+        make_row([1, 2], 1, routed=2)
 
 
 def test_planning_a_full_batch_is_fast():

@@ -15,6 +15,9 @@ from trainer_cases import (
     make_policy,
     make_rows,
     make_trainer,
+    near_the_policy,
+    reference,
+    saved,
     weights,
 )
 
@@ -44,38 +47,6 @@ def policies(tmp_path_factory):
     return get
 
 
-def reference(folder, rows, temperature):
-    """Loss, gradients by name and metrics of the same objective on the Hugging Face model, row by row."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    count = sum(len(row.weights) for row in rows)
-    loss, entropy, mismatch = 0.0, 0.0, 0.0
-    for row in rows:
-        tokens, p = torch.from_numpy(row.tokens), row.prompt_length
-        logits = model(tokens[None]).logits[0, p - 1 : -1].float() / temperature
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(-1, tokens[p:, None])[:, 0]
-        ratio = (chosen - chosen.detach()).exp()
-        term = -(torch.from_numpy(row.weights) * ratio).sum() / count
-        term.backward()
-        loss += term.item()
-        entropy += -(logp.exp() * logp).sum().item() / count
-        mismatch += (chosen.detach() - torch.from_numpy(row.rollout_logprobs)).abs().sum().item() / count
-    # The export splits fused experts; read the gradients under the names of a saved checkpoint.
-    for parameter in model.parameters():
-        parameter.data = parameter.grad
-    return loss, entropy, mismatch, model
-
-
-def saved(model, folder):
-    """Tensors under their names in a checkpoint (transformers keeps experts fused in memory only)."""
-    from safetensors.torch import load_file
-
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path):
     """Loss, entropy, mismatch and every gradient within 1e-5 relative."""
@@ -83,19 +54,44 @@ def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path)
     trainer = make_trainer(make_config(policies(family)))
     calls = []
     metrics = trainer.update(rows, lambda done, total: calls.append((done, total)))
-    loss, entropy, mismatch, model = reference(policies(family), rows, 0.7)
+    expected, model = reference(policies(family), rows)
     error = difference(gradients(trainer), saved(model, tmp_path))
-    print(f"{family}: gradient {error:.1e}, loss {abs(metrics['loss'] / loss - 1):.1e}")
+    print(f"{family}: gradient {error:.1e}, loss {abs(metrics['loss'] / expected['loss'] - 1):.1e}")
     assert error <= 1e-5
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert metrics["mismatch_abs"] == pytest.approx(mismatch, rel=1e-5)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients(trainer).values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["clip_fraction"] == metrics["approx_kl"] == metrics["skipped"] == 0
     assert metrics["response_tokens"] == sum(len(row.weights) for row in rows)
     assert metrics["microbatches"] > 1 and metrics["sharing"] > 1.5
     assert calls == [(i + 1, len(calls)) for i in range(int(metrics["microbatches"]))]
+
+
+@pytest.mark.parametrize("budget", [10_000, 60])
+@pytest.mark.parametrize("sampling", ["token", "sequence"])
+def test_importance_weights_equal_plain_torch(sampling, budget, policies, tmp_path):
+    """Gradient and metrics with truncated importance weights, per token and per response, however the rows are cut:
+    within 1e-5 relative, the share of capped weights exactly."""
+    rows = near_the_policy(policies("qwen3"), make_rows())
+    trainer = make_trainer(
+        make_config(
+            policies("qwen3"),
+            training__importance_sampling=sampling,
+            training__importance_cap=1.5,
+            training__tokens_per_microbatch=budget,
+        )
+    )
+    metrics = trainer.update(rows)
+    expected, model = reference(policies("qwen3"), rows, sampling, 1.5)
+    error = difference(gradients(trainer), saved(model, tmp_path))
+    print(f"{sampling}: gradient {error:.1e}, mean {metrics['importance_weight']}, capped {metrics['importance_capped']}")
+    assert error <= 1e-5
+    # The terms of the loss, about 1 in size, cancel down to 0.005 here.
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert metrics["importance_capped"] == pytest.approx(expected["importance_capped"], rel=1e-12) != 0
+    plain = make_trainer(make_config(policies("qwen3")))
+    plain.update(rows)
+    assert difference(gradients(plain), gradients(trainer)) > 0.05
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

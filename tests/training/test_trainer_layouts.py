@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torchrun import torchrun
-from trainer_cases import FAMILIES, difference, make_config, make_policy, make_rows, make_trainer, weights
+from trainer_cases import (
+    FAMILIES,
+    difference,
+    make_config,
+    make_policy,
+    make_routed_rows,
+    make_rows,
+    make_trainer,
+    weights,
+)
 
 from spell_megatron.training import backend
 
@@ -29,6 +38,8 @@ def layout(
 
 ALL_GATHER = {"training__moe_dispatcher": "allgather"}
 GROUPED = {"grouped_experts": True}
+# Routings to replay, and weights that need the sums over whole responses.
+ROUTED = {"routed": True, "training__importance_sampling": "sequence"}
 ON_TWO = {
     "tensor": layout("qwen3", tensor=2),
     "tensor-recompute": layout("llama3", "full", tensor=2),
@@ -51,6 +62,9 @@ ON_TWO = {
     "tensor-expert-grouped": layout("qwen3_moe", "selective", True, other=GROUPED, tensor=2, expert=2),
     "expert-balanced": layout("qwen3_moe", "full", other=BALANCED, expert=2),
     "tensor-expert-balanced": layout("qwen3_moe", other=BALANCED, tensor=2, expert=2),
+    "tensor-expert-routed": layout("qwen3_moe", "selective", other=ROUTED, tensor=2, expert=2),
+    "context-expert-routed": layout("qwen3_moe", other=ROUTED, context=2, expert=2),
+    "pipeline-routed": layout("qwen3_moe", "full", other=ROUTED, pipeline=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
@@ -71,6 +85,9 @@ ON_FOUR = {
     "expert-tensor-allgather": layout("qwen3_moe", other=ALL_GATHER, tensor=2, expert_tensor=2, expert=2),
     "tensor-pipeline-balanced": layout("qwen3_moe", "full", other=BALANCED, tensor=2, pipeline=2, expert=2),
     "context-data-balanced": layout("qwen3_moe", "selective", True, other=BALANCED, context=2, expert=2),
+    "tensor-pipeline-expert-routed": layout("qwen3_moe", "full", other=ROUTED, tensor=2, pipeline=2, expert=2),
+    "context-data-expert-routed": layout("qwen3_moe", "full", True, other=ROUTED, context=2, expert=2),
+    "expert-everywhere-routed": layout("qwen3_moe", other=ALL_GATHER | ROUTED, tensor=2, expert=4),
 }
 ON_EIGHT = {
     "tensor-pipeline-expert-data": layout("qwen3_moe", distributed=True, tensor=2, pipeline=2, expert=2),
@@ -78,8 +95,15 @@ ON_EIGHT = {
 }
 
 
-METRICS = ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio")
-OF_EXPERTS = ("moe_load_imbalance", "moe_load_imbalance_max", "moe_unused_experts", "moe_aux_loss")
+METRICS = ("loss", "grad_norm", "entropy", "mismatch_abs", "mismatch_max_ratio", "importance_weight", "importance_capped")
+OF_EXPERTS = (
+    "moe_load_imbalance",
+    "moe_load_imbalance_max",
+    "moe_unused_experts",
+    "moe_aux_loss",
+    "routing_replayed",
+    "routing_changed",
+)
 FLOAT32 = dict.fromkeys((*METRICS, *OF_EXPERTS, "weights"), 1e-5)
 # bfloat16 keeps 8 bits, and where a sum is cut over processes other partial sums are rounded. Twice the largest
 # difference found; one process in bfloat16 differs from one in float32 by as much.
@@ -103,9 +127,10 @@ def alone(tmp_path_factory):
     def get(policy: str, **settings):
         key = policy, *settings.values()
         if key not in results:
+            rows = make_routed_rows if settings.pop("routed", False) else make_rows
             trainer = make_trainer(make_config(folder / policy, **settings))
-            two = [trainer.update(make_rows(seed)) for seed in range(2)], weights(trainer)
-            results[key] = *two, ([trainer.update(make_rows(2))], weights(trainer))
+            two = [trainer.update(rows(seed)) for seed in range(2)], weights(trainer)
+            results[key] = *two, ([trainer.update(rows(2))], weights(trainer))
         return results[key]
 
     get.folder = folder
@@ -132,7 +157,7 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
     torchrun(processes, Path(__file__).with_name("trainer_layouts_worker.py"), folder, timeout=900)
     faults = []
     for name, (policy, options) in cases.items():
-        objective = {key: options[key] for key in BALANCED if key in options}
+        objective = {key: options[key] for key in BALANCED | ROUTED if key in options}
         metrics, after_two, (third, after_three) = alone(policy, **settings, **objective)
         result = torch.load(folder / f"{name}.pt")
         assert result["same"], f"{name}: the ranks report different metrics"

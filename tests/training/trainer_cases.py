@@ -1,5 +1,6 @@
 """Tiny policies, batches and runs shared by the trainer's tests and the processes they start."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,11 @@ FAMILIES = {
 }
 
 
-def make_policy(family: str, folder: Path) -> None:
-    """A random Hugging Face checkpoint without a tokenizer."""
+def make_policy(family: str, folder: Path, **options) -> None:
+    """A random Hugging Face checkpoint without a tokenizer; `options` change its config.json."""
     config, model, extra = FAMILIES[family]
     torch.manual_seed(0)
-    hf = getattr(transformers, model)(getattr(transformers, config)(**{**_COMMON, **extra})).float()
+    hf = getattr(transformers, model)(getattr(transformers, config)(**{**_COMMON, **extra, **options})).float()
     for name, parameter in hf.named_parameters():
         if "norm" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -110,6 +111,17 @@ def make_rows(seed: int = 0, groups: int = 4, group_size: int = 4) -> list[Row]:
     add(first.tokens[: first.prompt_length], first.tokens[first.prompt_length :])
     add(np.array([3]), rng.integers(0, VOCAB, 5))
     return rows
+
+
+def make_routed_rows(seed: int = 0) -> list[Row]:
+    """`make_rows` with random routings for the mixture of experts, some only from the response on. The rollout
+    log-probabilities are not far from a random policy's, so that importance weights on both sides of the cap occur;
+    the weights are positive, so that the loss, in which these weights multiply, is no small difference."""
+    rng, rows = np.random.default_rng(seed), make_rows(seed)
+    rows = recorded(rows, other_routings(rows, 2, 8, 2, seed))
+    rows[1:4] = [replace(row, routing=row.routing[row.prompt_length :]) for row in rows[1:4]]
+    logprobs = [rng.normal(-6.5, 2, len(row.weights)).astype(np.float32) for row in rows]
+    return [replace(row, weights=abs(row.weights), rollout_logprobs=x) for row, x in zip(rows, logprobs, strict=True)]
 
 
 def make_config(folder: Path, **overrides) -> Config:
@@ -163,3 +175,124 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     names = sorted(a)
     x, y = (torch.cat([d[name].flatten().double() for name in names]) for d in (a, b))
     return ((x - y).norm() / y.norm()).item()
+
+
+def reference(
+    folder: Path, rows: list[Row], sampling: str = "none", cap: float = 2.0, routings: list | None = None
+) -> tuple[dict[str, float], torch.nn.Module]:
+    """Metrics of an update at temperature 0.7 by transformers and plain torch, row by row, and the model, whose
+    parameters are replaced by their gradients.
+
+    sampling, cap: importance weights. routings: experts of each row's tokens [tokens, layers, top_k], -1: the
+    model's own.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    count = sum(len(row.weights) for row in rows)
+    names = ("loss", "entropy", "mismatch_abs", "mismatch_kl", "importance_weight", "importance_capped")
+    sums = dict.fromkeys(names, 0.0)
+    for number, row in enumerate(rows):
+        tokens, p = torch.from_numpy(row.tokens), row.prompt_length
+        if routings is not None:
+            force_experts(model, torch.from_numpy(routings[number]))
+        logits = model(tokens[None]).logits[0, p - 1 : -1].float() / 0.7
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(-1, tokens[p:, None])[:, 0]
+        with torch.no_grad():
+            delta = chosen - torch.from_numpy(row.rollout_logprobs)
+            ratio = delta.sum().expand_as(delta).exp() if sampling == "sequence" else delta.exp()
+            weight = ratio.clamp(max=cap)
+        losses = -torch.from_numpy(row.weights) * (chosen - chosen.detach()).exp()
+        if sampling != "none":
+            losses = losses * weight
+        (losses.sum() / count).backward()
+        columns = losses, -(logp.exp() * logp).sum(-1), delta.abs(), delta.exp() - 1 - delta, weight, ratio >= cap
+        for name, column in zip(names, columns, strict=True):
+            sums[name] += column.sum().item() / count
+    for parameter in model.parameters():
+        parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return sums, model
+
+
+def near_the_policy(folder: Path, rows: list[Row], noise: float = 0.5, dtype=torch.float32) -> list[Row]:
+    """The rows with rollout log-probabilities that differ by normal noise from the policy's in transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    rng, result = np.random.default_rng(0), []
+    for row in rows:
+        tokens, p = torch.from_numpy(row.tokens), row.prompt_length
+        with torch.no_grad():
+            logp = (model(tokens[None]).logits[0, p - 1 : -1].float() / 0.7).log_softmax(-1)
+        chosen = logp.gather(-1, tokens[p:, None])[:, 0].numpy()
+        result.append(replace(row, rollout_logprobs=chosen + rng.normal(0, noise, len(chosen)).astype(np.float32)))
+    return result
+
+
+def saved(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors under their names in a checkpoint (transformers keeps experts fused in memory only)."""
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def gates(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The routers of a transformers model."""
+    return [layer.mlp.gate for layer in model.model.layers]
+
+
+def force_experts(model: torch.nn.Module, experts: torch.Tensor) -> None:
+    """Send the tokens of the next sequence to these experts [tokens, layers, top_k], or where they are -1 to those
+    that the router of transformers chooses; the weights are computed as it does."""
+
+    def forward(self, hidden, forced):
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        probabilities = logits.softmax(-1, dtype=torch.float32)
+        chosen = torch.where(forced < 0, probabilities.topk(self.top_k).indices, forced)
+        weights = probabilities.gather(1, chosen)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(logits.dtype), chosen
+
+    for gate, forced in zip(gates(model), experts.long().unbind(1), strict=True):
+        gate.forward = lambda hidden, gate=gate, forced=forced: forward(gate, hidden, forced)
+
+
+def own_routings(model: torch.nn.Module, rows: list[Row]) -> list[np.ndarray]:
+    """Experts [tokens, layers, top_k] to which a transformers model sends each row's tokens."""
+    chosen: list[torch.Tensor] = []
+    hooks = [gate.register_forward_hook(lambda *call: chosen.append(call[2][2])) for gate in gates(model)]
+    routings = []
+    with torch.no_grad():
+        for row in rows:
+            chosen.clear()
+            model(torch.from_numpy(row.tokens)[None])
+            routings.append(torch.stack(chosen, 1).numpy().astype(np.uint8))
+    for hook in hooks:
+        hook.remove()
+    return routings
+
+
+def other_routings(rows: list[Row], layers: int, experts: int, top_k: int, seed: int = 0) -> list[np.ndarray]:
+    """Experts [tokens, layers, top_k] drawn at random for each row."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.random((len(row.tokens), layers, experts)).argsort(-1)[..., :top_k].astype(np.uint8) for row in rows
+    ]
+
+
+def recorded(rows: list[Row], routings: list[np.ndarray]) -> list[Row]:
+    """Rows with routings as engines return them: without the last token's."""
+    return [replace(row, routing=routing[:-1]) for row, routing in zip(rows, routings, strict=True)]
+
+
+def replayed(rows: list[Row]) -> list[np.ndarray]:
+    """Experts [tokens, layers, top_k] that each row's tokens are to be sent to, -1: the router's own, by the
+    definition: the first row, in the order of token ids, that shares a token and has a record of it."""
+    layers_and_k = next(row.routing.shape[1:] for row in rows if row.routing is not None)
+    known: dict[tuple, np.ndarray] = {}
+    for row in sorted(rows, key=lambda row: list(row.tokens)):
+        for place in row.routed:
+            known.setdefault(tuple(row.tokens[: place + 1]), row.routing[place - row.routed.start])
+    none = np.full(layers_and_k, -1)
+    return [np.stack([known.get(tuple(row.tokens[:i]), none) for i in range(1, len(row.tokens) + 1)]) for row in rows]

@@ -14,18 +14,19 @@ from pathlib import Path
 def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str, Path]) -> None:
     import torch
     import torch.distributed as dist
-    from trainer_cases import make_config, make_rows, make_trainer, weights
+    from trainer_cases import make_config, make_routed_rows, make_rows, make_trainer, weights
 
     from spell_megatron.training import backend, checkpoint, model
 
     grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
     model._wants_grouped_experts = lambda use_te: grouped
+    rows = make_routed_rows if settings.pop("routed", False) else make_rows
     config = make_config(folder / policy, **settings)
     backend.initialise(config)
     trainer = make_trainer(config)
 
     def update(trainer, seed):
-        return trainer.update(make_rows(seed) if dist.get_rank() == 0 else None)
+        return trainer.update(rows(seed) if dist.get_rank() == 0 else None)
 
     metrics = [update(trainer, seed) for seed in range(2)]
     everywhere = [None] * dist.get_world_size()
@@ -35,7 +36,8 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
         "same": all(m == everywhere[0] for m in everywhere),
         "weights": weights(trainer),
     }
-    key = policy + str(config.training.optimizer.distributed) + str(config.training.moe_aux_loss)
+    training = config.training
+    key = f"{policy} {training.optimizer.distributed} {training.moe_aux_loss} {training.importance_sampling}"
     before = saved.get(key)
     saved[key] = checkpoint.save(folder / name, 2, trainer, {})
     resumed = make_trainer(config)
