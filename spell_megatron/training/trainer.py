@@ -415,10 +415,11 @@ class _Routings:
                 self._kept[number] = part.copy() if dist.get_rank() else part  # rank 0 has the whole anyway
                 self._first[number] = rows[number].routed.start
 
-    def of(self, tree: Tree, places: slice) -> np.ndarray:
-        """Experts of a range of a tree's tokens, padding behind it included: int16 [tokens, layers of the stage,
-        top_k], -1 where there is no record."""
-        result = np.full((places.stop - places.start, len(self._layers), self._top_k), -1, dtype=np.int16)
+    def of(self, tree: Tree, places: np.ndarray) -> np.ndarray:
+        """Experts of a tree's tokens at ascending places, padding behind the tree included: int16 [tokens, layers of
+        the stage, top_k], -1 where there is no record."""
+        result = np.full((len(places), len(self._layers), self._top_k), -1, dtype=np.int16)
+        places = places[places < len(tree.tokens)]
         rows, depths = tree.routed_by[places], tree.position_ids[places]
         # Runs of tokens that follow each other in one row.
         cuts = np.flatnonzero((np.diff(rows) != 0) | (np.diff(depths) != 1)) + 1
