@@ -3,7 +3,7 @@
 RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
 # Files stay together, because the tests of one share engines and runs; in order, because the longest come early then.
-PYTEST := -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -q --disable-warnings --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 TEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 

@@ -619,8 +619,8 @@ def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumpti
         f"assumed   prompts of {assume.prompt * sampling.max_prompt_tokens:,.0f} and responses of "
         f"{assume.response * sampling.max_response_tokens:,.0f} tokens, {assume.mixed:.0%} of the questions mixed; "
         f"{assume.matrix_efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, {assume.memory_efficiency:.0%} of "
-        f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s inside "
-        f"nodes of {assume.gpus_per_node} and of {assume.network / 1e9:.0f} GB/s between them, nothing overlapped"
+        f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in "
+        f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them, nothing overlapped"
     )
 
 

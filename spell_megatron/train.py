@@ -70,7 +70,8 @@ def run(config: Config, resume: bool = False) -> None:
         pusher = WeightPusher(engines)
         stack.callback(pusher.close)
         director = stack.enter_context(Director(config, engines)) if first else None
-        log = stack.enter_context(MetricsLogger(folder, config, resume_step=step if resume else None)) if first else None
+        resume_step = step if resume else None
+        log = stack.enter_context(MetricsLogger(folder, config, resume_step=resume_step)) if first else None
         saver = stack.enter_context(checkpoint.Saver(folder, trainer))
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
@@ -97,7 +98,9 @@ def run(config: Config, resume: bool = False) -> None:
                     why = _why_empty(metrics, folder / "rollouts")
                     progress.line(f"step {step}: {why}")
                     if empty >= MAX_SKIPPED_IN_A_ROW:
-                        raise UserError(f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}")
+                        raise UserError(
+                            f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
+                        )
             metrics |= _update(trainer, rows, progress)
             skipped = skipped + 1 if metrics.get("train/skipped") else 0
             if skipped >= MAX_SKIPPED_IN_A_ROW:

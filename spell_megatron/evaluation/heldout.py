@@ -104,7 +104,8 @@ async def validate(
     counts = await asyncio.gather(*(correct(question) for question in questions))
     metrics: dict[str, float] = {}
     tasks = sorted({question.task for question in questions})
-    for name, members in [("", counts), *((f"{t}/", [c for c, q in zip(counts, questions, strict=True) if q.task == t]) for t in tasks)]:
+    of_task = {t: [c for c, q in zip(counts, questions, strict=True) if q.task == t] for t in tasks}
+    for name, members in [("", counts), *((f"{t}/", some) for t, some in of_task.items())]:
         for k in sorted({1, samples}):
             metrics[f"validation/{name}pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in members)
     if len(counts) > 1:

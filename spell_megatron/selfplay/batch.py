@@ -22,8 +22,8 @@ class Sample:
 
     `uid` names the question the sample belongs to, `group` the samples it is compared with. `logprobs`
     are the engine's log-probabilities of `response_ids`, `routing` the experts to which it sent the tokens before
-    the last (as many as it has: integers [tokens, layers, experts per token]), or None. `kind` tells why a question's reward is not
-    positive; it is `good` for all other samples.
+    the last (as many as it has: integers [tokens, layers, experts per token]), or None. `kind` tells why a question's
+    reward is not positive; it is `good` for all other samples.
     """
 
     uid: str

@@ -494,7 +494,8 @@ class SelfPlay:
             "selfplay/surplus_clusters": admitted - len(attempts),
             "selfplay/mixed_groups": sum(a.mixed for a in attempts),
         }
-        for name, members in [("", attempts), *((f"{t}/", [a for a in attempts if a.task == t]) for t in self.config.tasks)]:
+        of_task = {t: [a for a in attempts if a.task == t] for t in self.config.tasks}
+        for name, members in [("", attempts), *((f"{t}/", some) for t, some in of_task.items())]:
             metrics.update(_rates(f"selfplay/{name}", members))
         for role in ("questioner", "responder", "verifier"):
             rows = [sample for sample in batch if sample.role == role]

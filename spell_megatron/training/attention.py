@@ -353,9 +353,9 @@ class TreeAttention(MegatronModule):
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.config.context_parallel_size == 1:
             return tree_attention(query, key, value, attention_mask, self.scale).flatten(1)[:, None]
-        # Of two levels where there are more ranks than heads.
-        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
-        swapping, gathering = levels or (parallel_state.get_context_parallel_group(), None)
+        swapping, gathering = parallel_state.get_context_parallel_group(), None
+        if self.config.hierarchical_context_parallel_sizes:  # more ranks than heads
+            swapping, gathering = parallel_state.get_hierarchical_context_parallel_groups()
         copies = math.lcm(key.size(1), swapping.size()) // key.size(1)
         key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
         query, key, value = (_tokens_to_heads(x, swapping) for x in (query, key, value))

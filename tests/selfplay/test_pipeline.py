@@ -67,8 +67,9 @@ class ScriptedPolicy:
         texts = [self.text(prompt, affinity, seed + i) for i in range(n)]
         start = len(prompt_ids) if prompt_routing else 0
         return [
-            Completion(list(t.encode()), [-0.5] * len(t.encode()), r, self.version, np.zeros((start + len(t) - 1, 2, 2)))
-            for t, r in texts
+            Completion(ids, [-0.5] * len(ids), reason, self.version, np.zeros((start + len(text) - 1, 2, 2)))
+            for text, reason in texts
+            for ids in [list(text.encode())]
         ]
 
     def text(self, prompt, affinity, seed):

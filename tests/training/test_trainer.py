@@ -84,7 +84,8 @@ def test_importance_weights_equal_plain_torch(sampling, budget, policies, tmp_pa
     metrics = trainer.update(rows)
     expected, model = reference(policies("qwen3"), rows, sampling, 1.5)
     error = difference(gradients(trainer), saved(model, tmp_path))
-    print(f"{sampling}: gradient {error:.1e}, mean {metrics['importance_weight']}, capped {metrics['importance_capped']}")
+    mean, capped = metrics["importance_weight"], metrics["importance_capped"]
+    print(f"{sampling}: gradient {error:.1e}, mean {mean}, capped {capped}")
     assert error <= 1e-5
     # The terms of the loss, about 1 in size, cancel down to 0.005 here.
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
