@@ -41,6 +41,8 @@ _MEANS = (
     "entropy",
     "mismatch_abs",
     "mismatch_kl",
+    "top_probability",
+    "top_share",
 )
 """Metrics that are means over response tokens, in the order of the sums that `_loss` returns."""
 
@@ -92,6 +94,8 @@ class Trainer:
         Returns, equal on every rank:
             loss, grad_norm (before clipping), lr, skipped (1.0 if the gradient was not finite, so that no
             step was taken), entropy (nats, mean over response tokens);
+            top_probability, top_share: mean probability of the most likely token in the place of a response token,
+            and share of response tokens that are it, both at the sampling temperature;
             clip_fraction, clip_fraction_lower, approx_kl: 0 on-policy;
             mismatch_abs, mismatch_kl, mismatch_max_ratio: trainer against engine log-probabilities d =
             trainer - engine: mean |d|, mean exp(d) - 1 - d (the k3 estimate of KL(engine || trainer),
@@ -204,7 +208,7 @@ class Trainer:
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
         training = self.config.training
         edges = np.flatnonzero((tree.source >= mine.start) & (tree.source < mine.stop))
-        logprob, entropy = token_logprobs(
+        logprob, entropy, top_probability, is_top = token_logprobs(
             hidden,
             weight,
             self._tensor(tree.source[edges] - mine.start),
@@ -230,6 +234,8 @@ class Trainer:
                 entropy,
                 delta.abs(),
                 k3,
+                top_probability,
+                is_top,
             )
             sums = torch.stack([column.double().sum() for column in columns])
             top = delta.abs().amax() if len(delta) else delta.new_zeros(())

@@ -50,7 +50,7 @@ def reference(folder, rows, temperature):
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     count = sum(len(row.weights) for row in rows)
-    loss, entropy, mismatch = 0.0, 0.0, 0.0
+    loss, entropy, mismatch, top_probability, top_share = 0.0, 0.0, 0.0, 0.0, 0.0
     for row in rows:
         tokens, p = torch.from_numpy(row.tokens), row.prompt_length
         logits = model(tokens[None]).logits[0, p - 1 : -1].float() / temperature
@@ -62,10 +62,14 @@ def reference(folder, rows, temperature):
         loss += term.item()
         entropy += -(logp.exp() * logp).sum().item() / count
         mismatch += (chosen.detach() - torch.from_numpy(row.rollout_logprobs)).abs().sum().item() / count
+        top, likely = logp.exp().max(-1)
+        top_probability += top.sum().item() / count
+        top_share += (likely == tokens[p:]).sum().item() / count
     # The export splits fused experts; read the gradients under the names of a saved checkpoint.
     for parameter in model.parameters():
         parameter.data = parameter.grad
-    return loss, entropy, mismatch, model
+    metrics = {"loss": loss, "entropy": entropy, "mismatch_abs": mismatch}
+    return metrics | {"top_probability": top_probability, "top_share": top_share}, model
 
 
 def saved(model, folder):
@@ -78,18 +82,17 @@ def saved(model, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path):
-    """Loss, entropy, mismatch and every gradient within 1e-5 relative."""
+    """Loss, metrics and every gradient within 1e-5 relative."""
     rows = make_rows()
     trainer = make_trainer(make_config(policies(family)))
     calls = []
     metrics = trainer.update(rows, lambda done, total: calls.append((done, total)))
-    loss, entropy, mismatch, model = reference(policies(family), rows, 0.7)
+    expected, model = reference(policies(family), rows, 0.7)
     error = difference(gradients(trainer), saved(model, tmp_path))
-    print(f"{family}: gradient {error:.1e}, loss {abs(metrics['loss'] / loss - 1):.1e}")
+    print(f"{family}: gradient {error:.1e}, loss {abs(metrics['loss'] / expected['loss'] - 1):.1e}")
     assert error <= 1e-5
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert metrics["mismatch_abs"] == pytest.approx(mismatch, rel=1e-5)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients(trainer).values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["clip_fraction"] == metrics["approx_kl"] == metrics["skipped"] == 0
