@@ -325,9 +325,10 @@ def head_bytes(arch: Architecture, config: Config, tokens: int) -> int:
     chunk, vocabulary = min(config.training.logprob_chunk, predicting), math.ceil(arch.vocabulary / parallel.tensor)
     block = min(VOCABULARY_BLOCK, vocabulary)
     forward = 4 * chunk * block  # exponentials
-    backward = own * arch.hidden * size + chunk * arch.hidden * (4 + size)  # gradient of all and of a chunk
-    if size < 4:  # the block's gradient and its products in the model's type
-        backward += (chunk * block + max(chunk, block) * arch.hidden) * size
+    # Gradients of all hidden states and of a chunk's; a block's logits or their gradient in the model's type.
+    backward = own * arch.hidden * size + chunk * arch.hidden * (4 + size) + chunk * block * size
+    if size < 4:  # the product of that gradient and the hidden states, which CPUs copy to add it up in float32
+        backward += max(chunk, block) * arch.hidden * (size + 4)
     gathered = own * arch.hidden * size if parallel.tensor > 1 else 0
     return 4 * chunk * vocabulary + gathered + max(forward, backward)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-VOCABULARY_BLOCK = 16384
+VOCABULARY_BLOCK = 8192
 """Vocabulary rows that are at work at a time beside the chunk of logits."""
 
 
@@ -99,7 +99,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 part = logits[:, block]
                 weights = part.sub(top[:, None]).exp_()
                 sums[0] += weights.sum(-1)
-                sums[1] += torch.linalg.vecdot(weights, part)
+                sums[1] += part.mul_(weights).sum(-1)
                 if end == count:
                     part.copy_(weights)
                 del weights
