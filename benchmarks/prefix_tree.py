@@ -243,7 +243,9 @@ def ratios(options: argparse.Namespace) -> dict:
     for number, (kind, groups, size, response, rounds) in enumerate(cases):
         goals = GOALS if number < main else {}
         case = Case(MOE if kind == "moe" else {}, groups, size, PROMPT, response, options.threads)
-        peaks, _, gradients = map(dict, zip(*(zip([way] * 3, case.peak(way)) for way in UPDATES)))
+        peaks, gradients = {}, {}
+        for way in UPDATES:
+            peaks[way], _, gradients[way] = case.peak(way)
         errors = {way: relative(gradients[way], gradients["tree"]) for way in UPDATES[1:]}
         # The reference model's weights are there too.
         weights = sum(p.nbytes for p in case.trainer.model.parameters())
@@ -305,7 +307,8 @@ def draw(figures: list[dict], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "prefix_tree"  # the same file from the same figures
+    # Text as text, and the same file from the same figures.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "prefix_tree"}
     from matplotlib import pyplot
 
     panels, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
@@ -313,10 +316,14 @@ def draw(figures: list[dict], file: Path) -> None:
         chosen = [f for f in figures if (f["prompt"] == 2000) == (over == "group")]
         for row, (what, unit) in enumerate([("cpu_seconds", "CPU seconds"), ("peak_mb", "peak memory, MB")]):
             plot = axes[row][column]
-            for way, name in [("tree", "prefix tree"), ("response logits", "unshared, response logits")]:
+            for way, name in [("tree", "prefix tree"), ("response logits", "unshared, one by one")]:
                 points = [(f[over], f[what]) for f in chosen if f["way"] == way]
                 plot.plot(*zip(*points), marker="o", label=name)
-            plot.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+            plot.set(xlabel=label, ylabel=unit, xscale="log")
+            if over == "group":
+                plot.set_ylim(bottom=0)
+            else:
+                plot.set_yscale("log")
             ticks = sorted({f[over] for f in chosen})
             plot.set_xticks(ticks, labels=[f"{x:,}" for x in ticks])
             plot.minorticks_off()
