@@ -79,6 +79,11 @@ def update_peak(trainer, rows) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         trainer.update(rows)
+    return allocated_peak(profiler)
+
+
+def allocated_peak(profiler) -> int:
+    """Bytes allocated at the peak of what torch's profiler saw with `profile_memory` and `acc_events`."""
     events = profiler.profiler.kineto_results.events()
     level = top = 0
     for _, nbytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):

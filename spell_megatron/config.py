@@ -232,8 +232,8 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     tokens_per_microbatch: int = Field(32768, ge=1)
     """Most tokens of one packed tree row (shared prefixes count once)."""
-    logprob_chunk: int = Field(1024, ge=1)
-    """Response positions projected to the vocabulary at a time."""
+    logprob_chunk: int = Field(512, ge=1)
+    """Response positions projected to the vocabulary at a time: 4 bytes for each and each token of the vocabulary."""
     role_weights: dict[Literal["questioner", "responder", "verifier"], float] = {}
     """Factor on a role's rows in the loss; roles not named have 1."""
     clip_low: float = Field(0.2, ge=0)

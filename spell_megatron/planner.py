@@ -21,6 +21,7 @@ from spell_megatron.config import Config, ParallelConfig
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import Architecture, architecture
 from spell_megatron.training.layout import context_split, layout_faults, training_defects
+from spell_megatron.training.logprobs import VOCABULARY_BLOCK
 from spell_megatron.training.model import build_model
 from spell_megatron.training.prefix_tree import Cost
 from spell_megatron.training.trainer import build_optimizer, training_cost
@@ -319,15 +320,20 @@ def _passing(arch: Architecture, config: Config, moe: bool, tokens: int) -> int:
 
 
 def head_bytes(arch: Architecture, config: Config, tokens: int) -> int:
-    """Bytes of the vocabulary head at work on a row of which `tokens` may all predict (an upper bound): hidden
-    states of the predicting positions, their gradient, and one chunk of logits twice in float32."""
-    parallel, sampling = config.training.parallel, config.rollout.sampling
+    """Bytes of the vocabulary head at work on a row of which `tokens` may all predict (an upper bound): the gradient
+    of the hidden states, one chunk of float32 logits, and what a block of the vocabulary needs beside them."""
+    parallel, sampling, size = config.training.parallel, config.rollout.sampling, _element(config)
     own = math.ceil(tokens / parallel.context)
     predicting = min(own, config.selfplay.group_size * sampling.max_response_tokens)
-    chunk = min(config.training.logprob_chunk, predicting)
-    logits = 8 * chunk * math.ceil(arch.vocabulary / parallel.tensor)
-    gathered = own * arch.hidden * _element(config) if parallel.tensor > 1 else 0
-    return logits + gathered + predicting * arch.hidden * (_element(config) + 4)
+    chunk, vocabulary = min(config.training.logprob_chunk, predicting), math.ceil(arch.vocabulary / parallel.tensor)
+    block = min(VOCABULARY_BLOCK, vocabulary)
+    forward = 4 * chunk * block  # exponentials
+    # Gradients of all hidden states and of a chunk's; a block's logits or their gradient in the model's type.
+    backward = own * arch.hidden * size + chunk * arch.hidden * (4 + size) + chunk * block * size
+    if size < 4:  # the product of that gradient and the hidden states, which CPUs copy to add it up in float32
+        backward += max(chunk, block) * arch.hidden * (size + 4)
+    gathered = own * arch.hidden * size if parallel.tensor > 1 else 0
+    return 4 * chunk * vocabulary + gathered + max(forward, backward)
 
 
 def step_bytes(config: Config, optimizer: int) -> int:

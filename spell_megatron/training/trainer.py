@@ -44,6 +44,8 @@ _MEANS = (
     "mismatch_kl",
     "importance_weight",
     "importance_capped",
+    "top_probability",
+    "top_share",
 )
 """Metrics that are means over response tokens, in the order of the sums that `_loss` returns."""
 
@@ -96,6 +98,8 @@ class Trainer:
         Returns, equal on every rank:
             loss, grad_norm (before clipping), lr, skipped (1.0 if the gradient was not finite, so that no
             step was taken), entropy (nats, mean over response tokens);
+            top_probability, top_share: mean probability of the most likely token in the place of a response token,
+            and share of response tokens that are it, both at the sampling temperature;
             clip_fraction, clip_fraction_lower, approx_kl: 0 on-policy;
             mismatch_abs, mismatch_kl, mismatch_max_ratio: trainer against engine log-probabilities d =
             trainer - engine: mean |d|, mean exp(d) - 1 - d (the k3 estimate of KL(engine || trainer),
@@ -234,7 +238,7 @@ class Trainer:
         training = self.config.training
         place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)
         edges = np.flatnonzero(mine[place] == tree.source)
-        logprob, entropy = token_logprobs(
+        logprob, entropy, top_probability, is_top = token_logprobs(
             hidden,
             weight,
             self._tensor(place[edges]),
@@ -252,9 +256,9 @@ class Trainer:
         log_ratio = difference
         if training.importance_sampling == "sequence":
             log_ratio = self._sums_over_rows(difference, tree, edges)
-        weight, capped = importance_weight(log_ratio, training.importance_cap)
+        importance, capped = importance_weight(log_ratio, training.importance_cap)
         if training.importance_sampling != "none":
-            losses = weight * losses
+            losses = importance * losses
         loss = losses.sum()
         with torch.no_grad():
             delta = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -267,8 +271,10 @@ class Trainer:
                 entropy,
                 delta.abs(),
                 k3,
-                weight,
+                importance,
                 capped,
+                top_probability,
+                is_top,
             )
             sums = torch.stack([column.double().sum() for column in columns])
             top = delta.abs().amax() if len(delta) else delta.new_zeros(())

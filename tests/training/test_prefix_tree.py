@@ -117,6 +117,57 @@ def test_cuts_repeat_the_fewest_tokens(rows, max_tokens):
     assert packed <= best[len(ordered)] + len(ordered)
 
 
+@st.composite
+def branching_rows(draw):
+    """Rows of a tree of depth 1 to 4 whose branches hold 0 to 3 tokens: rows end and prompts end at any branching
+    point or inside a branch, so that rows repeat, begin others, and continue others' responses."""
+    rows = []
+
+    def grow(prefix, boundaries, level):
+        tokens = prefix + draw(st.lists(st.integers(0, 1), max_size=3))
+        boundaries = [*boundaries, len(tokens)]
+        for _ in range(draw(st.integers(0, 2)) if tokens else 0):
+            ends = [n for n in boundaries if n]
+            rows.append(make_row(tokens, draw(st.sampled_from(ends) | st.integers(1, len(tokens)))))
+        for _ in range(draw(st.integers(0, 3)) if level < depth else 0):
+            grow(tokens, boundaries, level + 1)
+
+    depth = draw(st.integers(1, 4))
+    grow([], [], 1)
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(branching_rows(), st.integers(1, 40), st.integers(1, 3))
+def test_branches_of_any_depth_and_length(rows, max_tokens, ranks):
+    check(rows, pack(rows, max_tokens), max_tokens)
+    trees = [tree for trees in plan(rows, max_tokens, ranks) for tree in trees if tree is not EMPTY]
+    check(rows, trees, max_tokens)
+
+
+PATHOLOGICAL = {
+    "single tokens": ([([1, 2], 1), ([1, 3], 1), ([1, 1], 1)], 4),
+    "one sequence, prompts of all lengths": ([([1, 2, 3, 4], p) for p in (1, 2, 3, 4)], 4),
+    "duplicates of whole rows": ([([1, 2, 3], 2)] * 5, 3),
+    "a prompt that is another's prompt and response": ([([1, 2, 3], 1), ([1, 2, 3, 4, 5], 3)], 5),
+    "a prompt that ends inside another's response": ([([1, 2, 3, 4], 1), ([1, 2, 3, 5], 2)], 5),
+    "a response that is the beginning of another": ([([1, 2], 1), ([1, 2, 3], 1), ([1, 2, 3, 4], 1)], 4),
+    "a chain of four turns": ([([1, *range(2, n)], n - 3) for n in (4, 5, 6, 7)] + [([1, 9], 1)], 7),
+    "no response beside one": ([([1, 2, 3, 4, 5], 5), ([1, 2, 6], 2)], 3),
+}
+
+
+@pytest.mark.parametrize("shape", PATHOLOGICAL)
+def test_pathological_trees(shape):
+    """Each as one tree of as few tokens as there are distinct prefixes, and cut to pieces."""
+    rows, tokens = PATHOLOGICAL[shape]
+    rows = [make_row(*row) for row in rows]
+    (tree,) = pack(rows, 100)
+    assert len(tree.tokens) == tokens
+    for budget in (1, 3, 4, 100):
+        check(rows, pack(rows, budget), budget)
+
+
 def test_known_tree():
     rows = [
         make_row([5, 6, 7, 8], 2),

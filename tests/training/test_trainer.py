@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trainer_cases import (
     FAMILIES,
     difference,
@@ -49,7 +51,7 @@ def policies(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path):
-    """Loss, entropy, mismatch and every gradient within 1e-5 relative."""
+    """Loss, metrics and every gradient within 1e-5 relative."""
     rows = make_rows()
     trainer = make_trainer(make_config(policies(family)))
     calls = []
@@ -111,6 +113,44 @@ def test_gradient_does_not_depend_on_the_cut(family, policies):
         print(f"{family}: {metrics['microbatches']:.0f} microbatches, gradient {error:.1e}")
         assert error <= 1e-5
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+
+
+@st.composite
+def pathological_rows(draw):
+    """Rows that repeat, begin or continue each other, with prompts that end anywhere: up to 6 rows of 12 tokens."""
+    rows = []
+    for _ in range(draw(st.integers(2, 6))):
+        begin = list(draw(st.sampled_from(rows)).tokens) if rows and draw(st.booleans()) else []
+        tokens = begin[: draw(st.integers(0, len(begin)))] + draw(st.lists(st.integers(0, 2), max_size=6))
+        tokens = np.array(tokens or [0], dtype=np.int64)
+        prompt = draw(st.integers(1, len(tokens)))
+        weights = np.linspace(0.5, 2, len(tokens) - prompt, dtype=np.float32)
+        rows.append(Row(tokens, prompt, weights, -np.ones_like(weights)))
+    return rows
+
+
+def test_pathological_trees_have_the_gradient_of_separate_rows(policies):
+    """Gradient and loss within 1e-5 relative of every row computed by itself (measured 1e-6)."""
+    still = {"training__optimizer__lr": 1e-30, "training__optimizer__weight_decay": 0.0}
+    together, apart = (
+        make_trainer(make_config(policies("qwen3"), training__tokens_per_microbatch=budget, **still))
+        for budget in (10_000, 1)
+    )
+    worst = 0.0
+
+    @settings(max_examples=25, deadline=None)
+    @given(pathological_rows().filter(lambda rows: any(len(row.weights) for row in rows)))
+    def compare(rows):
+        nonlocal worst
+        metrics, expected = together.update(rows), apart.update(rows)
+        error = difference(gradients(together), gradients(apart))
+        worst = max(worst, error)
+        assert error <= 1e-5
+        for name in ("loss", "entropy", "top_probability"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+
+    compare()
+    print(f"gradient {worst:.1e}")
 
 
 def hf_routing(folder, rows, trees):

@@ -95,7 +95,7 @@ ON_EIGHT = {
 }
 
 
-METRICS = ("loss", "grad_norm", "entropy")
+METRICS = ("loss", "grad_norm", "entropy", "top_probability", "top_share")
 METRICS += ("mismatch_abs", "mismatch_max_ratio", "importance_weight", "importance_capped")
 OF_EXPERTS = (
     "moe_load_imbalance",

@@ -191,6 +191,7 @@ def reference(
     )
     count = sum(len(row.weights) for row in rows)
     names = ("loss", "entropy", "mismatch_abs", "mismatch_kl", "importance_weight", "importance_capped")
+    names += ("top_probability", "top_share")
     sums = dict.fromkeys(names, 0.0)
     for number, row in enumerate(rows):
         tokens, p = torch.from_numpy(row.tokens), row.prompt_length
@@ -207,7 +208,9 @@ def reference(
         if sampling != "none":
             losses = losses * weight
         (losses.sum() / count).backward()
+        top, likely = logp.exp().max(-1)
         columns = losses, -(logp.exp() * logp).sum(-1), delta.abs(), delta.exp() - 1 - delta, weight, ratio >= cap
+        columns += top, likely == tokens[p:]
         for name, column in zip(names, columns, strict=True):
             sums[name] += column.sum().item() / count
     for parameter in model.parameters():
