@@ -29,20 +29,21 @@ def layout(
 
 ALL_GATHER = {"training__moe_dispatcher": "allgather"}
 GROUPED = {"grouped_experts": True}
+OFFLOADED = {"training__offload": True}
 ON_TWO = {
     "tensor": layout("qwen3", tensor=2),
-    "tensor-recompute": layout("llama3", "full", tensor=2),
+    "tensor-offload": layout("llama3", "full", other=OFFLOADED, tensor=2),
     "pipeline-tied": layout("qwen2.5", pipeline=2),
     "pipeline-recompute": layout("qwen3", "selective", pipeline=2),
     "expert": layout("qwen3_moe", expert=2),
-    "expert-recompute": layout("qwen3_moe", "full", True, expert=2),
+    "expert-recompute": layout("qwen3_moe", "full", True, other=OFFLOADED, expert=2),
     "expert-selective": layout("qwen3_moe", "selective", expert=2),
     "tensor-expert": layout("qwen3_moe", tensor=2, expert=2),
     "tensor-expert-tensor": layout("qwen3_moe", tensor=2, expert_tensor=2),
     "pipeline-moe": layout("qwen3_moe", distributed=True, pipeline=2),
     "expert-data": layout("qwen3_moe", distributed=True, expert=2),
     "tensor-odd": layout("odd", tensor=2),
-    "pipeline-odd": layout("odd", distributed=True, pipeline=2),
+    "pipeline-odd-offload": layout("odd", "full", True, other=OFFLOADED, pipeline=2),
     "context-odd": layout("odd", context=2),
     "context": layout("qwen3", "full", context=2),
     "context-expert": layout("qwen3_moe", context=2, expert=2),
@@ -56,7 +57,7 @@ ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
     "tensor-pipeline": layout("qwen2.5", tensor=2, pipeline=2),
     "pipeline-expert": layout("qwen3_moe", pipeline=2, expert=2),
-    "tensor-pipeline-expert": layout("qwen3_moe", "full", tensor=2, pipeline=2, expert=2),
+    "tensor-pipeline-expert": layout("qwen3_moe", "full", other=OFFLOADED, tensor=2, pipeline=2, expert=2),
     "expert-data": layout("qwen3_moe", distributed=True, expert=2),
     "expert-everywhere": layout("qwen3_moe", tensor=2, expert=4),
     "context-replicated-heads": layout("qwen3", context=4),
