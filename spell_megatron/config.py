@@ -252,6 +252,8 @@ class TrainingConfig(Section):
     engines do not tell (vLLM on CPUs)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
+    offload: bool = False
+    """Keep the layers' inputs, which `recompute: full` needs for the backward pass, in host memory."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts on other processes: all-to-all sends each to those that need it; all-gather
     sends all to all, pads rows to one length and excludes pipelines. Neither drops a token."""
@@ -686,6 +688,13 @@ def _relation_faults(config: Config) -> list[Fault]:
     )
     for role, weight in training.role_weights.items():
         check(weight >= 0, "training.role_weights", f"{role} has weight {weight}. Use 0 or more")
+
+    check(
+        not training.offload or training.recompute == "full",
+        "training.offload training.recompute",
+        f"with recompute: {training.recompute} every layer keeps much more than its input, which would all have to be "
+        "moved. Set training.recompute to full, or training.offload to false",
+    )
 
     check(
         training.moe_dispatcher == "alltoall" or parallel.pipeline == 1,

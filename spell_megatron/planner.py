@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -67,6 +67,8 @@ class Assumptions:
     """Share of the links' bandwidth that collectives reach; none of it is hidden behind computation."""
     network: float = 50e9
     """Bytes per second of each GPU to other nodes (400 Gbit/s)."""
+    host: float = 25e9
+    """Bytes per second between a GPU and the memory of its host, one way (PCIe 4)."""
     reserve: float = 3 * 2**30
     """Bytes per GPU for the CUDA context, NCCL and libraries' workspaces."""
     fragmentation: float = 0.05
@@ -77,6 +79,11 @@ class Assumptions:
     """Length of prompts over documents as a share of the longest one allowed."""
     response: float = 0.5
     """Length of questions and answers as a share of the longest one allowed."""
+    judged: float = 500
+    """Tokens of the verifier's prompt: instructions, question and two short answers."""
+    verdict: float = 0.25
+    """Length of judgments as a share of the longest one allowed. They compare two short answers; with this share the
+    G judgments of each answer take about half the time of the answers, as the paper reports."""
     engine_workspace: float = 4 * 2**30
     """Bytes that an engine needs per GPU beside weights and KV cache."""
 
@@ -99,6 +106,8 @@ class Memory:
     those of transformer-engine and apex need none)."""
     buffers: int
     reserve: int
+    host: int
+    """In the memory of the host, not the GPU's: activations that wait there (`training.offload`)."""
 
     @property
     def total(self) -> int:
@@ -144,6 +153,7 @@ class Plan:
     processes: int
     parallel: ParallelConfig
     recompute: str
+    offload: bool
     memory: Memory
     times: Times
     gpu: Gpu
@@ -196,7 +206,8 @@ def trainer_memory(model: Model, config: Config, processes: int, assume: Assumpt
     """Bytes of the fullest of `processes` trainer ranks on GPUs: the first or the last pipeline stage."""
     stages = config.training.parallel.pipeline
     ranks = {0, processes - processes // stages}
-    return max((_rank_memory(model, config, rank, processes, assume) for rank in ranks), key=lambda m: m.total)
+    found = [_rank_memory(model, config, rank, processes, assume) for rank in ranks]
+    return replace(max(found, key=lambda m: m.total), host=max(m.host for m in found))
 
 
 def _rank_memory(model: Model, config: Config, rank: int, processes: int, assume: Assumptions) -> Memory:
@@ -215,6 +226,7 @@ def _rank_memory(model: Model, config: Config, rank: int, processes: int, assume
         step_bytes(config, optimizer),
         2 * max(BUCKET_BYTES, largest),
         int(assume.reserve),
+        offloaded_bytes(arch, config, layers, tokens, stages - stage, gpu=True),
     )
 
 
@@ -264,7 +276,7 @@ def stage_activations(
         attention, feed_forward = layer_activations(arch, config, arch.moe_layers[layer], own, gpu)
         whole = max(whole, attention + feed_forward)
         if training.recompute == "full":
-            kept += own * arch.hidden * _element(config) // training.parallel.tensor
+            kept += 0 if training.offload else own * arch.hidden * _element(config) // training.parallel.tensor
         elif training.recompute == "selective":
             kept += attention
         else:
@@ -273,6 +285,23 @@ def stage_activations(
     again = {"full": whole, "selective": largest_feed_forward, "none": 0}[training.recompute]
     moe = any(arch.moe_layers[layer] for layer in layers)
     return microbatches * kept, again + _passing(arch, config, moe, own)
+
+
+def offloaded_bytes(
+    arch: Architecture, config: Config, layers: range, tokens: int, microbatches: int, gpu: bool
+) -> int:
+    """Bytes of a stage's activations in the memory of its host (`training.offload`): inputs of layers and final norm.
+
+    Args: those of `stage_activations`; gpu: of pinned memory, which torch allocates in powers of two.
+    """
+    training = config.training
+    if not training.offload:
+        return 0
+    own = math.ceil(tokens / training.parallel.context)
+    one = own * arch.hidden * _element(config) // training.parallel.tensor
+    if gpu:
+        one = 1 << (one - 1).bit_length()
+    return microbatches * (len(layers) + (arch.layers - 1 in layers)) * one
 
 
 def layer_activations(arch: Architecture, config: Config, moe: bool, tokens: int, gpu: bool) -> tuple[int, int]:
@@ -387,8 +416,8 @@ def _lengths(config: Config, assume: Assumptions) -> tuple[float, float, float, 
     """Assumed tokens of (prompt over documents, response, prompt of the verifier, verdict)."""
     sampling = config.rollout.sampling
     response = assume.response * sampling.max_response_tokens
-    verdict = assume.response * (sampling.max_verdict_tokens or sampling.max_response_tokens)
-    return assume.prompt * sampling.max_prompt_tokens, response, response + 500, verdict
+    verdict = assume.verdict * (sampling.max_verdict_tokens or sampling.max_response_tokens)
+    return assume.prompt * sampling.max_prompt_tokens, response, assume.judged, verdict
 
 
 def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float, float]:
@@ -448,6 +477,8 @@ def _communication(
     dense = model.parameters - experts
     copies_of_dense = processes // (tensor * pipeline)
     copies_of_experts = processes // (expert * expert_tensor * pipeline)
+    if config.training.offload:
+        total += 2 * own * arch.hidden * size / tensor * layers / assume.host
     total += seconds(dense / tensor / pipeline * (4 + size), copies_of_dense, tensor)
     total += seconds(experts / expert / expert_tensor / pipeline * (4 + size), copies_of_experts, expert)
     return total
@@ -490,6 +521,7 @@ def plan(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumpt
         processes,
         config.training.parallel,
         config.training.recompute,
+        config.training.offload,
         trainer_memory(model, config, processes, assume),
         step_times(model, config, processes, gpu, assume),
         gpu,
@@ -506,9 +538,11 @@ def cheapest(
     """
     arch = model.arch
     found = []
+    modes = (("none", False), ("selective", False), ("full", False), ("full", True))
     for parallel in _layouts(arch, processes, assume):
-        for recompute in ("none", "selective", "full"):
-            other = _with(config, parallel, recompute)
+        for recompute, offload in modes:
+            update = {"parallel": parallel, "recompute": recompute, "offload": offload}
+            other = config.model_copy(update={"training": config.training.model_copy(update=update)})
             if _rough_bytes(model, other, processes, assume) <= gpu.memory:
                 times = step_times(model, other, processes, gpu, assume)
                 found.append((times.update, len(found), other))
@@ -517,11 +551,6 @@ def cheapest(
         yield tried
         if tried.fits:
             return
-
-
-def _with(config: Config, parallel: ParallelConfig, recompute: str) -> Config:
-    training = config.training.model_copy(update={"parallel": parallel, "recompute": recompute})
-    return config.model_copy(update={"training": training})
 
 
 def _layouts(arch: Architecture, processes: int, assume: Assumptions) -> Iterator[ParallelConfig]:
@@ -571,7 +600,7 @@ GIB = 2**30
 
 
 def describe(plan: Plan) -> str:
-    """A layout in one line: sizes above 1, data-parallel replicas and recompute."""
+    """A layout in one line: sizes above 1, data-parallel replicas, recompute and offload."""
     parallel = plan.parallel
     sizes = [
         f"{name} {getattr(parallel, name)}"
@@ -579,7 +608,7 @@ def describe(plan: Plan) -> str:
         if getattr(parallel, name) > 1
     ]
     replicas = plan.processes // (parallel.tensor * parallel.pipeline * parallel.context)
-    return ", ".join([*sizes, f"data {replicas}", f"recompute {plan.recompute}"])
+    return ", ".join([*sizes, f"data {replicas}", f"recompute {plan.recompute}", *["offload"] * plan.offload])
 
 
 def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumptions) -> Iterator[str]:
@@ -607,6 +636,10 @@ def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumpti
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     room = f"of {gpu.memory / GIB:.2f} on the fullest rank: {verdict}"
     yield f"  {'total':12} {plan.memory.total / GIB:8.2f} GiB   {room}"
+    if plan.offload:
+        host = plan.memory.host / GIB
+        node = min(assume.gpus_per_node, plan.processes)
+        yield f"  {'host':12} {host:8.2f} GiB   of pinned host memory; {node * host:.2f} on a node of {node} such ranks"
     engine = engine_memory(model, config, gpu, assume)
     yield f"engines   {config.rollout.replicas} x {config.rollout.tensor_parallel} {name}"
     yield f"  {'weights':12} {engine.weights / GIB:8.2f} GiB   per GPU"
@@ -623,10 +656,13 @@ def report(model: Model, config: Config, plan: Plan, name: str, assume: Assumpti
     )
     yield (
         f"assumed   prompts of {assume.prompt * sampling.max_prompt_tokens:,.0f} and responses of "
-        f"{assume.response * sampling.max_response_tokens:,.0f} tokens, {assume.mixed:.0%} of the questions mixed; "
+        f"{assume.response * sampling.max_response_tokens:,.0f} tokens (judgments of "
+        f"{assume.verdict * (sampling.max_verdict_tokens or sampling.max_response_tokens):,.0f}), "
+        f"{assume.mixed:.0%} of the questions mixed; "
         f"{assume.matrix_efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, {assume.memory_efficiency:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in "
-        f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them, nothing overlapped"
+        f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them"
+        f"{f', {assume.host / 1e9:.0f} GB/s to the host' if plan.offload else ''}, nothing overlapped"
     )
 
 

@@ -73,11 +73,14 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "offload"), [("none", False), ("selective", False), ("full", False), ("full", True)]
+)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_prediction_against_measured_memory(kind, recompute, checkpoints):
+def test_prediction_against_measured_memory(kind, recompute, offload, checkpoints):
     """Parameters, gradients and optimizer state equal; the peak of an update within 15 %."""
     config, hf_config = make_config(checkpoints / kind, recompute, {}, 1024), load_hf_config(checkpoints / kind)
+    config.training.offload = offload
     backend.initialise(config)
     try:
         model = build_model(hf_config, config)
@@ -94,9 +97,11 @@ def test_prediction_against_measured_memory(kind, recompute, checkpoints):
     assert static == planner.counted_memory(hf_config, config, 0, 1)[:3]
     arch = planner.Model.of(hf_config).arch
     kept, layer = planner.stage_activations(arch, config, range(4), 1024, 1, gpu=False)
+    assert (kept == 0) == offload
+    kept += planner.offloaded_bytes(arch, config, range(4), 1024, 1, gpu=False)  # the same memory on a CPU
     activations = kept + max(layer, planner.head_bytes(arch, config, 1024))
     predicted = max(activations, planner.step_bytes(config, static[2]))
-    print(f"{kind}, recompute {recompute}: {predicted / peak - 1:+.1%}")
+    print(f"{kind}, recompute {recompute}, offload {offload}: {predicted / peak - 1:+.1%}")
     assert predicted == pytest.approx(peak, rel=0.15)
 
 

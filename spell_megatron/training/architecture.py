@@ -149,7 +149,9 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[torch.Tensor, float
             "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
             "sequences of several lengths share a prefix."
         )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, device="cpu")
+    # Models may be built on a device without memory, and transformers does not name the device everywhere.
+    with torch.device("cpu"):
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, device="cpu")
     return frequencies.float(), float(factor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 from spell_megatron.config import Config
@@ -39,6 +41,8 @@ class TreeGPTModel(GPTModel):
         # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
         self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
         self._routers = routers(self)
+        self.offload = False
+        """Keep what the decoder saves for the backward pass in host memory (`training.offload`)."""
 
     def forward(
         self,
@@ -69,9 +73,10 @@ class TreeGPTModel(GPTModel):
             routing = None if routing is None else routing.chunk(shards)[rank]
         for router in self._routers:
             router.recorded = None if routing is None else routing[:, router.layer_number - self.layers.start - 1]
-        return self.decoder(
-            hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
-        )
+        with saved_tensors_hooks(_to_host, _to_device) if self.offload else nullcontext():
+            return self.decoder(
+                hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
+            )
 
     @property
     def layers(self) -> range:
@@ -83,6 +88,24 @@ class TreeGPTModel(GPTModel):
     def output_weight(self) -> Tensor | None:
         """The weight to give to `output_layer`: the shared embedding, or None where the layer has its own."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+
+# torch's own save_on_cpu would copy parameters too, and the positions that all layers share once per layer.
+def _to_host(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+    """A copy in host memory of an activation that autograd saves; other tensors as they are."""
+    if not saved.requires_grad or isinstance(saved, torch.nn.Parameter):
+        return saved
+    host = torch.empty(saved.shape, dtype=saved.dtype, device="cpu", pin_memory=saved.is_cuda)
+    # The copies need no waiting: they are in the same stream as what computes the tensor and what uses it.
+    return saved.device, host.copy_(saved, non_blocking=True)
+
+
+def _to_device(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    """What `_to_host` was given."""
+    if isinstance(packed, Tensor):
+        return packed
+    device, host = packed
+    return host.to(device, non_blocking=True)
 
 
 class RMSNorm(torch.nn.Module):
@@ -113,7 +136,7 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
     refuse(layout_faults(arch, config.training.parallel))
     use_te = _has_transformer_engine()
     transformer_config = _transformer_config(hf_config, arch, config, use_te)
-    return TreeGPTModel(
+    model = TreeGPTModel(
         config=transformer_config,
         hf_config=hf_config,
         transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
@@ -123,6 +146,8 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
+    model.offload = config.training.offload
+    return model
 
 
 def _has_transformer_engine() -> bool:

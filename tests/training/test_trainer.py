@@ -23,7 +23,7 @@ from trainer_cases import (
     weights,
 )
 
-from spell_megatron.training import backend
+from spell_megatron.training import backend, model
 from spell_megatron.training.moe import routers
 from spell_megatron.training.prefix_tree import Row, plan
 
@@ -228,6 +228,42 @@ def test_auxiliary_loss_equals_plain_torch_on_the_hf_model(budget, recompute, po
     assert difference(found, gradients(without)) > 0.5
     assert metrics["moe_aux_loss"] == pytest.approx(loss.item() / 2, rel=1e-5)  # mean over layers
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # of the policy alone
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_offload_changes_only_where_the_inputs_wait(family, policies, monkeypatch):
+    """Every layer is computed again from a copy that the hooks made (on a GPU: in host memory), no parameter and
+    nothing that all layers share is copied, and metrics and weights after two updates are equal to the last bit."""
+    copies, again, pack = [], [], model._to_host
+
+    def packing(saved):
+        packed = pack(saved)
+        if packed is saved:
+            assert isinstance(saved, torch.nn.Parameter) or not saved.requires_grad
+        else:
+            assert saved.shape[1] == 1 and saved.data_ptr() != packed[1].data_ptr()  # [tokens, 1, ...]
+            copies.append(packed[1])
+        return packed
+
+    def looking(_, args, kwargs):
+        if torch.is_grad_enabled():  # not so the first time
+            again.append(kwargs["hidden_states"].data_ptr())
+
+    monkeypatch.setattr(model, "_to_host", packing)
+    results = []
+    for offload in (False, True):
+        options = dict(training__recompute="full", training__offload=offload, training__tokens_per_microbatch=60)
+        trainer = make_trainer(make_config(policies(family), **options))
+        for layer in trainer.model.decoder.layers:
+            layer.register_forward_pre_hook(looking, with_kwargs=True)
+        again.clear()
+        metrics = [trainer.update(make_rows(seed)) for seed in range(2)]
+        assert len(again) == 2 * sum(m["microbatches"] for m in metrics)  # two layers
+        assert ({copy.data_ptr() for copy in copies} >= set(again)) == offload
+        results.append(([{k: v for k, v in m.items() if "second" not in k} for m in metrics], weights(trainer)))
+    (metrics, before), (offloaded_metrics, after) = results
+    assert offloaded_metrics == metrics
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
