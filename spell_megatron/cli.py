@@ -21,7 +21,7 @@ from spell_megatron.config import (
     Config,
     Fault,
     launched_processes,
-    raise_faults,
+    raise_faults_of_files,
     read_config,
     settings,
     to_yaml,
@@ -81,13 +81,13 @@ def _add_train(commands) -> None:
         help="train a policy by self-play",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="spell train --config FILE [--SECTION.KEY=VALUE ...] [--dry-run]\n"
+        usage="spell train --config FILE [--config FILE ...] [--SECTION.KEY=VALUE ...] [--dry-run]\n"
         "       spell train --resume RUN_FOLDER [--SECTION.KEY=VALUE ...]",
         description="Train a policy by self-play on document clusters. Everything is checked before a model\n"
         "is loaded. Results are written to the folder run.output_dir/run.name.",
         epilog=_settings_help(),
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings (see below)")
+    _add_config(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check all, print all settings and a plan, and stop"
     )
@@ -102,6 +102,17 @@ def _add_train(commands) -> None:
     parser.set_defaults(command=_train)
 
 
+def _add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        required=required,
+        help="YAML file of settings (see below); of several, later ones override earlier ones",
+    )
+
+
 def _settings_help() -> str:
     lines = ["settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"]
     for setting in settings():
@@ -112,7 +123,8 @@ def _settings_help() -> str:
 
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    config, faults, resume = _read(arguments, _overrides(rest))
+    overrides = _overrides(rest)
+    config, faults, resume = _read(arguments, overrides)
     warnings: list[str] = []
     if _rank() == 0:
         from spell_megatron.preflight import find_faults
@@ -120,7 +132,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
         known = {key for fault in faults for key in fault.keys}
         found, warnings = find_faults(config, resume, known)
         faults = [*faults, *found]
-    raise_faults(faults, str(arguments.config or Path(arguments.resume) / "config.yaml"))
+    raise_faults_of_files(faults, arguments.config or Path(arguments.resume) / "config.yaml", overrides)
     if arguments.dry_run:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
         return 0
@@ -150,14 +162,14 @@ def _read(
     """Settings, their faults, and the folder of the run to be continued, if any."""
     if arguments.resume:
         folder = Path(arguments.resume)
-        path = arguments.config or folder / "config.yaml"
-        if not path.is_file() and not arguments.config:
+        own = folder / "config.yaml"
+        if not own.is_file() and not arguments.config:
             raise UserError(
                 f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
                 "the YAML file with --config."
             )
         location = folder.absolute()
-        config, faults = read_config(path, overrides)
+        config, faults = read_config(arguments.config or own, overrides)
         config.run.output_dir, config.run.name = location.parent, location.name
         return config, faults, folder
     if arguments.config is None:
@@ -266,13 +278,13 @@ def _add_plan(commands) -> None:
         help="tell whether a run fits its GPUs, and how long a step takes",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="spell plan --config FILE [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
+        usage="spell plan --config FILE [--config FILE ...] [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
         description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a\n"
         "run, how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor\n"
         "weights: of model.path only config.json is read. Exit status 2: it does not fit.",
         epilog=_settings_help(),
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of settings (see below)")
+    _add_config(parser, required=True)
     add = parser.add_argument
     add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
@@ -280,8 +292,9 @@ def _add_plan(commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    config, faults = read_config(arguments.config, _overrides(rest))
-    raise_faults(faults, str(arguments.config))
+    overrides = _overrides(rest)
+    config, faults = read_config(arguments.config, overrides)
+    raise_faults_of_files(faults, arguments.config, overrides)
     _quiet_libraries()
     from spell_megatron import planner
     from spell_megatron.reporting.progress import Progress

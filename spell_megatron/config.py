@@ -1,6 +1,6 @@
 """The whole configuration of a run: what a YAML file may hold, and how it is read.
 
-`load_config` merges a YAML file and dotted overrides, checks every field and every relation
+`load_config` merges YAML files and dotted overrides, checks every field and every relation
 between fields, and reports all faults at once. What depends on the machine (files, ports, GPUs)
 is checked by `spell_megatron.preflight`.
 """
@@ -15,8 +15,8 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -319,9 +319,12 @@ class Fault:
     """Dotted keys; the first one heads the line."""
     message: str
     """What is wrong, and the remedy."""
+    place: str = ""
+    """Which of several files holds the setting."""
 
     def __str__(self) -> str:
-        line = f"{self.keys[0]}: {' '.join(self.message.split())}"
+        place = f" ({self.place})" if self.place else ""
+        line = f"{self.keys[0]}{place}: {' '.join(self.message.split())}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
@@ -334,30 +337,35 @@ def raise_faults(faults: Sequence[Fault], where: str) -> None:
 
 # ---------------------------------------------------------------------------------------- reading
 
+Files = str | Path | Sequence[str | Path]
+"""One YAML file, or several: the settings of later ones replace those of earlier ones."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply dotted overrides and validate the result.
+
+def load_config(files: Files, overrides: Sequence[str] = ()) -> Config:
+    """Read YAML files, apply dotted overrides and validate the result.
 
     `overrides` are strings such as `selfplay.groups=16` (leading dashes allowed) whose values are
     parsed as YAML. A relative input path is taken from the current directory if it exists there,
-    else from the YAML file's folder; input paths come out absolute.
+    else from the folder of the YAML file that holds it; input paths come out absolute.
 
     Raises UserError that lists every fault, one a line.
     """
-    config, faults = read_config(path, overrides)
-    raise_faults(faults, str(path))
+    config, faults = read_config(files, overrides)
+    raise_faults_of_files(faults, files, overrides)
     return config
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Fault]]:
+def read_config(files: Files, overrides: Sequence[str] = ()) -> tuple[Config, list[Fault]]:
     """Like `load_config`, but returns the faults beside a configuration without them.
 
     In the configuration returned, faulty settings have their defaults (a required one is empty),
-    so that the caller can go on looking for faults elsewhere. Raises UserError only if the YAML
+    so that the caller can go on looking for faults elsewhere. Raises UserError only if a YAML
     file cannot be read at all.
     """
-    path = Path(path)
-    raw = _read_yaml(path)
+    raws = {path: _read_yaml(path) for path in _paths(files)}
+    raw: dict[str, Any] = {}
+    for other in raws.values():
+        _merge(raw, other, Config)
     faults: list[Fault] = []
     for override in overrides:
         fault = _apply_override(raw, override)
@@ -367,8 +375,53 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     faults += schema_faults
     faulty = {key for fault in faults for key in fault.keys}
     faults += [fault for fault in _relation_faults(config) if not involves(fault, faulty)]
-    _resolve_paths(config, path.parent)
+    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws))).parent)
     return config, faults
+
+
+def raise_faults_of_files(faults: Sequence[Fault], files: Files, overrides: Sequence[str] = ()) -> None:
+    """`raise_faults` for what `read_config` was given: of several files, a line names the one that sets its key."""
+    paths = _paths(files)
+    if faults and len(paths) > 1:
+        raws = {path: _read_yaml(path) for path in paths}
+        given = [_split_override(override)[0] for override in overrides]
+
+        def place(fault: Fault) -> str:
+            if any(involves(fault, [key]) for key in given):
+                return "command line"
+            return next((str(holder) for key in fault.keys if (holder := _holder(raws, key))), "")
+
+        faults = [replace(fault, place=place(fault)) for fault in faults]
+    raise_faults(faults, " and ".join(map(str, paths)))
+
+
+def _paths(files: Files) -> list[Path]:
+    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+
+
+def _merge(raw: dict[str, Any], other: dict[str, Any], section: type[Section]) -> None:
+    """Put the settings of `other` into `raw`; one that is a mapping (`selfplay.tasks`) replaces the earlier one."""
+    for name, value in other.items():
+        field = section.model_fields.get(name)
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            if isinstance(value, dict) and isinstance(raw.get(name), dict):
+                _merge(raw[name], value, field.annotation)
+                continue
+            if value is None:  # `selfplay:` with nothing under it
+                raw.setdefault(name, None)
+                continue
+        raw[name] = copy.deepcopy(value)
+
+
+def _holder(raws: Mapping[Path, dict[str, Any]], key: str) -> Path | None:
+    """The last of the files that sets a dotted key."""
+
+    def sets(raw: Any, sections: Sequence[str]) -> bool:
+        if not isinstance(raw, dict):  # the value of a section, or the list that the key is in
+            return raw is not None
+        return not sections or sections[0] in raw and sets(raw[sections[0]], sections[1:])
+
+    return next((path for path in reversed(raws) if sets(raws[path], key.split("."))), None)
 
 
 def involves(fault: Fault, keys: Iterable[str]) -> bool:
@@ -418,8 +471,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _split_override(override: str) -> tuple[str, str, str]:
+    """(key, "=" or nothing, value) of `--key=value`."""
+    return override.lstrip("-").partition("=")
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> Fault | None:
-    key, equals, text = override.lstrip("-").partition("=")
+    key, equals, text = _split_override(override)
     if not equals or not key:
         return Fault((key or override,), "an override needs a value. Write --section.key=value")
     try:
@@ -740,14 +798,15 @@ def _relation_faults(config: Config) -> list[Fault]:
 # ---------------------------------------------------------------------------------------- paths
 
 
-def _resolve_paths(config: Config, yaml_folder: Path) -> None:
-    config.model.path = _resolve(config.model.path, yaml_folder)
-    config.data.documents = _resolve(config.data.documents, yaml_folder)
+def _resolve_paths(config: Config, folder: Callable[[str], Path]) -> None:
+    """Make input paths absolute; `folder` gives that of the YAML file with a key."""
+    config.model.path = _resolve(config.model.path, folder("model.path"))
+    config.data.documents = _resolve(config.data.documents, folder("data.documents"))
     if config.validation.questions is not None:
-        config.validation.questions = _resolve(config.validation.questions, yaml_folder)
+        config.validation.questions = _resolve(config.validation.questions, folder("validation.questions"))
     # the name of a prompt set of the package stays a name
     if "/" in config.selfplay.prompts or config.selfplay.prompts.startswith("~"):
-        config.selfplay.prompts = str(_resolve(Path(config.selfplay.prompts), yaml_folder))
+        config.selfplay.prompts = str(_resolve(Path(config.selfplay.prompts), folder("selfplay.prompts")))
     config.run.output_dir = config.run.output_dir.expanduser()
 
 

@@ -127,6 +127,20 @@ def test_a_dry_run_prints_everything_resolved_and_writes_nothing(spell, inputs, 
     assert spell("train", "--config", "printed.yaml", "--dry-run")[1] == output
 
 
+def test_several_files_and_resuming_with_them(spell, inputs, tmp_path):
+    (tmp_path / "more.yaml").write_text("run: {name: more, stepps: 3}\n")
+    words = ["train", "--config", inputs / "run.yaml", "--config", "more.yaml", "--dry-run"]
+    status, _, errors = spell(*words)
+    assert status == 2 and "run.stepps (more.yaml): unknown key" in errors
+    (tmp_path / "more.yaml").write_text("run: {name: more}\n")
+    resolved = yaml.safe_load(spell(*words)[1])
+    assert (resolved["run"]["name"], resolved["model"]["path"]) == ("more", str(inputs / "policy"))
+    folder = tmp_path / "runs" / "more"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("step_000001")
+    assert "(continued)" in spell(*words, "--resume")[1]
+
+
 def test_a_dry_run_with_faults_fails(spell, inputs):
     words = ["--config", inputs / "run.yaml", "--selfplay.groups=0"]
     status, output, errors = spell("train", *words, "--dry-run")

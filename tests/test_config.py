@@ -186,6 +186,50 @@ def test_input_paths_are_taken_from_here_and_else_from_beside_the_yaml(write, tm
     assert config.run.output_dir == Path("runs")
 
 
+def test_later_files_override_earlier_ones_setting_by_setting(tmp_path, monkeypatch):
+    """A setting that is a mapping is replaced as a whole; a path belongs to the folder of the file that names it."""
+    (tmp_path / "models" / "policy").mkdir(parents=True)
+    (tmp_path / "models" / "policies").mkdir()
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "corpus.parquet").touch()
+    first, second = tmp_path / "first.yaml", tmp_path / "models" / "second.yaml"
+    first.write_text(
+        "data: {documents: corpus.parquet}\nmodel: {path: policies, dtype: float32}\nlogging:\n"
+        "selfplay: {groups: 4, tasks: {doc_mc: 1}, questioner: {history: 1, mu: 0.4}}\nrollout: {replicas: 2}\n"
+    )
+    second.write_text(
+        "model: {path: policy}\nrollout:\nlogging: {dump: none}\n"
+        "selfplay: {group_size: 4, tasks: {docmath_qa: 1}, questioner: {mu: 0.6}}\n"
+    )
+    config = load_config([first, second], ["rollout.concurrency=7"])
+    play = config.selfplay
+    assert (play.groups, play.group_size, play.tasks) == (4, 4, {"docmath_qa": 1})
+    assert (play.questioner.history, play.questioner.mu) == (1, 0.6)
+    assert (config.rollout.replicas, config.rollout.concurrency, config.logging.dump) == (2, 7, "none")
+    assert (config.model.path, config.model.dtype) == (second.parent / "policy", "float32")
+    assert config.data.documents == tmp_path / "corpus.parquet"
+    assert load_config([second, first]).model.path == tmp_path / "policies"
+
+
+def test_of_several_files_the_one_with_the_fault_is_named(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: {dtpye: float32}\nrun: {steps: -1}\ntraining: {parallel: {processes: 3}}\n")
+    second.write_text("model: {path: policy}\nrun: {steps: -2, sead: 1}\nrollout: {urls: [1]}\ntraining: {parallel: {tensor: 2}}\n")
+    with pytest.raises(UserError) as error:
+        load_config([first, second], ["training.clip_low=2"])
+    head, *lines = str(error.value).splitlines()
+    assert head == f"7 faults in {first} and {second}:"
+    assert {line.split(":")[0].strip() for line in lines} == {
+        f"model.dtpye ({first})",
+        "data.documents",
+        f"run.steps ({second})",
+        f"run.sead ({second})",
+        f"rollout.urls.0 ({second})",
+        "training.clip_low (command line)",
+        f"training.parallel.processes ({first})",
+    }
+
+
 def test_what_is_written_reads_back_the_same(write):
     config = load_config(write(MINIMAL), ["data.sources={a: [doc_mc]}", "selfplay.shuffle_rewards=true"])
     assert load_config(write(to_yaml(config))) == config
