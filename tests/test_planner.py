@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes, update_peak
 from spell_megatron import planner
@@ -18,51 +17,29 @@ from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
+PAPER = EXAMPLES / "paper_16k.yaml"
+PUBLISHED = {
+    "llama_3.1_8b_instruct": 8_030_261_248,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen2.5_7b_instruct": 7_615_616_512,
+    "qwen2.5_14b": 14_770_033_664,
+    "qwen2.5_14b_instruct": 14_770_033_664,
+    "qwen2.5_32b": 32_763_876_352,
+    "qwen2.5_32b_instruct": 32_763_876_352,
+    "qwen3_30b_a3b_instruct_2507": 30_532_122_624,
+    "qwen3_30b_a3b_thinking_2507": 30_532_122_624,
+    "qwen3_4b_thinking_2507": 4_022_468_096,
+    "r1_distill_llama_8b": 8_030_261_248,
+    "r1_distill_qwen_14b": 14_770_033_664,
+}
+
+# Of the same sizes, in the same layout and with rows of the same length as another.
+TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
 
-@pytest.mark.parametrize(
-    ("hf_config", "published"),
-    [
-        (load_hf_config(EXAMPLES / "models/qwen3_30b_a3b_thinking_2507"), 30_532_122_624),
-        (
-            LlamaConfig(
-                vocab_size=128256,
-                hidden_size=4096,
-                intermediate_size=14336,
-                num_hidden_layers=32,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-            ),
-            8_030_261_248,
-        ),
-        (
-            Qwen2Config(
-                vocab_size=152064,
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-            ),
-            7_615_616_512,
-        ),
-        (
-            Qwen3Config(
-                **QWEN3,
-                hidden_size=2560,
-                intermediate_size=9728,
-                num_hidden_layers=36,
-                num_attention_heads=32,
-                tie_word_embeddings=True,
-            ),
-            4_022_468_096,
-        ),
-    ],
-    ids=["Qwen3-30B-A3B", "Llama-3.1-8B", "Qwen2.5-7B", "Qwen3-4B"],
-)
-def test_the_number_of_parameters_is_the_published_one(hf_config, published):
-    assert planner.Model.of(hf_config).parameters == published
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_number_of_parameters_is_the_published_one(name):
+    assert planner.Model.of(load_hf_config(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
 
 
 @pytest.fixture(scope="module")
@@ -150,20 +127,51 @@ def test_memory_moves_as_it_must():
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu", "parameters"),
+    ("files", "gpu", "parameters"),
     [
-        ("qwen3_30b_a3b_thinking_100k.yaml", "H100-80G", 4_018_747_392),
-        ("qwen3_30b_a3b_thinking_100k_h200.yaml", "H200-141G", None),
+        (["qwen3_30b_a3b_thinking_100k.yaml"], "H100-80G", 4_018_747_392),
+        (["qwen3_30b_a3b_thinking_100k_h200.yaml"], "H200-141G", None),
+        *(
+            pytest.param(
+                *(["paper_16k.yaml", f"paper_16k/{name}.yaml"], "A100-80G", None),
+                marks=[pytest.mark.slow] if name in TWINS else [],
+            )
+            for name in PUBLISHED
+        ),
     ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_the_recipes_fit(name, gpu, parameters):
-    config = load_config(EXAMPLES / name)
+def test_the_recipes_fit(files, gpu, parameters):
+    config = load_config([EXAMPLES / file for file in files])
     model = planner.Model.of(load_hf_config(config.model.path))
     processes = config.training.parallel.processes
     plan = planner.plan(model, config, processes, planner.GPUS[gpu], planner.Assumptions())
     assert plan.fits
     assert parameters is None or plan.memory.parameters == 2 * parameters
     assert planner.engine_memory(model, config, planner.GPUS[gpu], planner.Assumptions()).sequences > 1
+
+
+def test_the_papers_recipes_differ_only_where_the_paper_does():
+    """Twelve models; what is not about memory and machines differs only in the length of a response."""
+    recipes = sorted(PAPER.with_suffix("").glob("*.yaml"))
+    assert [recipe.stem for recipe in recipes] == sorted(PUBLISHED)
+    thinking = {"qwen3_30b_a3b_thinking_2507", "qwen3_4b_thinking_2507", "r1_distill_llama_8b", "r1_distill_qwen_14b"}
+    common = None
+    for recipe in recipes:
+        config = load_config([PAPER, recipe])
+        sampling = config.rollout.sampling
+        assert config.model.path.resolve() == EXAMPLES / "models" / recipe.stem
+        assert sampling.max_response_tokens == (20_000 if recipe.stem in thinking else 4096)
+        assert sampling.max_prompt_tokens + sampling.max_response_tokens <= config.training.tokens_per_microbatch
+        own = {
+            "run": {"name"},
+            "model": {"path"},
+            "rollout": {"replicas": True, "tensor_parallel": True, "sampling": {"max_response_tokens"}},
+            "training": {"tokens_per_microbatch", "recompute", "parallel"},
+        }
+        rest = config.model_dump(exclude=own)
+        common = common or rest
+        assert rest == common
 
 
 def test_the_command(checkpoints, tmp_path, capsys):
