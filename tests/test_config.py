@@ -214,7 +214,9 @@ def test_later_files_override_earlier_ones_setting_by_setting(tmp_path, monkeypa
 def test_of_several_files_the_one_with_the_fault_is_named(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model: {dtpye: float32}\nrun: {steps: -1}\ntraining: {parallel: {processes: 3}}\n")
-    second.write_text("model: {path: policy}\nrun: {steps: -2, sead: 1}\nrollout: {urls: [1]}\ntraining: {parallel: {tensor: 2}}\n")
+    second.write_text(
+        "model: {path: policy}\nrun: {steps: -2, sead: 1}\nrollout: {urls: [1]}\ntraining: {parallel: {tensor: 2}}\n"
+    )
     with pytest.raises(UserError) as error:
         load_config([first, second], ["training.clip_low=2"])
     head, *lines = str(error.value).splitlines()
