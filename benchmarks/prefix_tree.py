@@ -158,10 +158,11 @@ def forward_pass(trainer, rows: list) -> None:
     from spell_megatron.training import trainer as module
 
     with way_of("all logits", rows), torch.no_grad():
-        for tree in unshared(rows):
-            hidden, loss = trainer._forward(
-                module._ResponseValues(rows), iter([(tree, len(tree.tokens))]), trainer.model
-            )
+        trees = unshared(rows)
+        values = module._ResponseValues(rows)
+        routings = module._Routings(rows, [trees], 0, trainer.model.layers, torch.device("cpu"))
+        for tree in trees:
+            hidden, loss = trainer._forward(values, routings, iter([(tree, len(tree.tokens))]), trainer.model)
             loss(hidden)
 
 
