@@ -233,7 +233,7 @@ class Case:
 
 def ratios(options: argparse.Namespace) -> dict:
     # Many groups, so that the optimizer's step is as small a part as in real updates.
-    cases = [("dense", 2, 8, 40, 1)] if options.quick else [("dense", 8, 8, 40, 2), ("moe", 4, 8, 40, 1)]
+    cases = [("dense", 2, 8, 40, 1)] if options.quick else [("dense", 4, 8, 40, 4), ("moe", 4, 8, 40, 3)]
     main = len(cases)
     if not options.quick:
         every = [(size, PROMPT // share) for share in (5, 25, 100) for size in (2, 8, 16)]
