@@ -158,10 +158,11 @@ def forward_pass(trainer, rows: list) -> None:
     from spell_megatron.training import trainer as module
 
     with way_of("all logits", rows), torch.no_grad():
-        for tree in unshared(rows):
-            hidden, loss = trainer._forward(
-                module._ResponseValues(rows), iter([(tree, len(tree.tokens))]), trainer.model
-            )
+        trees = unshared(rows)
+        values = module._ResponseValues(rows)
+        routings = module._Routings(rows, [trees], 0, trainer.model.layers, torch.device("cpu"))
+        for tree in trees:
+            hidden, loss = trainer._forward(values, routings, iter([(tree, len(tree.tokens))]), trainer.model)
             loss(hidden)
 
 
@@ -232,7 +233,7 @@ class Case:
 
 def ratios(options: argparse.Namespace) -> dict:
     # Many groups, so that the optimizer's step is as small a part as in real updates.
-    cases = [("dense", 2, 8, 40, 1)] if options.quick else [("dense", 8, 8, 40, 2), ("moe", 4, 8, 40, 1)]
+    cases = [("dense", 2, 8, 40, 1)] if options.quick else [("dense", 4, 8, 40, 4), ("moe", 4, 8, 40, 3)]
     main = len(cases)
     if not options.quick:
         every = [(size, PROMPT // share) for share in (5, 25, 100) for size in (2, 8, 16)]

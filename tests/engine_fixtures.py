@@ -79,7 +79,7 @@ def engine_config(model: Path, dtype: str = "float32", **rollout: object):
     settings = {
         "concurrency": 32,
         "cpu_kv_cache_gib": 0.25,
-        "start_timeout": 180,
+        "start_timeout": 600,
         "sampling": {
             "temperature": 0.8,
             "top_p": 1.0,
