@@ -1,8 +1,13 @@
 """Fixtures that several folders of tests share. This file also puts `tests/` on the import path."""
 
+import hypothesis
 import pytest
 
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
+
+# A busy machine must not make a test fail; `hypothesis` would time each example.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

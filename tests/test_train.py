@@ -224,7 +224,7 @@ def test_an_engine_killed_in_mid_run_is_explained(tmp_path):
     assert servers
     for server in servers:
         server.kill()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=900)
     assert process.returncode == 2
     assert "killed by signal 9" in stderr and "engine-0.log" in stderr
     assert "Traceback" not in stderr

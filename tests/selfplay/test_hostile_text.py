@@ -115,13 +115,13 @@ def check_everything(text, other="7"):
     token_f1(text, other)
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=10_000)
 @given(hostile, hostile)
 def test_hostile_text_has_an_outcome(text, other):
     check_everything(text, other)
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=10_000)
 @given(st.sampled_from(TASKS), records)
 @example("docmath_qa", {"question": "q", "answer": 10**5000})
 @example("docmath_qa", {"question": "q", "answer": float("inf")})

@@ -208,7 +208,7 @@ def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
         held.go.unlink()
         saver.save(3, {})
         (writer,) = [process for process in active_children() if "Manager" not in process.name]
-    writer.join(timeout=60)
+    writer.join(timeout=600)
     assert writer.exitcode == -signal.SIGKILL
     assert names(run) == ["latest", "step_000001", "step_000003.tmp"]
     assert checkpoint.latest(run).name == "step_000001"
@@ -319,7 +319,7 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.getcwd()])},
         )
         try:
-            assert process.wait(timeout=400) == -signal.SIGKILL, log.read_text()[-2000:]
+            assert process.wait(timeout=900) == -signal.SIGKILL, log.read_text()[-2000:]
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Megatron's writer processes outlive a killed parent
     assert "step_000002.tmp" in names(run)

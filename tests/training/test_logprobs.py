@@ -115,7 +115,7 @@ def test_peak_memory_is_one_chunk():
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert float(out.stdout) < 60, f"{out.stdout} MB above the peak of a single chunk"

@@ -42,7 +42,7 @@ def test_two_processes_equal_transformers(tmp_path):
         torch.save(tree, tmp_path / name / "tree.pt")
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps([[str(tmp_path / name), parallel] for name, parallel in LAYOUTS]))
-    output = torchrun(2, Path(__file__).with_name("layouts_worker.py"), cases, timeout=240)
+    output = torchrun(2, Path(__file__).with_name("layouts_worker.py"), cases, timeout=600)
     decoder = json.JSONDecoder()
     results = [decoder.raw_decode(part)[0] for part in output.split("RESULT ")[1:]]
     assert len(results) == 2 * len(LAYOUTS)

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for family in ("qwen3", "qwen3_moe"):
         make_policy(family, folder / family)
-    torchrun(2, Path(__file__).with_name("trainer_worker.py"), folder, timeout=500)
+    torchrun(2, Path(__file__).with_name("trainer_worker.py"), folder, timeout=900)
     return folder
 
 

@@ -72,7 +72,7 @@ def fresh_answers(folders: list[Path], dtype: str = "float32") -> dict[str, list
     }
     task = json.dumps([dtype, PROMPTS, SEEDED, [str(folder) for folder in folders]])
     done = subprocess.run(
-        [sys.executable, "-c", _FRESH, task], env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, "-c", _FRESH, task], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
@@ -310,7 +310,7 @@ def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypa
     monkeypatch.setenv("SPELL_API_KEY", engines.api_key)
     tasks = [[str(policy(kind, 1 - index % 2)), layout] for index, layout in enumerate(layouts)]
     worker = Path(__file__).with_name("push_worker.py")
-    output = torchrun(2, worker, json.dumps([engines.urls, tasks]), timeout=400)
+    output = torchrun(2, worker, json.dumps([engines.urls, tasks]), timeout=900)
     count = len(weights(policy(kind)))
     assert output.count(f"RESULT {count} sent, {count} compared, [] differ") == len(layouts)
 
@@ -349,7 +349,7 @@ def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
 
 
 def test_trainer_ranks_that_share_their_gpus_tell_of_all_buffers():
-    output = torchrun(2, Path(__file__).with_name("ipc_worker.py"), timeout=120)
+    output = torchrun(2, Path(__file__).with_name("ipc_worker.py"), timeout=600)
     # Two ones in float32 are bytes of which 2 x (128 + 63) is the sum.
     for number in (1, 2):
         handles = {f"GPU-{rank}": ("handle of", rank, 3 * number + 382) for rank in range(2)}
