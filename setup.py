@@ -26,6 +26,8 @@ setup(
     entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},
     install_requires=[
         "aiohttp>=3.10",
+        # Megatron-Core wants it for context parallelism of two levels
+        "einops",
         # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
