@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import architecture, load_hf_config
-from spell_megatron.training.layout import context_split
+from spell_megatron.training.layout import context_levels
 
 
 def initialise(config: Config) -> torch.device:
@@ -78,14 +78,14 @@ def _make_groups(config: Config, **options: bool) -> None:
     from megatron.core import parallel_state
 
     parallel = config.training.parallel
-    split = (1, 1)
+    levels = None
     if parallel.context > 1:
-        split = context_split(architecture(load_hf_config(config.model.path)), parallel)
+        levels = context_levels(architecture(load_hf_config(config.model.path)), parallel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
-        hierarchical_context_parallel_sizes=list(split) if split[1] > 1 else None,
+        hierarchical_context_parallel_sizes=levels,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         **options,

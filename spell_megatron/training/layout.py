@@ -87,6 +87,12 @@ def context_split(arch: Architecture, parallel: ParallelConfig) -> tuple[int, in
     return fitting[-1], parallel.context // fitting[-1]
 
 
+def context_levels(arch: Architecture, parallel: ParallelConfig) -> list[int] | None:
+    """`context_split` as Megatron's hierarchical_context_parallel_sizes: None if one group is enough."""
+    swapping, groups = context_split(arch, parallel)
+    return [swapping, groups] if groups > 1 else None
+
+
 def query_ranges(length: int, group: int, groups: int) -> list[tuple[int, int]]:
     """Positions [start, stop) of a row that one of `groups` groups of context-parallel ranks holds, ascending.
 

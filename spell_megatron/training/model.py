@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from spell_megatron.config import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
-from spell_megatron.training.layout import context_split, layout_faults, refuse
+from spell_megatron.training.layout import context_levels, layout_faults, refuse
 from spell_megatron.training.moe import GroupedExperts, Router, routers
 
 
@@ -192,7 +192,6 @@ def _transformer_config(
     elif training.recompute == "selective":
         # Attention saves no scores, so that the feed-forward is what is worth computing again.
         options |= {"recompute_granularity": "selective", "recompute_modules": _feed_forwards(arch)}
-    split = context_split(arch, parallel)
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -217,7 +216,7 @@ def _transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
-        hierarchical_context_parallel_sizes=list(split) if split[1] > 1 else None,
+        hierarchical_context_parallel_sizes=context_levels(arch, parallel),
         sequence_parallel=parallel.tensor > 1,  # Megatron's mixture of experts needs it with tensor parallelism
         variable_seq_lengths=parallel.pipeline > 1,  # rows differ in length
         deallocate_pipeline_outputs=True,
