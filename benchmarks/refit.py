@@ -174,10 +174,6 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         copy = Copy(bucket_sizes(sizes), tensor_parallel)
         stack.callback(copy.close)
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-        me = psutil.Process()
-        receivers = [psutil.Process(process.pid) for process in copy.processes]
-        servers = [process for process in me.children(recursive=True) if process not in receivers]
-
         def push(verify: bool = False) -> None:
             done = pusher.push(export(model, hf_config), "benchmark", verify=verify)
             assert done.bytes == size
@@ -188,6 +184,10 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
 
         push(verify=True)
         copy()
+        # after these first turns: while a server starts it has children that soon end
+        me = psutil.Process()
+        receivers = [psutil.Process(process.pid) for process in copy.processes]
+        servers = [process for process in me.children(recursive=True) if process not in receivers]
         rounds: dict[str, list[float]] = {}
 
         def add(**values: float) -> None:
