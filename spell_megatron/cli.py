@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_engines(commands)
     _add_plan(commands)
     _add_prepare(commands)
     _add_convert(commands)
@@ -99,7 +100,25 @@ def _add_train(commands) -> None:
         help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
         "without RUN_FOLDER: the run that --config names",
     )
+    _add_rendezvous(parser, required=False)
     parser.set_defaults(command=_train)
+
+
+def _add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--rendezvous",
+        type=Path,
+        required=required,
+        metavar="FOLDER",
+        help="folder of the shared filesystem by which the processes of a cluster's job find each other",
+    )
+    parser.add_argument(
+        "--engine-nodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of `spell engines` processes that publish their engines in the rendezvous",
+    )
 
 
 def _settings_help() -> str:
@@ -132,7 +151,12 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
     _quiet_libraries()
     from spell_megatron.train import run
 
-    run(config, resume=resume is not None)
+    rendezvous = None
+    if arguments.rendezvous:
+        from spell_megatron.cluster.rendezvous import Rendezvous
+
+        rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
+    run(config, resume=resume is not None, rendezvous=rendezvous)
     return 0
 
 
@@ -255,6 +279,44 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
     return lines + [f"warning: {warning}" for warning in warnings]
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+def _add_engines(commands) -> None:
+    parser = commands.add_parser(
+        "engines",
+        help="start engines on a node of a cluster's job (`spell launch` writes this command)",
+        allow_abbrev=False,
+        description="Start this node's share of the rollout.replicas engines of a run, tell its trainer by the "
+        "rendezvous, and serve until this process is ended. srun starts one such process on each engine node.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
+    _add_rendezvous(parser, required=True)
+    parser.set_defaults(command=_engines)
+
+
+def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    import signal
+    import time
+
+    from spell_megatron.cluster.rendezvous import Rendezvous
+    from spell_megatron.rollout.engines import Engines
+
+    # The default action would end this process without the engines' having been stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    node = _rank()
+    os.environ.pop("SLURM_STEP_ID", None)  # the processes of this step are no trainers
+    config, faults = read_config(arguments.config)
+    raise_faults(faults, str(arguments.config))
+    rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
+    logs = config.run.output_dir / config.run.name / "logs"
+    with Engines.serve(config, logs, rendezvous, node) as engines:
+        print("engines ready at " + ", ".join(engines.urls), flush=True)
+        while True:
+            engines.check()
+            time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------- plan

@@ -54,7 +54,7 @@ def test_port_in_use(policy, tmp_path: Path):
 
 
 def test_a_chosen_port_is_the_servers_alone():
-    with _held_ports(None, 2) as ports:
+    with _held_ports("127.0.0.1", None, 2) as ports:
         assert len(set(ports)) == 2
         for port in ports:
             with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -130,10 +130,8 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
         monkeypatch.setattr(module, "_visible_gpus", lambda: [str(i) for i in range(gpus)])
         config = engine_config(policy("dense"), **rollout)
         config.run.device = "auto"
-        config.training.parallel.processes = trainers
-        return config, *_placement(config)
+        return config, *_placement(config, config.rollout.replicas, trainers)
 
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     config, gpus, backend = placed(8, 4, replicas=2, tensor_parallel=2)
     assert (gpus, backend) == ([["4", "5"], ["6", "7"]], "nccl")
     environment = _environment(config, "secret", gpus[1], backend)
@@ -149,6 +147,7 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
     assert placed(1, 1)[1:] == ([["0"]], "ipc")
     assert placed(4, 4, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "ipc")
     assert placed(0, 2, replicas=2)[1:] == ([[], []], "gloo")
+    assert placed(4, 0, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "nccl")  # an engine node
     with pytest.raises(UserError, match="rollout.replicas"):
         placed(4, 3, replicas=2)
 
