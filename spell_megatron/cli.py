@@ -20,6 +20,7 @@ from spell_megatron import __version__
 from spell_megatron.config import (
     Config,
     Fault,
+    Section,
     launched_processes,
     raise_faults,
     read_config,
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (_train, _plan):
+    if rest and arguments.command not in (_train, _plan, _submit):
         parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
     try:
         return arguments.command(arguments, rest, argv)
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_launch(commands)
     _add_engines(commands)
     _add_plan(commands)
     _add_prepare(commands)
@@ -121,9 +123,11 @@ def _add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
-def _settings_help() -> str:
-    lines = ["settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"]
-    for setting in settings():
+def _settings_help(
+    schema: type[Section] = Config, title: str = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
+) -> str:
+    lines = [title]
+    for setting in settings(schema):
         default = "required" if setting.default is None else f"default {setting.default}"
         lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
         lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
@@ -279,6 +283,49 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
     return lines + [f"warning: {warning}" for warning in warnings]
+
+
+# ----------------------------------------------------------------------------------------- launch
+
+
+def _add_launch(commands) -> None:
+    from spell_megatron.cluster.settings import Cluster
+
+    parser = commands.add_parser(
+        "launch",
+        help="submit a run to a Slurm cluster",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell launch --config FILE --cluster FILE [--dry-run] [--resume] [--SECTION.KEY=VALUE ...]\n"
+        "                    [cluster.KEY=VALUE ...] [run.executor.FIELD=VALUE ...]",
+        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. Needs the extra `slurm`,\n"
+        "in an environment of its own; the nodes need spell_megatron, and no nemo-run. See docs/cluster.md.",
+        epilog=_settings_help(Cluster, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
+    add("--cluster", type=Path, metavar="FILE", help="YAML file that describes the cluster (see below)")
+    add("--executor", choices=("slurm", "local"), default="slurm", help="local: run here, without Slurm")
+    add("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    add("--dry-run", action="store_true", help="print batch script, settings and memory plan, and submit nothing")
+    parser.set_defaults(command=_submit)
+
+
+def _submit(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.cluster.launch import launch
+
+    words = [word if word.startswith("--") else f"--{word}" for word in rest if "=" in word]
+    if len(words) < len(rest):
+        wrong = next(word for word in rest if "=" not in word)
+        raise UserError(f"Unexpected argument {wrong!r}. Settings are written --SECTION.KEY=VALUE.")
+    return launch(
+        arguments.config,
+        arguments.cluster,
+        _overrides(words),
+        on_slurm=arguments.executor == "slurm",
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+    )
 
 
 # ---------------------------------------------------------------------------------------- engines
