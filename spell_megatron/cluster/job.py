@@ -48,8 +48,10 @@ def prologue(config: Config) -> str:
     the run's settings and the addresses of the nodes there.
     """
     folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
+    # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
+    unset = "unset SLURM_UNBUFFEREDIO"
     nodes = f'scontrol --oneliner show node "$SLURM_JOB_NODELIST" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
-    return f"{_prepare(config, folder)}\n{nodes}"
+    return f"{unset}\n{_prepare(config, folder)}\n{nodes}"
 
 
 def _prepare(config: Config, folder: str) -> str:
