@@ -6,9 +6,13 @@ this module is imported after it has been set.
 
 # No `from __future__ import annotations`: NeMo-Run reads the annotations of factories.
 
+import dataclasses
+import difflib
+import io
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import fiddle
@@ -79,13 +83,19 @@ def slurm_executor(cluster: Cluster) -> run.Config[run.SlurmExecutor]:
 
 def override(executor: run.Config, words: Sequence[str]) -> None:
     """Applies NAME=VALUE words, in NeMo-Run's own syntax, to an executor's fields."""
-    try:
-        parse_cli_args(executor, list(words))
-    except CLIException as error:
-        raise UserError(
-            f"run.executor.{' run.executor.'.join(words)} cannot be set: {str(error).strip()}. These are fields of "
-            "NeMo-Run's executor; what the cluster's file names has the same meaning there."
-        ) from error
+    fields = {field.name: field.type for field in dataclasses.fields(executor.__fn_or_cls__) if field.init}
+    for word in words:
+        name = re.split(r"\W", word)[0]
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"Did you mean run.executor.{close[0]}?" if close else f"It has {', '.join(fields)}."
+            raise UserError(f"run.executor.{name}: NeMo-Run's executor has no such field. {hint}")
+        try:
+            with redirect_stderr(io.StringIO()):  # the parser shows the whole executor there
+                parse_cli_args(executor, [word])
+        except CLIException as error:
+            kind = getattr(fields[name], "__name__", fields[name])
+            raise UserError(f"run.executor.{word}: NeMo-Run cannot read the value as {kind}. Correct it.") from error
 
 
 class SlurmRun:
@@ -143,6 +153,8 @@ class SlurmRun:
             return script.read_text(encoding="utf-8")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # experiments of other launches are in it
+                folder.parent.rmdir()
 
     def submit(self) -> tuple[str, str]:
         """(job id, folder of its logs) of the submitted job.
