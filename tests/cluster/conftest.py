@@ -1,12 +1,19 @@
-"""A Slurm cluster for the tests of this folder."""
+"""A Slurm cluster, and `spell launch`, for the tests of this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from mini_slurm import MiniSlurm, missing
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +23,24 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
         pytest.skip(f"no Slurm: {reason}")
     with MiniSlurm(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def spell_launch() -> Callable[..., subprocess.CompletedProcess]:
+    """spell_launch(*arguments, **environment): `spell launch`, in the environment that has nemo-run."""
+    python = ROOT / ".venv-slurm" / "bin" / "python"
+    if not python.exists():
+        if find_spec("nemo_run") is None:
+            pytest.skip("no nemo-run: `make environment-slurm` installs it into .venv-slurm")
+        python = Path(sys.executable)
+
+    def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [python, "-m", "spell_megatron", "launch", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return launch
