@@ -66,12 +66,13 @@ class MiniSlurm:
     def run(self, *command: str, check: bool = True) -> str:
         """What a command that talks to the cluster prints."""
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
-        assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+        assert done.returncode == 0 or not check, f"{command} ended with {done.returncode}: {done.stderr}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """The fields of `scontrol show job`."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", job_id)))
+        """The fields of `scontrol show job`; none if the controller of a busy machine does not answer."""
+        said = self.run("scontrol", "-o", "show", "job", job_id, check=False)
+        return {"JobState": "unknown"} | dict(re.findall(r"(\S+?)=(\S*)", said))
 
     def wait(self, job_id: str, seconds: float) -> dict[str, str]:
         """Waits until a job has ended; its fields."""

@@ -103,7 +103,7 @@ def test_engines_on_their_own_node_take_the_same_step(one_node, split):
 def test_an_engine_that_dies_ends_the_job_with_its_last_words(slurm, submit):
     nodes = ("cluster.engine_nodes=1", "cluster.nodes=2", "--rollout.extra_args=[--no-such-flag]")
     _, job, logs = submit("dead", *nodes)
-    state = slurm.wait(job, 300)
+    state = slurm.wait(job, 900)
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
     (log,) = logs.glob("log-*engines*.out")
     assert "no-such-flag" in log.read_text() and "Traceback" not in log.read_text()
