@@ -30,7 +30,7 @@ def join(config: Config, rendezvous: Rendezvous) -> None:
 
     rank, limit = int(os.environ["SLURM_PROCID"]), timedelta(seconds=_SECONDS)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
-    if not cuda and (interface := _interface(rendezvous.address())):
+    if interface := _interface(rendezvous.address()):
         # gloo would take the address that this host's name resolves to, which the others may not reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if rank == 0:

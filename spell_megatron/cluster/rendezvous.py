@@ -16,7 +16,6 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +48,7 @@ class Rendezvous:
         temporary = self._write(name, json.dumps(content))
         temporary.rename(self.folder / name)
 
-    def wait(self, name: str, seconds: float, while_waiting: Callable[[], None] = lambda: None) -> dict:
+    def wait(self, name: str, seconds: float) -> dict:
         """The content of a file, once another process has written it.
 
         Raises:
@@ -65,7 +64,6 @@ class Rendezvous:
                     "come so far (its log, beside this one, says why), or the folder is not on a filesystem that all "
                     "nodes of the job share."
                 )
-            while_waiting()
             # A networked filesystem may remember that a file is not there; listing its folder asks anew.
             os.listdir(self.folder)
             time.sleep(0.2)
