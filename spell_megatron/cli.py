@@ -123,9 +123,10 @@ def _add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
-def _settings_help(
-    schema: type[Section] = Config, title: str = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
-) -> str:
+RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
+
+
+def _settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) -> str:
     lines = [title]
     for setting in settings(schema):
         default = "required" if setting.default is None else f"default {setting.default}"
@@ -298,8 +299,8 @@ def _add_launch(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="spell launch --config FILE --cluster FILE [--dry-run] [--resume] [--SECTION.KEY=VALUE ...]\n"
         "                    [cluster.KEY=VALUE ...] [run.executor.FIELD=VALUE ...]",
-        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. Needs the extra `slurm`,\n"
-        "in an environment of its own; the nodes need spell_megatron, and no nemo-run. See docs/cluster.md.",
+        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. It needs nemo-run in an\n"
+        "environment of its own (`make environment-slurm`); the nodes need spell_megatron only. See docs/cluster.md.",
         epilog=_settings_help(Cluster, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
     )
     add = parser.add_argument

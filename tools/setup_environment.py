@@ -5,10 +5,9 @@ usage: setup_environment.py [FOLDER]
 
 .venv, the default, gets the extras `cpu` and `dev` on Python 3.11 or 3.12; .venv312 gets what the trainer's
 tests need, without vLLM, on Python 3.12; .venv-slurm gets what `spell launch` needs, with NeMo-Run and without
-PyTorch. Does nothing if that was done already for the present setup.py, and
-leaves a folder alone that it has not made. Uses whatever package index pip is configured for. Standard library
-only, Python 3.8 or newer; which Python the environment itself gets can be chosen: PYTHON=... for .venv,
-PYTHON312=... for .venv312.
+PyTorch. Does nothing if that was done already for the present setup.py, and leaves a folder alone that it has not
+made. Uses whatever package index pip is configured for. Standard library only, Python 3.8 or newer; which Python
+the environment itself gets can be chosen: PYTHON=... for .venv and .venv-slurm, PYTHON312=... for .venv312.
 """
 
 import ast

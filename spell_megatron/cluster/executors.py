@@ -169,8 +169,8 @@ class SlurmRun:
         except UnexpectedExit as error:
             said = (error.result.stderr or error.result.stdout).strip()
             raise UserError(
-                f"The job could not be submitted; `{error.result.command}` says: {said}. If it names an option, correct "
-                "it in the cluster's file; if there is no sbatch, run this on a login node, or set ssh.host."
+                f"The job could not be submitted; `{error.result.command}` says: {said}. If it names an option, "
+                "correct it in the cluster's file; if there is no sbatch, run this on a login node, or set ssh.host."
             ) from error
         (job,) = self._experiment.jobs
         handle = job.handle if len(self._steps) == 1 else job.handles[0]

@@ -92,7 +92,9 @@ class Rendezvous:
         try:
             found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
         except socket.gaierror as error:
-            where = f"its NodeAddr in `scontrol show node` is {address!r}" if name in nodes else "it is no node of Slurm"
+            where = "it is no node of Slurm"
+            if name in nodes:
+                where = f"its NodeAddr in `scontrol show node` is {address!r}"
             raise UserError(
                 f"The address of the node {name} is unknown: {where}, and that name does not resolve on the node "
                 f"itself ({error.strerror}). Ask the administrators to enter it in DNS or /etc/hosts, or to set "

@@ -104,7 +104,7 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
     )
     check(not cluster.ssh.host or bool(cluster.ssh.user), "ssh.user", "is missing: your user name on the login node")
     for name in cluster.env:
-        check(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "env", f"{name!r} cannot be a variable's name. Correct it")
+        check(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "env", f"{name!r} cannot name a variable. Correct it")
     for option in cluster.sbatch:
         name = option.strip("-").replace("-", "_")
         check(name not in _OURS, "sbatch", f"{option} follows from {_OURS.get(name)}. Set that instead")

@@ -39,7 +39,8 @@ def test_the_example_is_a_cluster_for_a_run():
     cluster, faults = read_section(Cluster, EXAMPLE)
     assert not faults and not cluster_faults(cluster, run_config())
     planned = steps(cluster, run_config(), resume=False)
-    assert {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned} == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
+    places = {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned}
+    assert places == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
 
 
 @pytest.mark.parametrize(
