@@ -315,10 +315,8 @@ def _add_launch(commands) -> None:
 def _submit(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
     from spell_megatron.cluster.launch import launch
 
-    words = [word if word.startswith("--") else f"--{word}" for word in rest if "=" in word]
-    if len(words) < len(rest):
-        wrong = next(word for word in rest if "=" not in word)
-        raise UserError(f"Unexpected argument {wrong!r}. Settings are written --SECTION.KEY=VALUE.")
+    # NeMo-Run's overrides have no dashes
+    words = [f"--{word}" if word.startswith(("cluster.", "run.executor.")) else word for word in rest]
     return launch(
         arguments.config,
         arguments.cluster,

@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from engine_fixtures import engine_config
+from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.engines import Engines, _environment, _held_ports, _placement, last_words, server_command
 
@@ -150,6 +151,19 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
     assert placed(4, 0, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "nccl")  # an engine node
     with pytest.raises(UserError, match="rollout.replicas"):
         placed(4, 3, replicas=2)
+
+
+def test_engines_of_other_nodes_are_found(engines_for, policy, tmp_path: Path):
+    """By what they publish; they are left running. Replicas that do not divide over the nodes are refused."""
+    engines = engines_for("dense")
+    rendezvous = Rendezvous(tmp_path, engine_nodes=1)
+    (tmp_path / "key").write_text(engines.api_key)
+    rendezvous.publish("engines-0", {"urls": engines.urls})
+    with Engines.open(engine_config(policy("dense")), tmp_path, rendezvous) as found:
+        assert found.urls == engines.urls and found.weight_transfer == "gloo"
+    assert engines.engines[0].healthy()
+    with pytest.raises(UserError, match="3 engines cannot be spread evenly over 2"):
+        Engines.serve(engine_config(policy("dense"), replicas=3), tmp_path, Rendezvous(tmp_path, 2), 0)
 
 
 _STARTER = """
