@@ -82,9 +82,9 @@ def make(folder, versions, variable, builds, extras, modules):
                 f"Debian: apt install python{versions[0]}-venv), or name one: {variable}=/path/to/python{versions[0]} "
                 "make ..."
             )
-        what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules)) if builds else "NeMo-Run"
-        size = "several GB" if builds else "half a GB"
-        print(f"Making {folder.name} with {found}: {what} and what they need, {size}.", flush=True)
+        what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules)) + " and what they need, several"
+        what = what if builds else "NeMo-Run and what it needs, half a"
+        print(f"Making {folder.name} with {found}: {what} GB.", flush=True)
         folder.mkdir(exist_ok=True)
         stamp.write_text("")
         subprocess.run([found, "-m", "venv", str(folder)], check=True)

@@ -100,6 +100,19 @@ def test_engines_on_their_own_node_take_the_same_step(one_node, split):
     assert yaml.safe_load((split / "config.yaml").read_text())["rollout"]["urls"] == []
 
 
+def test_a_job_that_is_requeued_goes_on_from_its_checkpoint(slurm, submit):
+    run, job, logs = submit("again", "--run.steps=3", "--checkpoint.every=1")
+    deadline = time.monotonic() + 900
+    while not (run / "checkpoints" / "latest").exists():
+        assert slurm.job(job)["JobState"] in ("RUNNING", "PENDING") and time.monotonic() < deadline
+        time.sleep(0.2)
+    slurm.run("scontrol", "requeue", job)
+    completed(slurm, run, job, logs)
+    assert slurm.job(job)["Restarts"] == "1"
+    assert [row["step"] for row in steps(run)] == [0, 1, 2, 3]
+    assert {folder.name for folder in (run / "jobs").iterdir()} == {f"{job}.0", f"{job}.1"}
+
+
 def test_an_engine_that_dies_ends_the_job_with_its_last_words(slurm, submit):
     nodes = ("cluster.engine_nodes=1", "cluster.nodes=2", "--rollout.extra_args=[--no-such-flag]")
     _, job, logs = submit("dead", *nodes)
