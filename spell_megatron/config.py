@@ -365,9 +365,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     return config, faults
 
 
-def read_section(schema: type[Schema], path: Path, overrides: Sequence[str] = ()) -> tuple[Schema, list[Fault]]:
-    """A YAML file of any schema, with overrides, and its faults field by field; otherwise like `read_config`."""
-    raw = _read_yaml(path)
+def read_section(
+    schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()
+) -> tuple[Schema, list[Fault]]:
+    """A YAML file (or none) of any schema, with overrides, and its faults by field; otherwise like `read_config`."""
+    raw = _read_yaml(path) if path else {}
     faults: list[Fault] = []
     for override in overrides:
         fault = _apply_override(raw, override)

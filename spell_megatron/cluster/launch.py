@@ -53,14 +53,11 @@ def launch(
         )
     config, faults = read_config(config_file, ours[""])
     raise_faults(faults, str(config_file))
-    cluster, faults = Cluster(), []
-    if cluster_file is not None:
-        cluster, faults = read_section(Cluster, cluster_file, ours["cluster."])
-        raise_faults(faults, str(cluster_file))
-    if cluster.venv:
-        cluster.venv = cluster.venv.expanduser()
+    cluster, faults = read_section(Cluster, cluster_file, ours["cluster."])
+    raise_faults(faults, str(cluster_file or "the command line"))
     if not cluster.ssh.host:
         cluster.folder = cluster.folder.expanduser().absolute()
+        cluster.venv = cluster.venv and cluster.venv.expanduser().absolute()
     _place(config, cluster)
 
     _import_nemo_run(cluster)
@@ -75,8 +72,8 @@ def launch(
             return 0
         return 0 if executors.run_here(config.run.name, executor, script) else 1
 
-    for field in ("nodes", "gpus_per_node", "cpus_per_task"):
-        setattr(cluster, field, getattr(executor, field) or 0 if field == "gpus_per_node" else getattr(executor, field))
+    cluster.nodes, cluster.cpus_per_task = executor.nodes, executor.cpus_per_task
+    cluster.gpus_per_node = executor.gpus_per_node or 0
     faults = [*cluster_faults(cluster, config), *_missing_files(config, cluster)]
     raise_faults(faults, f"{cluster_file} with {config_file}")
     planned = steps(cluster, config, resume)
