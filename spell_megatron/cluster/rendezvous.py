@@ -79,7 +79,7 @@ class Rendezvous:
         return path.read_text(encoding="utf-8")
 
     def address(self) -> str:
-        """Address of this node, as the other nodes of the job know it.
+        """IPv4 address of this node, as the other nodes of the job know it.
 
         From `nodes` (NodeAddr), or, without Slurm, what this machine's name resolves to.
 
@@ -90,7 +90,7 @@ class Rendezvous:
         nodes = self._nodes()
         address = nodes.get(name, name)
         try:
-            found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
+            found = socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0]
         except socket.gaierror as error:
             where = "it is no node of Slurm"
             if name in nodes:

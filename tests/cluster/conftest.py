@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -26,21 +27,27 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
 
 
 @pytest.fixture(scope="session")
-def spell_launch() -> Callable[..., subprocess.CompletedProcess]:
-    """spell_launch(*arguments, **environment): `spell launch`, in the environment that has nemo-run."""
+def nemo_run() -> Callable[..., subprocess.CompletedProcess]:
+    """nemo_run(*arguments, **environment): a Python that has nemo-run."""
     python = ROOT / ".venv-slurm" / "bin" / "python"
     if not python.exists():
         if find_spec("nemo_run") is None:
             pytest.skip("no nemo-run: `make environment-slurm` installs it into .venv-slurm")
         python = Path(sys.executable)
 
-    def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [python, "-m", "spell_megatron", "launch", *map(str, arguments)],
+            [python, *map(str, arguments)],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             capture_output=True,
             text=True,
         )
 
-    return launch
+    return run
+
+
+@pytest.fixture(scope="session")
+def spell_launch(nemo_run) -> Callable[..., subprocess.CompletedProcess]:
+    """spell_launch(*arguments, **environment): `spell launch`, in the environment that has nemo-run."""
+    return functools.partial(nemo_run, "-m", "spell_megatron", "launch")

@@ -30,16 +30,18 @@ def missing() -> str:
 
 
 class MiniSlurm:
-    """A cluster of `nodes` nodes with `cpus` cores each. A context manager.
+    """A cluster of `nodes` nodes with `cpus` cores and `gpus` devices each. A context manager.
+
+    Slurm allocates the devices as it would GPUs, and there is nothing behind them.
 
     Attributes:
         environment: what a process needs in its environment to be a client of this cluster.
     """
 
-    def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4) -> None:
+    def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4, gpus: int = 2) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
-        self._cpus = cpus
+        self._cpus, self._gpus = cpus, gpus
         self._conf = self.folder / "slurm.conf"
         path = os.pathsep.join([os.environ["PATH"], *_SBIN])
         self.environment = {"SLURM_CONF": str(self._conf), "PATH": path}
@@ -53,6 +55,10 @@ class MiniSlurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         self._conf.write_text(self._configuration())
+        for number in range(self._gpus):
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")  # a device it must be
+        devices = f"{self.folder}/gpu[0-{self._gpus - 1}]"
+        self._conf.with_name("gres.conf").write_text(f"NodeName=n[1-{len(self.nodes)}] Name=gpu File={devices}\n")
         try:
             self._start_daemons()
         except BaseException:
@@ -158,6 +164,7 @@ class MiniSlurm:
             SwitchType=switch/none
             JobAcctGatherType=jobacct_gather/none
             AccountingStorageType=accounting_storage/none
+            GresTypes=gpu
             SelectType=select/cons_tres
             SelectTypeParameters=CR_Core
             SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=10000,batch_sched_delay=0
@@ -170,7 +177,7 @@ class MiniSlurm:
         """.split("\n")
         lines += [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} "
-            f"CoresPerSocket={self._cpus} RealMemory=16000 State=UNKNOWN"
+            f"CoresPerSocket={self._cpus} RealMemory=16000 Gres=gpu:{self._gpus} State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")

@@ -123,6 +123,33 @@ def test_dry_run_shows_the_job_and_submits_nothing(spell_launch, tmp_path):
     assert not list((tmp_path / "shared").rglob("*.sh")) and not (tmp_path / "my run").exists()
 
 
+def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
+    """A job on three nodes of two GPUs each; its steps say where they are instead of training."""
+    say = 'echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES; sleep 1; exit 0'
+    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, setup=say)
+    arguments = ("--run.device=auto", "--training.parallel.processes=4", "--rollout.replicas=2", "--run.name=places")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert slurm.wait(job, 120)["ExitCode"] == "0:0"
+    said = {log.name: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
+    trainer = ["4 0 n1 0,1", "4 1 n1 0,1", "4 2 n2 0,1", "4 3 n2 0,1"]
+    assert said == {f"log-places.trainer_{job}_0.out": trainer, f"log-places.engines_{job}_0.out": ["1 0 n3 0,1"]}
+
+
+def test_executors_are_factories_of_nemo_run(nemo_run, tmp_path):
+    """`run.executor=slurm run.executor.nodes=8` on the command line of a program that uses NeMo-Run."""
+    (tmp_path / "cluster.yaml").write_text(EXAMPLE.read_text())
+    code = (
+        "import os, spell_megatron.cluster.executors; from nemo_run.cli.api import RunContext\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "context = RunContext(name='x'); context.parse_args(['executor=slurm', 'executor.nodes=8'])\n"
+        "print(type(context.executor).__name__, context.executor.nodes, context.executor.time)"
+    )
+    done = nemo_run("-c", code)
+    assert done.stdout == "SlurmExecutor 8 24:00:00\n", done.stderr
+
+
 def test_what_slurm_refuses_is_told(slurm, spell_launch, tmp_path):
     file = cluster_file(tmp_path, partition="nonesuch")
     done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", **slurm.environment)
