@@ -162,8 +162,9 @@ class SlurmRun:
         """(job id, folder of its logs) of the submitted job.
 
         Raises:
-            UserError: sbatch is not there, or refuses the job.
+            UserError: sbatch is not there, or refuses the job; the login node cannot be reached.
         """
+        tunnel = self._executors[0].tunnel
         try:
             self._experiment.run(detach=True)
         except UnexpectedExit as error:
@@ -171,6 +172,13 @@ class SlurmRun:
             raise UserError(
                 f"The job could not be submitted; `{error.result.command}` says: {said}. If it names an option, "
                 "correct it in the cluster's file; if there is no sbatch, run this on a login node, or set ssh.host."
+            ) from error
+        except (OSError, SystemExit) as error:  # NeMo-Run exits where the login is refused
+            if not isinstance(tunnel, run.SSHTunnel):
+                raise
+            raise UserError(
+                f"{tunnel.user}@{tunnel.host} cannot be reached by SSH ({error}). Check ssh.host, ssh.user, ssh.port and "
+                "ssh.identity in the cluster's file by logging in with `ssh`."
             ) from error
         (job,) = self._experiment.jobs
         handle = job.handle if len(self._steps) == 1 else job.handles[0]

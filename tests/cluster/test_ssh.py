@@ -62,6 +62,19 @@ def ssh(slurm, tmp_path_factory):
         server.wait()
 
 
+def test_a_login_that_fails_is_told(spell_launch, ssh, tmp_path):
+    place, path = ssh
+    file = tmp_path / "cluster.yaml"
+    arguments = ("--config", "examples/quickstart.yaml", "--cluster", file)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        closed = nobody.getsockname()[1]
+        file.write_text(yaml.safe_dump({"folder": "/x", "gpus_per_node": 0, "ssh": place | {"port": closed}}))
+        done = spell_launch(*arguments, NEMORUN_HOME=str(tmp_path / "home"))
+    assert done.returncode == 2, done.stderr
+    assert "cannot be reached by SSH" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_job_is_submitted_through_ssh(slurm, spell_launch, ssh, tmp_path):
     """The settings arrive, with their relative paths below the cluster's folder. (The job then ends itself.)"""
     place, path = ssh
