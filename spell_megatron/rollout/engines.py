@@ -19,6 +19,7 @@ from pathlib import Path
 import requests
 
 import spell_megatron
+from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 
@@ -90,18 +91,25 @@ class Engines:
         return [engine.url for engine in self.engines]
 
     @classmethod
-    def open(cls, config: Config, log_folder: Path) -> Engines:
-        """Attaches to the engines of rollout.urls, or starts rollout.replicas servers here.
+    def open(cls, config: Config, log_folder: Path, rendezvous: Rendezvous | None = None) -> Engines:
+        """Attaches to the engines of other nodes or of rollout.urls, or starts rollout.replicas servers here.
 
         Args:
             config: the run's configuration.
             log_folder: where the logs of started servers go, as engine-<replica>.log.
+            rendezvous: where the engine nodes of a job publish their servers (see `serve`), if it has any.
 
         Raises:
             UserError: a port is taken, a server dies or does not become ready in
                 rollout.start_timeout seconds, or an engine does not suit the configuration.
         """
-        if config.rollout.urls:
+        if rendezvous and rendezvous.engine_nodes:
+            # They start while this process does, and give up themselves after start_timeout.
+            seconds = config.rollout.start_timeout + 60
+            published = [rendezvous.wait(f"engines-{node}", seconds) for node in range(rendezvous.engine_nodes)]
+            key = rendezvous.key()
+            engines = cls([Engine(url, key) for node in published for url in node["urls"]], key, [])
+        elif config.rollout.urls:
             key = os.environ.get(config.rollout.api_key_env)
             if not key:
                 raise UserError(
@@ -111,7 +119,9 @@ class Engines:
                 )
             engines = cls([Engine(url, key) for url in config.rollout.urls], key, [])
         else:
-            engines = cls._start(config, log_folder)
+            key = os.environ.get(config.rollout.api_key_env) or secrets.token_urlsafe(32)
+            trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
+            engines = cls._start(config, log_folder, key, range(config.rollout.replicas), trainers)
         try:
             engines._check_fit(config)
         except BaseException:
@@ -120,19 +130,45 @@ class Engines:
         return engines
 
     @classmethod
-    def _start(cls, config: Config, log_folder: Path) -> Engines:
+    def serve(cls, config: Config, log_folder: Path, rendezvous: Rendezvous, node: int) -> Engines:
+        """Starts one node's share of the engines, and tells the trainer by the rendezvous.
+
+        Args:
+            config: the run's configuration; its rollout.replicas are spread over the engine nodes.
+            log_folder: as in `open`.
+            rendezvous: of the job.
+            node: number of this node among the engine nodes.
+
+        Raises:
+            UserError: as `open`.
+        """
+        share, rest = divmod(config.rollout.replicas, rendezvous.engine_nodes)
+        if rest:
+            raise UserError(
+                f"rollout.replicas = {config.rollout.replicas} engines cannot be spread evenly over "
+                f"{rendezvous.engine_nodes} engine nodes. Use a multiple of the number of nodes."
+            )
+        replicas = range(node * share, (node + 1) * share)
+        engines = cls._start(config, log_folder, rendezvous.key(), replicas, 0, rendezvous.address())
+        rendezvous.publish(f"engines-{node}", {"urls": engines.urls})
+        return engines
+
+    @classmethod
+    def _start(
+        cls, config: Config, log_folder: Path, key: str, replicas: range, trainers: int, host: str = "127.0.0.1"
+    ) -> Engines:
+        """Servers for some of the run's replicas, on GPUs that `trainers` processes of this machine leave free."""
         rollout = config.rollout
-        key = os.environ.get(rollout.api_key_env) or secrets.token_urlsafe(32)
-        placement, backend = _placement(config)
+        placement, backend = _placement(config, len(replicas), trainers)
         log_folder.mkdir(parents=True, exist_ok=True)
         self = cls([], key, [])
         try:
-            with _held_ports(rollout.base_port, rollout.replicas) as ports:
-                for replica, (port, gpus) in enumerate(zip(ports, placement, strict=True)):
-                    command = server_command(config, port, backend)
+            with _held_ports(host, rollout.base_port, len(replicas)) as ports:
+                for replica, port, gpus in zip(replicas, ports, placement, strict=True):
+                    command = server_command(config, port, backend, host)
                     environment = _environment(config, key, gpus, backend)
                     self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
-                    self.engines.append(Engine(f"http://127.0.0.1:{port}", key))
+                    self.engines.append(Engine(f"http://{host}:{port}", key))
                 self._wait_until_healthy(rollout.start_timeout)
         except BaseException:
             self.stop()
@@ -237,13 +273,13 @@ class _Server:
             process.wait()
 
 
-def server_command(config: Config, port: int, weight_transfer: str) -> list[str]:
+def server_command(config: Config, port: int, weight_transfer: str, host: str = "127.0.0.1") -> list[str]:
     """Command line of one server, as `--dry-run` shows it. The key is not in it."""
     rollout = config.rollout
     flags = {
         "--model": str(config.model.path),
         "--served-model-name": "policy",
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": str(port),
         "--dtype": config.model.dtype,
         "--seed": str(config.run.seed),
@@ -317,7 +353,7 @@ def last_words(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _held_ports(base: int | None, count: int) -> Iterator[list[int]]:
+def _held_ports(host: str, base: int | None, count: int) -> Iterator[list[int]]:
     """Ports for the servers, kept from other programs until the servers listen.
 
     A server binds its port seconds after it was chosen; until then any connection of this machine
@@ -333,35 +369,33 @@ def _held_ports(base: int | None, count: int) -> Iterator[list[int]]:
             port = 0 if base is None else base + offset
             candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                candidate.bind(("127.0.0.1", port))
+                candidate.bind((host, port))
             except OSError as error:
                 raise UserError(
-                    f"Port {port} of 127.0.0.1, meant for engine {offset}, cannot be used: {error.strerror}. "
+                    f"Port {port} of {host}, meant for engine {offset}, cannot be used: {error.strerror}. "
                     "End the program that holds it (perhaps an engine of an earlier run), choose another "
                     "rollout.base_port, or leave it out to have free ports chosen."
                 ) from error
         yield [candidate.getsockname()[1] for candidate in sockets]
 
 
-def _placement(config: Config) -> tuple[list[list[str]], str]:
+def _placement(config: Config, replicas: int, trainers: int) -> tuple[list[list[str]], str]:
     """GPUs of each server, and the backend by which weights reach them.
 
     Servers take the GPUs that the trainer leaves free. If trainer and engines both need all of them,
     they share them, and weights go from process to process by CUDA IPC.
     """
-    rollout = config.rollout
     gpus = [] if config.run.device == "cpu" else _visible_gpus()
     if not gpus:
-        return [[] for _ in range(rollout.replicas)], "gloo"
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
-    each, free = rollout.tensor_parallel, gpus[trainers:]
-    if len(free) >= rollout.replicas * each:
-        return [free[i * each : (i + 1) * each] for i in range(rollout.replicas)], "nccl"
-    if len(gpus) == trainers == rollout.replicas * each:
-        return [gpus[i * each : (i + 1) * each] for i in range(rollout.replicas)], "ipc"
+        return [[] for _ in range(replicas)], "gloo"
+    each, free = config.rollout.tensor_parallel, gpus[trainers:]
+    if len(free) >= replicas * each:
+        return [free[i * each : (i + 1) * each] for i in range(replicas)], "nccl"
+    if len(gpus) == trainers == replicas * each:
+        return [gpus[i * each : (i + 1) * each] for i in range(replicas)], "ipc"
     raise UserError(
         f"This machine shows {len(gpus)} GPU(s): {trainers} for the trainer leave {max(0, len(free))} for "
-        f"{rollout.replicas} engine(s) of {each} GPU(s). Lower rollout.replicas or rollout.tensor_parallel, "
+        f"{replicas} engine(s) of {each} GPU(s). Lower rollout.replicas or rollout.tensor_parallel, "
         "use fewer trainer processes, or start engines on other machines and name them in rollout.urls."
     )
 

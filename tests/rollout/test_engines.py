@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from engine_fixtures import engine_config
+from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.engines import Engines, _environment, _held_ports, _placement, last_words, server_command
 
@@ -54,7 +55,7 @@ def test_port_in_use(policy, tmp_path: Path):
 
 
 def test_a_chosen_port_is_the_servers_alone():
-    with _held_ports(None, 2) as ports:
+    with _held_ports("127.0.0.1", None, 2) as ports:
         assert len(set(ports)) == 2
         for port in ports:
             with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -130,10 +131,8 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
         monkeypatch.setattr(module, "_visible_gpus", lambda: [str(i) for i in range(gpus)])
         config = engine_config(policy("dense"), **rollout)
         config.run.device = "auto"
-        config.training.parallel.processes = trainers
-        return config, *_placement(config)
+        return config, *_placement(config, config.rollout.replicas, trainers)
 
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     config, gpus, backend = placed(8, 4, replicas=2, tensor_parallel=2)
     assert (gpus, backend) == ([["4", "5"], ["6", "7"]], "nccl")
     environment = _environment(config, "secret", gpus[1], backend)
@@ -149,8 +148,22 @@ def test_gpus_are_given_to_trainer_and_engines(policy, monkeypatch):
     assert placed(1, 1)[1:] == ([["0"]], "ipc")
     assert placed(4, 4, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "ipc")
     assert placed(0, 2, replicas=2)[1:] == ([[], []], "gloo")
+    assert placed(4, 0, replicas=2, tensor_parallel=2)[1:] == ([["0", "1"], ["2", "3"]], "nccl")  # an engine node
     with pytest.raises(UserError, match="rollout.replicas"):
         placed(4, 3, replicas=2)
+
+
+def test_engines_of_other_nodes_are_found(engines_for, policy, tmp_path: Path):
+    """By what they publish; they are left running. Replicas that do not divide over the nodes are refused."""
+    engines = engines_for("dense")
+    rendezvous = Rendezvous(tmp_path, engine_nodes=1)
+    (tmp_path / "key").write_text(engines.api_key)
+    rendezvous.publish("engines-0", {"urls": engines.urls})
+    with Engines.open(engine_config(policy("dense")), tmp_path, rendezvous) as found:
+        assert found.urls == engines.urls and found.weight_transfer == "gloo"
+    assert engines.engines[0].healthy()
+    with pytest.raises(UserError, match="3 engines cannot be spread evenly over 2"):
+        Engines.serve(engine_config(policy("dense"), replicas=3), tmp_path, Rendezvous(tmp_path, 2), 0)
 
 
 _STARTER = """

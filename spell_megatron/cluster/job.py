@@ -1,0 +1,101 @@
+"""What a job runs: shell text that knows nothing of NeMo-Run."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from spell_megatron.cluster.rendezvous import NODES
+from spell_megatron.cluster.settings import Cluster
+from spell_megatron.config import Config, to_yaml
+
+_END = "END_OF_SPELL_CONFIG"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `srun` of the job."""
+
+    name: str
+    script: str
+    """What each of its tasks runs."""
+    nodes: int
+    tasks_per_node: int
+    first_node: int
+
+
+def steps(cluster: Cluster, config: Config, resume: bool) -> list[Step]:
+    """The trainer, and the engines if they have nodes of their own; the job ends with the trainer."""
+    nodes = cluster.trainer_nodes
+    per_node = config.training.parallel.processes // nodes
+    trainer = Step("trainer", _script(cluster, _train(config, cluster.engine_nodes, resume)), nodes, per_node, 0)
+    if not cluster.engine_nodes:
+        return [trainer]
+    return [trainer, Step("engines", _script(cluster, _engines(cluster.engine_nodes)), cluster.engine_nodes, 1, nodes)]
+
+
+def local_script(cluster: Cluster, config: Config, resume: bool) -> str:
+    """The run without Slurm: one process, which starts the others itself."""
+    folder = f"{_run_folder(config)}/jobs/local.$$"
+    train = 'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml"'
+    return _script(cluster, f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}")
+
+
+def prologue(config: Config) -> str:
+    """Commands of the batch script, on the job's first node and outside of containers, before the steps.
+
+    They make the folder in which the processes find each other, a new one for each start of the job, and leave
+    the run's settings and the addresses of the nodes there.
+    """
+    folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
+    # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
+    unset = "unset SLURM_UNBUFFEREDIO"
+    nodes = f'scontrol --oneliner show node "$SLURM_JOB_NODELIST" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
+    return f"{unset}\n{_prepare(config, folder)}\n{nodes}"
+
+
+def _prepare(config: Config, folder: str) -> str:
+    return "\n".join(
+        [
+            f"export SPELL_RENDEZVOUS={folder}",
+            'mkdir -p "$(dirname "$SPELL_RENDEZVOUS")" && mkdir -m 700 "$SPELL_RENDEZVOUS" || exit 1',
+            f"cat > \"$SPELL_RENDEZVOUS/config.yaml\" <<'{_END}' || exit 1",
+            to_yaml(config) + _END,
+        ]
+    )
+
+
+def _run_folder(config: Config) -> str:
+    return shlex.quote(str(config.run.output_dir / config.run.name))
+
+
+def _script(cluster: Cluster, command: str) -> str:
+    lines = ["set -e"]
+    if cluster.modules:
+        lines.append("type module >/dev/null 2>&1 || source /etc/profile")
+        lines.append("module load " + " ".join(map(shlex.quote, cluster.modules)))
+    if cluster.venv:
+        lines.append(f"source {shlex.quote(str(cluster.venv / 'bin' / 'activate'))}")
+    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in cluster.env.items()]
+    if cluster.setup.strip():
+        lines.append(cluster.setup.strip())
+    return "\n".join([*lines, command]) + "\n"
+
+
+def _train(config: Config, engine_nodes: int, resume: bool) -> str:
+    again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && [ -e {_run_folder(config)}/checkpoints/latest ]'
+    return "\n".join(
+        [
+            f"resume={'--resume' if resume else ''}",
+            f"if {again}; then resume=--resume; fi",
+            'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml" '
+            f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {engine_nodes} $resume',
+        ]
+    )
+
+
+def _engines(nodes: int) -> str:
+    return (
+        'exec python -m spell_megatron engines --config "$SPELL_RENDEZVOUS/config.yaml" '
+        f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {nodes}'
+    )

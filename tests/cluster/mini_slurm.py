@@ -1,0 +1,198 @@
+"""A real Slurm in one folder, for tests: munged, slurmctld and several slurmd of this machine.
+
+Nothing outside the folder is touched, no root is needed and no service of the system is used: keys, ports, logs
+and the spool are the cluster's own. All nodes are 127.0.0.1 under names (n1, n2, ...) that do not resolve, as
+they may not on a real cluster.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+_SBIN = ("/usr/sbin", "/sbin", "/usr/local/sbin")
+_NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
+FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+
+def missing() -> str:
+    """Why there can be no Slurm here; "" if there can be."""
+    lacking = [name for name in _NEEDED if _program(name) is None]
+    if not lacking:
+        return ""
+    return f"{', '.join(lacking)} not found (Debian: apt-get install slurm-wlm munge)"
+
+
+class MiniSlurm:
+    """A cluster of `nodes` nodes with `cpus` cores and `gpus` devices each. A context manager.
+
+    Slurm allocates the devices as it would GPUs, and there is nothing behind them.
+
+    Attributes:
+        environment: what a process needs in its environment to be a client of this cluster.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4, gpus: int = 2) -> None:
+        self.folder = folder.resolve()
+        self.nodes = [f"n{number + 1}" for number in range(nodes)]
+        self._cpus, self._gpus = cpus, gpus
+        self._conf = self.folder / "slurm.conf"
+        path = os.pathsep.join([os.environ["PATH"], *_SBIN])
+        self.environment = {"SLURM_CONF": str(self._conf), "PATH": path}
+        self._daemons: list[subprocess.Popen] = []
+
+    def __enter__(self) -> MiniSlurm:
+        for name in ("state", "log", "munge", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "munge").chmod(0o755)  # munged wants its socket to be within everyone's reach
+        key = self.folder / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        self._conf.write_text(self._configuration())
+        for number in range(self._gpus):
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")  # a device it must be
+        devices = f"{self.folder}/gpu[0-{self._gpus - 1}]"
+        self._conf.with_name("gres.conf").write_text(f"NodeName=n[1-{len(self.nodes)}] Name=gpu File={devices}\n")
+        try:
+            self._start_daemons()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """What a command that talks to the cluster prints."""
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        assert done.returncode == 0 or not check, f"{command} ended with {done.returncode}: {done.stderr}"
+        return done.stdout
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The fields of `scontrol show job`; none if the controller of a busy machine does not answer."""
+        said = self.run("scontrol", "-o", "show", "job", job_id, check=False)
+        return {"JobState": "unknown"} | dict(re.findall(r"(\S+?)=(\S*)", said))
+
+    def wait(self, job_id: str, seconds: float) -> dict[str, str]:
+        """Waits until a job has ended; its fields."""
+        deadline = time.monotonic() + seconds
+        while (job := self.job(job_id))["JobState"] not in FINISHED:
+            assert time.monotonic() < deadline, f"job {job_id} is still {job['JobState']} after {seconds} s: {job}"
+            time.sleep(0.2)
+        return job
+
+    def stop(self) -> None:
+        """Ends all jobs, and then the daemons."""
+        if self._daemons and self._daemons[-1].poll() is None:
+            self.run("scancel", "--user", getpass.getuser(), check=False)
+            deadline = time.monotonic() + 20
+            while self.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        self._daemons.clear()
+
+    def _start_daemons(self) -> None:
+        munge = self.folder / "munge"
+        munge_files = (f"--{kind}-file={munge / kind}" for kind in ("key", "pid", "log", "seed"))
+        self._start("munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *munge_files)
+        self._until(lambda: (munge / "socket").exists(), "munged does not answer")
+        self._start("slurmctld", "-D", "-i")
+        for node in self.nodes:
+            self._start("slurmd", "-D", "-N", node, log=f"slurmd-{node}")
+        self._until(self._idle, "the nodes do not become idle")
+
+    def _idle(self) -> bool:
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+        return states == ["idle"] * len(self.nodes)
+
+    def _until(self, holds, what: str, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
+            assert not ended and time.monotonic() < deadline, f"{what}; ended: {ended}; see {self.folder / 'log'}"
+            time.sleep(0.05)
+
+    def _start(self, name: str, *arguments: str, log: str = "") -> None:
+        with (self.folder / "log" / (log or name)).open("wb") as output:
+            self._daemons.append(
+                subprocess.Popen(
+                    [_program(name), *arguments],
+                    env=os.environ | self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def _configuration(self) -> str:
+        user, host, folder = getpass.getuser(), socket.gethostname().split(".")[0], self.folder
+        controller, *ports = _free_ports(1 + len(self.nodes))
+        # cred_expire is also how long a requeued job waits; its default is two minutes.
+        lines = f"""
+            ClusterName=mini
+            SlurmctldHost={host}(127.0.0.1)
+            SlurmctldPort={controller}
+            SlurmUser={user}
+            SlurmdUser={user}
+            AuthType=auth/munge
+            CredType=cred/munge
+            AuthInfo=socket={folder}/munge/socket,cred_expire=5
+            StateSaveLocation={folder}/state
+            SlurmdSpoolDir={folder}/spool/%n
+            SlurmctldPidFile={folder}/slurmctld.pid
+            SlurmdPidFile={folder}/slurmd-%n.pid
+            SlurmctldDebug=info
+            SlurmdDebug=info
+            SlurmdParameters=config_overrides
+            ProctrackType=proctrack/linuxproc
+            TaskPlugin=task/none
+            MpiDefault=none
+            SwitchType=switch/none
+            JobAcctGatherType=jobacct_gather/none
+            AccountingStorageType=accounting_storage/none
+            GresTypes=gpu
+            SelectType=select/cons_tres
+            SelectTypeParameters=CR_Core
+            SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=10000,batch_sched_delay=0
+            ReturnToService=2
+            JobRequeue=1
+            KillWait=5
+            MinJobAge=3600
+            MessageTimeout=30
+            CompleteWait=0
+        """.split("\n")
+        lines += [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} "
+            f"CoresPerSocket={self._cpus} RealMemory=16000 Gres=gpu:{self._gpus} State=UNKNOWN"
+            for node, port in zip(self.nodes, ports, strict=True)
+        ]
+        lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        return "\n".join(line.strip() for line in lines) + "\n"
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *_SBIN]))
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for candidate in sockets:
+        candidate.bind(("127.0.0.1", 0))
+    ports = [candidate.getsockname()[1] for candidate in sockets]
+    for candidate in sockets:
+        candidate.close()
+    return ports
