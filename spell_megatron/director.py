@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from spell_megatron.config import Config
@@ -23,11 +23,14 @@ Result = TypeVar("Result")
 class Director:
     """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
 
+    Args:
+        revive: of `Client`.
+
     Raises:
         UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
     """
 
-    def __init__(self, config: Config, engines: Engines) -> None:
+    def __init__(self, config: Config, engines: Engines, revive: Callable[[], Sequence[str]] | None = None) -> None:
         self.config, self.engines = config, engines
         sampling, selfplay = config.rollout.sampling, config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path)
@@ -52,6 +55,7 @@ class Director:
             stop_token_ids=sorted(self._tokenizer.eos_ids),
             request_timeout=config.rollout.request_timeout,
             concurrency=config.rollout.concurrency,
+            revive=revive,
         )
 
     def __enter__(self) -> Director:
@@ -72,12 +76,14 @@ class Director:
 
     def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout:
         """One step of self-play on the engines; see `SelfPlay.roll_out`."""
+        self._client.use(self.engines.urls)
         return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
 
     def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
         """Accuracy of the engines' weights on the held-out questions; {} when there are none."""
         if not self._questions:
             return {}
+        self._client.use(self.engines.urls)
         validation = self.config.validation
         return self._run(
             validate(

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,10 @@ _REST_SECONDS = 15.0
 
 class GenerationError(RuntimeError):
     """An engine refused or broke a request, and trying it again would not help."""
+
+
+class _NoEngine(Exception):
+    """No engine could be reached."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Client:
         request_timeout: seconds that a request may take, waiting in the engine included.
         concurrency: the engines' --max-num-seqs. At most as many requests per replica are in
             flight; the others wait here, without a connection. Requests for more samples are cut.
+        revive: called when no engine can be reached; returns the addresses of engines that were mended meanwhile
+            and have the same weights. What is under way is sent to them again, with the same seeds. Nothing else
+            runs in the event loop until it returns. None: the UserError below.
     """
 
     def __init__(
@@ -85,16 +92,22 @@ class Client:
         stop_token_ids: Sequence[int],
         request_timeout: float = 3600.0,
         concurrency: int = 256,
+        revive: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        if not urls:
-            raise ValueError("Client needs the address of at least one engine")
-        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(concurrency)) for url in urls]
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._sampling = sampling
         self._stop_token_ids = sorted(stop_token_ids)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, sock_connect=30.0)
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
+        self._revive, self._revived = revive, 0
+        self.use(urls)
+
+    def use(self, urls: Sequence[str]) -> None:
+        """From now on send requests to these engines."""
+        if not urls:
+            raise ValueError("Client needs the address of at least one engine")
+        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(self._concurrency)) for url in urls]
 
     async def __aenter__(self) -> Client:
         # The semaphores bound the sockets, so the connector need not; a request that waited for
@@ -180,6 +193,21 @@ class Client:
         return completions * n if greedy else completions
 
     async def _send(self, body: str, affinity: str) -> list[dict]:
+        """Posts a request, again if engines had to be revived for it."""
+        while True:
+            revived = self._revived
+            try:
+                return await self._try(body, affinity)
+            except _NoEngine as error:
+                if revived != self._revived:
+                    continue
+                if self._revive is None:
+                    raise UserError(str(error)) from error
+                log.warning("%s", error)
+                self.use(self._revive())
+                self._revived += 1
+
+    async def _try(self, body: str, affinity: str) -> list[dict]:
         """Posts a request to the replica of its affinity, or to another one while that is down."""
         for delay in (0.0, *_RETRY_SECONDS):
             await asyncio.sleep(delay)
@@ -195,7 +223,7 @@ class Client:
         if isinstance(fault, _ServerFault):
             raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
         urls = ", ".join(replica.url for replica in self._replicas)
-        raise UserError(
+        raise _NoEngine(
             f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after "
             f"{len(_RETRY_SECONDS)} more attempts at all replicas ({urls}). Look into their logs; start "
             "them again, or correct rollout.urls, and resume the run from its last checkpoint."

@@ -24,6 +24,9 @@ from spell_megatron.errors import UserError
 
 _STOP_SECONDS = 15.0
 
+MAX_RESTARTS = 3
+"""How often engines may fail in one step; once more ends the run."""
+
 
 class Engine:
     """One vLLM server as seen over HTTP."""
@@ -78,11 +81,13 @@ class Engines:
         no_routing: why they do not return the experts of tokens, for users; "" if they do.
     """
 
-    def __init__(self, engines: list[Engine], api_key: str, servers: list[_Server]) -> None:
-        self.engines = engines
+    def __init__(self, config: Config, api_key: str, log_folder: Path) -> None:
+        self.engines: list[Engine] = []
         self.api_key = api_key
         self.weight_transfer = self.no_routing = ""
-        self._servers = servers
+        self._config, self._log_folder = config, log_folder
+        self._servers: list[_Server] = []
+        self._restarts = 0
         atexit.register(self.stop)
 
     @property
@@ -109,60 +114,107 @@ class Engines:
                     f"{config.rollout.api_key_env} that should hold their key is not set. Set it to the "
                     "VLLM_API_KEY they were started with."
                 )
-            engines = cls([Engine(url, key) for url in config.rollout.urls], key, [])
+            engines = cls(config, key, log_folder)
+            engines.engines = [Engine(url, key) for url in config.rollout.urls]
         else:
-            engines = cls._start(config, log_folder)
+            key = os.environ.get(config.rollout.api_key_env) or secrets.token_urlsafe(32)
+            engines = cls(config, key, log_folder)
         try:
+            if not config.rollout.urls:
+                log_folder.mkdir(parents=True, exist_ok=True)
+                engines._start(range(config.rollout.replicas))
             engines._check_fit(config)
         except BaseException:
             engines.stop()
             raise
         return engines
 
-    @classmethod
-    def _start(cls, config: Config, log_folder: Path) -> Engines:
-        rollout = config.rollout
-        key = os.environ.get(rollout.api_key_env) or secrets.token_urlsafe(32)
+    def _start(self, replicas: Sequence[int]) -> None:
+        """Starts the servers of these replicas, in place of earlier ones, and waits until they are ready."""
+        config, base = self._config, self._config.rollout.base_port
         placement, backend = _placement(config)
-        log_folder.mkdir(parents=True, exist_ok=True)
-        self = cls([], key, [])
-        try:
-            with _held_ports(rollout.base_port, rollout.replicas) as ports:
-                for replica, (port, gpus) in enumerate(zip(ports, placement, strict=True)):
-                    command = server_command(config, port, backend)
-                    environment = _environment(config, key, gpus, backend)
-                    self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
-                    self.engines.append(Engine(f"http://127.0.0.1:{port}", key))
-                self._wait_until_healthy(rollout.start_timeout)
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        with contextlib.ExitStack() as stack:
+            for replica in replicas:
+                port = stack.enter_context(_held_port(0 if base is None else base + replica, replica))
+                log = self._log_folder / f"engine-{replica}.log"
+                if self._restarts:
+                    log = _unused(log)
+                environment = _environment(config, self.api_key, placement[replica], backend)
+                server = _Server(server_command(config, port, backend), environment, log)
+                self._servers[replica : replica + 1] = [server]
+                self.engines[replica : replica + 1] = [Engine(f"http://127.0.0.1:{port}", self.api_key)]
+            self._wait_until_healthy(replicas)
 
-    def _wait_until_healthy(self, seconds: float) -> None:
+    def _wait_until_healthy(self, replicas: Sequence[int]) -> None:
+        seconds = self._config.rollout.start_timeout
         deadline = time.monotonic() + seconds
-        for engine, server in zip(self.engines, self._servers, strict=True):
+        for number in replicas:
+            engine = self.engines[number]
             while not engine.healthy():
-                self.check()
+                self.check(replicas)
+                if time.monotonic() > deadline and self._servers:
+                    log = self._servers[number].log
+                    raise UserError(
+                        f"An engine was not ready after {seconds:g} s. Its log, {log}, ends with: "
+                        f"{last_words(log)}. Give it more time with rollout.start_timeout, or see "
+                        "in the log what it waits for."
+                    )
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"An engine was not ready after {seconds:g} s. Its log, {server.log}, ends with: "
-                        f"{last_words(server.log)}. Give it more time with rollout.start_timeout, or see "
-                        "in the log what it waits for."
+                        f"{engine.url} did not answer for {seconds:g} s (rollout.start_timeout). Look into its "
+                        "log, start it again, and resume the run from its last checkpoint."
                     )
                 time.sleep(0.25)
 
-    def check(self) -> None:
-        """Raises UserError if a server that was started here has ended."""
-        for server in self._servers:
-            status = server.process.poll()
-            if status is not None:
-                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-                raise UserError(
-                    f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
-                    f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
-                    "(memory, rollout.extra_args, the model folder) and start the run again."
-                )
+    def check(self, replicas: Sequence[int] | None = None) -> None:
+        """Raises UserError if a server that was started here has ended, of these replicas if any are named."""
+        for number in self.ended():
+            if replicas is not None and number not in replicas:
+                continue
+            server = self._servers[number]
+            status = server.process.returncode
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise UserError(
+                f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
+                f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
+                "(memory, rollout.extra_args, the model folder) and start the run again."
+            )
+
+    @property
+    def started_here(self) -> bool:
+        return not self._config.rollout.urls
+
+    def ended(self) -> list[int]:
+        """Replicas whose servers were started here and have ended."""
+        return [number for number, server in enumerate(self._servers) if server.process.poll() is not None]
+
+    def new_step(self) -> None:
+        """Counts failures anew."""
+        self._restarts = 0
+
+    def restart(self, replicas: Sequence[int]) -> None:
+        """Starts the servers of these replicas anew: they have other addresses then, and the model folder's weights.
+        For engines that were not started here it only waits, until all of them answer.
+
+        Raises:
+            UserError: it was called more than MAX_RESTARTS times in this step, or they do not become ready.
+        """
+        if self._restarts == MAX_RESTARTS:
+            self.check()
+            raise UserError(
+                f"The engines ({', '.join(self.urls)}) failed {MAX_RESTARTS + 1} times in one step. Look into their "
+                f"logs (of those started here in {self._log_folder}), mend what they name, and resume the run from its "
+                "last checkpoint."
+            )
+        self._restarts += 1
+        if not self.started_here:
+            self._wait_until_healthy(range(len(self.engines)))
+            self._check_fit(self._config)
+            return
+        for replica in replicas:
+            self._servers[replica].process.kill()
+            self._servers[replica].stop(time.monotonic())
+        self._start(replicas)
 
     def _check_fit(self, config: Config) -> None:
         described = [_check_engine(engine, config) for engine in self.engines]
@@ -194,6 +246,16 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _unused(log: Path) -> Path:
+    """The path itself, or with a number: logs of servers that failed are kept."""
+    number = 1
+    path = log
+    while path.exists():
+        number += 1
+        path = log.with_stem(f"{log.stem}-{number}")
+    return path
 
 
 # Ends the process group $2 when the process $1 has ended, however that came about. (A server that gets a
@@ -317,30 +379,27 @@ def last_words(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _held_ports(base: int | None, count: int) -> Iterator[list[int]]:
-    """Ports for the servers, kept from other programs until the servers listen.
+def _held_port(port: int, replica: int) -> Iterator[int]:
+    """A port (0: any) for a replica's server, kept from other programs until the server listens.
 
     A server binds its port seconds after it was chosen; until then any connection of this machine
     could be given it. A socket that is bound and does not listen prevents that, and does not keep out
     the server, because both have SO_REUSEADDR.
 
     Raises:
-        UserError: one of the ports asked for is taken.
+        UserError: the port is taken.
     """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for offset, candidate in enumerate(sockets):
-            port = 0 if base is None else base + offset
-            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                candidate.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise UserError(
-                    f"Port {port} of 127.0.0.1, meant for engine {offset}, cannot be used: {error.strerror}. "
-                    "End the program that holds it (perhaps an engine of an earlier run), choose another "
-                    "rollout.base_port, or leave it out to have free ports chosen."
-                ) from error
-        yield [candidate.getsockname()[1] for candidate in sockets]
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(
+                f"Port {port} of 127.0.0.1, meant for engine {replica}, cannot be used: {error.strerror}. "
+                "End the program that holds it (perhaps an engine of an earlier run), choose another "
+                "rollout.base_port, or leave it out to have free ports chosen."
+            ) from error
+        yield held.getsockname()[1]
 
 
 def _placement(config: Config) -> tuple[list[list[str]], str]:
