@@ -310,10 +310,11 @@ def _add_launch(commands) -> None:
         help="submit a run to a Slurm cluster",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="spell launch --config FILE [--config FILE ...] --cluster FILE [--dry-run] [--resume] [--SECTION.KEY=VALUE ...]\n"
-        "                    [cluster.KEY=VALUE ...] [run.executor.FIELD=VALUE ...]",
-        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. It needs nemo-run in an\n"
-        "environment of its own (`make environment-slurm`); the nodes need spell_megatron only. See docs/cluster.md.",
+        usage="spell launch --config FILE [--config FILE ...] --cluster FILE [--dry-run] [--resume]\n"
+        "                    [--SECTION.KEY=VALUE ...] [cluster.KEY=VALUE ...] [run.executor.FIELD=VALUE ...]",
+        description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. It needs nemo-run in\n"
+        "an environment of its own (`make environment-slurm`); the nodes need spell_megatron only. See\n"
+        "docs/cluster.md.",
         epilog=_settings_help(Cluster, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
     )
     add = parser.add_argument
@@ -358,7 +359,6 @@ def _add_engines(commands) -> None:
 
 def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
     import signal
-    import time
 
     from spell_megatron.cluster.rendezvous import Rendezvous
     from spell_megatron.rollout.engines import Engines
@@ -371,11 +371,8 @@ def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
     raise_faults(faults, str(arguments.config))
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     logs = config.run.output_dir / config.run.name / "logs"
-    with Engines.serve(config, logs, rendezvous, node) as engines:
-        print("engines ready at " + ", ".join(engines.urls), flush=True)
-        while True:
-            engines.check()
-            time.sleep(1)
+    Engines.serve(config, logs, rendezvous, node)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------- plan

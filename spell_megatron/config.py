@@ -187,6 +187,9 @@ class RolloutConfig(Section):
     """Seconds a server may take to become healthy."""
     request_timeout: float = Field(3600.0, gt=0)
     """Seconds a request may take."""
+    hang_timeout: float = Field(300.0, gt=0)
+    """Seconds after which an engine that has requests is asked whether it is alive, and that its answer may take. One
+    that does not answer is started again."""
     verify_weights: bool = False
     """Compare a checksum of every tensor on both sides of each push; pushes take longer by it."""
     api_key_env: str = "SPELL_API_KEY"

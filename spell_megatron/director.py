@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.heldout import load_questions, validate
-from spell_megatron.rollout.client import Client
+from spell_megatron.rollout.client import Client, GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.tokenizer import PolicyTokenizer
 from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
@@ -23,11 +23,14 @@ Result = TypeVar("Result")
 class Director:
     """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
 
+    Args:
+        revive: of `Client`.
+
     Raises:
         UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
     """
 
-    def __init__(self, config: Config, engines: Engines) -> None:
+    def __init__(self, config: Config, engines: Engines, revive: Callable[[], Sequence[str]] | None = None) -> None:
         self.config, self.engines = config, engines
         sampling, selfplay = config.rollout.sampling, config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path)
@@ -51,7 +54,9 @@ class Director:
             sampling,
             stop_token_ids=sorted(self._tokenizer.eos_ids),
             request_timeout=config.rollout.request_timeout,
+            hang_timeout=config.rollout.hang_timeout,
             concurrency=config.rollout.concurrency,
+            revive=revive,
         )
 
     def __enter__(self) -> Director:
@@ -69,15 +74,22 @@ class Director:
         except UserError:
             self.engines.check()  # if a server that was started here died, its last words say more
             raise
+        except GenerationError as error:
+            raise UserError(
+                f"An engine cannot serve this run: {error}. Look into its log (of those started by the run in its "
+                "folder logs), and resume the run from its last checkpoint."
+            ) from error
 
     def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout:
         """One step of self-play on the engines; see `SelfPlay.roll_out`."""
+        self._client.use(self.engines.urls)
         return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
 
     def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
         """Accuracy of the engines' weights on the held-out questions; {} when there are none."""
         if not self._questions:
             return {}
+        self._client.use(self.engines.urls)
         validation = self.config.validation
         return self._run(
             validate(

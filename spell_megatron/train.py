@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -72,16 +74,17 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             step, state = _restore(folder, trainer) if resume else (0, {})
         if first and (why := _no_replay(config, trainer, engines)):
             progress.line(f"Routing replay is off: {why}.")
-        pusher = WeightPusher(engines)
-        stack.callback(pusher.close)
-        director = stack.enter_context(Director(config, engines)) if first else None
+        weights = _EngineWeights(config, trainer, engines, progress)
+        stack.callback(weights.close)
+        director = stack.enter_context(Director(config, engines, weights.revive)) if first else None
         resume_step = step if resume else None
         log = stack.enter_context(MetricsLogger(folder, config, resume_step=resume_step)) if first else None
         saver = stack.enter_context(checkpoint.Saver(folder, trainer))
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
 
-        metrics = _push(pusher, trainer, step, progress, config.rollout.verify_weights)
+        with progress.stage("push"):
+            metrics = weights.push(step)
         if director and not resume:
             metrics |= _validate(director, 0, progress)
             log.log(0, metrics)
@@ -106,7 +109,10 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                         raise UserError(
                             f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
                         )
-            metrics |= _update(trainer, rows, progress)
+            if weights.wait_for_rows(rows):
+                metrics |= _update(trainer, rows, progress)
+            else:
+                metrics["train/empty"] = 1.0
             skipped = skipped + 1 if metrics.get("train/skipped") else 0
             if skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
@@ -114,7 +120,10 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                     f"stops. Resume from the last good checkpoint in {folder / 'checkpoints'} with a smaller "
                     "training.optimizer.lr."
                 )
-            metrics |= _push(pusher, trainer, step, progress, config.rollout.verify_weights)
+            if engines:
+                engines.new_step()
+            with progress.stage("push"):
+                metrics |= weights.push(step)
             saver.poll()
             if step == steps or step % config.checkpoint.every == 0:
                 saving = time.monotonic()
@@ -127,6 +136,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 metrics |= _validate(director, step, progress)
                 log.log(step, metrics)
                 progress.summary(step, steps, metrics)
+        weights.wait_for_rows(None)  # until the last validation has ended
         saver.finish()
         progress.line(f"{folder}: done after {steps} steps{gain(before, metrics)}")
 
@@ -155,11 +165,7 @@ def _restore(folder: Path, trainer: Trainer) -> tuple[int, dict]:
 
 
 def _update(trainer: Trainer, rows: list[Row] | None, progress: Progress) -> dict[str, float]:
-    """One update on the rows of rank 0; without rows (no group was mixed) there is none."""
-    empty = [not rows]
-    dist.broadcast_object_list(empty, src=0)
-    if empty[0]:
-        return {"train/empty": 1.0}
+    """One update on the rows of rank 0."""
     with progress.stage("update") as advance:
         metrics = trainer.update(rows, advance)
     return {f"train/{name}": value for name, value in metrics.items()}
@@ -177,16 +183,79 @@ def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
     return f"{text}. {remedy.format(dump=dumps)}".strip()
 
 
-def _push(
-    pusher: WeightPusher, trainer: Trainer, step: int, progress: Progress, verify: bool
-) -> dict[str, float]:
-    """Send the weights to the engines; they are version `step` from then on."""
-    with progress.stage("push"):
-        stream = export(trainer.model, trainer.hf_config, everywhere=pusher.everywhere)
-        push = pusher.push(stream, str(step), verify=verify)
-    if push is None:
-        return {}
-    return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}
+class _EngineWeights:
+    """The trainer's weights on the engines, and on engines that were started again after a failure.
+
+    All trainer ranks call `push` and `wait_for_rows`. While the others are in the latter, rank 0 may `revive` engines.
+    """
+
+    def __init__(self, config: Config, trainer: Trainer, engines: Engines | None, progress: Progress) -> None:
+        self._config, self._trainer, self._engines, self._progress = config, trainer, engines, progress
+        self._pusher = WeightPusher(engines)
+        self._step = 0
+
+    def close(self) -> None:
+        self._pusher.close()
+
+    def push(self, step: int) -> dict[str, float]:
+        """Send the weights to the engines, which are version `step` from then on; the metrics of it.
+
+        Engines that have ended or hang are started again before, and all of them if a push fails, so that none ever
+        serves a mixture.
+
+        Raises:
+            UserError: they failed too often, or were not started by this run and did not take the weights.
+        """
+        self._step = step
+        self._mend(self._engines.failed() if self._engines else ())
+        while True:
+            fault, push = "", None
+            stream = export(self._trainer.model, self._trainer.hf_config, everywhere=self._pusher.everywhere)
+            try:
+                push = self._pusher.push(stream, str(step), verify=self._config.rollout.verify_weights)
+            except UserError as error:
+                if not self._engines.restartable:
+                    raise
+                fault = str(error)
+                for _ in stream:  # the other ranks go on sending
+                    pass
+            if not _from_rank_0(fault):
+                break
+            self._mend(range(len(self._engines.engines)) if self._engines else (), fault)
+        if push is None:
+            return {}
+        return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}
+
+    def revive(self) -> list[str]:
+        """Mend the engines, none of which answers, and give them the weights they had; their addresses. On rank 0."""
+        _from_rank_0("push")
+        self._mend(self._engines.failed(), "none answers")
+        self.push(self._step)
+        return self._engines.urls
+
+    def wait_for_rows(self, rows: list[Row] | None) -> bool:
+        """Whether rank 0 has rows to train on (there are none where no group was mixed)."""
+        while (order := _from_rank_0("rows" if rows else "none")) == "push":
+            self._mend(())
+            self.push(self._step)
+        return order == "rows"
+
+    def _mend(self, broken: Sequence[int], why: str = "") -> None:
+        """Restart these engines, which rank 0 knows, and connect all of them anew if it did or gives a reason."""
+        if broken or why:
+            urls = ", ".join(self._engines.urls[number] for number in broken)
+            self._progress.line(f"Waiting for engines to be started again ({urls}): {why or 'ended'}.")
+            self._engines.restart(broken)
+        if _from_rank_0(bool(broken or why)):
+            self._pusher.close()
+            self._pusher = WeightPusher(self._engines)
+
+
+def _from_rank_0(value: Any) -> Any:
+    """The value of rank 0 on all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _validate(director: Director, step: int, progress: Progress) -> dict[str, float]:

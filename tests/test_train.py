@@ -214,19 +214,73 @@ def test_an_engine_that_dies_at_start_is_explained(tmp_path):
     assert not (tmp_path / "dead" / "checkpoints").exists()
 
 
-def test_an_engine_killed_in_mid_run_is_explained(tmp_path):
+def servers(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
+
+
+def same_steps(one: Path, two: Path, steps: int) -> None:
+    """Both runs trained on the same questions, with the same result."""
+    for step in range(1, steps + 1):
+        questions = ([r for r in dump(run, step) if r["role"] == "questioner"] for run in (one, two))
+        first, second = ([(r["uid"], r["cluster_id"], r["prompt"], r["output"]) for r in q] for q in questions)
+        assert first == second
+        for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
+            assert metrics(two)[step][name] == pytest.approx(metrics(one)[step][name], rel=1e-4), (step, name)
+        assert metrics(two)[step]["train/mismatch_abs"] < 1e-4
+
+
+def test_a_killed_engine_is_replaced(whole):
+    """Killed in mid-generation, its requests go to the one that is started in its place, with the weights of the
+    step: the batches and updates are those of the undisturbed run."""
+    folder = whole.parent / "killed"
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=2")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 2):  # until step 1
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (server,) = servers(process)
+    server.kill()
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:] + errors[-3000:]
+    assert "started again" in output
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["engine-0-2.log", "engine-0.log"]
+    same_steps(whole, folder, 2)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_leaves_its_work_to_the_others(whole):
+    """Of two engines and two trainer processes: the step ends on the one that is left, and the other one is
+    started again for the next weights."""
+    folder = whole.parent / "killed-of-two"
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=3")
+    two = ("--rollout.replicas=2", "--training.parallel.processes=2")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *two)
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 2):
+        time.sleep(0.05)
+    servers(process)[1].kill()
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:] + errors[-3000:]
+    assert "started again" in output
+    same_steps(whole, folder, 3)
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_again_and_again_ends_the_run(tmp_path):
     where = (f"--run.output_dir={tmp_path}", "--run.name=killed")
     process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
-    log = tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n")):  # step 0 is validated
+    killed = set()
+    while process.poll() is None:
+        for server in servers(process) if (tmp_path / "killed" / "metrics.jsonl").exists() else ():
+            if server.pid not in killed:
+                time.sleep(0.1)
+                server.kill()
+                killed.add(server.pid)
         time.sleep(0.1)
-    servers = [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
-    assert servers
-    for server in servers:
-        server.kill()
     _, stderr = process.communicate(timeout=900)
     assert process.returncode == 2
-    assert "killed by signal 9" in stderr and "engine-0.log" in stderr
+    assert "killed by signal 9" in stderr and "engine-0" in stderr
     assert "Traceback" not in stderr
 
 

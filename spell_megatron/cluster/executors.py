@@ -177,8 +177,8 @@ class SlurmRun:
             if not isinstance(tunnel, run.SSHTunnel):
                 raise
             raise UserError(
-                f"{tunnel.user}@{tunnel.host} cannot be reached by SSH ({error}). Check ssh.host, ssh.user, ssh.port and "
-                "ssh.identity in the cluster's file by logging in with `ssh`."
+                f"{tunnel.user}@{tunnel.host} cannot be reached by SSH ({error}). Check ssh.host, ssh.user, ssh.port "
+                "and ssh.identity in the cluster's file by logging in with `ssh`."
             ) from error
         (job,) = self._experiment.jobs
         handle = job.handle if len(self._steps) == 1 else job.handles[0]

@@ -11,11 +11,13 @@ resolve on the others, and inside a container there is no scontrol.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,8 +50,10 @@ class Rendezvous:
         temporary = self._write(name, json.dumps(content))
         temporary.rename(self.folder / name)
 
-    def wait(self, name: str, seconds: float) -> dict:
-        """The content of a file, once another process has written it.
+    def wait(
+        self, name: str, seconds: float = math.inf, accept: Callable[[dict], bool] = lambda content: True
+    ) -> dict:
+        """The content of a file, once another process has written one that `accept` holds for.
 
         Raises:
             UserError: it is not there after `seconds`.
@@ -57,7 +61,8 @@ class Rendezvous:
         path, deadline = self.folder / name, time.monotonic() + seconds
         while True:
             with suppress(FileNotFoundError):
-                return json.loads(path.read_text(encoding="utf-8"))
+                if accept(content := json.loads(path.read_text(encoding="utf-8"))):
+                    return content
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{path} was not written within {seconds:g} s. Either the process that should write it did not "

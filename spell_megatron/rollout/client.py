@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,14 @@ _REST_SECONDS = 15.0
 
 class GenerationError(RuntimeError):
     """An engine refused or broke a request, and trying it again would not help."""
+
+
+class _NoEngine(Exception):
+    """No engine could be reached."""
+
+
+class _Hangs(Exception):
+    """The engine has a request and does not even answer a call."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class Completion:
 class _Replica:
     url: str
     slots: asyncio.Semaphore
-    resting_until: float = field(default=0.0)
+    resting_until: float = 0.0
+    probe: asyncio.Task[bool] | None = None
 
 
 class Client:
@@ -72,8 +82,13 @@ class Client:
         sampling: temperature and top_p of every request that is not greedy.
         stop_token_ids: tokens that end a completion (the tokenizer's end-of-sequence ids).
         request_timeout: seconds that a request may take, waiting in the engine included.
+        hang_timeout: an engine is asked whether it is alive when a request has taken so many seconds, and again
+            after as many. If it does not answer in as many, its requests go to another one.
         concurrency: the engines' --max-num-seqs. At most as many requests per replica are in
             flight; the others wait here, without a connection. Requests for more samples are cut.
+        revive: called when no engine can be reached; returns the addresses of engines that were mended meanwhile
+            and have the same weights. What is under way is sent to them again, with the same seeds. Nothing else
+            runs in the event loop until it returns. None: the UserError below.
     """
 
     def __init__(
@@ -84,17 +99,25 @@ class Client:
         *,
         stop_token_ids: Sequence[int],
         request_timeout: float = 3600.0,
+        hang_timeout: float = 300.0,
         concurrency: int = 256,
+        revive: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        if not urls:
-            raise ValueError("Client needs the address of at least one engine")
-        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(concurrency)) for url in urls]
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._sampling = sampling
         self._stop_token_ids = sorted(stop_token_ids)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, sock_connect=30.0)
+        self._hang_timeout = hang_timeout
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
+        self._revive, self._revived = revive, 0
+        self.use(urls)
+
+    def use(self, urls: Sequence[str]) -> None:
+        """From now on send requests to these engines."""
+        if not urls:
+            raise ValueError("Client needs the address of at least one engine")
+        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(self._concurrency)) for url in urls]
 
     async def __aenter__(self) -> Client:
         # The semaphores bound the sockets, so the connector need not; a request that waited for
@@ -180,22 +203,41 @@ class Client:
         return completions * n if greedy else completions
 
     async def _send(self, body: str, affinity: str) -> list[dict]:
+        """Posts a request, again if engines had to be revived for it."""
+        while True:
+            revived = self._revived
+            try:
+                return await self._try(body, affinity)
+            except _NoEngine as error:
+                if revived != self._revived:
+                    continue
+                if self._revive is None:
+                    raise UserError(str(error)) from error
+                log.warning("%s", error)
+                self.use(self._revive())
+                self._revived += 1
+
+    async def _try(self, body: str, affinity: str) -> list[dict]:
         """Posts a request to the replica of its affinity, or to another one while that is down."""
         for delay in (0.0, *_RETRY_SECONDS):
             await asyncio.sleep(delay)
             replica = self._choose(affinity)
             try:
                 async with replica.slots:
-                    return await self._post(replica.url, body)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault) as error:
+                    return await self._watched(replica, body)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault, _Hangs) as error:
                 fault = error
                 if replica.resting_until <= time.monotonic():
                     log.warning("the engine at %s fails: %s", replica.url, error or type(error).__name__)
                 replica.resting_until = time.monotonic() + _REST_SECONDS
-        if isinstance(fault, _ServerFault):
+                if isinstance(error, _Hangs):
+                    replica.resting_until = math.inf
+                if all(other.resting_until == math.inf for other in self._replicas):
+                    break
+        if isinstance(fault, _ServerFault) and await self._responds(replica):
             raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
         urls = ", ".join(replica.url for replica in self._replicas)
-        raise UserError(
+        raise _NoEngine(
             f"No engine answers ({replica.url}: {fault or type(fault).__name__}), after "
             f"{len(_RETRY_SECONDS)} more attempts at all replicas ({urls}). Look into their logs; start "
             "them again, or correct rollout.urls, and resume the run from its last checkpoint."
@@ -209,6 +251,37 @@ class Client:
             awake or self._replicas,
             key=lambda replica: hashlib.blake2b(f"{affinity}\0{replica.url}".encode()).digest(),
         )
+
+    async def _watched(self, replica: _Replica, body: str) -> list[dict]:
+        """Posts a request, and asks the engine now and then whether it is alive.
+
+        Raises:
+            _Hangs: it is not.
+        """
+        request = asyncio.ensure_future(self._post(replica.url, body))
+        try:
+            while not (await asyncio.wait({request}, timeout=self._hang_timeout))[0]:
+                if not await self._responds(replica):
+                    raise _Hangs(f"it does not answer within {self._hang_timeout:g} s (rollout.hang_timeout)")
+            return request.result()
+        finally:
+            request.cancel()
+
+    async def _responds(self, replica: _Replica) -> bool:
+        """Whether all processes of an engine answer; one question serves all requests that ask at a time."""
+        if replica.probe is None or replica.probe.done():
+            replica.probe = asyncio.ensure_future(self._probe(replica.url))
+        return await asyncio.shield(replica.probe)
+
+    async def _probe(self, url: str) -> bool:
+        assert self._session is not None
+        limit = aiohttp.ClientTimeout(total=self._hang_timeout)
+        body = {"method": "spell_describe", "args": []}
+        try:
+            async with self._session.post(f"{url}/collective_rpc", json=body, timeout=limit) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     async def _post(self, url: str, body: str) -> list[dict]:
         assert self._session is not None, "use `async with Client(...)`"

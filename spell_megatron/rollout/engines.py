@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import requests
@@ -24,6 +25,9 @@ from spell_megatron.config import Config
 from spell_megatron.errors import UserError
 
 _STOP_SECONDS = 15.0
+
+MAX_RESTARTS = 3
+"""How often engines may fail in one step; once more ends the run."""
 
 
 class Engine:
@@ -39,6 +43,13 @@ class Engine:
         """Whether the server answers its health check."""
         try:
             return self._session.get(f"{self.url}/health", timeout=10).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def responds(self, seconds: float) -> bool:
+        """Whether it and all its workers answer a call within `seconds` (one that hangs calls itself healthy)."""
+        try:
+            return self.healthy() and bool(self.call("spell_describe", timeout=seconds))
         except requests.RequestException:
             return False
 
@@ -79,11 +90,14 @@ class Engines:
         no_routing: why they do not return the experts of tokens, for users; "" if they do.
     """
 
-    def __init__(self, engines: list[Engine], api_key: str, servers: list[_Server]) -> None:
-        self.engines = engines
+    def __init__(self, config: Config, api_key: str, log_folder: Path, nodes: Rendezvous | None = None) -> None:
+        self.engines: list[Engine] = []
         self.api_key = api_key
         self.weight_transfer = self.no_routing = ""
-        self._servers = servers
+        self._config, self._log_folder = config, log_folder
+        self._servers: list[_Server] = []
+        self._restarts = 0
+        self._nodes, self._requests = nodes, 0
         atexit.register(self.stop)
 
     @property
@@ -103,26 +117,25 @@ class Engines:
             UserError: a port is taken, a server dies or does not become ready in
                 rollout.start_timeout seconds, or an engine does not suit the configuration.
         """
+        key = os.environ.get(config.rollout.api_key_env)
         if rendezvous and rendezvous.engine_nodes:
-            # They start while this process does, and give up themselves after start_timeout.
-            seconds = config.rollout.start_timeout + 60
-            published = [rendezvous.wait(f"engines-{node}", seconds) for node in range(rendezvous.engine_nodes)]
-            key = rendezvous.key()
-            engines = cls([Engine(url, key) for node in published for url in node["urls"]], key, [])
-        elif config.rollout.urls:
-            key = os.environ.get(config.rollout.api_key_env)
-            if not key:
-                raise UserError(
-                    f"rollout.urls names running engines, but the environment variable "
-                    f"{config.rollout.api_key_env} that should hold their key is not set. Set it to the "
-                    "VLLM_API_KEY they were started with."
-                )
-            engines = cls([Engine(url, key) for url in config.rollout.urls], key, [])
+            engines = cls(config, rendezvous.key(), log_folder, rendezvous)
+        elif config.rollout.urls and not key:
+            raise UserError(
+                f"rollout.urls names running engines, but the environment variable "
+                f"{config.rollout.api_key_env} that should hold their key is not set. Set it to the "
+                "VLLM_API_KEY they were started with."
+            )
         else:
-            key = os.environ.get(config.rollout.api_key_env) or secrets.token_urlsafe(32)
-            trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
-            engines = cls._start(config, log_folder, key, range(config.rollout.replicas), trainers)
+            engines = cls(config, key or secrets.token_urlsafe(32), log_folder)
         try:
+            if engines._nodes:
+                engines._read_nodes()
+            elif config.rollout.urls:
+                engines.engines = [Engine(url, engines.api_key) for url in config.rollout.urls]
+            else:
+                trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
+                engines._start_all(range(config.rollout.replicas), trainers)
             engines._check_fit(config)
         except BaseException:
             engines.stop()
@@ -130,8 +143,10 @@ class Engines:
         return engines
 
     @classmethod
-    def serve(cls, config: Config, log_folder: Path, rendezvous: Rendezvous, node: int) -> Engines:
-        """Starts one node's share of the engines, and tells the trainer by the rendezvous.
+    def serve(cls, config: Config, log_folder: Path, rendezvous: Rendezvous, node: int) -> None:
+        """Runs one node's share of the engines until this process is ended; the trainer finds them by the rendezvous.
+
+        Those that the trainer gives up (`restart`) are started again.
 
         Args:
             config: the run's configuration; its rollout.replicas are spread over the engine nodes.
@@ -148,57 +163,128 @@ class Engines:
                 f"rollout.replicas = {config.rollout.replicas} engines cannot be spread evenly over "
                 f"{rendezvous.engine_nodes} engine nodes. Use a multiple of the number of nodes."
             )
-        replicas = range(node * share, (node + 1) * share)
-        engines = cls._start(config, log_folder, rendezvous.key(), replicas, 0, rendezvous.address())
-        rendezvous.publish(f"engines-{node}", {"urls": engines.urls})
-        return engines
+        with cls(config, rendezvous.key(), log_folder) as engines:
+            engines._start_all(range(node * share, (node + 1) * share), 0, rendezvous.address())
+            request = 0
+            while True:
+                rendezvous.publish(f"engines-{node}", {"urls": engines.urls, "request": request})
+                print("engines ready at " + ", ".join(engines.urls), flush=True)
+                request += 1
+                broken = rendezvous.wait(f"restart-{request}")["urls"]
+                # How often is the trainer's affair.
+                engines._renew([number for number, url in enumerate(engines.urls) if url in broken])
 
-    @classmethod
-    def _start(
-        cls, config: Config, log_folder: Path, key: str, replicas: range, trainers: int, host: str = "127.0.0.1"
-    ) -> Engines:
+    def _start_all(self, replicas: range, trainers: int, host: str = "127.0.0.1") -> None:
         """Servers for some of the run's replicas, on GPUs that `trainers` processes of this machine leave free."""
-        rollout = config.rollout
-        placement, backend = _placement(config, len(replicas), trainers)
-        log_folder.mkdir(parents=True, exist_ok=True)
-        self = cls([], key, [])
-        try:
-            with _held_ports(host, rollout.base_port, len(replicas)) as ports:
-                for replica, port, gpus in zip(replicas, ports, placement, strict=True):
-                    command = server_command(config, port, backend, host)
-                    environment = _environment(config, key, gpus, backend)
-                    self._servers.append(_Server(command, environment, log_folder / f"engine-{replica}.log"))
-                    self.engines.append(Engine(f"http://{host}:{port}", key))
-                self._wait_until_healthy(rollout.start_timeout)
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        self._host, self._first = host, replicas.start
+        self._placement, self._backend = _placement(self._config, len(replicas), trainers)
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        self._start(range(len(replicas)))
 
-    def _wait_until_healthy(self, seconds: float) -> None:
+    def _start(self, numbers: Sequence[int], fresh_logs: bool = False) -> None:
+        """Starts these servers, in place of earlier ones, and waits until they are ready."""
+        config, base = self._config, self._config.rollout.base_port
+        with contextlib.ExitStack() as stack:
+            for number in numbers:
+                replica = self._first + number
+                port = stack.enter_context(_held_port(self._host, 0 if base is None else base + number, replica))
+                log = self._log_folder / f"engine-{replica}.log"
+                environment = _environment(config, self.api_key, self._placement[number], self._backend)
+                command = server_command(config, port, self._backend, self._host)
+                server = _Server(command, environment, _unused(log) if fresh_logs else log)
+                self._servers[number : number + 1] = [server]
+                self.engines[number : number + 1] = [Engine(f"http://{self._host}:{port}", self.api_key)]
+            self._wait_until_healthy(numbers)
+
+    def _renew(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._servers[number].process.kill()
+            self._servers[number].stop(time.monotonic())
+        self._start(numbers, fresh_logs=True)
+
+    def _read_nodes(self) -> None:
+        """Takes the engines that the engine nodes have published since the last request to restart some."""
+        # They start while this process does, and give up themselves after start_timeout.
+        seconds = self._config.rollout.start_timeout + 60
+        published = [
+            self._nodes.wait(f"engines-{node}", seconds, lambda content: content["request"] == self._requests)
+            for node in range(self._nodes.engine_nodes)
+        ]
+        self.engines = [Engine(url, self.api_key) for node in published for url in node["urls"]]
+
+    def _wait_until_healthy(self, numbers: Sequence[int]) -> None:
+        seconds = self._config.rollout.start_timeout
         deadline = time.monotonic() + seconds
-        for engine, server in zip(self.engines, self._servers, strict=True):
+        for number in numbers:
+            engine = self.engines[number]
             while not engine.healthy():
-                self.check()
+                self.check(numbers)
+                if time.monotonic() > deadline and self._servers:
+                    log = self._servers[number].log
+                    raise UserError(
+                        f"An engine was not ready after {seconds:g} s. Its log, {log}, ends with: "
+                        f"{last_words(log)}. Give it more time with rollout.start_timeout, or see "
+                        "in the log what it waits for."
+                    )
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"An engine was not ready after {seconds:g} s. Its log, {server.log}, ends with: "
-                        f"{last_words(server.log)}. Give it more time with rollout.start_timeout, or see "
-                        "in the log what it waits for."
+                        f"{engine.url} did not answer for {seconds:g} s (rollout.start_timeout). Look into its "
+                        "log, start it again, and resume the run from its last checkpoint."
                     )
                 time.sleep(0.25)
 
-    def check(self) -> None:
-        """Raises UserError if a server that was started here has ended."""
-        for server in self._servers:
+    def check(self, replicas: Sequence[int] | None = None) -> None:
+        """Raises UserError if a server that was started here has ended, of these replicas if any are named."""
+        for number, server in enumerate(self._servers):
             status = server.process.poll()
-            if status is not None:
-                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-                raise UserError(
-                    f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
-                    f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
-                    "(memory, rollout.extra_args, the model folder) and start the run again."
-                )
+            if status is None or replicas is not None and number not in replicas:
+                continue
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise UserError(
+                f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
+                f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
+                "(memory, rollout.extra_args, the model folder) and start the run again."
+            )
+
+    @property
+    def restartable(self) -> bool:
+        """Whether `restart` starts servers, rather than waiting for somebody to do so."""
+        return not self._config.rollout.urls
+
+    def failed(self) -> list[int]:
+        """Engines that have ended or hang."""
+        with ThreadPoolExecutor(len(self.engines)) as threads:
+            responds = list(threads.map(lambda e: e.responds(self._config.rollout.hang_timeout), self.engines))
+        return [number for number, well in enumerate(responds) if not well]
+
+    def new_step(self) -> None:
+        """Counts failures anew."""
+        self._restarts = 0
+
+    def restart(self, numbers: Sequence[int]) -> None:
+        """Starts the servers of these engines anew: they have other addresses then, and the model folder's weights.
+        For engines of rollout.urls it only waits, until all of them answer.
+
+        Raises:
+            UserError: it was called more than MAX_RESTARTS times in this step, or they do not become ready.
+        """
+        if self._restarts == MAX_RESTARTS:
+            self.check()
+            raise UserError(
+                f"The engines ({', '.join(self.urls)}) failed {MAX_RESTARTS + 1} times in one step. Look into their "
+                f"logs (of those started here in {self._log_folder}), mend what they name, and resume the run from its "
+                "last checkpoint."
+            )
+        self._restarts += 1
+        if self._nodes:
+            self._requests += 1
+            self._nodes.publish(f"restart-{self._requests}", {"urls": [self.urls[number] for number in numbers]})
+            self._read_nodes()
+        elif self._config.rollout.urls:
+            self._wait_until_healthy(range(len(self.engines)))
+        else:
+            self._renew(numbers)
+        self._check_fit(self._config)
 
     def _check_fit(self, config: Config) -> None:
         described = [_check_engine(engine, config) for engine in self.engines]
@@ -230,6 +316,16 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _unused(log: Path) -> Path:
+    """The path itself, or with a number: logs of servers that failed are kept."""
+    number = 1
+    path = log
+    while path.exists():
+        number += 1
+        path = log.with_stem(f"{log.stem}-{number}")
+    return path
 
 
 # Ends the process group $2 when the process $1 has ended, however that came about. (A server that gets a
@@ -353,30 +449,27 @@ def last_words(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _held_ports(host: str, base: int | None, count: int) -> Iterator[list[int]]:
-    """Ports for the servers, kept from other programs until the servers listen.
+def _held_port(host: str, port: int, replica: int) -> Iterator[int]:
+    """A port (0: any) for a replica's server, kept from other programs until the server listens.
 
     A server binds its port seconds after it was chosen; until then any connection of this machine
     could be given it. A socket that is bound and does not listen prevents that, and does not keep out
     the server, because both have SO_REUSEADDR.
 
     Raises:
-        UserError: one of the ports asked for is taken.
+        UserError: the port is taken.
     """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for offset, candidate in enumerate(sockets):
-            port = 0 if base is None else base + offset
-            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                candidate.bind((host, port))
-            except OSError as error:
-                raise UserError(
-                    f"Port {port} of {host}, meant for engine {offset}, cannot be used: {error.strerror}. "
-                    "End the program that holds it (perhaps an engine of an earlier run), choose another "
-                    "rollout.base_port, or leave it out to have free ports chosen."
-                ) from error
-        yield [candidate.getsockname()[1] for candidate in sockets]
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"Port {port} of {host}, meant for engine {replica}, cannot be used: {error.strerror}. "
+                "End the program that holds it (perhaps an engine of an earlier run), choose another "
+                "rollout.base_port, or leave it out to have free ports chosen."
+            ) from error
+        yield held.getsockname()[1]
 
 
 def _placement(config: Config, replicas: int, trainers: int) -> tuple[list[list[str]], str]:

@@ -7,6 +7,7 @@ import socket
 import time
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -245,9 +246,40 @@ def test_no_replica_at_all_is_a_user_error(engines_for, monkeypatch):
         run(engines, ask())
 
 
-def test_thousands_of_waiting_requests_open_few_connections(engines_for):
-    import psutil
+def test_an_engine_that_hangs_is_given_up(engines_for):
+    """Its core is stopped in mid-generation, and goes on when the client asks for engines to be revived."""
+    engines = engines_for("dense")
+    whole = run(engines, ask(max_tokens=200))
+    server = psutil.Process(engines._servers[0].process.pid)
+    core = [child for child in server.children(recursive=True) if "EngineCore" in child.name()]
+    revived = []
 
+    def revive() -> list[str]:
+        for process in core:
+            process.resume()
+        revived.append(engines.engines[0].healthy())
+        return engines.urls
+
+    async def stopped(client: Client):
+        request = asyncio.ensure_future(ask(max_tokens=200)(client))
+        await asyncio.sleep(0.1)
+        for process in core:
+            process.suspend()
+        return await request
+
+    assert core
+    try:
+        again = run(engines, stopped, hang_timeout=1.0, revive=revive)
+        with pytest.raises(UserError, match=r"does not answer within 1 s \(rollout.hang_timeout\)"):
+            run(engines, stopped, hang_timeout=1.0)
+    finally:
+        for process in core:
+            process.resume()
+    assert revived == [True]
+    assert [c.token_ids for c in again] == [c.token_ids for c in whole]
+
+
+def test_thousands_of_waiting_requests_open_few_connections(engines_for):
     engines = engines_for("dense")
 
     def connections() -> int:

@@ -18,7 +18,7 @@ import requests
 from engine_fixtures import engine_config
 from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.errors import UserError
-from spell_megatron.rollout.engines import Engines, _environment, _held_ports, _placement, last_words, server_command
+from spell_megatron.rollout.engines import Engines, _environment, _held_port, _placement, last_words, server_command
 
 
 def test_every_route_but_health_demands_the_key(engines_for):
@@ -55,15 +55,14 @@ def test_port_in_use(policy, tmp_path: Path):
 
 
 def test_a_chosen_port_is_the_servers_alone():
-    with _held_ports("127.0.0.1", None, 2) as ports:
-        assert len(set(ports)) == 2
-        for port in ports:
-            with socket.socket() as other, pytest.raises(OSError, match="in use"):
-                other.bind(("127.0.0.1", port))
-            with socket.socket() as server:  # as vLLM does
-                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                server.bind(("127.0.0.1", port))
-                server.listen()
+    with _held_port("127.0.0.1", 0, 0) as port, _held_port("127.0.0.1", 0, 1) as another:
+        assert port != another
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as server:  # as vLLM does
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
 
 
 def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp_path: Path):
