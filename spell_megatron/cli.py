@@ -1,7 +1,8 @@
 """The `spell` command.
 
 Exit status: 0 success, 2 something the user can mend (one message on stderr), 130 interrupted, 1 a
-defect of the program (with a stack trace).
+defect of the program (with a stack trace). Of `spell train` also 75 and 143: stopped with a checkpoint, on SIGUSR1
+(start it again: the limit of time is near) and on SIGTERM. Of `spell status` also 3: failed, or no sign of life.
 """
 
 # torch, Megatron, vLLM and transformers are imported inside the commands: `spell --help` answers at once.
@@ -70,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_launch(commands)
     _add_engines(commands)
+    _add_status(commands)
+    _add_stop(commands)
     _add_plan(commands)
     _add_prepare(commands)
     _add_convert(commands)
@@ -155,7 +158,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
         from spell_megatron.preflight import find_faults
 
         known = {key for fault in faults for key in fault.keys}
-        found, warnings = find_faults(config, resume, known)
+        restarted = arguments.rendezvous is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        found, warnings = find_faults(config, resume, known, restarted)
         faults = [*faults, *found]
     raise_faults_of_files(faults, arguments.config or Path(arguments.resume) / "config.yaml", overrides)
     if arguments.dry_run:
@@ -174,8 +178,10 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
         from spell_megatron.cluster.rendezvous import Rendezvous
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
-    run(config, resume=resume is not None, rendezvous=rendezvous)
-    return 0
+    stopped = run(config, resume=resume is not None, rendezvous=rendezvous)
+    if stopped == "requeue" and rendezvous:
+        rendezvous.publish("requeue", {})  # the job's script looks for it
+    return {None: 0, "stop": 0, "requeue": 75, "terminate": 143}[stopped]
 
 
 def _quiet_libraries() -> None:
@@ -365,6 +371,7 @@ def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
 
     # The default action would end this process without the engines' having been stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
     node = _rank()
     os.environ.pop("SLURM_STEP_ID", None)  # the processes of this step are no trainers
     config, faults = read_config(arguments.config)
@@ -373,6 +380,49 @@ def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
     logs = config.run.output_dir / config.run.name / "logs"
     Engines.serve(config, logs, rendezvous, node)
     return 0
+
+
+# --------------------------------------------------------------------------------- status and stop
+
+
+def _add_status(commands) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="tell how a run is doing",
+        description="Tell how a run is doing: steps, speed, what it is at, engines, its job's state, where its logs\n"
+        "are. Works wherever the run's folder is seen. Exit status 3: it failed, or gives no sign of life.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="run.output_dir/run.name")
+    parser.set_defaults(command=_status)
+
+
+def _status(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.reporting import status
+
+    now = status.read(arguments.run)
+    print("\n".join(status.describe(arguments.run, now)))
+    return 3 if now["state"] == "failed" or status.silent(now) else 0
+
+
+def _add_stop(commands) -> None:
+    parser = commands.add_parser(
+        "stop",
+        help="have a run save a checkpoint and stop",
+        description="Ask a run to stop, wherever it runs, and wait until it has. It gives up a rollout that is under\n"
+        "way or ends its update, saves a checkpoint, and ends; go on with `spell train --resume RUN_FOLDER`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="run.output_dir/run.name")
+    parser.set_defaults(command=_stop)
+
+
+def _stop(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.reporting import status
+
+    now = status.stop(arguments.run)
+    print("\n".join(status.describe(arguments.run, now)))
+    return 3 if now["state"] == "failed" or status.silent(now) else 0
 
 
 # ------------------------------------------------------------------------------------------- plan

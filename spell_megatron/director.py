@@ -19,19 +19,28 @@ from spell_megatron.selfplay.prompts import PromptSet
 
 Result = TypeVar("Result")
 
+_STOP_SECONDS = 0.5
+
 
 class Director:
     """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
 
     Args:
         revive: of `Client`.
+        stop: asked now and then; anything but None: what is under way is given up.
 
     Raises:
         UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
     """
 
-    def __init__(self, config: Config, engines: Engines, revive: Callable[[], Sequence[str]] | None = None) -> None:
-        self.config, self.engines = config, engines
+    def __init__(
+        self,
+        config: Config,
+        engines: Engines,
+        revive: Callable[[], Sequence[str]] | None = None,
+        stop: Callable[[], object | None] = lambda: None,
+    ) -> None:
+        self.config, self.engines, self._stop = config, engines, stop
         sampling, selfplay = config.rollout.sampling, config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path)
         self._prompts = PromptSet.load(selfplay.prompts)
@@ -68,10 +77,25 @@ class Director:
         self._runner.run(self._client.__aexit__())
         self._runner.close()
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """The result of work on the engines; None if the run is asked to stop before there is one."""
+
+        async def unless_stopped() -> Result | None:
+            task = asyncio.ensure_future(work)
+            try:
+                while not (await asyncio.wait({task}, timeout=_STOP_SECONDS))[0]:
+                    if self._stop():
+                        return None
+                return task.result()
+            finally:
+                task.cancel()
+                await asyncio.wait({task})
+
         try:
-            return self._runner.run(work)
+            return self._runner.run(unless_stopped())
         except UserError:
+            if self._stop():  # the end of a job ends the engines too
+                return None
             self.engines.check()  # if a server that was started here died, its last words say more
             raise
         except GenerationError as error:
@@ -80,18 +104,18 @@ class Director:
                 "folder logs), and resume the run from its last checkpoint."
             ) from error
 
-    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout:
-        """One step of self-play on the engines; see `SelfPlay.roll_out`."""
+    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout | None:
+        """One step of self-play on the engines (see `SelfPlay.roll_out`); None: given up, and nothing has changed."""
         self._client.use(self.engines.urls)
         return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
 
     def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
-        """Accuracy of the engines' weights on the held-out questions; {} when there are none."""
+        """Accuracy of the engines' weights on the held-out questions; {} when there are none, or it was given up."""
         if not self._questions:
             return {}
         self._client.use(self.engines.urls)
         validation = self.config.validation
-        return self._run(
+        metrics = self._run(
             validate(
                 self._client,
                 self._tokenizer,
@@ -103,6 +127,7 @@ class Director:
                 on_progress,
             )
         )
+        return metrics or {}
 
     @property
     def held_out_questions(self) -> int:

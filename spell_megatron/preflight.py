@@ -42,14 +42,15 @@ def preflight(config: Config, resume: Path | None = None) -> list[str]:
 
 
 def find_faults(
-    config: Config, resume: Path | None = None, known_faulty: Collection[str] = ()
+    config: Config, resume: Path | None = None, known_faulty: Collection[str] = (), restarted: bool = False
 ) -> tuple[list[Fault], list[str]]:
     """(faults, warnings) of a configuration on this machine.
 
-    `known_faulty` are keys that are known to be wrong already: what depends on them is left out.
+    `known_faulty` are keys that are known to be wrong already: what depends on them is left out. `restarted`: what
+    is in the run's folder is of the same job, which was ended before its first checkpoint.
     """
     check = _Preflight(config)
-    check.run_folder(resume)
+    check.run_folder(resume, restarted)
     check.packages()
     check.documents()
     check.prompts()
@@ -79,7 +80,7 @@ class _Preflight:
             self.fault(keys, str(error))
             return None
 
-    def run_folder(self, resume: Path | None) -> None:
+    def run_folder(self, resume: Path | None, restarted: bool) -> None:
         run = self.config.run
         folder = run.output_dir / run.name
         has_checkpoint = (folder / "checkpoints" / "latest").exists()
@@ -90,7 +91,7 @@ class _Preflight:
                 "run.name",
                 f"the run in {folder} has no checkpoint to continue from. Remove the folder and start anew",
             )
-        elif resume is None and holds_run(folder):
+        elif resume is None and holds_run(folder) and (has_checkpoint or not restarted):
             remedy = "continue that run with --resume" if has_checkpoint else "remove the folder"
             self.fault(
                 "run.name run.output_dir",

@@ -19,6 +19,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.reporting.dumps import write_dump
 from spell_megatron.reporting.metrics import MetricsLogger
 from spell_megatron.reporting.progress import Progress, gain
+from spell_megatron.reporting.status import Reason, Status, StopRequest
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.pipeline import OUTCOMES
@@ -44,7 +45,7 @@ REMEDIES = {
 }
 
 
-def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = None) -> None:
+def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = None) -> Reason | None:
     """Train a policy by self-play; every trainer process calls it.
 
     Args:
@@ -52,37 +53,44 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         resume: go on from the newest checkpoint of the run's folder.
         rendezvous: where the processes of a cluster's job find each other.
 
+    Returns:
+        Why it stopped before its last step, with a checkpoint (see `reporting.status`); None: it has made all steps.
+
     Raises:
         UserError: for faults that the user can mend; everything started here is stopped first.
     """
     folder, steps = config.run.output_dir / config.run.name, config.run.steps
     with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(folder))
         stack.callback(backend.shutdown)
         if rendezvous:
             processes.join(config, rendezvous)
         backend.initialise(config)
         first = dist.get_rank() == 0
-        progress = Progress(enabled=first)
+        folder.mkdir(parents=True, exist_ok=True)
+        status = stack.enter_context(Status(folder, steps)) if first else None
+        progress = Progress(enabled=first, status=status)
         engines = None
         if first:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             with progress.stage("starting engines"):
                 engines = stack.enter_context(Engines.open(config, folder / "logs", rendezvous))
+            status.watch(engines.health)
         with progress.stage("loading the policy"):
             trainer = _make_trainer(config)
             step, state = _restore(folder, trainer) if resume else (0, {})
         if first and (why := _no_replay(config, trainer, engines)):
             progress.line(f"Routing replay is off: {why}.")
-        weights = _EngineWeights(config, trainer, engines, progress)
+        weights = _EngineWeights(config, trainer, engines, progress, stop)
         stack.callback(weights.close)
-        director = stack.enter_context(Director(config, engines, weights.revive)) if first else None
+        director = stack.enter_context(Director(config, engines, weights.revive, stop.reason)) if first else None
         resume_step = step if resume else None
         log = stack.enter_context(MetricsLogger(folder, config, resume_step=resume_step)) if first else None
         saver = stack.enter_context(checkpoint.Saver(folder, trainer))
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
 
+        stop.can_save = True
         with progress.stage("push"):
             metrics = weights.push(step)
         if director and not resume:
@@ -90,26 +98,34 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             log.log(0, metrics)
             if director.held_out_questions:
                 progress.validation(0, metrics)
-        before, skipped, empty = metrics, 0, 0
-        while step < steps:
-            step += 1
-            rows, metrics, started = None, {}, time.monotonic()
+        before, skipped, empty, saved = metrics, 0, 0, step if resume else None
+        stopped = None
+        while step < steps and not stopped:
+            rows, metrics, started, order = None, {}, time.monotonic(), "stop"
             if director:
+                status.update(state="running", step=step + 1)
                 with progress.stage("rollout", config.selfplay.groups) as advance:
-                    rollout = director.roll_out(step, str(step - 1), lambda mixed, _: advance(mixed))
-                metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
-                rows = [_row(sample, config) for sample in rollout.batch]
-                write_dump(rollout.samples, folder / "rollouts", step, config.logging.dump)
-                del rollout  # the routings of its samples are large
-                empty = 0 if rows else empty + 1
-                if empty:
-                    why = _why_empty(metrics, folder / "rollouts")
-                    progress.line(f"step {step}: {why}")
-                    if empty >= MAX_SKIPPED_IN_A_ROW:
-                        raise UserError(
-                            f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
-                        )
-            if weights.wait_for_rows(rows):
+                    rollout = director.roll_out(step + 1, str(step), lambda mixed, _: advance(mixed))
+                if rollout:
+                    metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
+                    rows = [_row(sample, config) for sample in rollout.batch]
+                    write_dump(rollout.samples, folder / "rollouts", step + 1, config.logging.dump)
+                    order = "update" if rows else "skip"
+                    del rollout  # the routings of its samples are large
+                    empty = 0 if rows else empty + 1
+                    if empty:
+                        why = _why_empty(metrics, folder / "rollouts")
+                        progress.line(f"step {step + 1}: {why}")
+                        if empty >= MAX_SKIPPED_IN_A_ROW:
+                            raise UserError(
+                                f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
+                            )
+            order = weights.wait_for_order(order)
+            if order == "stop":  # the rollout was given up
+                stopped = _from_rank_0(stop.reason())
+                break
+            step += 1
+            if order == "update":
                 metrics |= _update(trainer, rows, progress)
             else:
                 metrics["train/empty"] = 1.0
@@ -122,23 +138,37 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 )
             if engines:
                 engines.new_step()
-            with progress.stage("push"):
-                metrics |= weights.push(step)
+            stopped = _from_rank_0(stop.reason())
+            if not stopped:
+                with progress.stage("push"):
+                    metrics |= weights.push(step)
             saver.poll()
             if step == steps or step % config.checkpoint.every == 0:
-                saving = time.monotonic()
-                with progress.stage("checkpoint"):
-                    state = {"step": step, "selfplay": director.selfplay.state_dict()} if director else {}
-                    saver.save(step, state)
-                metrics["time/checkpoint"] = time.monotonic() - saving
+                metrics["time/checkpoint"], saved = _save(saver, step, director, progress), step
             if director:
                 metrics["time/step"] = time.monotonic() - started
                 metrics |= _validate(director, step, progress)
                 log.log(step, metrics)
                 progress.summary(step, steps, metrics)
-        weights.wait_for_rows(None)  # until the last validation has ended
+        if step < steps and saved != step:
+            _save(saver, step, director, progress)
+        weights.wait_for_order("end")  # until the last validation has ended
         saver.finish()
-        progress.line(f"{folder}: done after {steps} steps{gain(before, metrics)}")
+        if step < steps:
+            progress.line(f"{folder}: stopped after step {step} of {steps} ({stopped}); go on with --resume")
+        else:
+            progress.line(f"{folder}: done after {steps} steps{gain(before, metrics)}")
+        if status:
+            status.update(state="finished" if step == steps else "stopped")
+        return stopped if step < steps else None
+
+
+def _save(saver: checkpoint.Saver, step: int, director: Director | None, progress: Progress) -> float:
+    """Save a checkpoint; seconds that it took."""
+    started = time.monotonic()
+    with progress.stage("checkpoint"):
+        saver.save(step, {"step": step, "selfplay": director.selfplay.state_dict()} if director else {})
+    return time.monotonic() - started
 
 
 def _make_trainer(config: Config) -> Trainer:
@@ -186,11 +216,14 @@ def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
 class _EngineWeights:
     """The trainer's weights on the engines, and on engines that were started again after a failure.
 
-    All trainer ranks call `push` and `wait_for_rows`. While the others are in the latter, rank 0 may `revive` engines.
+    All trainer ranks call `push` and `wait_for_order`. While the others are in the latter, rank 0 may `revive` engines.
     """
 
-    def __init__(self, config: Config, trainer: Trainer, engines: Engines | None, progress: Progress) -> None:
-        self._config, self._trainer, self._engines, self._progress = config, trainer, engines, progress
+    def __init__(
+        self, config: Config, trainer: Trainer, engines: Engines | None, progress: Progress, stop: StopRequest
+    ) -> None:
+        self._config, self._trainer, self._engines = config, trainer, engines
+        self._progress, self._stop = progress, stop
         self._pusher = WeightPusher(engines)
         self._step = 0
 
@@ -201,7 +234,7 @@ class _EngineWeights:
         """Send the weights to the engines, which are version `step` from then on; the metrics of it.
 
         Engines that have ended or hang are started again before, and all of them if a push fails, so that none ever
-        serves a mixture.
+        serves a mixture. If the run is asked to stop, a push that fails is not repeated: the end of a job ends engines.
 
         Raises:
             UserError: they failed too often, or were not started by this run and did not take the weights.
@@ -219,7 +252,7 @@ class _EngineWeights:
                 fault = str(error)
                 for _ in stream:  # the other ranks go on sending
                     pass
-            if not _from_rank_0(fault):
+            if not _from_rank_0(fault and not self._stop.reason()):
                 break
             self._mend(range(len(self._engines.engines)) if self._engines else (), fault)
         if push is None:
@@ -233,12 +266,12 @@ class _EngineWeights:
         self.push(self._step)
         return self._engines.urls
 
-    def wait_for_rows(self, rows: list[Row] | None) -> bool:
-        """Whether rank 0 has rows to train on (there are none where no group was mixed)."""
-        while (order := _from_rank_0("rows" if rows else "none")) == "push":
+    def wait_for_order(self, order: str) -> str:
+        """Rank 0's order, on all ranks; until it comes the others push whenever rank 0 revives engines."""
+        while (order := _from_rank_0(order)) == "push":
             self._mend(())
             self.push(self._step)
-        return order == "rows"
+        return order
 
     def _mend(self, broken: Sequence[int], why: str = "") -> None:
         """Restart these engines, which rank 0 knows, and connect all of them anew if it did or gives a reason."""

@@ -15,8 +15,15 @@ def run(*options: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=1200)
 
 
-def test_it_runs_with_tiny_sizes():
-    done = run("--tiny")
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("attention", "logprobs", "experts", "parity", "update"),
+        pytest.param(("transfer",), marks=[pytest.mark.slow, pytest.mark.engine]),
+    ],
+)
+def test_it_runs_with_tiny_sizes(parts):
+    done = run("--tiny", "--only", *parts)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["holds"], result

@@ -16,6 +16,8 @@ installed.
     update      one update of a slice of Qwen3-30B-A3B (4 layers) on prompts of 16K to 100K tokens with 8 responses:
                 time and peak memory of the tree and of the 8 sequences on their own, share of the GPU's FLOPs that is
                 used for the work really needed, and memory against `spell plan`
+    transfer    where vLLM is installed: the weights of that slice sent to a vLLM engine on the same GPU (ipc) and, with
+                a second GPU, on that one (nccl), compared by checksums; time against a copy within the GPU's memory
 
 --tiny takes sizes at which all of it also runs on a CPU, which proves the script and nothing else. A part that fails is
 reported and the others go on. --out writes gpu.json and gpu.txt, what was printed. The last line is one JSON object;
@@ -27,11 +29,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +45,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from spell_megatron import planner
-from spell_megatron.config import Config
+from spell_megatron.config import Config, RolloutConfig
 from spell_megatron.training import attention as tree_attention_module
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
@@ -372,6 +377,46 @@ def update(tiny: bool) -> dict:
     return figures
 
 
+def transfer(tiny: bool) -> dict:
+    if find_spec("vllm") is None:
+        return {"skipped": "vLLM is not installed", "holds": True}
+    # These need what is there only beside vLLM.
+    from spell_megatron.rollout.engines import Engines
+    from spell_megatron.weights.push import WeightPusher
+    from spell_megatron.weights.reshard import export
+
+    ways = {"ipc": ["0"], "nccl": ["0", "1"]} if torch.cuda.is_available() else {"gloo": []}
+    figures: dict[str, object] = {"holds": True}
+    for way, gpus in ways.items():
+        if len(gpus) > torch.cuda.device_count():
+            figures[way] = {"skipped": f"needs {len(gpus)} GPUs"}
+            continue
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # of the engines; this process has its GPU already
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            folder = Path(name)
+            make_checkpoint(folder, tiny, num_hidden_layers=4)
+            config = run_config(folder, "bfloat16", 1024, 64)
+            config.rollout = RolloutConfig(
+                sampling=config.rollout.sampling,
+                concurrency=8,
+                gpu_memory_utilization=0.3,
+                cpu_kv_cache_gib=0.25,
+                extra_args=["--load-format", "dummy", "--enforce-eager"],
+            )
+            hf_config, model = load(folder, config)
+            engines = stack.enter_context(Engines.open(config, folder / "logs"))
+            assert engines.weight_transfer == way, engines.weight_transfer
+            pusher = WeightPusher(engines)
+            stack.callback(pusher.close)
+            first = pusher.push(export(model, hf_config), "1", verify=True)
+            pushes = [pusher.push(export(model, hf_config), str(version)).seconds for version in range(2, 5)]
+            source = torch.zeros(first.bytes, dtype=torch.uint8, device=device())
+            copy = seconds(lambda: source.clone())
+        line = {"gigabytes": first.bytes / 1e9, "checksums_compared": first.verified, "push_seconds": min(pushes)}
+        figures[way] = line | {"copy_seconds": copy, "push_by_copy": min(pushes) / copy}
+    return figures
+
+
 def gpu_name() -> str | None:
     """The planner's name of this GPU."""
     if not torch.cuda.is_available():
@@ -380,7 +425,14 @@ def gpu_name() -> str | None:
     return next((name for name in planner.GPUS if name.split("-")[0] in found), None)
 
 
-PARTS = {"attention": attention, "logprobs": logprobs, "experts": experts, "parity": parity, "update": update}
+PARTS = {
+    "attention": attention,
+    "logprobs": logprobs,
+    "experts": experts,
+    "parity": parity,
+    "update": update,
+    "transfer": transfer,
+}
 
 
 def shown(figures: dict) -> str:

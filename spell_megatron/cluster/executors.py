@@ -67,10 +67,10 @@ def slurm_executor(cluster: Cluster) -> run.Config[run.SlurmExecutor]:
         qos=cluster.qos,
         time=cluster.time,
         nodes=cluster.nodes,
-        gpus_per_node=cluster.gpus_per_node or None,
+        gpus_per_node=cluster.gpus_of(engines=False),
         cpus_per_task=cluster.cpus_per_task,
         mem=cluster.memory,
-        additional_parameters={name.strip("-").replace("-", "_"): value for name, value in cluster.sbatch.items()},
+        additional_parameters=_sbatch(cluster),
         container_image=cluster.container.image or None,
         container_mounts=list(cluster.container.mounts),
         tunnel=tunnel,
@@ -79,6 +79,12 @@ def slurm_executor(cluster: Cluster) -> run.Config[run.SlurmExecutor]:
         wait_time_for_group_job=0,
         poll_estimated_start_time=False,
     )
+
+
+def _sbatch(cluster: Cluster) -> dict[str, str | int | bool]:
+    """Options of sbatch for which NeMo-Run has no fields."""
+    options = {name.strip("-").replace("-", "_"): value for name, value in cluster.sbatch.items()}
+    return options | ({"signal": f"USR1@{cluster.save_seconds}"} if cluster.save_seconds else {})
 
 
 def override(executor: run.Config, words: Sequence[str]) -> None:
@@ -101,7 +107,9 @@ def override(executor: run.Config, words: Sequence[str]) -> None:
 class SlurmRun:
     """A run as an experiment of NeMo-Run on Slurm. A context manager."""
 
-    def __init__(self, name: str, executor: run.Config, steps: Sequence[Step], prologue: str) -> None:
+    def __init__(
+        self, name: str, executor: run.Config, steps: Sequence[Step], prologue: str, cluster: Cluster
+    ) -> None:
         if any("/nemo_run" in text for text in (prologue, *(step.script for step in steps))):
             raise UserError(
                 "A path in the run's settings or in the cluster's file begins a part with nemo_run. NeMo-Run replaces "
@@ -110,7 +118,7 @@ class SlurmRun:
         title = re.sub(r"[^\w.-]+", "-", name)
         executor.setup_lines = prologue
         self._steps = steps
-        self._executors = [self._executor(executor, step, title) for step in steps]
+        self._executors = [self._executor(executor, step, title, cluster) for step in steps]
         self._experiment = run.Experiment(
             title,
             log_level="WARN",
@@ -120,13 +128,20 @@ class SlurmRun:
             serialize_metadata_for_scripts=False,
         )
 
-    def _executor(self, executor: run.Config, step: Step, title: str) -> run.SlurmExecutor:
+    def _executor(self, executor: run.Config, step: Step, title: str, cluster: Cluster) -> run.SlurmExecutor:
         executor.ntasks_per_node = self._steps[0].tasks_per_node
         built = fiddle.build(executor)
+        if cluster.heterogeneous:
+            # The first node of a step is then counted within its component.
+            built.heterogeneous, built.nodes, first_node = True, step.nodes, 0
+            built.ntasks_per_node = step.tasks_per_node
+            built.gpus_per_node = cluster.gpus_of(engines=step is not self._steps[0]) or 0
+        else:
+            first_node = step.first_node
         built.job_name_prefix = f"{title}."
         built.job_details = SlurmJobDetails(job_name=f"{title}.{step.name}")
         place = [f"--nodes={step.nodes}", f"--ntasks={step.nodes * step.tasks_per_node}"]
-        place += [f"--ntasks-per-node={step.tasks_per_node}", f"--relative={step.first_node}"]
+        place += [f"--ntasks-per-node={step.tasks_per_node}", f"--relative={first_node}"]
         if built.cpus_per_task:
             place.append(f"--cpus-per-task={built.cpus_per_task * built.ntasks_per_node // step.tasks_per_node}")
         if len(self._steps) == 1:

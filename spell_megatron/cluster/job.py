@@ -9,7 +9,37 @@ from spell_megatron.cluster.rendezvous import NODES
 from spell_megatron.cluster.settings import Cluster
 from spell_megatron.config import Config, to_yaml
 
+MAX_FRUITLESS = 3
+"""How often in a row a job that failed is queued again without having made a checkpoint since."""
+
 _END = "END_OF_SPELL_CONFIG"
+
+# Run when the batch script ends, in whatever way. It ends well, with a fault that the user has to mend (2), by scancel
+# (143), or by a process or a node that failed.
+_ENDING = """\
+spell_end() {
+    code=$?
+    trap - EXIT
+    set +ex
+    checkpoint() { cat RUN/checkpoints/latest 2>/dev/null; }
+    tries=0
+    if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
+    case $code in
+        0 | 2 | 143) again= ;;
+        *) again=yes; [ $tries -le MAX ] || again=; echo $tries > "$spell_tries" ;;
+    esac
+    if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
+    if [ -n "$again" ]; then
+        echo "The job is queued again, to go on from checkpoint $(checkpoint)."
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ $tries -gt MAX ]; then
+        echo "The job failed $tries times without a new checkpoint: it is not queued again."
+    fi
+    exit $code
+}
+spell_began=$(cat RUN/checkpoints/latest 2>/dev/null)
+spell_tries=RUN/jobs/$SLURM_JOB_ID.failures
+trap spell_end EXIT"""
 
 
 @dataclass(frozen=True)
@@ -45,13 +75,16 @@ def prologue(config: Config) -> str:
     """Commands of the batch script, on the job's first node and outside of containers, before the steps.
 
     They make the folder in which the processes find each other, a new one for each start of the job, and leave
-    the run's settings and the addresses of the nodes there.
+    the run's settings and the addresses of the nodes there. And they see to it that a job that was asked to stop, or
+    failed, is queued again (see docs/cluster.md).
     """
     folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
     # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
     unset = "unset SLURM_UNBUFFEREDIO"
-    nodes = f'scontrol --oneliner show node "$SLURM_JOB_NODELIST" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
-    return f"{unset}\n{_prepare(config, folder)}\n{nodes}"
+    both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
+    nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
+    ending = _ENDING.replace("RUN", _run_folder(config)).replace("MAX", str(MAX_FRUITLESS))
+    return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
 
 
 def _prepare(config: Config, folder: str) -> str:

@@ -81,11 +81,11 @@ def launch(
         return 0 if executors.run_here(config.run.name, executor, script) else 1
 
     cluster.nodes, cluster.cpus_per_task = executor.nodes, executor.cpus_per_task
-    cluster.gpus_per_node = executor.gpus_per_node or 0
+    cluster.gpus_per_node = int(str(executor.gpus_per_node or 0).split(":")[-1])
     faults = [*cluster_faults(cluster, config), *_missing_files(config, cluster)]
     raise_faults(faults, f"{cluster_file} with {', '.join(map(str, config_files))}")
     planned = steps(cluster, config, resume)
-    with executors.SlurmRun(config.run.name, executor, planned, prologue(config)) as experiment:
+    with executors.SlurmRun(config.run.name, executor, planned, prologue(config), cluster) as experiment:
         if dry_run:
             print(f"# Batch script, with the run's settings\n\n{experiment.batch_script()}")
             for step in planned:
@@ -94,8 +94,10 @@ def launch(
             return 0
         job, logs = experiment.submit()
     where = f"{cluster.ssh.host}:" if cluster.ssh.host else ""
-    print(f"Submitted as job {job}. Watch it with `squeue -j {job}`, end it with `scancel {job}`.")
-    print(f"Run folder  {where}{config.run.output_dir / config.run.name}")
+    folder = config.run.output_dir / config.run.name
+    print(f"Submitted as job {job}. Watch it with `spell status {folder}`, end it with `spell stop {folder}`, which")
+    print(f"saves a checkpoint, or `scancel {job}`.")
+    print(f"Run folder  {where}{folder}")
     print(f"Logs        {where}{logs}/*_{job}*.out")
     return 0
 

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from spell_megatron.config import Config, Fault, Section
 
-_TIME = re.compile(r"\d+(-\d+(:\d\d){0,2}|(:\d\d){0,2})")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 _OURS = {"job_name": "run.name", "nodes": "nodes", "ntasks": "training.parallel.processes", "output": "folder"}
-_OURS |= {"ntasks_per_node": "training.parallel.processes"}
+_OURS |= {"ntasks_per_node": "training.parallel.processes", "signal": "save_seconds"}
 
 
 class ContainerSection(Section):
@@ -47,12 +47,21 @@ class Cluster(Section):
     """Quality of service; null: the default."""
     time: str = "01:00:00"
     """Limit of the job's time, "HH:MM:SS" or "D-HH:MM:SS", in quotes: YAML takes 12:00:00 for a number."""
+    save_seconds: int = Field(300, ge=0)
+    """Seconds before this limit at which the run gives up its rollout or ends its update, saves a checkpoint and is
+    queued again. Slurm may give the signal a minute earlier. 0: the run is cut off."""
     nodes: int = Field(1, ge=1)
     """Nodes of the job, those of trainer and engines together."""
     engine_nodes: int = Field(0, ge=0)
     """How many of them, the last ones, run engines. 0: trainer and engines share one node."""
     gpus_per_node: int = Field(8, ge=0)
     """GPUs of each node; 0: train on CPUs."""
+    gpu_type: str = ""
+    """Type of these GPUs where Slurm knows several, as in --gpus-per-node=TYPE:8."""
+    engine_gpus_per_node: int | None = Field(None, ge=0)
+    """GPUs of each engine node, if not as many. With this or engine_gpu_type the job is a heterogeneous one."""
+    engine_gpu_type: str | None = None
+    """Type of the GPUs of engine nodes, if it is another one."""
     gpu: str = "H100-80G"
     """Kind of GPU, for the memory plan of --dry-run; see `spell plan --help`."""
     cpus_per_task: int | None = Field(None, ge=1)
@@ -77,6 +86,19 @@ class Cluster(Section):
     def trainer_nodes(self) -> int:
         return self.nodes - self.engine_nodes if self.engine_nodes else 1
 
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether engine nodes differ from the trainer's, so that the job needs two components."""
+        return self.engine_gpus_per_node is not None or self.engine_gpu_type is not None
+
+    def gpus_of(self, engines: bool) -> str | int | None:
+        """Slurm's --gpus-per-node of the trainer's nodes or the engines'; None: without GPUs."""
+        number, kind = self.gpus_per_node, self.gpu_type
+        if engines and self.heterogeneous:
+            number = number if self.engine_gpus_per_node is None else self.engine_gpus_per_node
+            kind = kind if self.engine_gpu_type is None else self.engine_gpu_type
+        return (f"{kind}:{number}" if kind else number) or None
+
 
 def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
     """What in a cluster's file is wrong by itself, or with a run. Checks no files."""
@@ -86,10 +108,22 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
         if not holds:
             faults.append(Fault(tuple(keys.split()), message))
 
+    limit = _seconds(cluster.time)
     check(
-        _TIME.fullmatch(cluster.time) is not None,
+        limit is not None,
         "time",
         f'{cluster.time!r} is no time for Slurm. Write "HH:MM:SS" or "D-HH:MM:SS", in quotes',
+    )
+    check(
+        limit is None or limit > cluster.save_seconds + 60,
+        "time save_seconds",
+        f"of {cluster.time}, the last {cluster.save_seconds} s and up to a minute more are for the last checkpoint: "
+        "nothing is left to train in. Raise time, or lower save_seconds",
+    )
+    check(
+        not cluster.heterogeneous or cluster.engine_nodes > 0,
+        "engine_nodes engine_gpus_per_node engine_gpu_type",
+        "there are no engine nodes whose GPUs could differ. Set engine_nodes, or leave out the other two",
     )
     # NeMo-Run writes paths into the batch script as they are.
     check(
@@ -115,6 +149,7 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
         config.rollout.tensor_parallel,
     )
     gpus = cluster.gpus_per_node if config.run.device != "cpu" else 0
+    engine_gpus = gpus if cluster.engine_gpus_per_node is None else cluster.engine_gpus_per_node
     check(
         cluster.gpus_per_node > 0 or config.run.device != "cuda",
         "gpus_per_node run.device",
@@ -164,14 +199,25 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
         f"{replicas} engines cannot be spread evenly over {cluster.engine_nodes} nodes",
     )
     check(
-        not gpus or replicas * each <= gpus * cluster.engine_nodes,
+        not gpus or replicas * each <= engine_gpus * cluster.engine_nodes,
         "rollout.replicas rollout.tensor_parallel engine_nodes",
-        f"{replicas} engines of {each} GPU(s) need more than the {gpus * cluster.engine_nodes} GPUs of "
+        f"{replicas} engines of {each} GPU(s) need more than the {engine_gpus * cluster.engine_nodes} GPUs of "
         f"{cluster.engine_nodes} node(s). Raise engine_nodes (an engine cannot span nodes)",
     )
     check(
-        not gpus or each <= gpus,
+        not gpus or each <= engine_gpus,
         "rollout.tensor_parallel gpus_per_node",
-        f"an engine of {each} GPUs does not fit a node of {gpus}: engines cannot span nodes. Lower it",
+        f"an engine of {each} GPUs does not fit a node of {engine_gpus}: engines cannot span nodes. Lower it",
     )
     return faults
+
+
+def _seconds(time: str) -> int | None:
+    """Seconds of a time of Slurm's ("MIN", "MIN:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"); None: it is none."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    days, *parts = (int(part or 0) for part in match.groups())
+    if match[1] is None and match[4] is None:  # minutes come first
+        return 60 * parts[0] + parts[1]
+    return 86400 * days + 3600 * parts[0] + 60 * parts[1] + parts[2]

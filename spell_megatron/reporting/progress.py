@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from spell_megatron.reporting.status import Status
+
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines of one stage where there is no terminal."""
 
@@ -34,13 +36,15 @@ class Progress:
     longer than 30 seconds writes a line now and then, and short ones write nothing.
     """
 
-    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(self, enabled: bool = True, console: Console | None = None, status: Status | None = None) -> None:
         """
         Args:
             enabled: False shows nothing, for the processes beside the first.
             console: where to show it; standard output by default.
+            status: what is told of the stages too.
         """
         self.console = console or Console(quiet=not enabled)
+        self._status = status
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
@@ -48,6 +52,20 @@ class Progress:
 
         total: what the number counts to; None: not known yet, then the bar only moves.
         """
+        with self._shown(name, total) as show:
+            if self._status is None:
+                yield show
+                return
+            self._status.stage(name)
+
+            def update(done: int, total: int | None = total) -> None:
+                self._status.stage(name, done, total)
+                show(done, total)
+
+            yield update
+
+    @contextmanager
+    def _shown(self, name: str, total: int | None) -> Iterator[Callable[..., None]]:
         if not self.console.is_terminal or self.console.quiet:
             yield _Lines(self.console, name, total)
             return

@@ -257,6 +257,10 @@ class Engines:
             responds = list(threads.map(lambda e: e.responds(self._config.rollout.hang_timeout), self.engines))
         return [number for number, well in enumerate(responds) if not well]
 
+    def health(self) -> list[dict]:
+        """Address of each engine, and whether it says that it is well."""
+        return [{"url": engine.url, "healthy": engine.healthy()} for engine in list(self.engines)]
+
     def new_step(self) -> None:
         """Counts failures anew."""
         self._restarts = 0
@@ -341,6 +345,8 @@ class _Server:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
+        # Slurm signals all processes of a job step; SIGUSR1 is meant for the trainer, and would end this one.
+        command = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh", *command]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

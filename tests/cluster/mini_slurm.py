@@ -170,7 +170,9 @@ class MiniSlurm:
             SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=10000,batch_sched_delay=0
             ReturnToService=2
             JobRequeue=1
-            KillWait=5
+            PreemptType=preempt/partition_prio
+            PreemptMode=REQUEUE
+            KillWait=30
             MinJobAge=3600
             MessageTimeout=30
             CompleteWait=0
@@ -180,7 +182,10 @@ class MiniSlurm:
             f"CoresPerSocket={self._cpus} RealMemory=16000 Gres=gpu:{self._gpus} State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
-        lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        # jobs of `urgent` take nodes from those of `batch`
+        common = "Nodes=ALL MaxTime=INFINITE State=UP"
+        lines.append(f"PartitionName=batch {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60")
+        lines.append(f"PartitionName=urgent {common} PriorityTier=9 PreemptMode=OFF")
         return "\n".join(line.strip() for line in lines) + "\n"
 
 

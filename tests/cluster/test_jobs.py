@@ -1,4 +1,4 @@
-"""The quick start's run as a job of a real Slurm: engines and trainer on one node, and on nodes of their own."""
+"""The quick start's run as a job of a real Slurm: in each topology, and through all that may happen to a job."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import yaml
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 ROOT = Path(__file__).parents[2]
+STEPS = 12
 MARK = uuid.uuid4().hex  # in the environment of every process of these jobs
 SMALL = (
     "--run.steps=1",
@@ -64,8 +65,8 @@ def completed(slurm, run: Path, job: str, logs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def one_node(slurm, submit) -> Path:
-    """A run on one node."""
-    return completed(slurm, *submit("one"))
+    """A run on one node that nothing disturbs."""
+    return completed(slurm, *submit("one", f"--run.steps={STEPS}", "--checkpoint.every=100"))
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,14 @@ def steps(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def questions(run: Path) -> list[tuple]:
-    rows = [json.loads(line) for line in (run / "rollouts" / "step_000001.jsonl").open()]
+def questions(run: Path, step: int = 1) -> list[tuple]:
+    rows = [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
     return [(row["uid"], row["prompt"]) for row in rows if row["role"] == "questioner"]
 
 
 def test_a_run_on_one_node(one_node):
-    assert [row["step"] for row in steps(one_node)] == [0, 1]
-    assert (one_node / "checkpoints" / "latest").read_text() == "step_000001"
+    assert [row["step"] for row in steps(one_node)] == list(range(STEPS + 1))
+    assert (one_node / "checkpoints" / "latest").read_text() == f"step_{STEPS:06d}"
     assert steps(one_node)[1]["train/mismatch_abs"] < 1e-4
 
 
@@ -100,17 +101,79 @@ def test_engines_on_their_own_node_take_the_same_step(one_node, split):
     assert yaml.safe_load((split / "config.yaml").read_text())["rollout"]["urls"] == []
 
 
-def test_a_job_that_is_requeued_goes_on_from_its_checkpoint(slurm, submit):
-    run, job, logs = submit("again", "--run.steps=3", "--checkpoint.every=1")
-    deadline = time.monotonic() + 900
-    while not (run / "checkpoints" / "latest").exists():
-        assert slurm.job(job)["JobState"] in ("RUNNING", "PENDING") and time.monotonic() < deadline
-        time.sleep(0.2)
+def test_a_heterogeneous_job_takes_the_same_step(slurm, submit, one_node):
+    nodes = ("cluster.engine_nodes=1", "cluster.nodes=2", "cluster.engine_gpus_per_node=1", "--run.device=cpu")
+    run = completed(slurm, *submit("heterogeneous", *nodes))
+    assert questions(run) == questions(one_node)
+    assert steps(run)[1]["train/grad_norm"] == pytest.approx(steps(one_node)[1]["train/grad_norm"], rel=1e-5)
+
+
+def test_a_job_survives(slurm, submit, one_node):
+    """An engine and then the trainer are killed, the job comes near its limit of time, is preempted, requeued by hand,
+    and loses a node: it ends with the batches and updates of the undisturbed run."""
+    nodes = ("cluster.engine_nodes=1", "cluster.nodes=2", "cluster.save_seconds=60")
+    run, job, logs = submit("survivor", f"--run.steps={STEPS}", "--checkpoint.every=2", *nodes)
+
+    def goes_on(starts: int, more: int = 1) -> None:
+        """Waits until the job runs for the n-th time and has made a step or more since."""
+        until(lambda: int(slurm.job(job).get("Restarts", -1)) == starts - 1 and status(run)["restart"] == starts - 1)
+        first = last_step(run)
+        until(lambda: last_step(run) >= first + more)
+
+    until(lambda: (run / "status.json").exists())
+    goes_on(1)
+    (engine,) = (process for process in marked() if "vllm.entrypoints.openai.api_server" in process.cmdline())
+    engine.kill()
+    goes_on(1, 2)
+    (trainer,) = (process for process in marked() if process.cmdline()[1:4] == ["-m", "spell_megatron", "train"])
+    trainer.kill()
+    goes_on(2)
+    hours, minutes, seconds = map(int, slurm.job(job)["RunTime"].split(":"))
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + (seconds > 0) + 1}")
+    until(lambda: slurm.job(job)["Restarts"] == "2")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    goes_on(3)
+    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 1").strip()
+    slurm.wait(urgent, 300)
+    goes_on(4)
     slurm.run("scontrol", "requeue", job)
+    goes_on(5)
+    node = re.search(r"BatchHost=(\S+)", slurm.run("scontrol", "-o", "show", "job", job))[1]
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    until(lambda: slurm.job(job)["Restarts"] == "5")
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
     completed(slurm, run, job, logs)
-    assert slurm.job(job)["Restarts"] == "1"
-    assert [row["step"] for row in steps(run)] == [0, 1, 2, 3]
-    assert {folder.name for folder in (run / "jobs").iterdir()} == {f"{job}.0", f"{job}.1"}
+    assert {folder.name for folder in (run / "jobs").glob(f"{job}.?")} == {f"{job}.{start}" for start in range(6)}
+    assert [row["step"] for row in steps(run)] == list(range(STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert questions(run, step) == questions(one_node, step)
+        for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
+            assert steps(run)[step][name] == pytest.approx(steps(one_node)[step][name], rel=1e-4), (step, name)
+
+
+def test_a_cancelled_job_leaves_a_checkpoint(slurm, submit):
+    run, job, _ = submit("cancelled", f"--run.steps={STEPS}", "--checkpoint.every=100")
+    until(lambda: (run / "metrics.jsonl").exists() and last_step(run) >= 1)
+    slurm.run("scancel", job)
+    assert slurm.wait(job, 120)["JobState"] == "CANCELLED"
+    until(lambda: status(run)["state"] == "stopped", 60)
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{last_step(run):06d}"
+
+
+def until(holds, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def last_step(run: Path) -> int:
+    return steps(run)[-1]["step"] if (run / "metrics.jsonl").exists() and steps(run) else -1
 
 
 def test_an_engine_that_dies_ends_the_job_with_its_last_words(slurm, submit):
@@ -122,9 +185,9 @@ def test_an_engine_that_dies_ends_the_job_with_its_last_words(slurm, submit):
     assert "no-such-flag" in log.read_text() and "Traceback" not in log.read_text()
 
 
-def test_no_process_outlives_its_job(one_node, split):
+def test_no_process_outlives_its_job(one_node, split):  # the last test: it looks for those of all jobs
     deadline = time.monotonic() + 30  # Slurm ends what a job leaves, in its time
-    while (left := list(marked())) and time.monotonic() < deadline:
+    while (left := [process.cmdline() for process in marked()]) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left
 
@@ -133,6 +196,6 @@ def marked():
     for process in psutil.process_iter():
         try:
             if process.environ().get("SPELL_TEST") == MARK and process.pid != os.getpid():
-                yield process.cmdline()
+                yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
