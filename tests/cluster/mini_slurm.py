@@ -115,7 +115,7 @@ class MiniSlurm:
         self._until(self._idle, "the nodes do not become idle")
 
     def _idle(self) -> bool:
-        states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+        states = self.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%T", check=False).split()
         return states == ["idle"] * len(self.nodes)
 
     def _until(self, holds, what: str, seconds: float = 60.0) -> None:
