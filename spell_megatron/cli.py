@@ -10,6 +10,7 @@ defect of the program (with a stack trace). Of `spell train` also 75 and 143: st
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
     try:
         return arguments.command(arguments, rest, argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = UserError(f"{error}. Make room; a run then goes on from its last checkpoint with --resume.")
         rank = f" (process {_rank()})" if (launched_processes() or 1) > 1 else ""
         print(f"spell{rank}: {error}", file=sys.stderr)
         return 2
@@ -360,6 +365,7 @@ def _add_engines(commands) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
     _add_rendezvous(parser, required=True)
+    parser.add_argument("--colocated", action="store_true", help="they share their GPUs with the trainer")
     parser.set_defaults(command=_engines)
 
 
@@ -378,7 +384,7 @@ def _engines(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
     raise_faults(faults, str(arguments.config))
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     logs = config.run.output_dir / config.run.name / "logs"
-    Engines.serve(config, logs, rendezvous, node)
+    Engines.serve(config, logs, rendezvous, node, arguments.colocated)
     return 0
 
 

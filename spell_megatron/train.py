@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from spell_megatron.cluster import processes
@@ -120,6 +121,8 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                             raise UserError(
                                 f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
                             )
+            if engines and order != "stop":
+                engines.sleep()
             order = weights.wait_for_order(order)
             if order == "stop":  # the rollout was given up
                 stopped = _from_rank_0(stop.reason())
@@ -240,9 +243,13 @@ class _EngineWeights:
             UserError: they failed too often, or were not started by this run and did not take the weights.
         """
         self._step = step
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # engines may share this GPU
         self._mend(self._engines.failed() if self._engines else ())
         while True:
             fault, push = "", None
+            if self._engines:
+                self._engines.wake("weights")
             stream = export(self._trainer.model, self._trainer.hf_config, everywhere=self._pusher.everywhere)
             try:
                 push = self._pusher.push(stream, str(step), verify=self._config.rollout.verify_weights)
@@ -257,6 +264,7 @@ class _EngineWeights:
             self._mend(range(len(self._engines.engines)) if self._engines else (), fault)
         if push is None:
             return {}
+        self._engines.wake("kv_cache")
         return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}
 
     def revive(self) -> list[str]:

@@ -144,6 +144,8 @@ class SlurmRun:
         place += [f"--ntasks-per-node={step.tasks_per_node}", f"--relative={first_node}"]
         if built.cpus_per_task:
             place.append(f"--cpus-per-task={built.cpus_per_task * built.ntasks_per_node // step.tasks_per_node}")
+        if cluster.colocated:
+            place.append("--overlap")  # both steps have the nodes and their GPUs
         if len(self._steps) == 1:
             place.append("--cpu-bind=none")  # the first process starts the engines, which need cores beyond its own
         built.srun_args = [*(built.srun_args or []), *place]

@@ -55,13 +55,14 @@ class Step:
 
 
 def steps(cluster: Cluster, config: Config, resume: bool) -> list[Step]:
-    """The trainer, and the engines if they have nodes of their own; the job ends with the trainer."""
-    nodes = cluster.trainer_nodes
+    """The trainer, and the engines if they have processes of their own; the job ends with the trainer."""
+    nodes, engines = cluster.trainer_nodes, cluster.nodes if cluster.colocated else cluster.engine_nodes
     per_node = config.training.parallel.processes // nodes
-    trainer = Step("trainer", _script(cluster, _train(config, cluster.engine_nodes, resume)), nodes, per_node, 0)
-    if not cluster.engine_nodes:
+    trainer = Step("trainer", _script(cluster, _train(config, engines, resume)), nodes, per_node, 0)
+    if not engines:
         return [trainer]
-    return [trainer, Step("engines", _script(cluster, _engines(cluster.engine_nodes)), cluster.engine_nodes, 1, nodes)]
+    serve = _engines(engines) + (" --colocated" if cluster.colocated else "")
+    return [trainer, Step("engines", _script(cluster, serve), engines, 1, 0 if cluster.colocated else nodes)]
 
 
 def local_script(cluster: Cluster, config: Config, resume: bool) -> str:

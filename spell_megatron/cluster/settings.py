@@ -54,6 +54,8 @@ class Cluster(Section):
     """Nodes of the job, those of trainer and engines together."""
     engine_nodes: int = Field(0, ge=0)
     """How many of them, the last ones, run engines. 0: trainer and engines share one node."""
+    colocated: bool = False
+    """Engines run on all nodes, on the GPUs of the trainer, and give up their memory during updates."""
     gpus_per_node: int = Field(8, ge=0)
     """GPUs of each node; 0: train on CPUs."""
     gpu_type: str = ""
@@ -84,7 +86,7 @@ class Cluster(Section):
 
     @property
     def trainer_nodes(self) -> int:
-        return self.nodes - self.engine_nodes if self.engine_nodes else 1
+        return self.nodes - self.engine_nodes if self.engine_nodes or self.colocated else 1
 
     @property
     def heterogeneous(self) -> bool:
@@ -163,7 +165,20 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
             "those of the engines too",
         )
         return faults
-    if not cluster.engine_nodes:
+    if cluster.colocated:
+        check(
+            not cluster.engine_nodes and not config.rollout.urls,
+            "colocated engine_nodes rollout.urls",
+            "the engines are to be on the nodes of the trainer, and elsewhere too. Leave out engine_nodes and "
+            "rollout.urls, or colocated",
+        )
+        check(
+            not gpus or processes == replicas * each == gpus * cluster.nodes,
+            "colocated training.parallel.processes rollout.replicas rollout.tensor_parallel",
+            f"each of the {gpus * cluster.nodes} GPUs must have one trainer process (they are {processes}) and belong "
+            f"to an engine (they need {replicas * each})",
+        )
+    elif not cluster.engine_nodes:
         check(
             cluster.nodes == 1,
             "nodes engine_nodes",
@@ -193,16 +208,17 @@ def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
         f"{processes} trainer processes need a GPU each, and {cluster.trainer_nodes} node(s) have "
         f"{gpus * cluster.trainer_nodes}. Raise nodes",
     )
+    nodes = cluster.engine_nodes or cluster.nodes
     check(
-        replicas % cluster.engine_nodes == 0,
+        replicas % nodes == 0,
         "rollout.replicas engine_nodes",
-        f"{replicas} engines cannot be spread evenly over {cluster.engine_nodes} nodes",
+        f"{replicas} engines cannot be spread evenly over {nodes} nodes",
     )
     check(
-        not gpus or replicas * each <= engine_gpus * cluster.engine_nodes,
+        not gpus or replicas * each <= engine_gpus * nodes,
         "rollout.replicas rollout.tensor_parallel engine_nodes",
-        f"{replicas} engines of {each} GPU(s) need more than the {engine_gpus * cluster.engine_nodes} GPUs of "
-        f"{cluster.engine_nodes} node(s). Raise engine_nodes (an engine cannot span nodes)",
+        f"{replicas} engines of {each} GPU(s) need more than the {engine_gpus * nodes} GPUs of "
+        f"{nodes} node(s). Raise engine_nodes (an engine cannot span nodes)",
     )
     check(
         not gpus or each <= engine_gpus,

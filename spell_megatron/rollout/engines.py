@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import requests
 
@@ -143,7 +144,9 @@ class Engines:
         return engines
 
     @classmethod
-    def serve(cls, config: Config, log_folder: Path, rendezvous: Rendezvous, node: int) -> None:
+    def serve(
+        cls, config: Config, log_folder: Path, rendezvous: Rendezvous, node: int, colocated: bool = False
+    ) -> None:
         """Runs one node's share of the engines until this process is ended; the trainer finds them by the rendezvous.
 
         Those that the trainer gives up (`restart`) are started again.
@@ -153,6 +156,7 @@ class Engines:
             log_folder: as in `open`.
             rendezvous: of the job.
             node: number of this node among the engine nodes.
+            colocated: they share their GPUs with trainer processes.
 
         Raises:
             UserError: as `open`.
@@ -164,7 +168,8 @@ class Engines:
                 f"{rendezvous.engine_nodes} engine nodes. Use a multiple of the number of nodes."
             )
         with cls(config, rendezvous.key(), log_folder) as engines:
-            engines._start_all(range(node * share, (node + 1) * share), 0, rendezvous.address())
+            trainers = config.training.parallel.processes // rendezvous.engine_nodes if colocated else 0
+            engines._start_all(range(node * share, (node + 1) * share), trainers, rendezvous.address())
             request = 0
             while True:
                 rendezvous.publish(f"engines-{node}", {"urls": engines.urls, "request": request})
@@ -260,6 +265,26 @@ class Engines:
     def health(self) -> list[dict]:
         """Address of each engine, and whether it says that it is well."""
         return [{"url": engine.url, "healthy": engine.healthy()} for engine in list(self.engines)]
+
+    def sleep(self) -> None:
+        """Has engines that share their GPUs with the trainer give up weights and KV cache, until `wake`."""
+        self._if_colocated("/sleep", level="2", mode="wait")
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Has engines that sleep take memory for their weights (to be pushed), or for the KV cache, again."""
+        self._if_colocated("/wake_up", tags=part)
+
+    def _if_colocated(self, path: str, **params: str) -> None:
+        if self.weight_transfer != "ipc":
+            return
+        try:
+            with ThreadPoolExecutor(len(self.engines)) as threads:
+                list(threads.map(lambda engine: engine.post(path, **params), self.engines))
+        except requests.RequestException as error:
+            raise UserError(
+                f"An engine cannot free or take GPU memory ({error}). Look into its log; if memory is short, lower "
+                "rollout.gpu_memory_utilization or training.tokens_per_microbatch, and resume the run."
+            ) from error
 
     def new_step(self) -> None:
         """Counts failures anew."""
@@ -402,9 +427,9 @@ def server_command(config: Config, port: int, weight_transfer: str, host: str = 
         flags["--max-num-batched-tokens"] = str(max(4096, longest_sequence(config)))
         flags["--kv-cache-memory-bytes"] = str(int(rollout.cpu_kv_cache_gib * 2**30))
     else:
-        switches = []
+        switches = ["--enable-sleep-mode"] if weight_transfer == "ipc" else []
         flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
-        if weight_transfer in ("nccl", "ipc") and config.training.routing_replay and _has_experts(config.model.path):
+        if config.training.routing_replay and _has_experts(config.model.path):
             switches.append("--enable-return-routed-experts")
     switches += [
         "--skip-tokenizer-init",
