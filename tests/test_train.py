@@ -1,65 +1,34 @@
 """The whole loop on this machine: real engines, real trainer, the quick start's policy and documents.
 
-Three runs are started once and looked at by all tests: an undisturbed one, one that resumes in the
-middle of it, and one whose trainer is spread over two processes.
+Three runs are started once and looked at by all tests: an undisturbed one, one whose engine is killed and that is
+stopped and resumed in its middle, and one whose trainer is spread over two processes.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
-import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 
+from small_run import (
+    MARK,
+    ROOT,
+    SMALL,
+    dump,
+    finished,
+    metrics,
+    same_steps,
+    servers,
+    spell,
+    start,
+    train,
+    wait_for_step,
+)
 from spell_megatron.config import load_config
 from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).parents[1]
-MARK = uuid.uuid4().hex  # in the environment of every process that these tests start
-SMALL = (
-    "--selfplay.groups=6",
-    "--selfplay.group_size=4",
-    "--selfplay.clusters_per_round=20",
-    "--selfplay.verifier.votes=3",
-    "--rollout.concurrency=64",
-    "--rollout.threads=1",
-    "--rollout.cpu_kv_cache_gib=0.25",
-    "--training.threads=1",
-    "--training.tokens_per_microbatch=1024",
-    "--checkpoint.every=2",
-    "--validation.limit=10",
-)
-
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "spell_megatron", "train", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    process = start(*arguments, **environment)
-    stdout, stderr = process.communicate(timeout=900)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def finished(*arguments: str, **environment: str) -> str:
-    process = train(*arguments, **environment)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    return process.stdout
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
@@ -73,13 +42,21 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(whole) -> Path:
-    """The same run as it was after two steps, resumed to the end."""
+    """The same run, with an engine that is killed in the generation of step 2, stopped in that of step 3, and resumed.
+    What the first part printed is in output.txt."""
     folder = whole.parent / "resumed"
-    shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_000004")
-    (folder / "checkpoints" / "latest").write_text("step_000002")
-    for step in (3, 4):
-        (folder / "rollouts" / f"step_{step:06d}.jsonl").unlink()
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, "--checkpoint.every=4")
+    wait_for_step(process, folder, 1)
+    time.sleep(0.5)
+    (server,) = servers(process)
+    server.kill()
+    wait_for_step(process, folder, 2)
+    stopped = spell("stop", folder)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:] + errors[-3000:]
+    assert stopped.returncode == 0 and "stopped" in stopped.stdout and "step_000002" in stopped.stdout, stopped.stderr
+    (folder / "output.txt").write_text(output)
     finished("--resume", str(folder))
     return folder
 
@@ -91,17 +68,6 @@ def spread(whole) -> Path:
     settings = ("--training.parallel.processes=2", "--rollout.verify_weights=true")
     finished("--config", "examples/quickstart.yaml", *where, *SMALL, *settings)
     return whole.parent / "spread"
-
-
-def metrics(run: Path) -> dict[int, dict]:
-    """Metrics by step; every step must be there once."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len({row["step"] for row in rows}) == len(rows)
-    return {row["step"]: row for row in rows}
-
-
-def dump(run: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
 
 
 def weights(run: Path, step: int) -> dict:
@@ -214,38 +180,29 @@ def test_an_engine_that_dies_at_start_is_explained(tmp_path):
     assert not (tmp_path / "dead" / "checkpoints").exists()
 
 
-def servers(process: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
-
-
-def same_steps(one: Path, two: Path, steps: int) -> None:
-    """Both runs trained on the same questions, with the same result."""
-    for step in range(1, steps + 1):
-        questions = ([r for r in dump(run, step) if r["role"] == "questioner"] for run in (one, two))
-        first, second = ([(r["uid"], r["cluster_id"], r["prompt"], r["output"]) for r in q] for q in questions)
-        assert first == second
-        for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
-            assert metrics(two)[step][name] == pytest.approx(metrics(one)[step][name], rel=1e-4), (step, name)
-        assert metrics(two)[step]["train/mismatch_abs"] < 1e-4
-
-
-def test_a_killed_engine_is_replaced(whole):
+def test_a_killed_engine_is_replaced(whole, resumed):
     """Killed in mid-generation, its requests go to the one that is started in its place, with the weights of the
     step: the batches and updates are those of the undisturbed run."""
-    folder = whole.parent / "killed"
-    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=2")
-    process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
-    log = folder / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 2):  # until step 1
-        time.sleep(0.05)
-    time.sleep(0.5)
-    (server,) = servers(process)
-    server.kill()
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:] + errors[-3000:]
-    assert "started again" in output
-    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["engine-0-2.log", "engine-0.log"]
-    same_steps(whole, folder, 2)
+    assert "started again" in (resumed / "output.txt").read_text()
+    assert {"engine-0-2.log", "engine-0.log"} <= {path.name for path in (resumed / "logs").iterdir()}
+    same_steps(whole, resumed, 4)
+
+
+def test_status_of_runs(whole, resumed, tmp_path):
+    for run in (whole, resumed):
+        told = spell("status", run)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.startswith(f"{run}: finished\n") and "4/4" in told.stdout and "step_000004" in told.stdout
+    again = spell("stop", whole)
+    assert again.returncode == 2 and "has ended already" in again.stderr
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    state = json.loads((whole / "status.json").read_text()) | {"state": "running", "time": time.time() - 3600}
+    (dead / "status.json").write_text(json.dumps(state))
+    told = spell("status", dead)
+    assert told.returncode == 3 and "no sign of life for 60 min" in told.stdout
+    nothing = spell("status", tmp_path)
+    assert nothing.returncode == 2 and "no status.json" in nothing.stderr
 
 
 @pytest.mark.slow
@@ -256,9 +213,7 @@ def test_a_killed_engine_leaves_its_work_to_the_others(whole):
     where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=3")
     two = ("--rollout.replicas=2", "--training.parallel.processes=2")
     process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *two)
-    log = folder / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 2):
-        time.sleep(0.05)
+    wait_for_step(process, folder, 1)
     servers(process)[1].kill()
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:] + errors[-3000:]

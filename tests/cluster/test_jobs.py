@@ -108,6 +108,14 @@ def test_a_heterogeneous_job_takes_the_same_step(slurm, submit, one_node):
     assert steps(run)[1]["train/grad_norm"] == pytest.approx(steps(one_node)[1]["train/grad_norm"], rel=1e-5)
 
 
+def test_colocated_engines_take_the_same_step(slurm, submit, one_node):
+    """Two nodes with a trainer process and an engine each, in steps that overlap."""
+    nodes = ("cluster.colocated=true", "cluster.nodes=2")
+    run = completed(slurm, *submit("colocated", "--training.parallel.processes=2", "--rollout.replicas=2", *nodes))
+    assert questions(run) == questions(one_node)
+    assert steps(run)[1]["train/grad_norm"] == pytest.approx(steps(one_node)[1]["train/grad_norm"], rel=1e-5)
+
+
 def test_a_job_survives(slurm, submit, one_node):
     """An engine and then the trainer are killed, the job comes near its limit of time, is preempted, requeued by hand,
     and loses a node: it ends with the batches and updates of the undisturbed run."""

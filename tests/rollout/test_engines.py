@@ -54,6 +54,21 @@ def test_port_in_use(policy, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_engines_that_share_gpus_sleep(engines_for, monkeypatch):
+    """Only the calls: vLLM has nothing to free on CPUs."""
+    engines = engines_for("dense")
+    (engine,) = engines.engines
+    engines.sleep()
+    assert engine.get("/is_sleeping") == {"is_sleeping": False}  # no GPU is shared
+    monkeypatch.setattr(engines, "weight_transfer", "ipc")
+    engines.sleep()
+    assert engine.get("/is_sleeping") == {"is_sleeping": True}
+    engines.wake("weights")
+    assert engine.get("/is_sleeping") == {"is_sleeping": True}
+    engines.wake("kv_cache")
+    assert engine.get("/is_sleeping") == {"is_sleeping": False}
+
+
 def test_a_chosen_port_is_the_servers_alone():
     with _held_port("127.0.0.1", 0, 0) as port, _held_port("127.0.0.1", 0, 1) as another:
         assert port != another

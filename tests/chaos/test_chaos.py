@@ -1,0 +1,112 @@
+"""Processes that are killed at random, and many steps: nothing is lost, and nothing grows."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from small_run import SMALL, finished, metrics, same_steps, servers, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+KILLS, STEPS = 20, 24
+SOAK_STEPS = 200
+
+
+def rows(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def parts(process: psutil.Process) -> dict[str, list[psutil.Process]]:
+    """The processes of a run by what they do."""
+    everything = process.children(recursive=True)
+    engines = [p for p in everything if "--port" in p.cmdline()]
+    return {
+        "launcher": [process],
+        "trainer": [p for p in process.children() if "train" in p.cmdline()],  # rank 0 is the director too
+        "engine server": engines,
+        "engine core": [p for engine in engines for p in engine.children() if "EngineCore" in p.name()],
+    }
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_twenty_kills(tmp_path, seed):
+    """Of the launcher, either trainer process, the engine's server or its core; a run that has ended is resumed, as
+    the script of a job does. Batches and updates are those of a run that nothing disturbs."""
+    two = ("--training.parallel.processes=2", f"--run.steps={STEPS}", "--checkpoint.every=1")
+    base = ("--config", "examples/quickstart.yaml", f"--run.output_dir={tmp_path}", *SMALL, *two)
+    finished(*base, "--run.name=calm")
+    folder, chance = tmp_path / "wild", random.Random(seed)
+    killed: list[str] = []
+    process = start(*base, "--run.name=wild")
+    before = 0
+    while True:
+        while process.poll() is None and (rows(folder) <= before or len(killed) == KILLS):
+            time.sleep(0.05)
+        if process.poll() is None:
+            before = rows(folder)
+            time.sleep(chance.uniform(0, 4))
+            alive = {kind: found for kind, found in parts(psutil.Process(process.pid)).items() if found}
+            kind = chance.choice(sorted(alive))
+            chance.choice(alive[kind]).kill()
+            killed.append(f"{kind} in step {before}")
+            continue
+        output, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert len(killed) <= KILLS, output[-2000:] + errors[-2000:]
+        deadline = time.monotonic() + 60  # what is left of it ends by itself
+        while any("wild" in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        if (folder / "checkpoints" / "latest").exists():
+            process = start("--resume", str(folder))
+        else:
+            shutil.rmtree(folder)
+            process = start(*base, "--run.name=wild")
+        before = 0 if not folder.exists() else rows(folder)
+    print("killed:", ", ".join(killed))
+    assert len(killed) == KILLS
+    same_steps(tmp_path / "calm", folder, STEPS)
+    finished("--resume", str(folder), f"--run.steps={STEPS + 1}")  # the last checkpoint loads
+    assert sorted(metrics(folder)) == list(range(STEPS + 2))
+
+
+def test_soak(tmp_path):
+    """Memory, file handles, threads and processes of trainer and engine over many steps."""
+    small = ("--selfplay.groups=1", "--selfplay.group_size=2", "--selfplay.clusters_per_round=4")
+    small += (f"--run.steps={SOAK_STEPS}", "--checkpoint.every=20", "--validation.every=0", "--validation.limit=4")
+    folder = tmp_path / "soak"
+    where = (f"--run.output_dir={tmp_path}", "--run.name=soak")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *small)
+    samples: dict[str, list[tuple[int, int, int]]] = {"trainer": [], "server": [], "core": []}
+    counts = []
+    seen = 0
+    while process.poll() is None:
+        if rows(folder) > seen and rows(folder) % 10 == 0:
+            seen = rows(folder)
+            trainer = psutil.Process(process.pid)
+            (server,) = servers(process)
+            (core,) = (p for p in server.children() if "EngineCore" in p.name())
+            for name, one in (("trainer", trainer), ("server", server), ("core", core)):
+                samples[name].append((one.memory_info().rss, one.num_fds(), one.num_threads()))
+            counts.append(len([p for p in trainer.children(recursive=True) if p.name() != "sleep"]))
+        time.sleep(0.02)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output[-2000:] + errors[-2000:]
+    assert sorted(metrics(folder)) == list(range(SOAK_STEPS + 1))
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    for name, values in samples.items():
+        # after a quarter of the run, caches are full
+        quarter = len(values) // 4
+        early, late = values[quarter : 2 * quarter], values[-quarter:]
+        for what, index, room in (("MB", 0, 30e6), ("file handles", 1, 3), ("threads", 2, 3)):
+            first, last = (sum(v[index] for v in part) / len(part) for part in (early, late))
+            print(f"{name} {what}: {first:,.0f} -> {last:,.0f}")
+            assert last - first <= room, (name, what, first, last)
+    assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2])

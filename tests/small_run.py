@@ -1,0 +1,88 @@
+"""Runs of the quick start, cut down to seconds a step, as processes of their own; for the tests."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MARK = uuid.uuid4().hex  # in the environment of every process that these tests start
+SMALL = (
+    "--selfplay.groups=6",
+    "--selfplay.group_size=4",
+    "--selfplay.clusters_per_round=20",
+    "--selfplay.verifier.votes=3",
+    "--rollout.concurrency=64",
+    "--rollout.threads=1",
+    "--rollout.cpu_kv_cache_gib=0.25",
+    "--training.threads=1",
+    "--training.tokens_per_microbatch=1024",
+    "--checkpoint.every=2",
+    "--validation.limit=10",
+)
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spell_megatron", "train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    process = start(*arguments, **environment)
+    stdout, stderr = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def finished(*arguments: str, **environment: str) -> str:
+    process = train(*arguments, **environment)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
+
+
+def servers(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == step + 1):
+        time.sleep(0.05)
+
+
+def spell(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "spell_megatron", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def metrics(run: Path) -> dict[int, dict]:
+    """Metrics by step; every step must be there once."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {row["step"]: row for row in rows}
+
+
+def dump(run: Path, step: int) -> list[dict]:
+    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
+
+
+def same_steps(one: Path, two: Path, steps: int) -> None:
+    """Both runs trained on the same questions, with the same result."""
+    for step in range(1, steps + 1):
+        questions = ([r for r in dump(run, step) if r["role"] == "questioner"] for run in (one, two))
+        first, second = ([(r["uid"], r["cluster_id"], r["prompt"], r["output"]) for r in q] for q in questions)
+        assert first == second
+        for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
+            assert metrics(two)[step][name] == pytest.approx(metrics(one)[step][name], rel=1e-4), (step, name)
+        assert metrics(two)[step]["train/mismatch_abs"] < 1e-4
