@@ -156,6 +156,9 @@ def _settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) ->
 
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.reporting.status import block_sigusr1
+
+    block_sigusr1()
     overrides = _overrides(rest)
     config, faults, resume = _read(arguments, overrides)
     warnings: list[str] = []

@@ -33,7 +33,15 @@ SILENT_AFTER = 60.0
 _ONE_REQUEST = 5.0
 
 Reason = Literal["stop", "requeue", "terminate"]
-_SIGNALS: dict[int, Reason] = {signal.SIGUSR1: "requeue", signal.SIGTERM: "terminate"}
+
+
+def block_sigusr1() -> None:
+    """Keeps SIGUSR1 for `StopRequest`; to be called before a process has threads.
+
+    Slurm signals all processes of a step, and SIGUSR1 would end those that do not expect it (engines, helpers of
+    multiprocessing). A blocked signal stays blocked in what a process starts; one that is caught does not.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 class StopRequest:
@@ -52,19 +60,26 @@ class StopRequest:
         self.can_save = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._before = signal.signal(signal.SIGTERM, self._terminate)
+        threading.Thread(target=self._wait, name="sigusr1", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, action in self._before.items():
-            signal.signal(number, action)
+        signal.signal(signal.SIGTERM, self._before)
 
-    def _receive(self, number: int, _: object) -> None:
-        if number == signal.SIGTERM and not self.can_save:
-            sys.exit(128 + number)
+    def _wait(self) -> None:
+        signal.sigwait({signal.SIGUSR1})
+        self._ask("requeue")
+
+    def _ask(self, reason: Reason) -> None:
         if self._signalled is None:
-            self._signalled, self._at = _SIGNALS[number], time.monotonic()
-        elif number == signal.SIGTERM and time.monotonic() - self._at > _ONE_REQUEST:
+            self._signalled, self._at = reason, time.monotonic()
+
+    def _terminate(self, number: int, _: object) -> None:
+        if not self.can_save:
+            sys.exit(128 + number)
+        self._ask("terminate")
+        if time.monotonic() - self._at > _ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -370,8 +370,6 @@ class _Server:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
-        # Slurm signals all processes of a job step; SIGUSR1 is meant for the trainer, and would end this one.
-        command = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh", *command]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

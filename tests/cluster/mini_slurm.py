@@ -18,15 +18,17 @@ from pathlib import Path
 
 _SBIN = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
+_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct", "sacctmgr")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
-def missing() -> str:
-    """Why there can be no Slurm here; "" if there can be."""
-    lacking = [name for name in _NEEDED if _program(name) is None]
+def missing(accounting: bool = False) -> str:
+    """Why there can be no Slurm here, or none with accounting; "" if there can be."""
+    lacking = [name for name in (*_NEEDED, *(_ACCOUNTING if accounting else ())) if _program(name) is None]
     if not lacking:
         return ""
-    return f"{', '.join(lacking)} not found (Debian: apt-get install slurm-wlm munge)"
+    packages = "slurm-wlm munge" + (" slurmdbd mariadb-server" if accounting else "")
+    return f"{', '.join(lacking)} not found (Debian: apt-get install {packages})"
 
 
 class MiniSlurm:
@@ -34,14 +36,18 @@ class MiniSlurm:
 
     Slurm allocates the devices as it would GPUs, and there is nothing behind them.
 
+    With `accounting` jobs are recorded in a database, and only the user's account, `project`, may submit some.
+
     Attributes:
         environment: what a process needs in its environment to be a client of this cluster.
     """
 
-    def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4, gpus: int = 2) -> None:
+    def __init__(
+        self, folder: Path, nodes: int = 3, cpus: int = 4, gpus: int = 2, accounting: bool = False
+    ) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
-        self._cpus, self._gpus = cpus, gpus
+        self._cpus, self._gpus, self._accounting = cpus, gpus, accounting
         self._conf = self.folder / "slurm.conf"
         path = os.pathsep.join([os.environ["PATH"], *_SBIN])
         self.environment = {"SLURM_CONF": str(self._conf), "PATH": path}
@@ -90,7 +96,7 @@ class MiniSlurm:
 
     def stop(self) -> None:
         """Ends all jobs, and then the daemons."""
-        if self._daemons and self._daemons[-1].poll() is None:
+        if any(daemon.args[0].endswith("slurmd") and daemon.poll() is None for daemon in self._daemons):
             self.run("scancel", "--user", getpass.getuser(), check=False)
             deadline = time.monotonic() + 20
             while self.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
@@ -109,10 +115,56 @@ class MiniSlurm:
         munge_files = (f"--{kind}-file={munge / kind}" for kind in ("key", "pid", "log", "seed"))
         self._start("munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *munge_files)
         self._until(lambda: (munge / "socket").exists(), "munged does not answer")
+        if self._accounting:
+            self._start_accounting()
         self._start("slurmctld", "-D", "-i")
         for node in self.nodes:
             self._start("slurmd", "-D", "-N", node, log=f"slurmd-{node}")
         self._until(self._idle, "the nodes do not become idle")
+
+    def _start_accounting(self) -> None:
+        user, database = getpass.getuser(), self.folder / "database"
+        plain = ("--no-defaults", f"--datadir={database}", f"--user={user}")
+        subprocess.run(
+            [_program("mariadb-install-db"), *plain, "--skip-test-db", "--auth-root-authentication-method=normal"],
+            check=True,
+            capture_output=True,
+        )
+        place = self.folder / "mariadb"
+        self._start("mariadbd", *plain, f"--socket={place}", "--skip-networking", f"--pid-file={place}.pid")
+        self._until(place.exists, "mariadbd does not answer")
+        (port,) = _free_ports(1)
+        lines = f"""
+            AuthType=auth/munge
+            AuthInfo=socket={self.folder}/munge/socket
+            DbdHost=localhost
+            DbdAddr=127.0.0.1
+            DbdPort={port}
+            SlurmUser={user}
+            PidFile={self.folder}/slurmdbd.pid
+            StorageType=accounting_storage/mysql
+            StorageUser=root
+            StorageLoc=slurm_acct_db
+            StorageHost=localhost
+            """
+        conf = self._conf.with_name("slurmdbd.conf")
+        conf.write_text("\n".join(line.strip() for line in lines.split("\n") if line.strip()) + "\n")
+        conf.chmod(0o600)
+        settings = self._conf.read_text().replace(
+            "AccountingStorageType=accounting_storage/none",
+            "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageEnforce=associations\n"
+            f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={port}\n"
+            f"AccountingStoragePass={self.folder}/munge/socket",
+        )
+        self._conf.write_text(settings)
+        self._start("slurmdbd", "-D", environment={"MYSQL_UNIX_PORT": str(place)})
+        self._until(lambda: _listens(port), "slurmdbd does not answer")
+        self._sacctmgr("add", "cluster", "mini")
+        self._sacctmgr("add", "account", "project", "Cluster=mini")
+        self._sacctmgr("add", "user", user, "Account=project", "Cluster=mini")
+
+    def _sacctmgr(self, *arguments: str) -> str:
+        return self.run("sacctmgr", "--immediate", *arguments)
 
     def _idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%T", check=False).split()
@@ -125,12 +177,12 @@ class MiniSlurm:
             assert not ended and time.monotonic() < deadline, f"{what}; ended: {ended}; see {self.folder / 'log'}"
             time.sleep(0.05)
 
-    def _start(self, name: str, *arguments: str, log: str = "") -> None:
+    def _start(self, name: str, *arguments: str, log: str = "", environment: dict[str, str] | None = None) -> None:
         with (self.folder / "log" / (log or name)).open("wb") as output:
             self._daemons.append(
                 subprocess.Popen(
                     [_program(name), *arguments],
-                    env=os.environ | self.environment,
+                    env=os.environ | self.environment | (environment or {}),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -191,6 +243,11 @@ class MiniSlurm:
 
 def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *_SBIN]))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_ports(count: int) -> list[int]:

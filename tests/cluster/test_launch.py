@@ -137,6 +137,21 @@ def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
     assert said == {f"log-places.trainer_{job}_0.out": trainer, f"log-places.engines_{job}_0.out": ["1 0 n3 0,1"]}
 
 
+def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, tmp_path):
+    say = "echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $CUDA_VISIBLE_DEVICES; sleep 1; exit 0"
+    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, engine_gpus_per_node=1, setup=say)
+    arguments = ("--run.device=auto", "--training.parallel.processes=4", "--run.name=parts")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert slurm.wait(job, 120)["ExitCode"] == "0:0"
+    said = {log.name.split("_")[0]: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
+    trainer = [f"4 {rank} 0,1" for rank in range(4)]
+    assert said == {"log-parts.trainer": trainer, "log-parts.engines": ["1 0 0"]}
+    nodes = next((tmp_path / "parts" / "jobs").glob("*/nodes")).read_text()
+    assert {f"NodeName=n{number} " in nodes for number in (1, 2, 3)} == {True}
+
+
 def test_executors_are_factories_of_nemo_run(nemo_run, tmp_path):
     """`run.executor=slurm run.executor.nodes=8` on the command line of a program that uses NeMo-Run."""
     (tmp_path / "cluster.yaml").write_text(EXAMPLE.read_text())

@@ -1,0 +1,40 @@
+"""`spell launch` on a cluster with accounting: accounts are checked, and what became of a job is recorded."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from mini_slurm import MiniSlurm, missing
+
+QUICKSTART = ("--config", "examples/quickstart.yaml")
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory):
+    if reason := missing(accounting=True):
+        pytest.skip(f"no accounting: {reason}")
+    with MiniSlurm(tmp_path_factory.mktemp("accounting"), nodes=1, accounting=True) as cluster:
+        yield cluster
+
+
+def launch(spell_launch, cluster: MiniSlurm, folder, **settings: object) -> subprocess.CompletedProcess:
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(folder / "shared"), "gpus_per_node": 0} | settings))
+    return spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={folder}", **cluster.environment)
+
+
+def test_jobs_are_recorded(accounts, spell_launch, tmp_path):
+    done = launch(spell_launch, accounts, tmp_path, account="project", setup="exit 3")
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    accounts.wait(job, 300)
+    assert accounts.job(job)["Restarts"] == "3"  # it is queued again after each failure, until it is hopeless
+    recorded = accounts.run("sacct", "-nPX", "--format=State,Account,ExitCode", "--jobs", job)
+    assert recorded == "FAILED|project|3:0\n"
+
+
+def test_another_account_is_refused(accounts, spell_launch, tmp_path):
+    done = launch(spell_launch, accounts, tmp_path, account="nobodys")
+    assert done.returncode == 2 and "account" in done.stderr and "Traceback" not in done.stderr
