@@ -276,7 +276,7 @@ class CheckpointConfig(Section):
     every: int = Field(10, ge=1)
     """Updates between checkpoints; one is always written at the end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Checkpoints kept beside the best one; older ones are deleted after a newer one is complete."""
     asynchronous: bool = False
     """Write weights and optimizer in another process while the run goes on. On a CPU that can take as much memory
     again as they do."""
@@ -286,11 +286,16 @@ class ValidationConfig(Section):
     questions: Path | None = None
     """JSONL of held-out questions (task, question, answer, documents); none: no validation."""
     every: int = Field(0, ge=0)
-    """Updates between validations; 0: only before the first and after the last update."""
+    """Updates between validations; 0: only before the first and after the last update. Each has a checkpoint, and the
+    one with the highest pass@1 is kept (checkpoints/best.json names it)."""
     limit: int | None = Field(None, ge=1)
     """Use only the first questions of the file."""
     samples: int = Field(4, ge=1)
     """Answers per question; pass@1 and pass@samples are reported."""
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the weights after update `step` of `steps` (0: the start) are to be validated."""
+        return self.questions is not None and (step in (0, steps) or (self.every > 0 and step % self.every == 0))
 
 
 class LoggingConfig(Section):

@@ -132,9 +132,3 @@ class Director:
     @property
     def held_out_questions(self) -> int:
         return len(self._questions)
-
-    def validates_at(self, step: int) -> bool:
-        """Whether the weights after update `step` (0: the start) are to be validated."""
-        every, last = self.config.validation.every, self.config.run.steps
-        return bool(self._questions) and (step in (0, last) or (every > 0 and step % every == 0))
-

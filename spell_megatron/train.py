@@ -146,11 +146,13 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 with progress.stage("push"):
                     metrics |= weights.push(step)
             saver.poll()
-            if step == steps or step % config.checkpoint.every == 0:
+            if step == steps or step % config.checkpoint.every == 0 or config.validation.due(step, steps):
                 metrics["time/checkpoint"], saved = _save(saver, step, director, progress), step
             if director:
                 metrics["time/step"] = time.monotonic() - started
                 metrics |= _validate(director, step, progress)
+                if "validation/pass@1" in metrics:
+                    checkpoint.note_score(folder, step, metrics["validation/pass@1"])
                 log.log(step, metrics)
                 progress.summary(step, steps, metrics)
         if step < steps and saved != step:
@@ -301,7 +303,7 @@ def _from_rank_0(value: Any) -> Any:
 
 def _validate(director: Director, step: int, progress: Progress) -> dict[str, float]:
     """Accuracy on the held-out questions, at the steps where the configuration asks for it."""
-    if not director.validates_at(step):
+    if not director.config.validation.due(step, director.config.run.steps):
         return {}
     started = time.monotonic()
     with progress.stage("validation", director.held_out_questions) as advance:

@@ -4,7 +4,9 @@ Three runs are started once and looked at by all tests: an undisturbed one, one 
 stopped and resumed in its middle, and one whose trainer is spread over two processes.
 """
 
+import contextlib
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -237,6 +239,32 @@ def test_an_engine_that_fails_again_and_again_ends_the_run(tmp_path):
     assert process.returncode == 2
     assert "killed by signal 9" in stderr and "engine-0" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(whole, tmp_path):
+    """Something else fills the disk during step 2; when it has been removed, the run is resumed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: {mounted.stderr.strip()}")
+    try:
+        folder = disk / "full"
+        where = (f"--run.output_dir={disk}", "--run.name=full", "--run.steps=4", "--checkpoint.every=1")
+        process = start("--config", "examples/quickstart.yaml", *where, *SMALL[:-2], "--validation.limit=10")
+        wait_for_step(process, folder, 1)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 20))
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 2 and "space" in errors and "resume" in errors, errors
+        assert "Traceback" not in errors
+        (disk / "filler").unlink()
+        finished("--resume", str(folder))
+        same_steps(whole, folder, 4)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.slow

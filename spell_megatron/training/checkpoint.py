@@ -16,6 +16,7 @@ starts processes, so that the script that calls it must be safe to import.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -146,6 +147,20 @@ def latest(run_folder: Path) -> Path | None:
     folder = root / pointer.read_text(encoding="utf-8").strip()
     _check_complete(folder)
     return folder
+
+
+def best(run_folder: Path) -> dict[str, Any]:
+    """Which checkpoint of a run did best on its held-out questions: {"checkpoint", "score"}; {} if none is known."""
+    path = Path(run_folder) / "checkpoints" / "best.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def note_score(run_folder: Path, step: int, score: float) -> None:
+    """Rank 0: if the checkpoint of `step` did better than the best one, keep it instead of that one."""
+    root = Path(run_folder) / "checkpoints"
+    if score > best(run_folder).get("score", -math.inf):
+        _write(root / "best.tmp", json.dumps({"checkpoint": f"step_{step:06d}", "score": score}))
+        os.replace(root / "best.tmp", root / "best.json")
 
 
 def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
@@ -410,8 +425,9 @@ def _complete(pending: _Pending, keep: int) -> None:
     os.replace(root / "latest.tmp", root / "latest")
     shutil.rmtree(replaced, ignore_errors=True)
     kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[-keep:]
+    kept += [final, root / str(best(root.parent).get("checkpoint"))]
     for path in root.glob("step_*"):
-        if path not in kept and path != final:
+        if path not in kept:
             shutil.rmtree(path)
 
 

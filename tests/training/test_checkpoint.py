@@ -66,6 +66,15 @@ def test_layout_and_retention(saved):
     assert difference(exported, weights(trainer)) == 0
 
 
+def test_the_best_checkpoint_is_kept(policy, tmp_path):
+    trainer = make_trainer(make_config(policy, checkpoint__keep=1))
+    for step, score in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.3)):
+        checkpoint.save(tmp_path, step, trainer, {})
+        checkpoint.note_score(tmp_path, step, score)
+    assert checkpoint.best(tmp_path) == {"checkpoint": "step_000002", "score": 0.5}
+    assert names(tmp_path) == ["best.json", "latest", "step_000002", "step_000004"]
+
+
 def test_no_checkpoint_yet(tmp_path):
     assert checkpoint.latest(tmp_path) is None
 
