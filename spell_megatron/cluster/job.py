@@ -14,8 +14,8 @@ MAX_FRUITLESS = 3
 
 _END = "END_OF_SPELL_CONFIG"
 
-# Run when the batch script ends, in whatever way. It ends well, with a fault that the user has to mend (2), by scancel
-# (143), or by a process or a node that failed.
+# Run when the batch script ends, in whatever way: well, with a fault that the user has to mend (2), by SIGTERM (143), or
+# because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
 _ENDING = """\
 spell_end() {
     code=$?
@@ -24,12 +24,15 @@ spell_end() {
     checkpoint() { cat RUN/checkpoints/latest 2>/dev/null; }
     tries=0
     if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    again=
     case $code in
-        0 | 2 | 143) again= ;;
+        0 | 2) ;;
+        143) [[ $job != *PreemptTime=[0-9]* ]] || again=yes ;;
         *) again=yes; [ $tries -le MAX ] || again=; echo $tries > "$spell_tries" ;;
     esac
     if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
-    if [ -n "$again" ]; then
+    if [ -n "$again" ] && [[ $job == *JobState=RUNNING* ]]; then  # neither scancel nor the limit has ended it
         echo "The job is queued again, to go on from checkpoint $(checkpoint)."
         scontrol requeue "$SLURM_JOB_ID"
     elif [ $tries -gt MAX ]; then

@@ -15,7 +15,7 @@ import yaml
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 12
+STEPS = 30
 MARK = uuid.uuid4().hex  # in the environment of every process of these jobs
 SMALL = (
     "--run.steps=1",
