@@ -22,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
-    package_data={"spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
+    package_data={"spell_megatron.reporting": ["page/*"], "spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
     entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},
     install_requires=[
         "aiohttp>=3.10",

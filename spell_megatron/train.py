@@ -89,7 +89,9 @@ def run(config: Config, resume: bool = False) -> None:
             if director:
                 with progress.stage("rollout", config.selfplay.groups) as advance:
                     rollout = director.roll_out(step, str(step - 1), lambda mixed, _: advance(mixed))
-                metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
+                seconds = time.monotonic() - started
+                speed = rollout.metrics["selfplay/generated_tokens"] / seconds
+                metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
                 rows = [_row(sample, config) for sample in rollout.batch]
                 write_dump(rollout.samples, folder / "rollouts", step, config.logging.dump)
                 del rollout  # the routings of its samples are large
