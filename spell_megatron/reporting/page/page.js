@@ -587,11 +587,12 @@
     const box = h("div", {});
     const panel = (name) => ({ title: name, text: "", unit: unit(name), sparse: name.startsWith("validation/"), stacked: false, log: false });
     const select = h("select", { id: "metric", "aria-label": "Metric", onchange: () => show(select.value) }, names.map((name) => h("option", {}, name)));
+    let draw = null;
     function show(name) {
-      if (box.firstChild) redraws.splice(redraws.indexOf(show.draw), 1);
+      if (draw) redraws.splice(redraws.indexOf(draw), 1);
       box.replaceChildren(plotPanel(panel(name), groups.filter(([label]) => label === name)));
-      show.draw = redraws.at(-1);
-      if (ready) show.draw();
+      draw = redraws.at(-1);
+      if (ready) draw();
     }
     select.value = names.includes("selfplay/reward") ? "selfplay/reward" : names[0];
     show(select.value);
