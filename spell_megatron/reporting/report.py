@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import time
@@ -149,7 +150,7 @@ def read_run(folder: Path, name: str) -> Run:
         column = [_number(records[step].get(name)) for step in run.steps]
         if name not in ("step", "time") and any(value is not None for value in column):
             run.metrics[name] = column
-    times = [t for step in run.steps if (t := _number(records[step].get("time"))) is not None]
+    times = [t for step in run.steps if isinstance(t := records[step].get("time"), int | float)]
     if times:
         run.first_time, run.last_time = times[0], times[-1]
     if not run.steps:
@@ -160,11 +161,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _number(value: Any) -> float | None:
-    """A number with the digits that a plot can show; None for texts and for what is not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number with as many digits as a plot can show; None for texts and for what is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    # five digits, as a float: 0.1 + 0.2 needs no 17 of them
-    return float(f"{value:.5g}") if value == value and abs(value) != float("inf") else None
+    return float(f"{value:.5g}")
 
 
 def _settings(config: Path, notes: list[str]) -> dict[str, Any]:

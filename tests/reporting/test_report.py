@@ -38,7 +38,7 @@ def write_run(folder: Path, *lines: str) -> Path:
 
 
 def record(step: int, **metrics: float | None) -> str:
-    return json.dumps({"step": step, "time": 1000.0 + step} | metrics)
+    return json.dumps({"step": step, "time": 1795290427.5 + step} | metrics)
 
 
 def embedded(page: str, name: str):
@@ -56,7 +56,7 @@ def test_columns_stand_over_the_steps(tmp_path):
     run = read_run(write_run(tmp_path / "run", *lines, ""), "run")
     assert run.steps == [0, 1, 2]
     assert run.metrics == {"b": [0.5, None, 1e-9], "a": [None, 0.33333, None]}
-    assert (run.first_time, run.last_time) == (1000.0, 1002.0)
+    assert (run.first_time, run.last_time) == (1795290427.5, 1795290429.5)
     assert run.notes == []
 
 

@@ -50,15 +50,16 @@
     if (unit === "seconds") return largest < 10 ? 2 : 1;
     if (largest === 0) return 0;
     if (largest < 0.001) return -1;
-    return largest < 1 ? 4 : largest < 100 ? 3 : largest < 10000 ? 1 : 0;
+    return Math.max(0, 2 - Math.floor(Math.log10(largest))); // three that count
   }
 
-  function format(value, unit, digits = digitsFor(Math.abs(value ?? 0), unit)) {
+  /** A number as text. Without `digits` a whole number has none. */
+  function format(value, unit, digits) {
     if (value === null || value === undefined) return "–";
+    digits ??= unit === "number" && Number.isInteger(value) ? 0 : digitsFor(Math.abs(value), unit);
     if (unit === "share") return `${grouped(value * 100, digits)}%`;
     if (unit === "seconds") return `${grouped(value, digits)} s`;
     if (digits < 0) return value === 0 ? "0" : value.toExponential(2).replace("-", "−");
-    if (Number.isInteger(value) && unit === "number") digits = 0;
     return grouped(value, digits).replace("-", "−");
   }
 
@@ -119,13 +120,22 @@
   const AXIS_FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
   const HEIGHT = 232;
 
+  /** Digits after the point that multiples of an increment need. */
+  function digitsOf(increment) {
+    let digits = 0;
+    while (digits < 8 && Math.abs(increment * 10 ** digits - Math.round(increment * 10 ** digits)) > 1e-6) digits++;
+    return digits;
+  }
+
   function axisValue(value, unit, increment) {
     if (value === null) return "";
-    if (unit === "share") return `${(value * 100).toFixed(increment < 0.01 ? (increment < 0.001 ? 2 : 1) : 0)}%`;
-    if (Math.abs(value) >= 10000) return `${+(value / 1000).toFixed(increment < 1000 ? 1 : 0)}k`;
-    if (value !== 0 && increment < 0.0005) return value.toExponential(increment < Math.abs(value) / 9 ? 1 : 0).replace("-", "−");
-    const digits = Math.max(0, -Math.floor(Math.log10(increment) + 1e-9));
-    return value.toFixed(Math.min(digits, 4)).replace("-", "−");
+    if (unit === "share") return `${(value * 100).toFixed(digitsOf(increment * 100))}%`;
+    if (Math.abs(value) >= 10000) return `${(value / 1000).toFixed(digitsOf(increment / 1000))}k`;
+    if (value !== 0 && increment < 0.00005) {
+      const power = 10 ** Math.floor(Math.log10(Math.abs(value)) + 1e-9);
+      return value.toExponential(digitsOf(increment / power)).replace(/-/g, "−");
+    }
+    return value.toFixed(digitsOf(increment)).replace("-", "−");
   }
 
   function valueRange(unit, stacked, low, high) {
@@ -139,11 +149,14 @@
     return [from, to];
   }
 
-  /** Groups of a panel with the curves that some run has; empty groups are left out. */
+  const measured = (curve) => runs.some((run) => column(run, curve.metrics));
+  const nonzero = (curve) => runs.some((run) => column(run, curve.metrics)?.some((value) => value));
+
+  /** Groups of a panel with the curves that some run has; of many curves, those that are zero throughout are left out. */
   function present(groups) {
     const kept = Object.entries(groups).map(([label, curves]) => [
       label,
-      curves.filter((curve) => runs.some((run) => column(run, curve.metrics))),
+      curves.filter((curve) => measured(curve) && (curves.length <= 3 || nonzero(curve))),
     ]);
     return kept.filter(([, curves]) => curves.length);
   }
@@ -154,7 +167,7 @@
     return groups.flatMap(([label, curves]) =>
       curves.map((curve) => ({
         group: curves.length > 1 && groups.length > 1 ? label : "",
-        label: curves.length > 1 || !label ? curve.label : label === "all tasks" ? curve.label : label,
+        label: curves.length > 1 || !label ? curve.label : label,
         curves: [curve],
       }))
     );
@@ -232,7 +245,6 @@
       const at = h("span", { class: "at" });
       const cells = curves.map(() => h("span", { class: "value" }));
       legend.replaceChildren(
-        at,
         ...curves.map((curve, i) =>
           h(
             "button",
@@ -241,14 +253,18 @@
             curve.label,
             cells[i]
           )
-        )
+        ),
+        at
       );
+      const whole = curves.every((curve) => curve.smooth.every((value) => value === null || Number.isInteger(value)));
+      const largest = Math.max(0, ...curves.map((curve) => Math.abs(curve.smooth[lastIndex(curve.smooth)] ?? 0)));
+      const digits = whole && panel.unit === "number" ? 0 : digitsFor(largest, panel.unit);
+      const last = Math.max(...curves.map((curve) => curve.steps[lastIndex(curve.smooth)] ?? 0));
       return (step) => {
-        const digits = digitsFor(Math.max(0, ...curves.map((c) => Math.abs(c.smooth[lastIndex(c.smooth)] ?? 0))), panel.unit);
-        at.textContent = step === null ? "last" : `step ${step}`;
+        at.textContent = `step ${step ?? last}`;
         curves.forEach((curve, i) => {
           const index = step === null ? lastIndex(curve.smooth) : curve.steps.indexOf(step);
-          cells[i].textContent = format(curve.smooth[index], panel.unit, digits);
+          cells[i].textContent = format(curve.smooth[index], panel.unit, panel.log ? undefined : digits);
         });
       };
     }
@@ -361,7 +377,7 @@
   // ---------------------------------------------------------------------------------------- overview
 
   function section(id, title, text) {
-    $("nav").append(h("a", { href: `#${id}` }, title));
+    $("nav").append(h("a", { href: `#${id}` }, id[0].toUpperCase() + id.slice(1)));
     const element = h("section", { id }, h("h2", {}, title), text ? h("p", { class: "about" }, text) : null);
     $("main").append(element);
     return element;
@@ -435,15 +451,15 @@
             "caption",
             {},
             h("h3", {}, several ? "First, last and best values of the runs" : "First, last and best values"),
-            h("p", {}, `Values ${averaged}; best with its step${several ? "; bold: the best of the runs" : ""}.`)
+            h("p", {}, `Values ${averaged}${several ? "; bold: the best of the runs" : ""}.`)
           ),
           h(
             "thead",
             {},
             several
-              ? h("tr", {}, h("th", {}), members.map(({ run, index }) => h("th", { colspan: 3, scope: "colgroup" }, h("span", { class: "chip" }, swatch(runColour(index)), run.name))))
+              ? h("tr", {}, h("th", {}), members.map(({ run, index }) => h("th", { class: "run", colspan: 4, scope: "colgroup" }, h("span", { class: "chip" }, swatch(runColour(index)), run.name))))
               : null,
-            h("tr", {}, h("th", {}), members.flatMap(() => ["first", "last", "best"].map((text) => h("th", { scope: "col" }, text))))
+            h("tr", {}, h("th", {}), members.flatMap(() => ["first", "last", "best", "at step"].map((text) => h("th", { scope: "col" }, text))))
           ),
           h("tbody", {}, rows.map((row) => comparisonRow(row, members)))
         )
@@ -474,13 +490,12 @@
       h("th", { scope: "row" }, row.label),
       columns.flatMap((c) =>
         c === null
-          ? [h("td", { class: "first" }, "–"), h("td", {}, "–"), h("td", {}, "–")]
+          ? [h("td", { class: "first" }, "–"), h("td", {}, "–"), h("td", {}), h("td", {})]
           : [
               h("td", { class: "first" }, format(c.first, row.unit, digits)),
-              h("td", { class: c.last === topLast ? "top" : "" }, format(c.last, row.unit, digits)),
-              c.best < 0
-                ? h("td", {})
-                : h("td", { class: c.bestValue === topBest ? "top" : "" }, format(c.bestValue, row.unit, digits), h("small", {}, ` @ ${c.step}`)),
+              h("td", { class: c.last === topLast ? "winner" : "" }, format(c.last, row.unit, digits)),
+              h("td", { class: c.bestValue === topBest ? "winner" : "" }, c.best < 0 ? "" : format(c.bestValue, row.unit, digits)),
+              h("td", { class: "soft" }, c.best < 0 ? "" : String(c.step)),
             ]
       )
     );
@@ -522,21 +537,23 @@
     ];
     return h(
       "article",
-      { class: "card" },
-      h("h3", {}, several ? swatch(runColour(index)) : null, several ? run.name : "How far attempts come"),
-      h("p", { class: "about" }, `Bars: ${steps(end)}. Marks and first numbers: ${steps(start)}.`),
+      { class: "panel" },
+      h("h3", { class: "chip" }, several ? swatch(runColour(index)) : null, `How far attempts come${several ? `: ${run.name}` : ""}`),
+      h("p", { class: "about" }, `Share of attempts: ${steps(start)} (marks) → ${steps(end)} (bars).`),
       h(
         "div",
         { class: "funnel" },
-        stages.flatMap(([label, metrics, colour]) => {
+        stages.map(([label, metrics, colour]) => {
           const [before, after] = metrics ? [mean(metrics, start), mean(metrics, end)] : [1, 1];
           const mark = h("div", { class: "mark" });
           mark.style.left = `calc(${Math.min(100, before * 100)}% - 1px)`;
-          return [
+          return h(
+            "div",
+            { class: "stage" },
             h("span", {}, label),
             h("div", { class: "track" }, h("div", { class: "bar", colour, width: `${after * 100}%` }), metrics ? mark : null),
-            h("span", { class: "values" }, metrics ? `${format(before, "share")} → ${format(after, "share")}` : "100%"),
-          ];
+            h("span", { class: "values" }, metrics ? `${format(before, "share")} → ${format(after, "share")}` : "100%")
+          );
         })
       )
     );
@@ -564,18 +581,16 @@
     for (const part of data.sections) {
       const element = section(part.id, part.title, part.text);
       const grid = h("div", { class: "grid" });
-      if (part.id === "outcomes") {
-        const cards = runs.map(funnelCard).filter(Boolean);
-        if (cards.length) element.append(h("div", { class: "cards" }, cards));
-      }
-      const missing = [];
+      if (part.id === "outcomes") grid.append(...runs.map(funnelCard).filter(Boolean));
+      const [absent, zero] = [[], []];
       for (const panel of part.panels) {
-        const groups = present(panel.groups);
-        if (groups.length) grid.append(plotPanel(panel, groups));
-        else missing.push(panel.title);
+        const curves = Object.values(panel.groups).flat();
+        if (curves.some(nonzero)) grid.append(plotPanel(panel, present(panel.groups)));
+        else (curves.some(measured) ? zero : absent).push(panel.title);
       }
       element.append(grid);
-      if (missing.length) element.append(h("p", { class: "missing" }, `Not measured ${several ? "by these runs" : "by this run"}: ${missing.join("; ")}.`));
+      const left = [["Not plotted, for it is zero at every step", zero], ["Not measured", absent]].filter(([, titles]) => titles.length);
+      if (left.length) element.append(h("p", { class: "missing" }, left.map(([why, titles]) => `${why}: ${titles.join("; ")}.`).join(" ")));
     }
   }
 
@@ -751,7 +766,7 @@
   let ready = false;
   controls();
   const overview = section("overview", "Overview", "");
-  overview.append(h("div", { class: "cards" }, runs.map(runCard)), comparison());
+  overview.append(h("div", { class: several ? "" : "beside" }, h("div", { class: "cards" }, runs.map(runCard)), comparison()));
   const settings = settingsTable();
   if (settings) overview.append(settings);
   plots();
