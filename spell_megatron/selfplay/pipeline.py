@@ -138,8 +138,9 @@ class StepRollout:
     clusters, `clusters` the ids of those clusters in admission order, `metrics` flat named numbers.
     """
 
-    batch: list[Sample]
-    samples: list[Sample]
+    # not part of the repr: that of an asyncio task has the repr of its result, and asyncio.Runner asks for it
+    batch: list[Sample] = field(repr=False)
+    samples: list[Sample] = field(repr=False)
     clusters: list[str]
     metrics: dict[str, float]
 

@@ -267,6 +267,12 @@ def test_metrics_of_roles_and_votes_are_those_of_the_samples(prompts, task):
         assert sum(depths) > 0 and metrics["history_depth"] == pytest.approx(np.mean(depths))
 
 
+def test_the_repr_of_a_step_has_no_tokens(prompts):
+    """asyncio.Runner makes it twice a step; of prompts of 100,000 tokens it would take seconds."""
+    rollout = roll(make_selfplay(prompts), ScriptedPolicy())
+    assert "prompt_ids" not in repr(rollout) and rollout.clusters[0] in repr(rollout)
+
+
 def test_the_history_counts_what_entered_it(prompts):
     selfplay = make_selfplay(prompts)
     entered = roll(selfplay, ScriptedPolicy()).metrics["history/entered"]

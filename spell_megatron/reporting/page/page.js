@@ -140,7 +140,8 @@
 
   function valueRange(unit, stacked, low, high) {
     if (low === null || low === undefined) return [0, 1];
-    const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || (unit === "share" ? 0.05 : 1);
+    const flat = high - low <= 1e-6 * Math.abs(high); // averages of equal numbers differ by roundings
+    const room = flat ? Math.abs(high) * 0.1 || (unit === "share" ? 0.05 : 1) : (high - low) * 0.08;
     let from = low - room;
     let to = high + room;
     if (stacked) [from, to] = [0, unit === "share" ? 1 : high * 1.05 || 1];
@@ -313,14 +314,14 @@
       stroke: () => paint(stacked ? "var(--panel)" : `var(--${curve.colour})`),
       fill: stacked ? () => paint(`color-mix(in srgb, var(--${curve.colour}) 78%, var(--panel))`) : undefined,
       width: stacked || faint ? 1 : 2,
-      alpha: faint ? 0.28 : 1,
+      alpha: faint ? 0.24 : 1,
       spanGaps: true,
       points: { show: !faint && (panel.sparse || steps.length === 1), size: 7 },
     }));
     return {
       width: width || 300,
       height: HEIGHT,
-      padding: [10, 12, 0, 0],
+      padding: [10, 20, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,
@@ -334,7 +335,7 @@
           : { range: (u, low, high) => valueRange(panel.unit, stacked, low, high) },
       },
       axes: [
-        { ...axis, incrs: STEPS, space: 55, size: 26, gap: 4 },
+        { ...axis, incrs: STEPS, space: 55, size: 26, gap: 4, values: (u, splits) => splits.map(String) },
         {
           ...axis,
           space: 38,
@@ -424,7 +425,7 @@
           )
         : null,
       h("dl", {}, rows.flatMap(([label, value]) => [h("dt", {}, label), h("dd", {}, String(value))])),
-      run.notes.map((note) => h("p", { class: "about note" }, note))
+      run.notes.map((note) => h("p", { class: "about" }, note))
     );
   }
 
