@@ -79,7 +79,11 @@ class Policy:
             return thoughts + ("hmm" if rng.random() < 0.03 else "[[YES]]" if vote else "[[NO]]")
         documents, question = prompt.split("<ask> ")
         subject = question.split("? ")[0].split("?")[0].removeprefix("What is the ")
-        known = {part.split(" is ")[0].split("The ")[-1]: part.split(" is ")[1] for part in documents.split(". ") if " is " in part}
+        known = {
+            part.split(" is ")[0].split("The ")[-1]: part.split(" is ")[1]
+            for part in documents.split(". ")
+            if " is " in part
+        }
         # a question is as hard as its words; without documents there is little to go by
         chance = skill + 0.5 * (random.Random(subject).random() - 0.5) if known else 0.04
         guess = rng.choice(list(known.values())) if known else "unknown"
@@ -116,9 +120,7 @@ def make_run(
     play = config.selfplay
     sampler = ClusterSampler(clusters, play.tasks, {}, play.clusters_per_round, seed)
     history = History(play.questioner.history)
-    selfplay = SelfPlay(
-        play, config.rollout.sampling, PromptSet.load(play.prompts), Bytes(), sampler, history, seed
-    )
+    selfplay = SelfPlay(play, config.rollout.sampling, PromptSet.load(play.prompts), Bytes(), sampler, history, seed)
     policy = Policy(remark)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -136,8 +138,14 @@ def make_run(
 
 
 def _cluster(number: int, rng: random.Random) -> Cluster:
-    names = [f"{rng.choice(('Hal', 'Bren', 'Tor', 'Mil'))}{rng.choice(('den', 'dolf', 'va'))}{number}{i}" for i in range(6)]
-    texts = [f"The seat of {n} is {rng.choice(('Mirel', 'Tarba', 'Kulzis'))}burg{n[-2:]}. The fleet of {n} is {rng.randrange(10, 99)}. " for n in names]
+    names = [
+        f"{rng.choice(('Hal', 'Bren', 'Tor', 'Mil'))}{rng.choice(('den', 'dolf', 'va'))}{number}{i}" for i in range(6)
+    ]
+    texts = [
+        f"The seat of {n} is {rng.choice(('Mirel', 'Tarba', 'Kulzis'))}burg{n[-2:]}. "
+        f"The fleet of {n} is {rng.randrange(10, 99)}. "
+        for n in names
+    ]
     return Cluster(f"fiction-{number}", tuple(texts), tuple(f"fiction-{number}/{n}" for n in names), "fiction")
 
 

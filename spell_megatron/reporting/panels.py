@@ -130,7 +130,7 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
         Section(
             "results",
             "Reward, accuracy, length",
-            "Rewards and lengths are means over all that the roles wrote in a step, not only over the rows of the update.",
+            "Rewards and lengths are means over all that the roles wrote in a step, not only over the update's rows.",
             [
                 Panel(
                     "Accuracy on held-out questions",
@@ -228,8 +228,8 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
         Section(
             "curriculum",
             "Curriculum",
-            "The questioner sees the solved questions that it remembers of a cluster, with their documents, and must ask "
-            "something new: its context grows, and questions get harder.",
+            "The questioner sees the solved questions that it remembers of a cluster, with their documents, and must "
+            "ask something new: its context grows, and questions get harder.",
             [
                 Panel(
                     "Remembered questions in the questioner's prompt",
@@ -276,8 +276,8 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
         Section(
             "verifier",
             "Verifier",
-            "Several judgments of an answer are votes; the majority is the verdict. An answer is rewarded if the rule check "
-            "or the verdict says that it is right.",
+            "Several judgments of an answer are votes; the majority is the verdict. An answer is rewarded if the rule "
+            "check or the verdict says that it is right.",
             [
                 Panel(
                     "Agreement of the judgments",
@@ -303,7 +303,7 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
                 ),
                 Panel(
                     "Judgments without use",
-                    "Share of votes that are invalid; of answers with a tie, or with too few valid votes for a verdict.",
+                    "Share of votes that are invalid; of answers with a tie, or with too few valid votes.",
                     "share",
                     _all_and_tasks(
                         tasks,
@@ -321,7 +321,9 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
             "Training",
             "Over all response tokens of the update.",
             [
-                Panel("Gradient norm", "Before clipping.", "number", {"": _lines(("gradient norm", "train/grad_norm"))}),
+                Panel(
+                    "Gradient norm", "Before clipping.", "number", {"": _lines(("gradient norm", "train/grad_norm"))}
+                ),
                 Panel(
                     "Entropy",
                     "Of the policy's next-token distribution, in nats.",
@@ -352,8 +354,13 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
                     "number",
                     {"": _lines(("largest ratio", "train/mismatch_max_ratio"))},
                 ),
-                Panel("Loss", "Its sign and size say little in policy gradients.", "number", {"": _lines(("loss", "train/loss"))}),
-                Panel("Learning rate", "", "number", {"": _lines(("learning rate", "train/lr"))}),
+                Panel(
+                    "Loss",
+                    "Its sign and size say little in policy gradients.",
+                    "number",
+                    {"": _lines(("loss", "train/loss"))},
+                ),
+                Panel("Learning rate", "Of the optimizer.", "number", {"": _lines(("learning rate", "train/lr"))}),
                 Panel(
                     "Rows of the update",
                     "By role.",

@@ -32,6 +32,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.reporting.panels import OUTCOMES, sections, table
 
 PAGE = Path(__file__).with_name("page")
+SCRIPTS = ("uPlot.iife.min.js", "elements.js", "numbers.js", "plots.js", "overview.js", "transcripts.js", "page.js")
 
 MAX_JUDGMENT_SHARE = 4
 """A judgment may be this many times shorter than other texts: an answer has many of them."""
@@ -103,7 +104,8 @@ def write_report(
     beside.write_text(page, encoding="utf-8")
     os.replace(beside, out)
     steps = sum(len(run.steps) for run in runs)
-    line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, {len(questions)} questions with transcripts"
+    line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, "
+    line += f"{len(questions)} questions with transcripts"
     return "\n".join([line, *(f"  {run.name}: {note}" for run in runs for note in run.notes)])
 
 
@@ -228,9 +230,7 @@ def read_questions(file: Path, count: int, text_chars: int, run: int, notes: lis
     Of every task and outcome there are as many as of the others, as far as there are enough.
     """
     try:
-        questions = [
-            _question(list(rows), text_chars, run) for _, rows in groupby(_rows(file), lambda row: row["uid"])
-        ]
+        questions = [_question(list(rows), text_chars, run) for _, rows in groupby(_rows(file), lambda row: row["uid"])]
     except (ValueError, KeyError, TypeError, OSError) as error:
         notes.append(f"{file.name} cannot be read ({type(error).__name__}) and is left out")
         return []
@@ -369,7 +369,7 @@ def render(runs: Sequence[Run], questions: Sequence[dict[str, Any]], text_chars:
     }
     files = {file.name: file.read_text(encoding="utf-8") for file in PAGE.iterdir()}
     style = files["uPlot.min.css"] + files["page.css"]
-    script = files["uPlot.iife.min.js"] + "\n" + files["page.js"]
+    script = "\n".join(files[name] for name in SCRIPTS)
     parts = {
         "policy": f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",

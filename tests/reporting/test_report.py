@@ -143,6 +143,19 @@ def test_a_question_comes_with_all_that_became_of_it(tmp_path, dump):
             assert bool(judged) == (answer["prediction"] is not None)
 
 
+def test_answers_to_questions_that_nobody_asked(tmp_path):
+    """A run on given questions has no rows of a questioner."""
+    run = make_run(tmp_path / "run", 1)
+    file = run / "rollouts" / "step_000001.jsonl"
+    rows = [row for row in rollouts(run, 1) if row["role"] != "questioner"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_questions(file, 1000, 10**6, 0, [])
+    assert [q["uid"] for q in questions] == list(dict.fromkeys(row["uid"] for row in rows))
+    assert {q["question"] for q in questions} == {None} and {len(q["answers"]) for q in questions} == {4}
+    assert "mixed" in {q["outcome"] for q in questions}
+    assert questions[0]["responder_prompt"] == rows[0]["prompt"] and questions[0]["reference"] == rows[0]["reference"]
+
+
 def test_outcomes_are_those_that_the_run_counted(tmp_path):
     run = make_run(tmp_path / "run", 20)
     metrics = read_run(run, "run").metrics
@@ -150,7 +163,9 @@ def test_outcomes_are_those_that_the_run_counted(tmp_path):
         questions = read_questions(run / "rollouts" / f"step_{step:06d}.jsonl", 1000, 100, 0, [])
         counted = Counter(q["outcome"] for q in questions)
         for outcome in ("mixed", "all_0", "all_1", "bad_format", "ungrounded"):
-            assert counted[outcome] / len(questions) == pytest.approx(metrics[f"selfplay/rate/{outcome}"][step], rel=1e-4)
+            assert counted[outcome] / len(questions) == pytest.approx(
+                metrics[f"selfplay/rate/{outcome}"][step], rel=1e-4
+            )
 
 
 def test_the_sample_of_transcripts_is_spread_over_steps_and_outcomes(tmp_path):
@@ -221,7 +236,9 @@ def test_every_metric_that_is_plotted_is_logged(simulated):
 def test_the_command(simulated, tmp_path, capsys):
     out = tmp_path / "pages" / "report.html"
     assert main(["report", str(simulated), "-o", str(out), "--transcripts", "3"]) == 0
-    assert re.search(r"report\.html: 0\.\d MB, 1 run\(s\), 8 steps, 3 questions with transcripts", capsys.readouterr().out)
+    assert re.search(
+        r"report\.html: 0\.\d MB, 1 run\(s\), 8 steps, 3 questions with transcripts", capsys.readouterr().out
+    )
     assert [file.name for file in out.parent.iterdir()] == ["report.html"]
     for words, message in (
         ([str(simulated), "--transcripts=-1"], "--transcripts is -1"),

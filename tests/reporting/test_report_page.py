@@ -187,7 +187,10 @@ def test_nothing_sticks_out_of_a_narrow_window(show, compared, page, width):
         unfold(browser, ".question", ".answer")
         unfold(browser, ".answer", ".inner")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert max(browser.execute_script("return [...document.querySelectorAll('canvas')].map((e) => e.clientWidth)")) < width
+        assert (
+            max(browser.execute_script("return [...document.querySelectorAll('canvas')].map((e) => e.clientWidth)"))
+            < width
+        )
 
 
 def test_transcripts_are_filtered(show, page):
