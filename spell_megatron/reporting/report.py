@@ -80,8 +80,10 @@ def write_report(
         A line that says what was written and what was left out.
 
     Raises:
-        UserError: a folder is no run, or no run has logged a step yet.
+        UserError: a folder is no run, no run has logged a step yet, or `out` is a folder.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder. Name the file to write, such as {out / 'report.html'}.")
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     if not any(run.steps for run in runs):
         raise UserError(

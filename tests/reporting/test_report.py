@@ -244,6 +244,7 @@ def test_the_command(simulated, tmp_path, capsys):
         ([str(simulated), "--transcripts=-1"], "--transcripts is -1"),
         ([str(simulated), "--text-chars=10"], "--text-chars is 10"),
         ([str(tmp_path)], "is not the folder of a run"),
+        ([str(simulated), "-o", str(tmp_path)], "is a folder. Name the file to write"),
     ):
         assert main(["report", *words]) == 2
         assert message in capsys.readouterr().err

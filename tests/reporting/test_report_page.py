@@ -19,6 +19,7 @@ from spell_megatron.reporting.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium (extra dev)")
 
+from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
@@ -166,6 +167,20 @@ def test_a_plot_shows_what_is_chosen(show, page):
     assert "of single steps" in texts(browser, "#comparison caption")[0]
     choose(browser, "#window", "3 steps")
     assert "averaged over 3 steps" in texts(browser, "#comparison caption")[0]
+
+
+def test_a_range_of_steps_is_enlarged_in_all_plots(show, page):
+    browser = show(page)
+    picture = "return document.querySelector('#curriculum canvas').toDataURL()"
+    whole = browser.execute_script(picture)
+    plot = browser.find_element(By.CSS_SELECTOR, "#results .u-over")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", plot)
+    mouse = ActionChains(browser)
+    mouse.move_to_element_with_offset(plot, -80, 0).click_and_hold().move_by_offset(120, 0).release().perform()
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(picture) != whole)
+    ActionChains(browser).double_click(plot).perform()
+    ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(picture) == whole)
 
 
 def test_light_and_dark(show, page):
