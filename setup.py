@@ -22,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
-    package_data={"spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
+    package_data={"spell_megatron.reporting": ["page/*"], "spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
     entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},
     install_requires=[
         "aiohttp>=3.10",
@@ -56,6 +56,7 @@ setup(
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
         # what benchmarks compare with (vs_trl.py) and draw with (prefix_tree.py --plot)
         "bench": ["matplotlib>=3.9", "trl>=1.16,<1.17"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.7"],
+        # selenium: pages of `spell report` in a browser, where there is one
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.7", "selenium>=4.30"],
     },
 )

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_prepare(commands)
     _add_convert(commands)
+    _add_report(commands)
     return parser
 
 
@@ -605,4 +606,41 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
         print(f"{out}: done; all {count} tensors are the same in both")
     else:
         print(f"{out}: done")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="make a page of plots and transcripts of runs",
+        allow_abbrev=False,
+        description="Make one HTML page about one or several runs: rewards, accuracy, what becomes of questions, "
+        "curriculum, verifier, training, speed, and transcripts to browse. It needs no network; runs may still be "
+        "going.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
+    for flag, default, meaning in (
+        ("--transcripts", 200, "most questions per run to show with answers and judgments; 0 for none"),
+        ("--text-chars", 2000, "longer texts in them lose their middle; judgments are cut to a quarter of it"),
+    ):
+        add(flag, type=int, default=default, metavar="N", help=f"{meaning} (default {default})")
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.reporting.progress import Progress
+    from spell_megatron.reporting.report import write_report
+
+    if arguments.transcripts < 0:
+        raise UserError(f"--transcripts is {arguments.transcripts}; it must be 0 or more.")
+    if arguments.text_chars < 100:
+        raise UserError(f"--text-chars is {arguments.text_chars}; it must be 100 or more.")
+    with Progress().stage("reading transcripts") as advance:
+        summary = write_report(arguments.runs, arguments.out, arguments.transcripts, arguments.text_chars, advance)
+    print(summary)
     return 0

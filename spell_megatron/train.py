@@ -108,7 +108,9 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 with progress.stage("rollout", config.selfplay.groups) as advance:
                     rollout = director.roll_out(step + 1, str(step), lambda mixed, _: advance(mixed))
                 if rollout:
-                    metrics = rollout.metrics | {"time/rollout": time.monotonic() - started}
+                    seconds = time.monotonic() - started
+                    speed = rollout.metrics["selfplay/generated_tokens"] / seconds
+                    metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
                     rows = [_row(sample, config) for sample in rollout.batch]
                     write_dump(rollout.samples, folder / "rollouts", step + 1, config.logging.dump)
                     order = "update" if rows else "skip"

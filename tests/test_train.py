@@ -28,6 +28,7 @@ from small_run import (
     wait_for_step,
 )
 from spell_megatron.config import load_config
+from spell_megatron.reporting.panels import sections, table
 from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine
@@ -91,6 +92,15 @@ def test_run_writes_metrics_dumps_and_checkpoints(whole):
     assert (whole / "checkpoints" / "latest").read_text() == "step_000004"
     output = (whole / "output.txt").read_text()
     assert "step 4/4" in output and "pass@1" in output
+
+
+def test_a_run_logs_what_the_report_plots(whole):
+    logged = set().union(*metrics(whole).values())
+    shown = sections(["doc_general_qa", "docmath_qa"], logged)
+    curves = [c for section in shown for panel in section.panels for group in panel.groups.values() for c in group]
+    plotted = {metric for curve in curves for metric in curve.metrics} | {row.metric for row in table(logged)}
+    mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
+    assert plotted - logged <= mixture_of_experts
 
 
 def test_engine_and_trainer_agree(whole):

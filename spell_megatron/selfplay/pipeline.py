@@ -117,6 +117,7 @@ class Attempt:
     judgments: list[list[Sample]] = field(default_factory=list)
     trainable_judgments: list[list[Sample]] = field(default_factory=list)
     entry: Entry | None = None
+    remembered: int = 0  # questions on its cluster in the history
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -137,8 +138,9 @@ class StepRollout:
     clusters, `clusters` the ids of those clusters in admission order, `metrics` flat named numbers.
     """
 
-    batch: list[Sample]
-    samples: list[Sample]
+    # not part of the repr: that of an asyncio task has the repr of its result, and asyncio.Runner asks for it
+    batch: list[Sample] = field(repr=False)
+    samples: list[Sample] = field(repr=False)
     clusters: list[str]
     metrics: dict[str, float]
 
@@ -216,13 +218,14 @@ class SelfPlay:
         """
         attempts, admitted = await self._stream(_StepClient(self, client, step, weight_version), on_progress)
         self.sampler.advance(len(attempts))
-        for attempt in attempts:
-            if attempt.entry is not None:
-                self.history.admit(attempt.task, attempt.cluster.id, attempt.entry)
+        solved = [attempt for attempt in attempts if attempt.entry is not None]
+        entered = sum(self.history.admit(a.task, a.cluster.id, a.entry) for a in solved)
         self.rate.forget()
         batch = self._compose(attempts, step)
         metrics = self._metrics(attempts, batch, admitted)
         samples = [sample for attempt in attempts for sample in _samples(attempt)]
+        metrics["history/entered"] = entered
+        metrics["selfplay/generated_tokens"] = sum(len(sample.response_ids) for sample in samples)
         return StepRollout(batch, samples, [attempt.cluster.id for attempt in attempts], metrics)
 
     async def _stream(
@@ -293,6 +296,7 @@ class SelfPlay:
         task, cluster, config = attempt.task, attempt.cluster, self.config.questioner
         rng = random.Random(client.seed(attempt, "context", 0))
         entries = self.history.entries(task, cluster.id)
+        attempt.remembered = len(entries)
         context = choose_context(rng, len(cluster.documents), config.new_documents, entries)
         letter = rng.choice("ABCD") if task == "doc_mc" else None
         prompt, prompt_ids, context = self._questioner_prompt(attempt, context, entries, letter)
@@ -459,6 +463,10 @@ class SelfPlay:
                 "tied_votes": yes == no and yes > 0,
                 "unanimous_votes": max(yes, no) == len(votes),
                 "verdict_against_rule": verdict is not None and verdict != rule,
+                "right_by_verdict_only": verdict == 1 and rule == 0,
+                "right_by_rule_only": verdict == 0 and rule == 1,
+                "decisive_votes": 0 if verdict is None else yes + no,
+                "agreeing_votes": 0 if verdict is None else votes.count(verdict),
             }
         )
         if trainable(votes, verdict, rule, self.config.verifier):
@@ -602,9 +610,19 @@ def _rates(prefix: str, attempts: Sequence[Attempt]) -> dict[str, float]:
     if not attempts:
         return {}
     outcomes = Counter(a.outcome for a in attempts)
+    answers = [answer for a in attempts for answer in a.answers]
     rates = {f"{prefix}rate/{name}": outcomes[name] / len(attempts) for name in OUTCOMES}
     rates[f"{prefix}rate/valid"] = sum(outcomes[name] for name in (*ANSWERED, "ungrounded")) / len(attempts)
-    answers = [answer for a in attempts for answer in a.answers]
+    rates[f"{prefix}history_depth"] = sum(a.remembered for a in attempts) / len(attempts)
+    for role, rows in (
+        ("questioner", [a.question for a in attempts if a.question]),
+        ("responder", answers),
+        ("verifier", [row for a in attempts for judgments in a.judgments for row in judgments]),
+    ):
+        if rows:
+            rates[f"{prefix}{role}/reward"] = sum(row.reward for row in rows) / len(rows)
+            rates[f"{prefix}{role}/prompt_tokens"] = sum(len(row.prompt_ids) for row in rows) / len(rows)
+            rates[f"{prefix}{role}/response_tokens"] = sum(len(row.response_ids) for row in rows) / len(rows)
     if answers:
         rates[f"{prefix}reward"] = sum(answer.reward for answer in answers) / len(answers)
         rates[f"{prefix}rule_score"] = sum(answer.rule_score for answer in answers) / len(answers)
@@ -619,6 +637,9 @@ def _rates(prefix: str, attempts: Sequence[Attempt]) -> dict[str, float]:
         ("unanimous_votes", "judged_answers"),
         ("no_verdict", "judged_answers"),
         ("verdict_against_rule", "judged_answers"),
+        ("right_by_verdict_only", "judged_answers"),
+        ("right_by_rule_only", "judged_answers"),
+        ("agreeing_votes", "decisive_votes"),
         ("no_context_right", "no_context_answers"),
     ):
         if counts[total]:

@@ -1,0 +1,61 @@
+// Columns of numbers, and numbers as text.
+
+const grouped = (value, digits) =>
+  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+/** Digits after the point that numbers of this size need; -1: they are written with an exponent. */
+function digitsFor(largest, unit) {
+  if (unit === "share") return 1;
+  if (unit === "tokens") return largest < 1000 ? 1 : 0;
+  if (unit === "seconds") return largest < 10 ? 2 : 1;
+  if (largest === 0) return 0;
+  if (largest < 0.001) return -1;
+  return Math.max(0, 2 - Math.floor(Math.log10(largest))); // three that count
+}
+
+/** A number as text. Without `digits` a whole number has none. */
+function format(value, unit, digits) {
+  if (value === null || value === undefined) return "–";
+  digits ??= unit === "number" && Number.isInteger(value) ? 0 : digitsFor(Math.abs(value), unit);
+  if (unit === "share") return `${grouped(value * 100, digits)}%`;
+  if (unit === "seconds") return `${grouped(value, digits)} s`;
+  if (digits < 0) return value === 0 ? "0" : value.toExponential(2).replace("-", "−");
+  return grouped(value, digits).replace("-", "−");
+}
+
+/** Sum of a curve's metrics at each step of a run; null where none was logged; undefined without any of them. */
+function column(run, metrics) {
+  const columns = metrics.map((name) => run.metrics[name]).filter(Boolean);
+  if (columns.length <= 1) return columns[0];
+  return run.steps.map((_, i) =>
+    columns.reduce((sum, values) => (values[i] === null ? sum : (sum ?? 0) + values[i]), null),
+  );
+}
+
+/** Mean over the `width` steps around each one; steps without a value stay without. */
+function average(values, width) {
+  if (width <= 1) return values;
+  const sums = [0];
+  const counts = [0];
+  for (const value of values) {
+    sums.push(sums.at(-1) + (value ?? 0));
+    counts.push(counts.at(-1) + (value !== null));
+  }
+  const before = Math.floor((width - 1) / 2);
+  return values.map((value, i) => {
+    if (value === null) return null;
+    const from = Math.max(0, i - before);
+    const to = Math.min(values.length, i - before + width);
+    return (sums[to] - sums[from]) / (counts[to] - counts[from]);
+  });
+}
+
+const lastIndex = (values) => values.findLastIndex((value) => value !== null);
+const visibleRuns = () => runs.map((run, index) => ({ run, index })).filter(({ index }) => !state.hidden.has(index));
+const date = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+function duration(seconds) {
+  const minutes = Math.round(seconds / 60);
+  if (seconds < 120) return `${Math.round(seconds)} s`;
+  if (minutes < 120) return `${minutes} min`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}

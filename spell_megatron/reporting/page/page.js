@@ -1,0 +1,114 @@
+// The page, from top to bottom.
+
+function section(id, title, text) {
+  $("nav").append(h("a", { href: `#${id}` }, id[0].toUpperCase() + id.slice(1)));
+  const element = h("section", { id }, h("h2", {}, title), text ? h("p", { class: "about" }, text) : null);
+  $("main").append(element);
+  return element;
+}
+
+function controls() {
+  const longest = Math.max(...runs.map((run) => run.steps.length));
+  const widths = [1, 3, 5, 10, 20, 50, 100, 200].filter((w) => w === 1 || w <= longest / 3);
+  state.window = widths.findLast((w) => w <= Math.max(1, longest / 40));
+  $("window").append(
+    ...widths.map((w) =>
+      h("option", { value: w, ...(w === state.window && { selected: true }) }, w === 1 ? "1 step" : `${w} steps`),
+    ),
+  );
+  $("window").addEventListener("change", () => {
+    state.window = +$("window").value;
+    redrawAll();
+  });
+  $("theme").addEventListener("change", () => {
+    document.documentElement.dataset.theme = $("theme").value;
+    redrawAll();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
+}
+
+function plots() {
+  for (const part of data.sections) {
+    const element = section(part.id, part.title, part.text);
+    const grid = h("div", { class: "grid" });
+    if (part.id === "outcomes") grid.append(...runs.map(funnelCard).filter(Boolean));
+    const [absent, zero] = [[], []];
+    for (const panel of part.panels) {
+      const curves = Object.values(panel.groups).flat();
+      if (curves.some(nonzero)) grid.append(plotPanel(panel, present(panel.groups)));
+      else (curves.some(measured) ? zero : absent).push(panel.title);
+    }
+    element.append(grid);
+    const left = [
+      ["Not plotted, for it is zero at every step", zero],
+      ["Not measured", absent],
+    ].filter(([, titles]) => titles.length);
+    if (left.length)
+      element.append(
+        h("p", { class: "missing" }, left.map(([why, titles]) => `${why}: ${titles.join("; ")}.`).join(" ")),
+      );
+  }
+}
+
+function anyMetric() {
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
+  const unit = (name) => (/\/rate\/|pass@|_share$|truncated$/.test(name) ? "share" : "number");
+  const groups = names.map((name) => [name, [{ label: name, metrics: [name], colour: "blue", error: null }]]);
+  const element = section(
+    "metrics",
+    "Any metric",
+    `All ${names.length} numbers that were logged; those of the plots above, and the rest.`,
+  );
+  const box = h("div", {});
+  const panel = (name) => ({
+    title: name,
+    text: "",
+    unit: unit(name),
+    sparse: name.startsWith("validation/"),
+    stacked: false,
+    log: false,
+  });
+  const select = h(
+    "select",
+    { id: "metric", "aria-label": "Metric", onchange: () => show(select.value) },
+    names.map((name) => h("option", {}, name)),
+  );
+  let draw = null;
+  function show(name) {
+    if (draw) redraws.splice(redraws.indexOf(draw), 1);
+    box.replaceChildren(
+      plotPanel(
+        panel(name),
+        groups.filter(([label]) => label === name),
+      ),
+    );
+    draw = redraws.at(-1);
+    if (ready) draw();
+  }
+  select.value = names.includes("selfplay/reward") ? "selfplay/reward" : names[0];
+  show(select.value);
+  element.append(h("div", { class: "filters" }, h("label", {}, "Metric", select)), box);
+}
+
+let ready = false;
+controls();
+const overview = section("overview", "Overview", "");
+overview.append(
+  h("div", { class: several ? "" : "beside" }, h("div", { class: "cards" }, runs.map(runCard)), comparison()),
+);
+const settings = settingsTable();
+if (settings) overview.append(settings);
+plots();
+anyMetric();
+const transcripts = section("transcripts", "Transcripts", "");
+redrawAll();
+ready = true;
+$("footer").append(
+  `Written ${date(data.written)} by spell report. The page connects to nothing. `,
+  "Drag over a plot to enlarge a range of steps, double-click to go back.",
+);
+
+// Transcripts are the bulk of the page: they come when the plots are there.
+await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+showTranscripts(await unpack("transcripts-data"));
+document.documentElement.dataset.ready = "true";

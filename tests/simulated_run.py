@@ -1,0 +1,197 @@
+"""Folders of runs without engines and trainer: real self-play, logging and dumps around a policy made of coin tosses.
+
+What a trainer would log is made up here, under the names that a real run has; tests/test_train.py holds the report
+against a real run. As a script: simulated_run.py FOLDER STEPS [SEED].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spell_megatron.config import Config, to_yaml
+from spell_megatron.reporting.dumps import write_dump
+from spell_megatron.reporting.metrics import MetricsLogger
+from spell_megatron.selfplay.documents import Cluster, ClusterSampler
+from spell_megatron.selfplay.history import History
+from spell_megatron.selfplay.pipeline import SelfPlay
+from spell_megatron.selfplay.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Completion:
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weight_version: str
+    routing: None = None
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes."""
+
+    def prompt_ids(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+
+class Policy:
+    """Answers better, and at greater length, with every step. `remark` is put into all that it writes."""
+
+    def __init__(self, remark: str) -> None:
+        self.step, self.remark = 0, remark
+
+    async def generate(self, prompt_ids, *, n, seed, max_tokens, affinity, prompt_routing=True) -> list[Completion]:
+        prompt = bytes(prompt_ids).decode()
+        texts = [self._text(prompt, random.Random(seed + i)).encode() for i in range(n)]
+        version = str(self.step - 1)
+        return [
+            Completion(list(t[:max_tokens]), [-0.5] * len(t), "length" if len(t) > max_tokens else "stop", version)
+            for t in texts
+        ]
+
+    def _text(self, prompt: str, rng: random.Random) -> str:
+        skill = 0.35 + 0.45 * (1 - math.exp(-self.step / 300))
+        thoughts = f"<think>{self.remark} " + "Let me read again. " * rng.randrange(2 + int(12 * skill)) + "</think>"
+        if "<write>" in prompt:
+            kind = "fleet" if "number" in prompt.rsplit("<write>", 1)[1] else "seat"
+            facts = [part.split(" is ") for part in prompt.split(". ") if f"The {kind} of" in part]
+            if rng.random() < 0.2 * (1 - skill):
+                return thoughts + "I would ask about the fleet."
+            subject, answer = rng.choice(facts)
+            question = f"What is the {kind} of {subject.split(' of ')[1]}? {self.remark}".strip()
+            return thoughts + json.dumps({"question": question, "answer": answer.split(".")[0]}, ensure_ascii=False)
+        if "<judge>" in prompt:
+            reference, prediction = prompt.split("<reference> ")[1].split("\n<prediction> ")
+            equal = reference == prediction.strip()
+            vote = equal if rng.random() < 0.8 + 0.2 * skill else not equal
+            return thoughts + ("hmm" if rng.random() < 0.03 else "[[YES]]" if vote else "[[NO]]")
+        documents, question = prompt.split("<ask> ")
+        subject = question.split("? ")[0].split("?")[0].removeprefix("What is the ")
+        known = {
+            part.split(" is ")[0].split("The ")[-1]: part.split(" is ")[1]
+            for part in documents.split(". ")
+            if " is " in part
+        }
+        # a question is as hard as its words; without documents there is little to go by
+        chance = skill + 0.5 * (random.Random(subject).random() - 0.5) if known else 0.04
+        guess = rng.choice(list(known.values())) if known else "unknown"
+        return thoughts + f"The correct answer is {known.get(subject, '7') if rng.random() < chance else guess}."
+
+
+def make_run(
+    folder: Path,
+    steps: int,
+    seed: int = 0,
+    dump: Literal["none", "jsonl", "parquet"] = "jsonl",
+    remark: str = "",
+) -> Path:
+    """Write the folder of a run of `steps` steps; `remark` is in everything that the policy writes."""
+    config = Config.model_validate(
+        {
+            "model": {"path": "policy"},
+            "data": {"documents": "documents.parquet"},
+            "run": {"output_dir": str(folder.parent), "name": folder.name, "steps": steps, "seed": seed},
+            "selfplay": {
+                "tasks": {"doc_general_qa": 1.0, "docmath_qa": 1.0},
+                "prompts": "compact",
+                "groups": 4,
+                "group_size": 4,
+                "clusters_per_round": 12,
+                "questioner": {"new_documents": 2},
+                "verifier": {"votes": 4},
+            },
+            "logging": {"dump": dump},
+        }
+    )
+    rng = random.Random(seed)
+    clusters = [_cluster(i, rng) for i in range(60)]
+    play = config.selfplay
+    sampler = ClusterSampler(clusters, play.tasks, {}, play.clusters_per_round, seed)
+    history = History(play.questioner.history)
+    selfplay = SelfPlay(play, config.rollout.sampling, PromptSet.load(play.prompts), Bytes(), sampler, history, seed)
+    policy = Policy(remark)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with MetricsLogger(folder, config) as log, asyncio.Runner() as runner:
+        log.log(0, _validation(0, rng))
+        for step in range(1, steps + 1):
+            policy.step = step
+            rollout = runner.run(selfplay.roll_out(policy, step, str(step - 1)))
+            write_dump(rollout.samples, folder / "rollouts", step, dump)
+            metrics = rollout.metrics | _trainer(step, rng)
+            if step == steps or step % 100 == 0:
+                metrics |= _validation(step, rng)
+            log.log(step, metrics)
+    return folder
+
+
+def _cluster(number: int, rng: random.Random) -> Cluster:
+    names = [
+        f"{rng.choice(('Hal', 'Bren', 'Tor', 'Mil'))}{rng.choice(('den', 'dolf', 'va'))}{number}{i}" for i in range(6)
+    ]
+    texts = [
+        f"The seat of {n} is {rng.choice(('Mirel', 'Tarba', 'Kulzis'))}burg{n[-2:]}. "
+        f"The fleet of {n} is {rng.randrange(10, 99)}. "
+        for n in names
+    ]
+    return Cluster(f"fiction-{number}", tuple(texts), tuple(f"fiction-{number}/{n}" for n in names), "fiction")
+
+
+def _validation(step: int, rng: random.Random) -> dict[str, float]:
+    accuracy = 0.37 + 0.2 * (1 - math.exp(-step / 300)) + rng.gauss(0, 0.01)
+    metrics = {"validation/pass@1": accuracy, "validation/pass@4": accuracy + 0.18, "time/validation": 9 + rng.random()}
+    for task, gap in (("doc_general_qa", 0.03), ("docmath_qa", -0.03)):
+        metrics |= {f"validation/{task}/pass@1": accuracy + gap, f"validation/{task}/pass@4": accuracy + gap + 0.18}
+    return metrics | {"validation/standard_error": 0.018}
+
+
+def _trainer(step: int, rng: random.Random) -> dict[str, float]:
+    noise = lambda: math.exp(rng.gauss(0, 0.1))  # noqa: E731
+    rollout, update = 14 * noise(), 3 * noise()
+    metrics = {
+        "time/rollout": rollout,
+        "rollout/tokens_per_second": 1500 * noise(),
+        "train/loss": rng.gauss(0, 0.01),
+        "train/clip_fraction": 0.0,
+        "train/approx_kl": 0.0,
+        "train/clip_fraction_lower": 0.0,
+        "train/entropy": (0.2 + 0.5 * math.exp(-step / 400)) * noise(),
+        "train/mismatch_abs": 4e-3 * noise(),
+        "train/mismatch_kl": 3e-5 * noise(),
+        "train/importance_weight": 1.0,
+        "train/importance_capped": 0.0,
+        "train/top_probability": 0.9 - 0.2 * math.exp(-step / 400),
+        "train/top_share": 0.88 - 0.2 * math.exp(-step / 400),
+        "train/mismatch_max_ratio": 1.2 * noise(),
+        "train/grad_norm": 0.5 * noise(),
+        "train/lr": 1e-6,
+        "train/skipped": 0.0,
+        "train/response_tokens": 3000 * noise(),
+        "train/tokens_unshared": 96000 * noise(),
+        "train/tokens_computed": 17000 * noise(),
+        "train/sharing": 5.5 * noise(),
+        "train/microbatches": 5.0,
+        "train/seconds": update,
+        "train/tokens_per_second": 20000 * noise(),
+        "time/push": 0.2 * noise(),
+        "push/bytes": 3374592,
+        "push/verified": 0,
+        "time/step": rollout + update,
+    }
+    return metrics | ({"time/checkpoint": 2.0} if step % 50 == 0 else {})
+
+
+if __name__ == "__main__":
+    make_run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
