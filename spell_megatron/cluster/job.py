@@ -21,7 +21,7 @@ spell_end() {
     code=$?
     trap - EXIT
     set +ex
-    checkpoint() { cat RUN/checkpoints/latest 2>/dev/null; }
+    checkpoint() { cat @RUN@/checkpoints/latest 2>/dev/null; }
     tries=0
     if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
     job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
@@ -29,19 +29,19 @@ spell_end() {
     case $code in
         0 | 2) ;;
         143) [[ $job != *PreemptTime=[0-9]* ]] || again=yes ;;
-        *) again=yes; [ $tries -le MAX ] || again=; echo $tries > "$spell_tries" ;;
+        *) again=yes; [ $tries -le @MAX@ ] || again=; echo $tries > "$spell_tries" ;;
     esac
     if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
     if [ -n "$again" ] && [[ $job == *JobState=RUNNING* ]]; then  # neither scancel nor the limit has ended it
         echo "The job is queued again, to go on from checkpoint $(checkpoint)."
         scontrol requeue "$SLURM_JOB_ID"
-    elif [ $tries -gt MAX ]; then
+    elif [ $tries -gt @MAX@ ]; then
         echo "The job failed $tries times without a new checkpoint: it is not queued again."
     fi
     exit $code
 }
-spell_began=$(cat RUN/checkpoints/latest 2>/dev/null)
-spell_tries=RUN/jobs/$SLURM_JOB_ID.failures
+spell_began=$(cat @RUN@/checkpoints/latest 2>/dev/null)
+spell_tries=@RUN@/jobs/$SLURM_JOB_ID.failures
 trap spell_end EXIT"""
 
 
@@ -87,7 +87,7 @@ def prologue(config: Config) -> str:
     unset = "unset SLURM_UNBUFFEREDIO"
     both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
     nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
-    ending = _ENDING.replace("RUN", _run_folder(config)).replace("MAX", str(MAX_FRUITLESS))
+    ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))
     return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
 
 
