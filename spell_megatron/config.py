@@ -74,6 +74,9 @@ class DataConfig(Section):
 
 
 class QuestionerConfig(Section):
+    enabled: bool = True
+    """Off: the questions are those of the documents file, whose rows then have task, question and answer too (RLVR, the
+    paper's baseline). There is neither a grounding filter nor a history then."""
     new_documents: int = Field(5, ge=1)
     """m: new documents shown to the questioner per attempt."""
     history: int = Field(3, ge=0)

@@ -128,6 +128,12 @@ class _Preflight:
         clusters = self.attempt("data.documents", lambda: load_clusters(config.data.documents))
         if clusters is None:
             return
+        if not config.selfplay.questioner.enabled and not clusters[0].question:
+            self.fault(
+                "selfplay.questioner.enabled data.documents",
+                f"there is to be no questioner, and {config.data.documents} has no questions. Give a file whose rows "
+                "have task, question, answer and documents, or leave the questioner on",
+            )
         sources = Counter(cluster.source for cluster in clusters)
         unknown = [source for source in config.data.sources if source not in sources]
         for source in unknown:

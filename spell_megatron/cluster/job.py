@@ -14,8 +14,8 @@ MAX_FRUITLESS = 3
 
 _END = "END_OF_SPELL_CONFIG"
 
-# Run when the batch script ends, in whatever way: well, with a fault that the user has to mend (2), by SIGTERM (143), or
-# because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
+# Run when the batch script ends, in whatever way: well, with a fault that the user has to mend (2), by SIGTERM (143),
+# or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
 _ENDING = """\
 spell_end() {
     code=$?

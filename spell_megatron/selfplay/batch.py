@@ -51,11 +51,11 @@ class Sample:
 
 @dataclass
 class Group:
-    """A question whose answers were not all right or all wrong."""
+    """A question (None: no questioner wrote it) whose answers were not all right or all wrong."""
 
     uid: str
     task: str
-    question: Sample
+    question: Sample | None
     answers: list[Sample]
 
 
@@ -79,7 +79,7 @@ def compose(
     """
     groups = groups[: config.groups]
     answers = [answer for group in groups for answer in group.answers]
-    questions = [group.question for group in groups]
+    questions = [group.question for group in groups if group.question]
     wanted = int(len(answers) * config.verifier.share / config.votes)
     chosen = rng.sample(range(len(verifier_groups)), min(wanted, len(verifier_groups)))
     judgments = [row for i in sorted(chosen) for row in verifier_groups[i]]

@@ -9,28 +9,33 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow
 import pyarrow.parquet
 
+from spell_megatron.config import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.history import Entry
 
 MAX_FAULTS = 10
 # Our column names, and those of the released SPELL data.
 COLUMNS = {"id": "cluster_id", "documents": "documents", "source": "source"}
+QUESTION_COLUMNS = {"id": "id", "documents": "documents", "source": "source"}
 REFERENCE_COLUMNS = {"id": "question_id", "documents": "paragraphs", "source": "data_source"}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Related documents in a fixed order, and where they come from."""
+    """Related documents in a fixed order, and where they come from; in files of questions, a question about them."""
 
     id: str
     documents: tuple[str, ...]
     document_ids: tuple[str, ...]
     source: str
+    task: str = ""
+    question: str = ""
+    answer: str = ""
 
 
 def load_clusters(path: str | Path) -> list[Cluster]:
@@ -38,7 +43,8 @@ def load_clusters(path: str | Path) -> list[Cluster]:
 
     Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long) and
     `source`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
-    source is what stands before the first underscore.
+    source is what stands before the first underscore. So are questions in the form of validation.questions: `task`,
+    `question`, `answer`, `documents`, and optionally `id` and `source`.
 
     Raises:
         UserError: if the file cannot be read, or naming the first ten faults by row and column.
@@ -47,7 +53,12 @@ def load_clusters(path: str | Path) -> list[Cluster]:
     rows = _read_rows(path)
     if not rows:
         raise UserError(f"The documents file {path} holds no clusters. `spell prepare` writes such files.")
-    columns = REFERENCE_COLUMNS if "paragraphs" in rows[0][1] and "documents" not in rows[0][1] else COLUMNS
+    columns = COLUMNS
+    if "paragraphs" in rows[0][1] and "documents" not in rows[0][1]:
+        columns = REFERENCE_COLUMNS
+    elif "question" in rows[0][1]:
+        columns = QUESTION_COLUMNS
+        rows = [(place, {"id": place} | row) for place, row in rows]
     clusters: list[Cluster] = []
     faults: list[str] = []
     first_place: dict[str, str] = {}
@@ -161,11 +172,18 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
     elif not isinstance(source, str):
         faults.append(f"{names['source']}: must be a string, not {_shown(source)}")
         source = ""
+    asked = {name: row.get(name) for name in ("task", "question", "answer")} if columns is QUESTION_COLUMNS else {}
+    for name, text in asked.items():
+        if not isinstance(text, str | int | float) or not str(text).strip():
+            faults.append(f"column {name}: must be a non-empty text, not {_shown(text)}")
+    if asked and asked["task"] not in get_args(Task):
+        faults.append(f"column task: {_shown(asked['task'])} is none of {', '.join(get_args(Task))}")
     if identifier is None:
         return None, faults
     if columns is REFERENCE_COLUMNS:
         source = source.partition("_")[0]
-    cluster = Cluster(str(identifier), tuple(map(str, documents)), tuple(map(str, document_ids)), source)
+    texts = {name: str(text) for name, text in asked.items()}
+    cluster = Cluster(str(identifier), tuple(map(str, documents)), tuple(map(str, document_ids)), source, **texts)
     return cluster, faults
 
 
@@ -257,7 +275,7 @@ class ClusterSampler:
         """Cluster ids of each task: clusters that serve the same tasks are shuffled and cut evenly."""
         pools: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
         for cluster in self._clusters.values():
-            served = sources.get(cluster.source, self._weights)
+            served = [cluster.task] if cluster.task else sources.get(cluster.source, self._weights)
             pools[tuple(task for task in self._weights if task in served)].append(cluster.id)
         partition: dict[str, list[str]] = {task: [] for task in self._weights}
         for tasks, ids in sorted(pools.items()):

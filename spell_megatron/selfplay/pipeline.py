@@ -113,6 +113,7 @@ class Attempt:
     stage: str = "question"
     outcome: str = ""
     question: Sample | None = None
+    context: Sequence[int] = ()  # the documents that the questioner was shown
     answers: list[Sample] = field(default_factory=list)
     judgments: list[list[Sample]] = field(default_factory=list)
     trainable_judgments: list[list[Sample]] = field(default_factory=list)
@@ -292,7 +293,39 @@ class SelfPlay:
             attempt.outcome = "error"
 
     async def _question(self, attempt: Attempt, client: _StepClient) -> str:
-        """Questioner, grounding check, responder, verifier; returns the outcome's name."""
+        """A question, its answers and their judgments; returns the outcome's name."""
+        task, cluster, config = attempt.task, attempt.cluster, self.config.questioner
+        if config.enabled:
+            question = await self._ask(attempt, client)
+            if isinstance(question, str):
+                return question
+        else:
+            question = Question(task, cluster.question, cluster.answer)
+        prompt = self.prompts.responder(task, question.text, cluster.documents)
+        prompt_ids = self.tokenizer.prompt_ids(prompt)
+        if len(prompt_ids) > self.sampling.max_prompt_tokens:
+            return "responder_prompt_too_long"
+        attempt.stage = "answers"
+        # One request per answer, so that each is judged as soon as it ends.
+        answers = await _gather(
+            self._answer(attempt, client, question, prompt, prompt_ids, i) for i in range(self.config.group_size)
+        )
+        attempt.answers = list(answers)
+        mean = attempt.mean_reward
+        if row := attempt.question:
+            row.reward = questioner_reward(mean, config)
+            if admissible(mean, config):
+                attempt.entry = Entry(tuple(attempt.context), question.text, question.reference)
+        if mixed([answer.reward for answer in answers]):
+            return "mixed"
+        if row:
+            row.kind, row.reward = "zero_variance", 0.0
+        for answer in answers:
+            answer.routing = None  # nobody trains on them, and routings are large
+        return "all_1" if mean > 0.5 else "all_0"
+
+    async def _ask(self, attempt: Attempt, client: _StepClient) -> Question | str:
+        """The questioner's question, if it can be used; otherwise the outcome's name."""
         task, cluster, config = attempt.task, attempt.cluster, self.config.questioner
         rng = random.Random(client.seed(attempt, "context", 0))
         entries = self.history.entries(task, cluster.id)
@@ -302,6 +335,7 @@ class SelfPlay:
         prompt, prompt_ids, context = self._questioner_prompt(attempt, context, entries, letter)
         if prompt_ids is None:
             return "questioner_prompt_too_long"
+        attempt.context = context
         completion = (await client.generate(attempt, "questioner", prompt_ids, self.sampling.max_response_tokens))[0]
         text = self.tokenizer.decode(completion.token_ids)
         truncated = completion.finish_reason == "length"
@@ -318,27 +352,7 @@ class SelfPlay:
         if self.config.grounding.enabled and await self._answered_without_documents(attempt, question, client):
             row.kind, row.reward = "bad_ground", config.ungrounded_reward
             return "ungrounded"
-
-        prompt = self.prompts.responder(task, question.text, cluster.documents)
-        prompt_ids = self.tokenizer.prompt_ids(prompt)
-        if len(prompt_ids) > self.sampling.max_prompt_tokens:
-            return "responder_prompt_too_long"
-        attempt.stage = "answers"
-        # One request per answer, so that each is judged as soon as it ends.
-        answers = await _gather(
-            self._answer(attempt, client, question, prompt, prompt_ids, i) for i in range(self.config.group_size)
-        )
-        attempt.answers = list(answers)
-        mean = attempt.mean_reward
-        row.reward = questioner_reward(mean, config)
-        if admissible(mean, config):
-            attempt.entry = Entry(tuple(context), question.text, question.reference)
-        if mixed([answer.reward for answer in answers]):
-            return "mixed"
-        row.kind, row.reward = "zero_variance", 0.0
-        for answer in answers:
-            answer.routing = None  # nobody trains on them, and routings are large
-        return "all_1" if mean > 0.5 else "all_0"
+        return question
 
     def _questioner_prompt(
         self, attempt: Attempt, context: Sequence[int], entries: Sequence[Entry], letter: str | None
@@ -479,7 +493,7 @@ class SelfPlay:
         for attempt in attempts:
             attempt.judgments.sort(key=lambda rows: rows[0].group)
             attempt.trainable_judgments.sort(key=lambda rows: rows[0].group)
-        groups = [Group(a.question.uid, a.task, a.question, a.answers) for a in attempts if a.mixed]
+        groups = [Group(a.answers[0].uid, a.task, a.question, a.answers) for a in attempts if a.mixed]
         negatives = [
             a.question for a in attempts if a.question and a.question.kind != "good" and a.outcome != "error"
         ]

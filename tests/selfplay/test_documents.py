@@ -76,6 +76,24 @@ def test_faults_are_named_by_row_and_column(tmp_path, row, message):
     assert str(path) in str(error.value)
 
 
+def test_files_of_questions(tmp_path):
+    rows = [
+        {"task": "docmath_qa", "question": "How many?", "answer": 3, "documents": ["a", "b"]},
+        {"task": "doc_general_qa", "question": "Who?", "answer": "Ann", "documents": ["c"], "id": "q"},
+    ]
+    first, second = load_clusters(write(tmp_path / "questions.jsonl", rows))
+    assert (first.id, first.task, first.question, first.answer) == ("line 1", "docmath_qa", "How many?", "3")
+    assert (second.id, second.documents, second.answer) == ("q", ("c",), "Ann")
+    sampler = ClusterSampler([first, second], {"docmath_qa": 1.0, "doc_general_qa": 1.0}, {}, 2, 0)
+    assert dict(take(sampler, 2)) == {
+        "line 1": "docmath_qa",
+        "q": "doc_general_qa",
+    }
+    rows = [{"task": "essay", "question": " ", "documents": ["a"]}]
+    with pytest.raises(UserError, match=r"column question.*column answer.*'essay' is none of"):
+        load_clusters(write(tmp_path / "bad.jsonl", rows))
+
+
 def test_all_faults_are_reported_at_once_but_not_more_than_ten(tmp_path):
     rows = [row for row, _ in FAULTY if row.get("cluster_id") != "ok"]
     with pytest.raises(UserError) as error:

@@ -116,13 +116,14 @@ def prompts(tmp_path_factory):
     return PromptSet.load(str(folder))
 
 
-def make_selfplay(prompts, n_clusters=120, groups=10, kinds=KINDS, documents=7, **settings):
+def make_selfplay(prompts, n_clusters=120, groups=10, kinds=KINDS, documents=7, asked=None, **settings):
     clusters = [
         Cluster(
             f"{i}-{kinds[i % len(kinds)]}",
             tuple(f"Document {j} of cluster {i}." for j in range(documents)),
             tuple(f"{i}/{j}" for j in range(documents)),
             "fiction",
+            **(asked(i) if asked else {}),
         )
         for i in range(n_clusters)
     ]
@@ -290,6 +291,38 @@ def test_limit_of_rounds_updates_with_what_there_is(prompts):
     assert len(rollout.clusters) == 30
     assert 0 < rollout.metrics["selfplay/mixed_groups"] < 50
     assert rollout.batch
+
+
+@pytest.mark.parametrize("verifier", [False, True])
+def test_questions_of_the_file_instead_of_a_questioner(prompts, verifier):
+    tasks = ("doc_general_qa", "docmath_qa")
+
+    def rolled(policy):
+        selfplay = make_selfplay(
+            prompts,
+            kinds=("mixed", "right", "wrong"),
+            asked=lambda i: {"task": tasks[i // 3 % 2], "question": f"What is in {i}?", "answer": "42"},
+            verifier={"enabled": verifier},
+            tasks=dict.fromkeys(tasks, 1.0),
+            questioner={"enabled": False},
+        )
+        return roll(selfplay, policy)
+
+    policy = ScriptedPolicy(jitter=5)
+    rollout = rolled(policy)
+    assert not [prompt for _, prompt, *_ in policy.requests if prompt.startswith("questioner") or "|Empty|" in prompt]
+    for answer in (sample for sample in rollout.samples if sample.role == "responder"):
+        number = int(answer.cluster_id.split("-")[0])
+        assert answer.task == tasks[number // 3 % 2] and answer.reference == "42"
+        assert answer.prompt.endswith(f"What is in {number}?")
+    rows = [sample for sample in rollout.batch if sample.role == "responder"]
+    assert len(rows) == 40
+    assert verifier or all(row.cluster_id.endswith("mixed") for row in rows)
+    assert {sample.role for sample in rollout.batch} == ({"responder", "verifier"} if verifier else {"responder"})
+    for group in {row.group for row in rows}:
+        assert sum(row.advantage for row in rows if row.group == group) == pytest.approx(0, abs=1e-6)
+    assert rollout.metrics["history/clusters"] == 0
+    assert summary(rolled(ScriptedPolicy(jitter=9))) == summary(rollout)
 
 
 def test_no_mixed_group_at_all_gives_a_batch_without_answers(prompts):
