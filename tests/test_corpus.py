@@ -10,13 +10,18 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.corpus import SCHEMA, group_similar, prepare, split_text
+from spell_megatron.corpus.embedding import embed_words
+from spell_megatron.corpus.grouping import group_similar
+from spell_megatron.corpus.options import Options
+from spell_megatron.corpus.prepare import SCHEMA, prepare
+from spell_megatron.corpus.texts import split_text
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 
@@ -46,21 +51,21 @@ def test_subfolders_are_clusters(tmp_path):
     for topic, number in itertools.product(TOPICS, range(3)):
         write(tmp_path / "in" / topic / f"{number}.md", article(topic, number))
     write(tmp_path / "in" / "README.md", "What these files are. " * 20)
-    summary = prepare([tmp_path / "in"], tmp_path / "out.parquet", source="mine")
+    summary = prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(source="mine"))
     clusters = load_clusters(tmp_path / "out.parquet")
     assert pq.read_schema(tmp_path / "out.parquet").equals(SCHEMA)
     assert [cluster.id for cluster in clusters] == sorted(TOPICS)
     assert clusters[0].document_ids == ("bread/0.md", "bread/1.md", "bread/2.md")
     assert clusters[0].documents == tuple(article("bread", number) for number in range(3))
     assert {cluster.source for cluster in clusters} == {"mine"}
-    assert (summary.files, summary.documents, summary.clusters) == (9, 9, 3)
-    assert summary.skipped_files == {"README beside sub-folders": 1}
+    assert (summary.counts.files, summary.counts.documents, summary.clusters) == (9, 9, 3)
+    assert summary.counts.skipped_files == {"README beside sub-folders": 1}
 
 
 def test_a_large_folder_becomes_several_clusters(tmp_path):
     for number in range(7):
         write(tmp_path / "in" / "whales" / f"{number}.txt", article("whales", number))
-    prepare([tmp_path / "in"], tmp_path / "out.parquet", documents_per_cluster=3)
+    prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(documents_per_cluster=3))
     clusters = load_clusters(tmp_path / "out.parquet")
     assert all(cluster.id.startswith("whales-") and len(cluster.documents) <= 3 for cluster in clusters)
     assert sorted(id for cluster in clusters for id in cluster.document_ids) == [
@@ -71,7 +76,7 @@ def test_a_large_folder_becomes_several_clusters(tmp_path):
 def test_flat_files_are_grouped_by_similarity(tmp_path):
     for topic, number in itertools.product(TOPICS, range(4)):
         write(tmp_path / "in" / f"{number}-{topic}.txt", article(topic, number))
-    prepare([tmp_path / "in"], tmp_path / "out.parquet", documents_per_cluster=4)
+    prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(documents_per_cluster=4))
     expected = [{f"{number}-{topic}.txt" for number in range(4)} for topic in TOPICS]
     assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(
         map(sorted, expected)
@@ -105,14 +110,14 @@ def test_tables_of_texts(tmp_path, kind):
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n{broken\n[1]\n")
-    summary = prepare([path], tmp_path / "out.parquet", text_column="body")
+    summary = prepare([path], tmp_path / "out.parquet", Options(text_column="body"))
     expected = [{f"rows.{kind}:{n}" for n in pair} for pair in ((1, 2), (4, 5), (6, 7))]
     assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(
         map(sorted, expected)
     )
-    assert summary.skipped["without a text in 'body'"] == 1
-    assert summary.skipped["not a JSON object"] == (2 if kind == "jsonl" else 0)
-    assert summary.documents == (9 if kind == "jsonl" else 7)
+    assert summary.counts.skipped["without a text in 'body'"] == 1
+    assert summary.counts.skipped["not a JSON object"] == (2 if kind == "jsonl" else 0)
+    assert summary.counts.documents == (9 if kind == "jsonl" else 7)
 
 
 def test_clusters_are_passed_through(tmp_path):
@@ -170,13 +175,13 @@ def test_what_is_left_out_is_counted(tmp_path):
     (folder / "g.txt").write_bytes(article("chess", 3).encode("utf-16"))
     (folder / "h.txt").symlink_to(folder / "gone.txt")
     summary = prepare([folder], tmp_path / "out.parquet")
-    assert summary.skipped == {"repeated": 1, "empty": 1, "shorter than 200 characters": 1}
-    assert summary.skipped_files == {
+    assert summary.counts.skipped == {"repeated": 1, "empty": 1, "shorter than 200 characters": 1}
+    assert summary.counts.skipped_files == {
         ".pdf (not a format read here)": 1,
         "not UTF-8 text": 1,
         "broken links and special files": 1,
     }
-    assert sorted(summary.notes) == [
+    assert sorted(summary.counts.notes) == [
         f"{folder / 'f.txt'}: bytes that are not UTF-8: 1, replaced by U+FFFD",
         f"{folder / 'g.txt'}: not UTF-8 text, left out; convert it with iconv",
     ]
@@ -205,20 +210,15 @@ def test_long_documents_are_cut_and_budgets_hold(tmp_path):
     for topic in TOPICS:
         paragraphs = [article(topic, number, words=40) for number in range(40)]
         write(tmp_path / "in" / f"{topic}.txt", "\n\n".join(paragraphs))
-    summary = prepare(
-        [tmp_path / "in"],
-        tmp_path / "out.parquet",
-        max_document_chars=1000,
-        max_cluster_chars=4000,
-        documents_per_cluster=5,
-    )
+    options = Options(max_document_chars=1000, max_cluster_chars=4000, documents_per_cluster=5)
+    summary = prepare([tmp_path / "in"], tmp_path / "out.parquet", options)
     clusters = load_clusters(tmp_path / "out.parquet")
     lengths = [len(document) for cluster in clusters for document in cluster.documents]
     assert max(lengths) <= 1000 and min(lengths) >= 200
     assert all(
         sum(map(len, cluster.documents)) <= 4000 and len(cluster.documents) <= 5 for cluster in clusters
     )
-    assert summary.pieces == len(lengths) - 3
+    assert summary.counts.pieces == len(lengths) - 3
     kept = Counter(
         word for cluster in clusters for document in cluster.documents for word in document.split()
     )
@@ -247,33 +247,35 @@ def test_cutting_loses_nothing_but_line_ends(text, limit):
     assert "".join(pieces).replace("\n", "") == text.replace("\n", "")
 
 
-def test_grouping_many_texts_in_buckets(monkeypatch):
-    monkeypatch.setattr("spell_megatron.corpus.BUCKET", 40)
+def test_grouping_many_texts_in_parts(monkeypatch):
+    monkeypatch.setattr("spell_megatron.corpus.grouping.PART", 40)
     rng = random.Random(1)
     words = [f"word{i}" for i in range(3000)]
     topics = [rng.sample(words, 30) for _ in range(30)]
     labels = [i % 30 for i in range(120)]
     texts = [" ".join(rng.choices(topics[label], k=60)) for label in labels]
-    groups = group_similar(texts, max_documents=4, max_chars=10**9, min_similarity=0.1, seed=3)
-    assert sorted(i for group in groups for i in group) == list(range(120))
-    together = sum(len({labels[i] for i in group}) == 1 and len(group) == 4 for group in groups)
-    assert together >= 27, groups  # measured: 29 of 30, and 30 with a single bucket
+    groups = group(texts, seed=3)
+    assert sorted(i for members in groups for i in members) == list(range(120))
+    together = sum(len({labels[i] for i in members}) == 1 and len(members) == 4 for members in groups)
+    assert together >= 27, groups  # measured: 30 of 30
+
+
+def group(texts, max_documents=4, seed=0):
+    (vectors,) = embed_words([texts], [texts], 1, seed)
+    sizes = np.array([[len(text)] for text in texts])
+    return sorted(group_similar(vectors, sizes, [10**9], max_documents, 0.1, seed))
 
 
 def test_texts_without_words_stay_alone():
-    groups = group_similar(
-        ["!!! ???"] * 3 + ["rook pawn"] * 2, max_documents=8, max_chars=999, min_similarity=0.1, seed=0
-    )
-    assert groups == [[0], [1], [2], [3, 4]]
-    assert group_similar([], max_documents=8, max_chars=999, min_similarity=0.1, seed=0) == []
+    assert group(["!!! ???"] * 3 + ["rook pawn"] * 2) == [[0], [1], [2], [3, 4]]
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("spell_megatron.corpus.BUCKET", 6)
+    monkeypatch.setattr("spell_megatron.corpus.grouping.PART", 6)
     for topic, number in itertools.product(TOPICS, range(5)):
         write(tmp_path / "in" / f"{number}-{topic}.txt", article(topic, number))
     for name in ("a", "b"):
-        prepare([tmp_path / "in"], tmp_path / f"{name}.parquet", seed=5)
+        prepare([tmp_path / "in"], tmp_path / f"{name}.parquet", Options(seed=5))
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
@@ -313,8 +315,11 @@ def test_nothing_usable(tmp_path, name, content, message):
 
 def test_contradicting_options_are_named_together(tmp_path):
     with pytest.raises(UserError) as error:
-        prepare([tmp_path / "gone"], tmp_path / "out.csv", documents_per_cluster=0, min_document_chars=9000)
-    for words in ("gone", "must end in .parquet", "at least 1, not 0", "9000, 8000, 48000"):
+        prepare([tmp_path / "gone"], tmp_path / "out.csv")
+    assert "gone" in str(error.value) and "must end in .parquet" in str(error.value)
+    with pytest.raises(UserError) as error:
+        Options(documents_per_cluster=0, min_document_chars=9000, tasks=("chess",), max_cluster_tokens=5)
+    for words in ("at least 1, not 0", "9000, 8000", "not chess", "--max-cluster-tokens and --tokenizer"):
         assert words in str(error.value)
 
 
@@ -332,7 +337,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         prepare([tmp_path / "in"], out)
     assert out.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.parquet"]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"in", "out.parquet", "out.statistics.json", ".out.parquet.work"}  # to go on from
     with pytest.raises(UserError, match="Cannot write"):
         prepare([tmp_path / "in"], out / "below.parquet")
 

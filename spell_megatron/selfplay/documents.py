@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow
 import pyarrow.parquet
 
+from spell_megatron.config import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.history import Entry
 
@@ -31,13 +32,15 @@ class Cluster:
     documents: tuple[str, ...]
     document_ids: tuple[str, ...]
     source: str
+    task: str | None = None
+    """The task that it serves; None: `data.sources` and the sampler decide."""
 
 
 def load_clusters(path: str | Path) -> list[Cluster]:
     """Read clusters from a parquet or JSON-lines file.
 
-    Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long) and
-    `source`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
+    Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long),
+    `source` and `task`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
     source is what stands before the first underscore.
 
     Raises:
@@ -66,7 +69,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
         raise UserError(
             f"The documents file {path} has {len(faults)} fault(s): {'; '.join(faults[:MAX_FAULTS])}{more}. "
             "Each row needs a unique cluster_id and a non-empty list `documents` of non-empty texts; "
-            "document_ids (as many) and source are optional. Mend the rows, or write the file again with "
+            "document_ids (as many), source and task are optional. Mend the rows, or write the file again with "
             "`spell prepare`."
         )
     return clusters
@@ -161,11 +164,15 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
     elif not isinstance(source, str):
         faults.append(f"{names['source']}: must be a string, not {_shown(source)}")
         source = ""
+    task = row.get("task")
+    if task is not None and task not in get_args(Task):
+        faults.append(f"column task: must be one of {', '.join(get_args(Task))}, or missing, not {_shown(task)}")
     if identifier is None:
         return None, faults
     if columns is REFERENCE_COLUMNS:
         source = source.partition("_")[0]
-    cluster = Cluster(str(identifier), tuple(map(str, documents)), tuple(map(str, document_ids)), source)
+    texts, text_ids = tuple(map(str, documents)), tuple(map(str, document_ids))
+    cluster = Cluster(str(identifier), texts, text_ids, source, task)
     return cluster, faults
 
 
@@ -234,7 +241,7 @@ class ClusterSampler:
         """Give every cluster its task and go to the beginning of the stream.
 
         `tasks` maps tasks to weights (0: not used); `sources` names the tasks that the clusters of a
-        source may serve (those not named serve every task).
+        source may serve (those not named serve every task). A cluster with a task of its own serves that.
 
         Raises:
             UserError: if a task has no clusters, or no place in a round.
@@ -257,7 +264,7 @@ class ClusterSampler:
         """Cluster ids of each task: clusters that serve the same tasks are shuffled and cut evenly."""
         pools: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
         for cluster in self._clusters.values():
-            served = sources.get(cluster.source, self._weights)
+            served = [cluster.task] if cluster.task else sources.get(cluster.source, self._weights)
             pools[tuple(task for task in self._weights if task in served)].append(cluster.id)
         partition: dict[str, list[str]] = {task: [] for task in self._weights}
         for tasks, ids in sorted(pools.items()):

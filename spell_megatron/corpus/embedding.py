@@ -1,0 +1,138 @@
+"""Texts to vectors by which they are grouped: from their words, or by an embedding model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import requests
+from requests.adapters import HTTPAdapter
+from scipy.sparse import csr_matrix, vstack
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.preprocessing import normalize
+from urllib3.util import Retry
+
+from spell_megatron.corpus.workers import ordered_map
+from spell_megatron.errors import UserError
+
+DIMENSIONS = 128
+SAMPLE = 20_000
+"""Texts of which the weights of words and the dimensions are learnt."""
+_REQUEST_TEXTS = 32
+_REQUESTS = 8
+
+
+def embed_words(
+    sample: Iterable[list[str]], batches: Iterable[list[str]], workers: int, seed: int
+) -> Iterator[np.ndarray]:
+    """TF-IDF vectors reduced by singular values (latent semantic analysis), of each batch [texts, dimensions].
+
+    Args:
+        sample: batches of texts of which to learn; if they are no more than `DIMENSIONS`, they must be all texts,
+            and the vectors are the whole TF-IDF vectors.
+    """
+    counts = vstack(list(ordered_map(_count_words, sample, workers)))
+    few = counts.shape[0] <= DIMENSIONS
+    # A word of a single text makes it like no other.
+    columns = np.flatnonzero(np.bincount(counts.indices, minlength=counts.shape[1]) >= (1 if few else 2))
+    counts = counts[:, columns]
+    tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+    if few or len(columns) <= DIMENSIONS:
+        reduce = csr_matrix.toarray
+    else:
+        svd = TruncatedSVD(DIMENSIONS, n_iter=2, random_state=seed).fit(tfidf.transform(counts))
+        reduce = svd.transform
+    del counts
+    for batch in ordered_map(_count_words, batches, workers):
+        yield normalize(reduce(tfidf.transform(batch[:, columns]))).astype(np.float32)
+
+
+def _count_words(texts: Sequence[str]) -> csr_matrix:
+    vectorizer = HashingVectorizer(
+        n_features=2**18, stop_words="english", alternate_sign=False, norm=None, dtype=np.float32
+    )
+    return vectorizer.transform(texts)
+
+
+def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Iterator[np.ndarray]:
+    """Unit vectors of an OpenAI-compatible server [texts, dimensions], one array for each batch.
+
+    Its key is taken from the environment variable SPELL_API_KEY. Failures of the network and of a busy server are
+    tried again for about a minute.
+
+    Raises:
+        UserError: if the server does not answer, refuses, or answers with something else.
+    """
+    session = requests.Session()
+    retries = Retry(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retries, pool_maxsize=_REQUESTS))
+    session.headers["Authorization"] = f"Bearer {os.environ.get('SPELL_API_KEY', 'none')}"
+    address = f"{url.rstrip('/')}/embeddings"
+
+    def ask(texts: list[str]) -> np.ndarray:
+        body = {"model": model, "input": texts, "encoding_format": "float"}
+        try:
+            response = session.post(address, json=body, timeout=600)
+        except requests.RequestException as error:
+            raise UserError(
+                f"The embedding server {address} does not answer: {error}. Start it, correct --embedding-url, and run "
+                "the same command again: what is finished is not repeated."
+            ) from error
+        if not response.ok:
+            raise UserError(
+                f"The embedding server {address} refuses: HTTP {response.status_code}: {response.text[:500]}. If a "
+                "text is too long for the model, give a smaller --embedding-chars; a key is taken from SPELL_API_KEY."
+            )
+        try:
+            rows = sorted(response.json()["data"], key=lambda row: row["index"])
+            vectors = np.array([row["embedding"] for row in rows], np.float32)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"The embedding server {address} answers with no list of vectors ({error}).") from error
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise UserError(f"The embedding server {address} gives {len(vectors)} vectors for {len(texts)} texts.")
+        return vectors
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        for batch in batches:
+            requests_ = [batch[i : i + _REQUEST_TEXTS] for i in range(0, len(batch), _REQUEST_TEXTS)]
+            yield _unit(np.concatenate(list(pool.map(ask, requests_))), model)
+
+
+def embed_by_vllm(batches: Iterable[list[str]], model: str) -> Iterator[np.ndarray]:
+    """Unit vectors of an embedding model that vLLM runs in this process [texts, dimensions], an array for each batch.
+
+    Texts longer than the model's context are cut by vLLM.
+
+    Raises:
+        UserError: if vLLM cannot be used or cannot load the model.
+    """
+    try:
+        import torch
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"--embedding-model needs vLLM, which cannot be imported: {error}. Install spell_megatron with the extra "
+            "gpu or cpu, or name a running server with --embedding-url."
+        ) from error
+    settings = {}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        settings = {"dtype": "float32", "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    try:
+        engine = vllm.LLM(model, runner="pooling", **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"vLLM cannot load the embedding model {model}: {error}") from error
+    for batch in batches:
+        outputs = engine.embed(batch, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1})
+        yield _unit(np.array([output.outputs.embedding for output in outputs], np.float32), model)
+
+
+def _unit(vectors: np.ndarray, model: str) -> np.ndarray:
+    if not np.isfinite(vectors).all():
+        raise UserError(f"The embedding model {model} gives numbers that are not finite. Try it in another precision.")
+    return normalize(vectors)
