@@ -193,7 +193,7 @@ def prepare(
         )
         counts = _load_counts(read)
         pieces = pa.ipc.open_file(pa.memory_map(str(read / "pieces.arrow"))).read_all()
-        unique = work.stage("near-duplicates", lambda folder: _find_near_duplicates(folder, read, options))
+        unique = work.stage("near-duplicates", lambda folder: _find_near_duplicates(folder, read, options, progress))
         original, kept = np.load(unique / "original.npy"), np.load(unique / "kept.npy")
         if repeated := int((original != np.arange(len(original))).sum()):
             counts.skipped["near-duplicates"] += repeated
@@ -515,14 +515,21 @@ def _nothing_usable(inputs: Sequence[Path], counts: Counts) -> str:
 # ---------------------------------------------------------------------------------------- grouping
 
 
-def _find_near_duplicates(folder: Path, read: Path, options: Options) -> None:
+def _find_near_duplicates(folder: Path, read: Path, options: Options, progress: Progress) -> None:
     """Write for each document the one that it repeats, and the pieces of those that stay."""
-    data = np.fromfile(read / "signatures", np.uint8)
-    signatures = data.view(np.uint32).reshape(-1, duplicates.PERMUTATIONS)
+    signatures = np.fromfile(read / "signatures", np.uint32).reshape(-1, duplicates.PERMUTATIONS)
+    pieces = pa.ipc.open_file(pa.memory_map(str(read / "pieces.arrow"))).read_all()
+    document = pieces["document"].to_numpy()  # in rising order
     original = np.arange(len(signatures))
     if options.near_duplicates < 1:
-        original = duplicates.near_duplicates(signatures, options.near_duplicates)
-    document = pa.ipc.open_file(pa.memory_map(str(read / "pieces.arrow"))).read_all()["document"].to_numpy()
+
+        def shingles(number: int) -> np.ndarray:
+            rows = range(*np.searchsorted(document, [number, number + 1]))
+            text = " ".join(_values(pieces["text"], rows))
+            return duplicates.sequences(duplicates.word_hashes(words(text)), duplicates.SHINGLE_WORDS)
+
+        with progress.stage("near-duplicates"):
+            original = duplicates.near_duplicates(signatures, options.near_duplicates, shingles)
     np.save(folder / "original.npy", original)
     np.save(folder / "kept.npy", np.flatnonzero(original[document] == document))
 
