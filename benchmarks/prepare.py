@@ -58,8 +58,8 @@ class Writer:
 
     def __init__(self, topics: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        letters = list("etaoinshrdlucmfwyp")
-        spelled = {"".join(self.rng.choice(letters, self.rng.integers(2, 10))) for _ in range(2 * VOCABULARY)}
+        spell = random.Random(seed)
+        spelled = {"".join(spell.choices("etaoinshrdlucmfwyp", k=spell.randint(2, 9))) for _ in range(2 * VOCABULARY)}
         self.words = np.array(sorted(spelled)[:: max(1, len(spelled) // VOCABULARY)])
         self.rng.shuffle(self.words)
         rank = np.arange(1, len(self.words) + 1)

@@ -11,13 +11,16 @@ import requests
 from requests.adapters import HTTPAdapter
 from scipy.sparse import csr_matrix, vstack
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfTransformer
 from sklearn.preprocessing import normalize
 from urllib3.util import Retry
 
+from spell_megatron.corpus.duplicates import word_hashes
+from spell_megatron.corpus.texts import words
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
 
+FEATURES = 2**18
 DIMENSIONS = 128
 SAMPLE = 20_000
 """Texts of which the weights of words and the dimensions are learnt."""
@@ -51,10 +54,15 @@ def embed_words(
 
 
 def _count_words(texts: Sequence[str]) -> csr_matrix:
-    vectorizer = HashingVectorizer(
-        n_features=2**18, stop_words="english", alternate_sign=False, norm=None, dtype=np.float32
-    )
-    return vectorizer.transform(texts)
+    """How often each word occurs, stop words aside [texts, FEATURES]; the hash of a word is its column."""
+    columns, counts = [], []
+    for text in texts:
+        kept = [word for word in words(text) if word not in ENGLISH_STOP_WORDS]
+        own = np.unique(word_hashes(kept) % np.uint64(FEATURES), return_counts=True)
+        columns.append(own[0].astype(np.int32))
+        counts.append(own[1].astype(np.float32))
+    places = np.cumsum([0, *map(len, columns)])
+    return csr_matrix((np.concatenate(counts), np.concatenate(columns), places), shape=(len(texts), FEATURES))
 
 
 def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Iterator[np.ndarray]:

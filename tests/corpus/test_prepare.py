@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_fixtures import save_byte_tokenizer
 from spell_megatron.corpus.embedding import embed_words
 from spell_megatron.corpus.grouping import group_similar
 from spell_megatron.corpus.options import Options
@@ -383,3 +384,160 @@ def test_licences_of_a_debian_system(tmp_path):
     assert not any("\f" in text for text in texts.values())
     # Links of another name (GPL to GPL-3) are not documents of their own.
     assert len(set(texts.values())) == len(texts)
+
+
+# Filters, tasks, tokens, statistics
+
+
+def table(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def written(out: Path) -> set[str]:
+    return {name for cluster in load_clusters(out) for name in cluster.document_ids}
+
+
+def test_quality_scores_and_length(tmp_path):
+    rows = [{"text": article("bread", n), "score": score} for n, score in enumerate([1.0, 0.99, 1, None, "1", True])]
+    rows.append({"text": article("bread", 9, words=400), "score": 1.0})
+    rows.append({"text": article("bread", 10), "score": float("nan")})
+    path = table(tmp_path / "a.jsonl", rows)
+    options = Options(quality_column="score", max_document_chars=1000, drop_long=True)
+    summary = prepare([path], tmp_path / "out.parquet", options)
+    assert written(tmp_path / "out.parquet") == {"a.jsonl:1", "a.jsonl:3", "a.jsonl:6"}
+    assert summary.counts.skipped == {"with score below 1": 4, "longer than 1000 characters": 1}
+    with pytest.raises(UserError, match="no column 'stars'.*--quality-column"):
+        prepare([path], tmp_path / "out.parquet", Options(quality_column="stars"))
+
+
+def test_near_duplicates_are_left_out_and_can_be_kept(tmp_path):
+    text = article("bread", 1, words=200)
+    changed = text.replace("dough", "batter", 1)
+    rows = [{"text": t} for t in (text, article("chess", 1), changed, text.upper(), article("bread", 2))]
+    path = table(tmp_path / "a.jsonl", rows)
+    summary = prepare([path], tmp_path / "out.parquet")
+    assert written(tmp_path / "out.parquet") == {"a.jsonl:1", "a.jsonl:2", "a.jsonl:5"}
+    assert summary.counts.skipped == {"near-duplicates": 2}
+    summary = prepare([path], tmp_path / "out.parquet", Options(near_duplicates=1.0))
+    assert sum(summary.cluster_documents) == 5 and not summary.counts.skipped
+
+
+def test_near_duplicates_of_long_documents_go_with_all_pieces(tmp_path):
+    long = "\n\n".join(article("whales", n) for n in range(12))
+    rows = [{"text": long}, {"text": long.replace("Article 3", "Article three")}]
+    options = Options(max_document_chars=1500)
+    summary = prepare([table(tmp_path / "a.jsonl", rows)], tmp_path / "out.parquet", options)
+    names = written(tmp_path / "out.parquet")
+    assert len(names) > 2 and all(name.startswith("a.jsonl:1#") for name in names)
+    assert summary.counts.pieces == len(names) - 1
+
+
+def test_decontamination(tmp_path):
+    phrase = " ".join(f"secret{i}" for i in range(13))
+    (tmp_path / "sets").mkdir()
+    table(tmp_path / "sets" / "frames.jsonl", [{"question": phrase}])
+    pq.write_table(pa.table({"context": [[article("chess", 7)]]}), tmp_path / "sets" / "bench.parquet")
+    documents = [article("bread", 1), article("bread", 2) + " " + phrase.upper() + "!", article("chess", 7)]
+    inputs = [table(tmp_path / "a.jsonl", [{"text": text} for text in documents])]
+    rows = [{"cluster_id": n, "documents": [article("whales", 1), text]} for n, text in enumerate(documents)]
+    inputs.append(table(tmp_path / "clusters.jsonl", rows))
+    options = Options(decontaminate=(tmp_path / "sets",))
+    summary = prepare(inputs, tmp_path / "out.parquet", options)
+    clusters = load_clusters(tmp_path / "out.parquet")
+    assert [cluster.id for cluster in clusters] == ["0", "documents-00001"]
+    assert clusters[1].documents == (article("bread", 1),)
+    assert summary.counts.skipped == {
+        "sharing 13 words with frames.jsonl": 1,
+        "sharing 13 words with bench.parquet": 1,
+        "in clusters with a document sharing 13 words with frames.jsonl": 2,
+        "in clusters with a document sharing 13 words with bench.parquet": 2,
+    }
+    with pytest.raises(UserError, match="there is no .*gone"):
+        prepare(inputs, tmp_path / "out.parquet", Options(decontaminate=(tmp_path / "gone",)))
+    with pytest.raises(UserError, match="must end in .jsonl, .json or .parquet"):
+        prepare(inputs, tmp_path / "out.parquet", Options(decontaminate=(write(tmp_path / "a.csv", "x"),)))
+
+
+def test_clusters_keep_within_tokens(tmp_path):
+    from spell_megatron.rollout.tokenizer import PolicyTokenizer
+
+    save_byte_tokenizer(tmp_path / "policy")
+    rows = [{"text": article(topic, n, words=40 + 30 * n) + " é漢" * 20} for topic in TOPICS for n in range(8)]
+    path = table(tmp_path / "a.jsonl", rows)
+    options = Options(max_cluster_tokens=700, tokenizer=tmp_path / "policy")
+    summary = prepare([path], tmp_path / "out.parquet", options)
+    count = PolicyTokenizer(tmp_path / "policy").count
+    clusters = load_clusters(tmp_path / "out.parquet")
+    counted = [sum(map(count, cluster.documents)) for cluster in clusters]
+    joined = [count("\n".join(cluster.documents)) for cluster in clusters]
+    assert max(joined) <= 700 and counted == summary.cluster_tokens and summary.counts.pieces > 0
+    assert np.median(joined) > 350  # two groups of less than half would have been joined if they are alike
+    kept = Counter(word for cluster in clusters for text in cluster.documents for word in text.split())
+    assert kept == Counter(word for row in rows for word in row["text"].split())
+    with pytest.raises(UserError, match="--tokenizer: There is no tokenizer in"):
+        prepare([path], tmp_path / "o.parquet", Options(max_cluster_tokens=700, tokenizer=tmp_path))
+
+
+def test_tasks_are_assigned_evenly_and_kept(tmp_path):
+    for n in range(20):
+        for part in "ab":
+            write(tmp_path / "in" / f"{n}" / f"{part}.txt", article("bread", 100 * n + ord(part)))
+    options = Options(tasks=("doc_mc", "doc_general_qa"), seed=3)
+    summary = prepare([tmp_path / "in"], tmp_path / "one.parquet", options)
+    assert summary.tasks == {"doc_mc": 10, "doc_general_qa": 10}
+    assert "tasks: 10 doc_general_qa, 10 doc_mc" in str(summary)
+    tasks = {cluster.id: cluster.task for cluster in load_clusters(tmp_path / "one.parquet")}
+    assert [tasks[str(n)] for n in range(10)] != ["doc_mc"] * 10
+    more = [{"cluster_id": f"m{n}", "documents": ["x"]} for n in range(4)]
+    inputs = [tmp_path / "one.parquet", table(tmp_path / "more.jsonl", more)]
+    prepare(inputs, tmp_path / "both.parquet", Options(tasks=("docmath_qa",)))
+    assert {cluster.id: cluster.task for cluster in load_clusters(tmp_path / "both.parquet")} == tasks | {
+        f"m{n}": "docmath_qa" for n in range(4)
+    }
+
+
+def test_clusters_are_chosen_by_size_and_number(tmp_path):
+    for n in range(30):
+        for part in range(1 + n % 3):
+            write(tmp_path / "in" / f"{n:02}" / f"{part}.txt", article("bread", 100 * n + part))
+    options = Options(min_cluster_documents=2, max_clusters=5, seed=1, min_similarity=1.0)
+    summary = prepare([tmp_path / "in"], tmp_path / "out.parquet", options)
+    ids = [cluster.id for cluster in load_clusters(tmp_path / "out.parquet")]
+    assert len(ids) == 5 and ids == sorted(ids) and min(summary.cluster_documents) == 2
+    assert summary.left_out_clusters == {"with fewer than 2 documents": 10, "beyond 5": 15}
+    prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(**vars(options) | {"seed": 2}))
+    assert [cluster.id for cluster in load_clusters(tmp_path / "out.parquet")] != ids
+    with pytest.raises(UserError, match="No cluster has 8 documents"):
+        prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(min_cluster_documents=8, min_similarity=1.0))
+
+
+def test_statistics_stand_beside_the_output(tmp_path):
+    for topic, number in itertools.product(TOPICS, range(3)):
+        write(tmp_path / "in" / topic / f"{number}.txt", article(topic, number))
+    write(tmp_path / "in" / "short.txt", "x")
+    prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(source="mine"))
+    statistics = json.loads((tmp_path / "out.statistics.json").read_text())
+    assert statistics["read"] == {"files": 10, "documents": 10, "pieces_of_long_documents": 0}
+    assert statistics["documents_left_out"] == {"shorter than 200 characters": 1}
+    assert statistics["clusters"] == 3 and statistics["documents"] == 9
+    assert statistics["clusters_of_each_source"] == {"mine": 3}
+    assert statistics["options"]["source"] == "mine" and "workers" not in statistics["options"]
+    words = [sum(len(text.split()) for text in c.documents) for c in load_clusters(tmp_path / "out.parquet")]
+    assert statistics["per_cluster"]["words"]["total"] == sum(words)
+    assert statistics["per_cluster"]["words"]["max"] == max(words)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
+    from spell_megatron.corpus import prepare as stages
+
+    monkeypatch.setattr(stages, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(stages, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(stages, "_EMBED_TEXTS", 8)
+    rows = [{"text": article(topic, number)} for number in range(20) for topic in TOPICS]
+    path = table(tmp_path / "a.jsonl", rows + rows[:10])
+    for workers in (1, 2):
+        prepare([path], tmp_path / f"{workers}.parquet", Options(workers=workers))
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+    statistics = [json.loads((tmp_path / f"{n}.statistics.json").read_text()) for n in (1, 2)]
+    assert statistics[0] == statistics[1] and statistics[0]["documents_left_out"] == {"repeated": 10}
