@@ -1,18 +1,19 @@
 """Texts to vectors by which they are grouped: from their words, or by an embedding model."""
 
+# scikit-learn takes seconds to import: that is left to the functions that need it. Worker processes do without.
+
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
 from scipy.sparse import csr_matrix, vstack
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfTransformer
-from sklearn.preprocessing import normalize
 from urllib3.util import Retry
 
 from spell_megatron.corpus.duplicates import word_hashes
@@ -37,7 +38,13 @@ def embed_words(
         sample: batches of texts of which to learn; if they are no more than `DIMENSIONS`, they must be all texts,
             and the vectors are the whole TF-IDF vectors.
     """
-    counts = vstack(list(ordered_map(_count_words, sample, workers)))
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfTransformer
+
+    sample = list(sample)
+    count = functools.partial(_count_words, stop_words=ENGLISH_STOP_WORDS)
+    counted = ordered_map(count, itertools.chain(sample, batches), workers)
+    counts = vstack(list(itertools.islice(counted, len(sample))))
     few = counts.shape[0] <= DIMENSIONS
     # A word of a single text makes it like no other.
     columns = np.flatnonzero(np.bincount(counts.indices, minlength=counts.shape[1]) >= (1 if few else 2))
@@ -48,16 +55,16 @@ def embed_words(
     else:
         svd = TruncatedSVD(DIMENSIONS, n_iter=2, random_state=seed).fit(tfidf.transform(counts))
         reduce = svd.transform
-    del counts
-    for batch in ordered_map(_count_words, batches, workers):
-        yield normalize(reduce(tfidf.transform(batch[:, columns]))).astype(np.float32)
+    del counts, sample
+    for batch in counted:
+        yield unit(reduce(tfidf.transform(batch[:, columns])))
 
 
-def _count_words(texts: Sequence[str]) -> csr_matrix:
+def _count_words(texts: Sequence[str], stop_words: Set[str]) -> csr_matrix:
     """How often each word occurs, stop words aside [texts, FEATURES]; the hash of a word is its column."""
     columns, counts = [], []
     for text in texts:
-        kept = [word for word in words(text) if word not in ENGLISH_STOP_WORDS]
+        kept = [word for word in words(text) if word not in stop_words]
         own = np.unique(word_hashes(kept) % np.uint64(FEATURES), return_counts=True)
         columns.append(own[0].astype(np.int32))
         counts.append(own[1].astype(np.float32))
@@ -107,7 +114,7 @@ def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Itera
     with ThreadPoolExecutor(_REQUESTS) as pool:
         for batch in batches:
             requests_ = [batch[i : i + _REQUEST_TEXTS] for i in range(0, len(batch), _REQUEST_TEXTS)]
-            yield _unit(np.concatenate(list(pool.map(ask, requests_))), model)
+            yield unit(_finite(np.concatenate(list(pool.map(ask, requests_))), model))
 
 
 def embed_by_vllm(batches: Iterable[list[str]], model: str) -> Iterator[np.ndarray]:
@@ -137,10 +144,16 @@ def embed_by_vllm(batches: Iterable[list[str]], model: str) -> Iterator[np.ndarr
         raise UserError(f"vLLM cannot load the embedding model {model}: {error}") from error
     for batch in batches:
         outputs = engine.embed(batch, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1})
-        yield _unit(np.array([output.outputs.embedding for output in outputs], np.float32), model)
+        yield unit(_finite(np.array([output.outputs.embedding for output in outputs], np.float32), model))
 
 
-def _unit(vectors: np.ndarray, model: str) -> np.ndarray:
+def _finite(vectors: np.ndarray, model: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise UserError(f"The embedding model {model} gives numbers that are not finite. Try it in another precision.")
-    return normalize(vectors)
+    return vectors
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32; those of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.preprocessing import normalize
+
+from spell_megatron.corpus.embedding import unit
 
 # Joining pairs costs the square of a part's size; much smaller parts would cut through more families.
 PART = 1000
@@ -46,6 +47,8 @@ def hierarchical_kmeans(vectors: np.ndarray, most: int, seed: int) -> Iterator[n
 
     A level's centres are learnt from a sample of 256 rows for each.
     """
+    from sklearn.cluster import KMeans
+
     waiting = [np.arange(len(vectors))]
     while waiting:
         part = waiting.pop()
@@ -56,7 +59,9 @@ def hierarchical_kmeans(vectors: np.ndarray, most: int, seed: int) -> Iterator[n
         branches = min(_BRANCHES, -(-2 * len(part) // most))
         rng = np.random.default_rng([seed, len(part), int(part[0])])
         sample = np.sort(rng.choice(part, min(len(part), 256 * branches), replace=False))
-        means = KMeans(branches, n_init=1, max_iter=50, random_state=seed).fit(vectors[sample])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Number of distinct clusters")  # equal texts are no fault
+            means = KMeans(branches, n_init=1, max_iter=50, random_state=seed).fit(vectors[sample])
         labels = np.concatenate(
             [means.predict(vectors[part[i : i + _CHUNK]]) for i in range(0, len(part), _CHUNK)]
         )
@@ -73,7 +78,7 @@ def _join_pairs(
     # The sum of the members' vectors points where their mean does.
     sums, sizes = vectors.astype(np.float32), sizes.copy()
     while len(groups) > 1:
-        means = normalize(sums)
+        means = unit(sums)
         similarity = means @ means.T
         np.fill_diagonal(similarity, -np.inf)
         near = min(_NEIGHBOURS, len(groups) - 1)

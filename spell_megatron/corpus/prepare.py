@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from spell_megatron import __version__
@@ -66,7 +64,7 @@ _PIECES = pa.schema(
 )
 EVALUATION_SUFFIXES = {".jsonl", ".json", ".parquet"}
 # Processes take seconds to start: smaller inputs are read by this one alone.
-PARALLEL_BYTES = 32 * 2**20
+PARALLEL_BYTES, PARALLEL_TEXTS = 32 * 2**20, 10_000
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 4_000_000
 _EMBED_TEXTS = 1024
 
@@ -593,7 +591,7 @@ def _embed(folder: Path, pieces: pa.Table, rows: np.ndarray, options: Options, p
         places = np.linspace(0, len(rows) - 1, min(embedding.SAMPLE, len(rows))).astype(int)
         sample = rows[places]
         chunks = (texts(sample[i : i + _EMBED_TEXTS]) for i in range(0, len(sample), _EMBED_TEXTS))
-        workers = options.workers if len(parts) > 4 else 1
+        workers = options.workers if len(rows) > PARALLEL_TEXTS else 1
         vectors = embedding.embed_words(chunks, batches, workers, options.seed)
     # Sums of several threads come out differently from run to run.
     with progress.stage("embedding", len(rows)) as advance, threadpool_limits(1):
@@ -637,11 +635,7 @@ def _group(
         return sorted(groups)
 
     clusters: list[tuple[str, list[int]]] = []
-    with (
-        progress.stage("grouping", len(plan.embedded)) as advance,
-        threadpool_limits(1),
-        warnings.catch_warnings(category=ConvergenceWarning, action="ignore"),
-    ):
+    with progress.stage("grouping", len(plan.embedded)) as advance, threadpool_limits(1):
         for name, rows in plan.folders.items():
             if _fits(plan.sizes[rows], plan.limits, options.documents_per_cluster):
                 clusters.append((name, rows.tolist()))

@@ -532,6 +532,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
     from spell_megatron.corpus import prepare as stages
 
     monkeypatch.setattr(stages, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(stages, "PARALLEL_TEXTS", 0)
     monkeypatch.setattr(stages, "_BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(stages, "_EMBED_TEXTS", 8)
     rows = [{"text": article(topic, number)} for number in range(20) for topic in TOPICS]
