@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import HTTPAdapter, Retry
 from scipy.sparse import csr_matrix, vstack
-from urllib3.util import Retry
 
 from spell_megatron.corpus.duplicates import word_hashes
 from spell_megatron.corpus.texts import words
@@ -27,6 +26,7 @@ SAMPLE = 20_000
 """Texts of which the weights of words and the dimensions are learnt."""
 _REQUEST_TEXTS = 32
 _REQUESTS = 8
+_RETRIES = 6
 
 
 def embed_words(
@@ -82,7 +82,7 @@ def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Itera
         UserError: if the server does not answer, refuses, or answers with something else.
     """
     session = requests.Session()
-    retries = Retry(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+    retries = Retry(_RETRIES, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retries, pool_maxsize=_REQUESTS))
     session.headers["Authorization"] = f"Bearer {os.environ.get('SPELL_API_KEY', 'none')}"

@@ -58,8 +58,9 @@ class Options:
         "its key is taken from SPELL_API_KEY"
     )
     embedding_chars: int = _option(8000, "clusters", "N", "characters of a document that the model is given")
-    min_similarity: float = _option(
-        0.1, "clusters", "X", "least cosine of vectors that are grouped; raise it for embedding models"
+    min_similarity: float | None = _option(
+        None, "clusters", "X", "least cosine of vectors that are grouped (default 0.1 for up to 128 documents, 0.3 for "
+        "more, 0.5 with --embedding-model)"
     )
     documents_per_cluster: int = _option(8, "clusters", "N", "most documents of a cluster")
     min_cluster_documents: int = _option(1, "clusters", "N", "clusters of fewer documents are left out")
@@ -115,7 +116,7 @@ class Options:
             )
         if not 0 < self.near_duplicates <= 1:
             faults.append(f"--near-duplicates must be above 0 and at most 1, not {self.near_duplicates}")
-        if not -1 <= self.min_similarity <= 1:
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             faults.append(f"--min-similarity must be between -1 and 1, not {self.min_similarity}")
         if (self.max_cluster_tokens is None) != (self.tokenizer is None):
             faults.append("--max-cluster-tokens and --tokenizer go together")

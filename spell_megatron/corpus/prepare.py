@@ -644,9 +644,21 @@ def _group(
             names = [name] if len(parts) == 1 else [f"{name}-{n}" for n in range(1, len(parts) + 1)]
             clusters += zip(names, parts, strict=True)
         if len(plan.loose):
-            parts = similar(plan.loose, options.min_similarity)
+            parts = similar(plan.loose, _least_similarity(len(plan.embedded), options))
             clusters += [(f"{options.source}-{n:05d}", part) for n, part in enumerate(parts, 1)]
     (folder / "groups.json").write_text(json.dumps(clusters))
+
+
+def _least_similarity(documents: int, options: Options) -> float:
+    """Where the user says nothing: what tells related documents from others, measured on several real corpora.
+
+    In fewer dimensions all documents come nearer to each other: 0.3 there groups as 0.1 does with all words.
+    """
+    if options.min_similarity is not None:
+        return options.min_similarity
+    if options.embedding_model:
+        return 0.5
+    return 0.1 if documents <= embedding.DIMENSIONS else 0.3
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -18,7 +18,7 @@ def clean(text: str) -> str:
     text = text.encode("utf-8", "replace").decode()
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-    text = re.sub(r"[ \t]+\n", "\n", text)
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text).strip()
 
 

@@ -314,6 +314,19 @@ def test_nothing_usable(tmp_path, name, content, message):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_table_damaged_inside_is_named_with_the_place(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [article(topic, n) for n in range(500) for topic in TOPICS]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=500, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 5000] = bytes(5000)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a.parquet: damaged after row \d+ .*Write the file again"):
+        prepare([path], tmp_path / "out.parquet")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.parquet"]
+
+
 def test_contradicting_options_are_named_together(tmp_path):
     with pytest.raises(UserError) as error:
         prepare([tmp_path / "gone"], tmp_path / "out.csv")
