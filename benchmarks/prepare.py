@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py [--documents 100000] [--quick] [--sample 5000]
 
-Makes documents of 100 to 900 words (Zipf's law, about 50 for each topic, sentences and paragraphs) as a .jsonl file, and an
-evaluation set. Of the documents
+Makes documents of 100 to 900 words (Zipf's law, about 50 for each topic, sentences and paragraphs) as a .jsonl file,
+and an evaluation set. Of the documents
 
 * 5 % repeat an earlier one exactly, 10 % nearly: single words changed, inserted and dropped, 0.5 to 8 % of them. The
   Jaccard similarity of the five-word sequences is computed exactly for each; one of 0.8 or more is a near-duplicate.
@@ -151,7 +151,7 @@ def prepare(folder: Path) -> tuple[float, float]:
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.5)
     seconds = time.perf_counter() - start
     print(process.stdout.read())
     if process.returncode:
@@ -259,7 +259,8 @@ def main() -> None:
             print("datasketch is not installed (extra `bench`): not compared")
         else:
             theirs, found = timed(lambda: datasketch_duplicates(few))
-            figures[f"datasketch {version} on the sample"] = {"seconds": round(theirs, 2)} | score(found, truth[:sample])
+            scores = score(found, truth[:sample])
+            figures[f"datasketch {version} on the sample"] = {"seconds": round(theirs, 2)} | scores
             figures["times faster than datasketch"] = round(theirs / ours, 2)
 
     for name, value in figures.items():

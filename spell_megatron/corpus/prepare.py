@@ -84,7 +84,7 @@ class Summary:
     cluster_tokens: list[int] = field(default_factory=list)
     """Tokens of each cluster written; empty without a tokenizer."""
     tasks: Counter[str] = field(default_factory=Counter)
-    """Clusters written for each task; those without one count under ""."""
+    """Clusters written for each task; "none" counts those without one."""
     sources: Counter[str] = field(default_factory=Counter)
     """Clusters written of each source."""
 
@@ -106,8 +106,8 @@ class Summary:
                 )
         if alone := self.cluster_documents.count(1):
             lines.append(f"  clusters of a single document: {alone:,} (nothing similar to it was found)")
-        if set(self.tasks) - {""}:
-            shown = [f"{count:,} {task or 'without a task'}" for task, count in sorted(self.tasks.items())]
+        if set(self.tasks) - {"none"}:
+            shown = [f"{count:,} {task}" for task, count in sorted(self.tasks.items())]
             lines.append(f"  tasks: {', '.join(shown)}")
         lines.append(
             f"  read: {counts.documents:,} documents in {counts.files:,} files"
@@ -155,8 +155,8 @@ class Summary:
 
 def _distribution(sizes: Sequence[int]) -> dict[str, float]:
     places = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
-    values = {name: float(np.percentile(sizes, place)) for name, place in places.items()}
-    return values | {"mean": round(float(np.mean(sizes)), 3), "total": sum(sizes)}
+    values = {name: round(float(np.percentile(sizes, place)), 1) for name, place in places.items()}
+    return values | {"mean": round(float(np.mean(sizes)), 1), "total": sum(sizes)}
 
 
 def prepare(
@@ -166,9 +166,9 @@ def prepare(
 
     Text files (.txt, .md, or no extension) are one document each. Every row of a .jsonl or .parquet table is one
     document, or one cluster if the table has the columns `cluster_id` and `documents`; such clusters are passed
-    through as they are, unless they overlap with an evaluation set. Documents are filtered, those that repeat
-    others are left out, long ones are cut. Text files that share a sub-folder of an input folder make a cluster; all
-    other documents are grouped by similarity (`grouping.group_similar`).
+    through as they are, unless they overlap with an evaluation set or have too many tokens. Documents are filtered,
+    those that repeat others are left out, long ones are cut. Text files that share a sub-folder of an input folder
+    make a cluster; all other documents are grouped by similarity (`grouping.group_similar`).
 
     `out` and the statistics beside it (`statistics_path`) appear only when they are complete. The same inputs and
     options give the same bytes, also when a run was killed and started again.
@@ -426,6 +426,10 @@ def _raw_documents(
             )
             if fault := next(filter(None, overlaps), ""):
                 counts.skipped[f"in clusters with a document {fault}"] += len(cluster.documents)
+            elif options.tokenizer and _tokens(cluster.documents, options.tokenizer) > options.max_cluster_tokens:
+                counts.skipped[f"in given clusters of more than {options.max_cluster_tokens} tokens"] += len(
+                    cluster.documents
+                )
             else:
                 ready[cluster.id] = cluster
 
@@ -491,6 +495,11 @@ def _overlap(hashes: np.ndarray, options: Options, known: Path | None, evaluatio
 def _evaluation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     hashes, owners = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("hashes", "owners"))
     return hashes.view(np.ndarray), owners.view(np.ndarray)  # searching a np.memmap is slower
+
+
+def _tokens(texts: Iterable[str], tokenizer: Path) -> int:
+    """Tokens of texts with a line end after each."""
+    return sum(_tokenizer(tokenizer).count(text) + 1 for text in texts)
 
 
 @functools.lru_cache(1)
@@ -715,7 +724,7 @@ def _write(
                     summary.cluster_tokens.append(sum(_values(pieces["tokens"], members)))
             summary.cluster_documents.append(len(row["documents"]))
             summary.cluster_words.append(sum(len(text.split()) for text in row["documents"]))
-            summary.tasks[row["task"] or ""] += 1
+            summary.tasks[row["task"] or "none"] += 1
             summary.sources[row["source"]] += 1
             yield row
 

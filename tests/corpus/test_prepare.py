@@ -488,6 +488,9 @@ def test_clusters_keep_within_tokens(tmp_path):
     assert np.median(joined) > 350  # two groups of less than half would have been joined if they are alike
     kept = Counter(word for cluster in clusters for text in cluster.documents for word in text.split())
     assert kept == Counter(word for row in rows for word in row["text"].split())
+    given = [{"cluster_id": str(n), "documents": ["x" * n, "é"]} for n in (696, 697)]  # é is two bytes
+    prepare([table(tmp_path / "given.jsonl", given)], tmp_path / "given.parquet", options)
+    assert [cluster.id for cluster in load_clusters(tmp_path / "given.parquet")] == ["696"]
     with pytest.raises(UserError, match="--tokenizer: There is no tokenizer in"):
         prepare([path], tmp_path / "o.parquet", Options(max_cluster_tokens=700, tokenizer=tmp_path))
 
