@@ -159,9 +159,7 @@ def _distribution(sizes: Sequence[int]) -> dict[str, float]:
     return values | {"mean": round(float(np.mean(sizes)), 1), "total": sum(sizes)}
 
 
-def prepare(
-    inputs: Sequence[Path], out: Path, options: Options = Options(), progress: Progress | None = None
-) -> Summary:
+def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> Summary:
     """Turn files and folders into one .parquet or .jsonl file of document clusters.
 
     Text files (.txt, .md, or no extension) are one document each. Every row of a .jsonl or .parquet table is one
@@ -181,7 +179,7 @@ def prepare(
     evaluation = _check(inputs, out, options)
     counts = Counts()
     files = reading.find_files(inputs, [out, statistics_path(out)], counts)
-    progress = progress or Progress(console=Console(stderr=True))
+    progress = Progress(console=Console(stderr=True))
     with _Work.open(out, _fingerprint(files, evaluation, options), progress) as work:
         known = None
         if evaluation:

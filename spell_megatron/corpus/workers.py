@@ -9,13 +9,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from spell_megatron.errors import UserError
 
 
 def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
     """`map(function, items)` in several processes; takes few items ahead of the results.
 
     With one worker it works in this process.
+
+    Raises:
+        UserError: if a worker dies.
     """
     if workers == 1:
         yield from map(function, items)
@@ -31,6 +37,11 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker process has died, most likely for lack of memory. Run the same command again with fewer "
+                "--workers: what is finished is not repeated."
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_fixtures import save_byte_tokenizer
+from spell_megatron.cli import main
 from spell_megatron.corpus.embedding import embed_words
 from spell_megatron.corpus.grouping import group_similar
 from spell_megatron.corpus.options import Options
@@ -526,6 +527,27 @@ def test_clusters_are_chosen_by_size_and_number(tmp_path):
     assert [cluster.id for cluster in load_clusters(tmp_path / "out.parquet")] != ids
     with pytest.raises(UserError, match="No cluster has 8 documents"):
         prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(min_cluster_documents=8, min_similarity=1.0))
+
+
+def test_the_command_line_has_every_option(tmp_path):
+    rows = [{"text": article(topic, n), "score": 2.5} for n in range(4) for topic in TOPICS]
+    path = table(tmp_path / "a.jsonl", rows)
+    evaluation = table(tmp_path / "e.jsonl", [{"q": " ".join(f"e{i}" for i in range(9))}])
+    given = {
+        "min_document_chars": 100, "max_document_chars": 700, "drop_long": True, "quality_column": "score",
+        "min_quality": 2.5, "near_duplicates": 0.7, "decontaminate": [str(evaluation)] * 2, "overlap_words": 8,
+        "documents_per_cluster": 3, "min_cluster_documents": 2, "max_cluster_chars": 2000, "max_clusters": 2,
+        "min_similarity": 0.05, "source": "mine", "tasks": ["doc_mc", "docmath_qa"], "seed": 4,
+    }  # fmt: skip
+    words = ["prepare", str(path), "--out", str(tmp_path / "out.parquet")]
+    words += ["--drop-long", "--tasks", "doc_mc,docmath_qa"]
+    for name, value in given.items():
+        for one in value if name == "decontaminate" else [value] if name not in ("drop_long", "tasks") else []:
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    assert main(words) == 0
+    statistics = json.loads((tmp_path / "out.statistics.json").read_text())
+    assert {name: statistics["options"][name] for name in given} == given
+    assert statistics["clusters_of_each_task"] == {"doc_mc": 1, "docmath_qa": 1}
 
 
 def test_statistics_stand_beside_the_output(tmp_path):

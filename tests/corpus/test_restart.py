@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from spell_megatron.corpus.prepare import prepare
+from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,18 @@ def test_two_at_work_on_one_output_are_kept_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_write", second)
     prepare([tmp_path / "corpus.jsonl"], out)
     assert out.exists()
+
+
+def test_a_worker_that_dies_is_explained():
+    with pytest.raises(UserError, match="fewer --workers"):
+        list(ordered_map(os._exit, [9], 2))
+
+
+def test_results_come_in_order_and_little_is_taken_ahead():
+    taken = []
+    results = ordered_map(abs, (taken.append(n) or -n for n in range(50)), 2)
+    assert next(results) == 0 and len(taken) <= 6
+    assert list(results) == list(range(1, 50))
 
 
 def test_workers_do_not_outlive_a_killed_parent():
