@@ -19,9 +19,8 @@ PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 """Two documents are compared by their sets of five-word sequences."""
 
-# Odd multipliers and increments of x -> a x + b mod 2^64, whose upper bits order the shingles (multiply-shift).
-_A, _B = np.random.default_rng(1).integers(0, 2**64, size=(2, PERMUTATIONS), dtype=np.uint64)
-_A |= np.uint64(1)
+# Odd numbers: x -> a x mod 2^64 is a permutation, whose upper bits order the shingles (multiply-shift).
+_FACTORS = np.random.default_rng(1).integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
 _CHUNK = 4096
 _NEAR = 8
 # Three standard errors of an estimate at 0.8.
@@ -64,7 +63,7 @@ def signature(hashes: np.ndarray) -> np.ndarray:
     shingles = sequences(hashes, min(SHINGLE_WORDS, max(1, len(hashes))))
     least = np.full(PERMUTATIONS, 2**64 - 1, np.uint64)
     for start in range(0, len(shingles), _CHUNK):
-        permuted = shingles[start : start + _CHUNK, None] * _A + _B
+        permuted = shingles[start : start + _CHUNK, None] * _FACTORS
         np.minimum(least, permuted.min(axis=0), out=least)
     return (least >> np.uint64(32)).astype(np.uint32)
 
