@@ -44,6 +44,8 @@ setup(
         "scipy",
         "sentencepiece>=0.2",
         "tensorboard",
+        # scikit-learn brings it; `spell prepare` counts on one thread to get the same bytes again
+        "threadpoolctl>=3.1",
         "torch>=2.13,<2.14",
         "transformers>=5.16.1,<5.20",
     ],
@@ -54,8 +56,8 @@ setup(
         "gpu": ["torch==2.13.0", f"vllm=={VLLM}", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
-        # what benchmarks compare with (vs_trl.py) and draw with (prefix_tree.py --plot)
-        "bench": ["matplotlib>=3.9", "trl>=1.16,<1.17"],
+        # what benchmarks compare with (vs_trl.py, prepare.py) and draw with (prefix_tree.py --plot)
+        "bench": ["datasketch>=1.6", "matplotlib>=3.9", "trl>=1.16,<1.17"],
         # selenium: pages of `spell report` in a browser, where there is one
         "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.7", "selenium>=4.30"],
     },

@@ -16,7 +16,9 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from spell_megatron import __version__
 from spell_megatron.config import (
@@ -30,6 +32,7 @@ from spell_megatron.config import (
     settings,
     to_yaml,
 )
+from spell_megatron.corpus.options import Options
 from spell_megatron.errors import UserError
 
 
@@ -502,41 +505,37 @@ def _add_prepare(commands) -> None:
         allow_abbrev=False,
         description="Turn files and folders of text (.txt, .md, .jsonl, .parquet) into clusters of related "
         "documents, the input of `spell train`. Files that share a folder make a cluster; other documents "
-        "are grouped by similarity.",
+        "are grouped by similarity. The same inputs and options give the same file; a run that was stopped goes "
+        "on where it was when it is started again.",
     )
-    add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
-    add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
-    for flag, default, meaning in (
-        ("--documents-per-cluster", 8, "most documents of a cluster"),
-        ("--max-cluster-chars", 48_000, "most characters of a cluster"),
-        ("--max-document-chars", 8000, "longer documents are cut"),
-        ("--min-document-chars", 200, "shorter documents are left out"),
-        ("--seed", 0, "seed of the grouping"),
-    ):
-        add(flag, type=int, default=default, metavar="N", help=f"{meaning} (default {default})")
-    for flag, default, meaning in (
-        ("--text-column", "text", "column of .jsonl and .parquet tables that holds the text"),
-        ("--source", "documents", "value of the clusters' `source` column"),
-    ):
-        add(flag, default=default, metavar="NAME", help=f"{meaning} (default {default})")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="parquet (or .jsonl) file to write")
+    groups: dict[str, Any] = {}
+    for option in fields(Options):
+        group = option.metadata["group"]
+        add = groups.setdefault(group, parser.add_argument_group(group)).add_argument
+        flag, meaning = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        if option.type == "bool":
+            add(flag, action="store_true", help=meaning)
+        elif option.name == "decontaminate":
+            add(flag, action="append", type=Path, default=[], metavar="FILE", help=meaning)
+        elif option.name == "tasks":
+            add(flag, type=lambda given: given.split(","), default=[], metavar="TASK[,TASK]", help=meaning)
+        else:
+            kind = {"int": int, "float": float, "str": str, "Path": Path}[option.type.removesuffix(" | None")]
+            if option.default not in ("", None):
+                meaning += f" (default {option.default})"
+            add(flag, type=kind, default=option.default, metavar=option.metadata["metavar"], help=meaning)
     parser.set_defaults(command=_prepare)
 
 
 def _prepare(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.corpus import prepare
+    given = {option.name: getattr(arguments, option.name) for option in fields(Options)}
+    given |= {name: tuple(given[name]) for name in ("decontaminate", "tasks")}
+    options = Options(**given)
+    from spell_megatron.corpus.prepare import prepare
 
-    summary = prepare(
-        arguments.inputs,
-        arguments.out,
-        documents_per_cluster=arguments.documents_per_cluster,
-        max_cluster_chars=arguments.max_cluster_chars,
-        max_document_chars=arguments.max_document_chars,
-        min_document_chars=arguments.min_document_chars,
-        text_column=arguments.text_column,
-        source=arguments.source,
-        seed=arguments.seed,
-    )
+    summary = prepare(arguments.inputs, arguments.out, options)
     print(summary)
     return 0
 

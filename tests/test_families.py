@@ -142,10 +142,11 @@ def teach_formats(model, folder: Path, text: str, steps: int = 180) -> None:
 
 def prepare_corpus(out: Path) -> None:
     """Eleven clusters of short pieces of annual reports: so few that the second step meets some again."""
-    from spell_megatron.corpus import prepare
+    from spell_megatron.corpus.options import Options
+    from spell_megatron.corpus.prepare import prepare
 
     reports = ROOT / "examples" / "documents" / "northlake-foods"
-    prepare([reports], out, documents_per_cluster=3, max_document_chars=400, min_document_chars=50)
+    prepare([reports], out, Options(documents_per_cluster=3, max_document_chars=400, min_document_chars=50))
 
 
 def make_policy(family: str, folder: Path, corpus: Path | None) -> None:

@@ -33,7 +33,8 @@ class Cluster:
     documents: tuple[str, ...]
     document_ids: tuple[str, ...]
     source: str
-    task: str = ""
+    task: str | None = None
+    """The task that it serves; None: `data.sources` and the sampler decide."""
     question: str = ""
     answer: str = ""
 
@@ -41,10 +42,10 @@ class Cluster:
 def load_clusters(path: str | Path) -> list[Cluster]:
     """Read clusters from a parquet or JSON-lines file.
 
-    Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long) and
-    `source`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
-    source is what stands before the first underscore. So are questions in the form of validation.questions: `task`,
-    `question`, `answer`, `documents`, and optionally `id` and `source`.
+    Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long),
+    `source` and `task`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
+    source is what stands before the first underscore. So are questions in the form
+    of validation.questions: `task`, `question`, `answer`, `documents`, and optionally `id` and `source`.
 
     Raises:
         UserError: if the file cannot be read, or naming the first ten faults by row and column.
@@ -77,7 +78,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
         raise UserError(
             f"The documents file {path} has {len(faults)} fault(s): {'; '.join(faults[:MAX_FAULTS])}{more}. "
             "Each row needs a unique cluster_id and a non-empty list `documents` of non-empty texts; "
-            "document_ids (as many) and source are optional. Mend the rows, or write the file again with "
+            "document_ids (as many), source and task are optional. Mend the rows, or write the file again with "
             "`spell prepare`."
         )
     return clusters
@@ -172,18 +173,20 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
     elif not isinstance(source, str):
         faults.append(f"{names['source']}: must be a string, not {_shown(source)}")
         source = ""
-    asked = {name: row.get(name) for name in ("task", "question", "answer")} if columns is QUESTION_COLUMNS else {}
+    asked = {name: row.get(name) for name in ("question", "answer")} if columns is QUESTION_COLUMNS else {}
     for name, text in asked.items():
         if not isinstance(text, str | int | float) or not str(text).strip():
             faults.append(f"column {name}: must be a non-empty text, not {_shown(text)}")
-    if asked and asked["task"] not in get_args(Task):
-        faults.append(f"column task: {_shown(asked['task'])} is none of {', '.join(get_args(Task))}")
+    task = row.get("task")
+    if (task is not None or asked) and task not in get_args(Task):
+        missing = "" if asked else ", or missing"
+        faults.append(f"column task: must be one of {', '.join(get_args(Task))}{missing}, not {_shown(task)}")
     if identifier is None:
         return None, faults
     if columns is REFERENCE_COLUMNS:
         source = source.partition("_")[0]
-    texts = {name: str(text) for name, text in asked.items()}
-    cluster = Cluster(str(identifier), tuple(map(str, documents)), tuple(map(str, document_ids)), source, **texts)
+    texts, text_ids = tuple(map(str, documents)), tuple(map(str, document_ids))
+    cluster = Cluster(str(identifier), texts, text_ids, source, task, *map(str, asked.values()))
     return cluster, faults
 
 
@@ -252,7 +255,7 @@ class ClusterSampler:
         """Give every cluster its task and go to the beginning of the stream.
 
         `tasks` maps tasks to weights (0: not used); `sources` names the tasks that the clusters of a
-        source may serve (those not named serve every task).
+        source may serve (those not named serve every task). A cluster with a task of its own serves that.
 
         Raises:
             UserError: if a task has no clusters, or no place in a round.

@@ -40,6 +40,8 @@ def test_both_formats_and_both_schemas_are_read(tmp_path, suffix):
     assert load_clusters(write(tmp_path / f"bare{suffix}", bare)) == [
         Cluster("7", ("x", "y"), ("7/0", "7/1"), "")
     ]
+    tasks = [{"cluster_id": task or "u", "documents": ["x"], "task": task} for task in ("doc_mc", None)]
+    assert [cluster.task for cluster in load_clusters(write(tmp_path / f"t{suffix}", tasks))] == ["doc_mc", None]
     released = [{"question_id": 7, "paragraphs": ["x"], "data_source": "docmath_train"}]
     assert load_clusters(write(tmp_path / f"theirs{suffix}", released)) == [
         Cluster("7", ("x",), ("7/0",), "docmath")
@@ -64,6 +66,8 @@ FAULTY = [
         "column document_ids: must be a list",
     ),
     ({"cluster_id": "a", "documents": ["x"], "source": 3}, "column source: must be a string, not 3"),
+    ({"cluster_id": "a", "documents": ["x"], "task": "chess"}, "column task: must be one of docmath_qa"),
+    ({"cluster_id": "a", "documents": ["x"], "task": ["doc_mc"]}, "column task: must be one of"),
 ]
 
 
@@ -90,7 +94,7 @@ def test_files_of_questions(tmp_path):
         "q": "doc_general_qa",
     }
     rows = [{"task": "essay", "question": " ", "documents": ["a"]}]
-    with pytest.raises(UserError, match=r"column question.*column answer.*'essay' is none of"):
+    with pytest.raises(UserError, match=r"column question.*column answer.*must be one of.*'essay'"):
         load_clusters(write(tmp_path / "bad.jsonl", rows))
 
 
@@ -254,6 +258,13 @@ def test_sources_decide_which_tasks_their_clusters_serve():
     stream = take(ClusterSampler(mixed, TASKS, sources, 30, 0), 30)
     assert all((task == "docmath_qa") == cluster.startswith("m") for cluster, task in stream)
     assert Counter(task for _, task in stream) == dict.fromkeys(TASKS, 10)
+
+
+def test_a_clusters_own_task_comes_before_that_of_its_source():
+    mixed = clusters(6, "docmath", "m") + [Cluster(f"t{i}", ("x",), ("x",), "docmath", "doc_mc") for i in range(3)]
+    sources = {"docmath": ["docmath_qa"]}
+    stream = take(ClusterSampler(mixed, {"docmath_qa": 2.0, "doc_mc": 1.0}, sources, 9, 0), 9)
+    assert all((task == "doc_mc") == cluster.startswith("t") for cluster, task in stream)
 
 
 def test_many_small_sources_are_shared_out_evenly():
