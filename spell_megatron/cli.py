@@ -469,8 +469,8 @@ def _add_evaluate(commands) -> None:
         action="append",
         required=True,
         metavar="NAME[=PATH]",
-        help="docmath, frames, 2wikimqa, hotpotqa, musique, longbench-v2, from the Hugging Face hub or from PATH, a file "
-        "or folder as the hub has it; `paper` for all six; any other NAME: a JSONL file of your own questions",
+        help="docmath, frames, 2wikimqa, hotpotqa, musique, longbench-v2, from the Hugging Face hub or from PATH, a "
+        "file or folder as the hub has it; `paper`: all six; any other NAME: a JSONL file of your own questions",
     )
     add("--out", type=Path, required=True, metavar="FOLDER", help="where answers, judgments and scores are kept")
     for flag, default, meaning in (

@@ -101,7 +101,7 @@ def cut_text(tokenizer: PolicyTokenizer, text: str, limit: int) -> tuple[str, in
         count = tokenizer.count(short)
         if count <= limit:
             return short, count, True
-        kept -= count - limit
+        kept -= max(1, (count - limit) // 2)  # fewer than too many: the join may come out shorter next time
 
 
 def sample_seed(seed: int, question: BenchmarkQuestion, index: int) -> int:
