@@ -448,7 +448,9 @@ def _add_evaluate(commands) -> None:
         usage="spell evaluate --model FOLDER --benchmark NAME[=PATH] [--benchmark ...] --out FOLDER\n"
         "                      [--samples N] [--max-input N] [--max-output N] [--limit N]\n"
         "                      [--judge URL --judge-model NAME] [--server URL --server-model NAME [--chat]]\n"
-        "                      [--config FILE ...] [--SECTION.KEY=VALUE ...]",
+        "                      [--config FILE ...] [--SECTION.KEY=VALUE ...]\n"
+        "       spell evaluate --answers FILE --benchmark NAME[=PATH] [--benchmark ...] --out FOLDER\n"
+        "                      [--judge URL --judge-model NAME]",
         description="Answer benchmarks, or questions of your own, several times each; score the answers by rule and,\n"
         "with --judge, by another model; write scores.json, scores.md and pass_at_k.svg. Run again with the same\n"
         "--out it goes on where it was: nothing is generated or judged twice. See docs/evaluation.md.",
@@ -459,7 +461,6 @@ def _add_evaluate(commands) -> None:
     add(
         "--model",
         type=Path,
-        required=True,
         metavar="FOLDER",
         help="Hugging Face checkpoint, or a step of a run (RUN/checkpoints/step_000012); with --server only its "
         "tokenizer is used",
@@ -473,6 +474,7 @@ def _add_evaluate(commands) -> None:
         "file or folder as the hub has it; `paper`: all six; any other NAME: a JSONL file of your own questions",
     )
     add("--out", type=Path, required=True, metavar="FOLDER", help="where answers, judgments and scores are kept")
+    add("--answers", type=Path, metavar="FILE", help="JSONL of answers (benchmark, id, text) to score, instead of a model")
     for flag, default, meaning in (
         ("--samples", 8, "answers per question"),
         ("--max-input", 16384, "tokens of a prompt; a longer one loses its middle"),
@@ -540,6 +542,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence
             folder=arguments.out,
             samples=arguments.samples,
             limit=arguments.limit,
+            answers=arguments.answers,
             server=endpoint("server"),
             chat=arguments.chat,
             judge=endpoint("judge"),
@@ -556,10 +559,12 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence
 
 def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     """Settings of engines, sampling and prompts; --model and the limits stand above those of a file."""
-    model = arguments.model
+    if (arguments.model is None) == (arguments.answers is None):
+        raise UserError("Give a model to evaluate with --model FOLDER, or answers to score with --answers FILE.")
+    model = arguments.model or Path("none")
     if (model / "hf" / "config.json").is_file():  # a step of a run
         model = model / "hf"
-    if not (model / "config.json").is_file() and not arguments.server:
+    if not (model / "config.json").is_file() and not arguments.server and not arguments.answers:
         raise UserError(f"There is no model in {model}: it has no config.json. Give --model a Hugging Face checkpoint.")
     overrides = [
         *overrides,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Evaluation:
         folder: where everything is kept. Called again with the same folder, it goes on where it was.
         samples: answers per question.
         limit: only the first questions of each benchmark.
+        answers: JSONL file of answers from elsewhere to score, instead of generating any (see `_read_answers`).
         server: answer with this server instead of engines; model.path is then only the tokenizer's folder.
         chat: use the server's chat route.
         judge: who judges what the rule calls wrong; None: rule alone.
@@ -58,6 +59,7 @@ class Evaluation:
     folder: Path
     samples: int = 8
     limit: int | None = None
+    answers: Path | None = None
     server: Endpoint | None = None
     chat: bool = False
     judge: Endpoint | None = None
@@ -72,34 +74,93 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: for whatever the user can mend. What was generated and judged before stays.
     """
-    prompts = PromptSet.load(evaluation.config.selfplay.prompts)
     template = load_prompt(evaluation.judge_prompt)
-    tokenizer = PolicyTokenizer(evaluation.config.model.path)
     questions: dict[str, list[BenchmarkQuestion]] = {}
     for name, path in evaluation.benchmarks.items():
         with progress.stage(f"reading {name}"):
             questions[name] = load_benchmark(name, path, evaluation.limit)
         progress.line(f"{name}: {len(questions[name]):,} questions")
-    every = [question for members in questions.values() for question in members]
     folder = evaluation.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / "samples.jsonl") as samples, Journal(folder / "judgments.jsonl") as judgments:
-        settings = _settings(evaluation)
-        _check_settings(folder / "evaluation.json", settings)
-        wanted = missing(prompts, every, evaluation.samples, samples)
-        if wanted:
-            with progress.stage("generating", len(every) * evaluation.samples) as advance:
-                done = len(every) * evaluation.samples - len(wanted)
-                _generate(evaluation, prompts, tokenizer, wanted, samples, progress, lambda n: advance(done + n))
-        answered = _score(questions, samples, evaluation.samples)
-        if evaluation.judge:
-            _judge(evaluation, Judge(evaluation.judge.model, template), answered, judgments, progress)
-    settings["samples"] = evaluation.samples
+    if evaluation.answers:
+        answered = _score(questions, _read_answers(evaluation.answers, questions))
+        settings = {"model": str(evaluation.answers)}
+    else:
+        answered = _score(questions, _answer(evaluation, questions, progress))
+        settings = _settings(evaluation) | {"samples": evaluation.samples}
     if evaluation.judge:
         settings |= {"judge": evaluation.judge.model, "judge_prompt": fingerprint(template)}
+        with Journal(folder / "judgments.jsonl") as judgments:
+            _judge(evaluation, Judge(evaluation.judge.model, template), answered, judgments, progress)
     numbers = results.summarise(answered, settings)
     results.write(numbers, folder)
     return numbers
+
+
+Questions = Mapping[str, Sequence[BenchmarkQuestion]]
+
+
+def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The samples of all questions, from the journal; those that it does not have are generated first."""
+    prompts = PromptSet.load(evaluation.config.selfplay.prompts)
+    tokenizer = PolicyTokenizer(evaluation.config.model.path)
+    every = [question for members in questions.values() for question in members]
+    with Journal(evaluation.folder / "samples.jsonl") as journal:
+        _check_settings(evaluation.folder / "evaluation.json", _settings(evaluation))
+        wanted = missing(prompts, every, evaluation.samples, journal)
+        if wanted:
+            total = len(every) * evaluation.samples
+            with progress.stage("generating", total) as advance:
+                _generate(
+                    evaluation, prompts, tokenizer, wanted, journal, lambda n: advance(total - len(wanted) + n)
+                )
+    return (row for row in journal.rows() if row["sample"] < evaluation.samples)  # one at a time: they are long
+
+
+def _read_answers(path: Path, questions: Questions) -> list[dict[str, Any]]:
+    """Answers from elsewhere: lines with `id`, `text` and, if there are several benchmarks, `benchmark`.
+
+    `cut`: true says that an answer ended at its limit. Several lines of a question are its samples.
+
+    Raises:
+        UserError: lines that are not of this form, of no question, or not equally many of each question.
+    """
+    wanted = {(q.benchmark, q.id): 0 for members in questions.values() for q in members}
+    only = next(iter(questions)) if len(questions) == 1 else None
+    rows, faults = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The answers {path} cannot be read: {error}. Correct --answers.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key, text, cut = (row.get("benchmark", only), str(row["id"])), row["text"], row.get("cut", False)
+            if key not in wanted:
+                raise ValueError(f"there is no question {key[1]!r} of {key[0]!r}")
+            if not isinstance(text, str) or not isinstance(cut, bool):
+                raise ValueError("text must be a string, and cut true or false")
+        except KeyError as error:
+            faults.append(f"line {number} has no {error}")
+        except (ValueError, TypeError, AttributeError) as error:
+            faults.append(f"line {number}: {error}")
+        else:
+            rows.append({"benchmark": key[0], "id": key[1], "text": text, "cut": cut})
+            wanted[key] += 1
+    counts = {count for (name, _), count in wanted.items()}
+    if not faults and (len(counts) > 1 or 0 in counts):
+        fewest = min(wanted, key=wanted.get)
+        faults.append(
+            f"it has {wanted[fewest]} answers to question {fewest[1]!r} of {fewest[0]!r}, and {max(counts)} to others"
+        )
+    if faults:
+        raise UserError(
+            f"The answers in {path} cannot be used: {'; '.join(faults[:10])}. Each line must be a JSON object with id, "
+            "text and, if there are several benchmarks, benchmark; every question must have equally many."
+        )
+    return rows
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
@@ -146,7 +207,6 @@ def _generate(
     tokenizer: PolicyTokenizer,
     wanted: Sequence[tuple[BenchmarkQuestion, int]],
     journal: Journal,
-    progress: Progress,
     on_progress: Callable[[int], None],
 ) -> None:
     """Make the missing samples with engines, which are started for it and stopped after it, or with the server."""
@@ -191,14 +251,12 @@ def _generate(
             ) from error
 
 
-def _score(
-    questions: Mapping[str, Sequence[BenchmarkQuestion]], journal: Journal, samples: int
-) -> dict[str, list[results.Answered]]:
-    """The questions with their first `samples` samples, scored by rule."""
+def _score(questions: Questions, rows: Iterable[Mapping[str, Any]]) -> dict[str, list[results.Answered]]:
+    """The questions with their answers, scored by rule."""
     answered = {(q.benchmark, q.id): results.Answered(q) for members in questions.values() for q in members}
-    for row in journal.rows():
+    for row in rows:
         one = answered.get((row["benchmark"], row["id"]))
-        if one and row["sample"] < samples:
+        if one:  # and not beyond --limit, or of a benchmark that is not asked for now
             one.samples.append(results.Sample.of(one.question, row))
     return {name: [answered[name, q.id] for q in members] for name, members in questions.items()}
 

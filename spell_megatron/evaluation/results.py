@@ -45,10 +45,10 @@ class Sample:
 
     @classmethod
     def of(cls, question: BenchmarkQuestion, row: Mapping[str, Any]) -> Sample:
-        """Score a row of the journal of samples by rule. An answer that was cut at the limit states nothing."""
+        """Score an answer by rule: `text`, and `cut`; one that was cut at the limit states nothing."""
         prediction = parse_answer(question.task, row["text"], row["cut"])
         rule = rule_score(question.task, prediction, question.answer)
-        return cls(prediction, rule, row["cut"], row["prompt_cut"], row["tokens"])
+        return cls(prediction, rule, row["cut"], row.get("prompt_cut", False), row.get("tokens"))
 
     @property
     def score(self) -> int:
@@ -189,8 +189,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"# Evaluation of {settings['model']}",
         "",
-        f"Input limit {settings['max_input']:,} tokens, output {settings['max_output']:,}, temperature "
-        f"{settings['temperature']:g}, top-p {settings['top_p']:g}, {settings['samples']} samples a question. Scores: "
+        (
+            f"Input limit {settings['max_input']:,} tokens, output {settings['max_output']:,}, temperature "
+            f"{settings['temperature']:g}, top-p {settings['top_p']:g}, {settings['samples']} samples a question. "
+            if "max_input" in settings
+            else ""
+        )
+        + "Scores: "
         + (f"the better of rule and judge ({judge})." if judge else "rule alone; there was no judge."),
         f"In brackets: {results['interval']}.",
         "",

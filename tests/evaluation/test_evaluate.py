@@ -330,6 +330,67 @@ def test_a_model_is_needed(mine, tmp_path, capsys):
     assert "There is no model in" in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------- answers from elsewhere
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """answers(lines, *words): exit status of scoring these to hotpotqa, with the references yes and a bridge."""
+
+    def score(lines: list[dict | str], *words: str) -> int:
+        path = tmp_path / "answers.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+        source = ROOT / "tests" / "data" / "benchmarks" / "longbench"
+        more = ["--benchmark", f"hotpotqa={source}", "--out", str(tmp_path / "out"), *words]
+        return main(["evaluate", "--answers", str(path), *more])
+
+    return score
+
+
+FIRST, SECOND = (f"hotpotqa{i:040x}" for i in (1, 2))
+
+
+def test_answers_from_elsewhere_are_scored(answers, tmp_path):
+    right, wrong = {"text": "The correct answer is Yes."}, {"text": "The correct answer is no"}
+    bridge = {"id": SECOND, "text": "<think>Hm.</think>The correct answer is the Sorrel Bridge"}
+    bridge["benchmark"] = "hotpotqa"
+    lines = [{"id": FIRST} | right, bridge, {"id": FIRST} | wrong, bridge | {"cut": True}]
+    assert answers(lines) == 0
+    about = scores(tmp_path / "out")["benchmarks"]["hotpotqa"]
+    assert (about["questions"], about["samples"]) == (2, 2)
+    assert about["score"]["pass@1"]["mean"] == 0.5 and about["score"]["pass@2"]["mean"] == 1
+    assert about["answers_cut"] == 0.25
+
+
+def test_answers_from_elsewhere_are_judged(answers, tmp_path, stub):
+    stub.answer = lambda body: (200, "[[YES]]")
+    lines = [{"id": key, "text": "The correct answer is indeed"} for key in (FIRST, SECOND)]
+    assert answers(lines, "--judge", stub.url, "--judge-model", "judge") == 0
+    assert scores(tmp_path / "out")["benchmarks"]["hotpotqa"]["score"]["pass@1"]["mean"] == 1
+    assert len(stub.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["{"], "line 1:"),
+        ([{"id": FIRST}], "line 1 has no 'text'"),
+        ([{"id": "other", "text": "x"}], "there is no question 'other' of 'hotpotqa'"),
+        ([{"id": FIRST, "text": 1}], "text must be a string"),
+        ([{"id": FIRST, "text": "x"}], f"0 answers to question '{SECOND}' of 'hotpotqa', and 1 to others"),
+        ([], "0 answers to question"),
+    ],
+)
+def test_faulty_answers_are_told(lines, message, answers, capsys):
+    assert answers(lines) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_or_answers(answers, capsys):
+    assert answers([], "--model", "somewhere") == 2
+    assert "--model FOLDER, or answers to score" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- engines and judge
 
 
