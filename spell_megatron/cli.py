@@ -474,7 +474,7 @@ def _add_evaluate(commands) -> None:
         "file or folder as the hub has it; `paper`: all six; any other NAME: a JSONL file of your own questions",
     )
     add("--out", type=Path, required=True, metavar="FOLDER", help="where answers, judgments and scores are kept")
-    add("--answers", type=Path, metavar="FILE", help="JSONL of answers (benchmark, id, text) to score, instead of a model")
+    add("--answers", type=Path, metavar="FILE", help="score these answers (JSONL: benchmark, id, text)")
     for flag, default, meaning in (
         ("--samples", 8, "answers per question"),
         ("--max-input", 16384, "tokens of a prompt; a longer one loses its middle"),

@@ -211,7 +211,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += _table(["", *COLUMNS, "Avg"], rows)
         if average is None:
             missing = ", ".join(column for column in COLUMNS if column not in columns)
-            lines += ["", f"No average: it needs all four columns, and {missing} is missing."]
+            lines += ["", f"No average: it needs all four columns; missing: {missing}."]
         lines.append("")
     rows = []
     for name, about in results["benchmarks"].items():

@@ -205,6 +205,6 @@ def test_a_missing_column_leaves_the_average_out():
     some = {name: members for name, members in everything().items() if name not in ("frames", "musique")}
     numbers = results.summarise(some, SETTINGS)
     assert list(numbers["columns"]) == ["DocMath", "LB-V2"] and numbers["average"] is None
-    assert "Frames, LB-MQA is missing" in results.markdown(numbers)
+    assert "missing: Frames, LB-MQA." in results.markdown(numbers)
     own = results.summarise({"mine": answered([1], 1)}, SETTINGS)
     assert own["columns"] == {} and "mine" in results.markdown(own) and "mine" in results.plot(own)
