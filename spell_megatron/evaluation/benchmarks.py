@@ -164,14 +164,14 @@ def _rows(name: str, form: _Format, path: Path) -> Iterator[tuple[str, Mapping[s
                     raise ValueError(f"it holds no file named like {form.files}")
                 for member in members:
                     with archive.open(member) as file:
-                        yield from ((member, row) for row in _json_rows(member, io.TextIOWrapper(file, "utf-8")))
+                        yield from ((member, row) for row in _json_rows(member, io.TextIOWrapper(file, "utf-8-sig")))
         elif path.suffix == ".parquet":
             import pyarrow.parquet as parquet
 
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
                 yield from ((path.name, row) for row in batch.to_pylist())
         elif path.suffix in (".json", ".jsonl"):
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 yield from ((path.name, row) for row in _json_rows(path.name, file))
         else:
             raise ValueError("it is none of .json, .jsonl, .parquet and .zip")
@@ -185,22 +185,17 @@ def _rows(name: str, form: _Format, path: Path) -> Iterator[tuple[str, Mapping[s
 def _json_rows(name: str, file: io.TextIOBase) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSON list, or of a file with one JSON object a line (whichever its name says it is)."""
     start = file.read(1)
-    while start.isspace() or start == "\ufeff":
+    while start.isspace():
         start = file.read(1)
+    file.seek(0)
     if start == "[":
-        rows = json.loads(start + file.read())
+        rows = json.load(file)
     else:
-        lines = (line for line in _lines(start, file) if line.strip())
-        rows = (_parse_line(line, number) for number, line in enumerate(lines, start=1))
+        rows = (_parse_line(line, number) for number, line in enumerate(file, start=1) if line.strip())
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} of {name} is no JSON object")
         yield row
-
-
-def _lines(start: str, file: io.TextIOBase) -> Iterator[str]:
-    yield start + file.readline()
-    yield from file
 
 
 def _parse_line(line: str, number: int) -> Any:

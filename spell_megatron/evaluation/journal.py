@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
+
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -26,16 +31,16 @@ class Journal:
         self.path = path
 
     def __enter__(self) -> Journal:
-        import fcntl
-
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._file)
             raise UserError(
                 f"Another process is writing {self.path}. Wait until it has ended, or give this one another --out."
             ) from error
+        except OSError:
+            log.warning("%s is on a filesystem without locks: let only one process write it", self.path)
         self._drop_torn_line()
         return self
 
