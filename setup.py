@@ -22,12 +22,17 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
-    package_data={"spell_megatron.reporting": ["page/*"], "spell_megatron.selfplay": ["prompt_sets/*/*.md"]},
+    package_data={
+        "spell_megatron.evaluation": ["judge_prompt.md"],
+        "spell_megatron.reporting": ["page/*"],
+        "spell_megatron.selfplay": ["prompt_sets/*/*.md"],
+    },
     entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},
     install_requires=[
         "aiohttp>=3.10",
         # Megatron-Core wants it for context parallelism of two levels
         "einops",
+        "huggingface_hub>=0.30",
         # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",

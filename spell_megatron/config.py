@@ -383,7 +383,7 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> tuple[Config, li
     config, faults = _read(Config, raw, overrides)
     faulty = {key for fault in faults for key in fault.keys}
     faults += [fault for fault in _relation_faults(config) if not involves(fault, faulty)]
-    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws))).parent)
+    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws), Path())).parent)
     return config, faults
 
 

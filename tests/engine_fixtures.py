@@ -60,10 +60,12 @@ def save_policy(kind: str, folder: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """policy(kind, seed=0): folder of a tiny random checkpoint."""
+    """policy(kind, seed=0): folder of a tiny random checkpoint; policy("quickstart"): that of the quick start."""
     made: dict[tuple[str, int], Path] = {}
 
     def get(kind: str, seed: int = 0) -> Path:
+        if kind == "quickstart":
+            return Path(__file__).parents[1] / "examples" / "quickstart" / "policy"
         if (kind, seed) not in made:
             made[kind, seed] = tmp_path_factory.mktemp(f"{kind}{seed}-")
             save_policy(kind, made[kind, seed], seed)

@@ -106,13 +106,16 @@ class Engines:
         return [engine.url for engine in self.engines]
 
     @classmethod
-    def open(cls, config: Config, log_folder: Path, rendezvous: Rendezvous | None = None) -> Engines:
+    def open(
+        cls, config: Config, log_folder: Path, rendezvous: Rendezvous | None = None, trainers: int | None = None
+    ) -> Engines:
         """Attaches to the engines of other nodes or of rollout.urls, or starts rollout.replicas servers here.
 
         Args:
             config: the run's configuration.
             log_folder: where the logs of started servers go, as engine-<replica>.log.
             rendezvous: where the engine nodes of a job publish their servers (see `serve`), if it has any.
+            trainers: trainer processes that need GPUs of this machine; by default those of the configuration.
 
         Raises:
             UserError: a port is taken, a server dies or does not become ready in
@@ -135,7 +138,8 @@ class Engines:
             elif config.rollout.urls:
                 engines.engines = [Engine(url, engines.api_key) for url in config.rollout.urls]
             else:
-                trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
+                if trainers is None:
+                    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
                 engines._start_all(range(config.rollout.replicas), trainers)
             engines._check_fit(config)
         except BaseException:

@@ -43,7 +43,7 @@ class PolicyTokenizer:
         """
         text = self._without_special_tokens(text)
         if self._tokenizer.chat_template is None:
-            return self._bos + self._encode(text)
+            return self._bos + self.encode(text)
         return self._tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
@@ -56,9 +56,10 @@ class PolicyTokenizer:
 
     def count(self, text: str) -> int:
         """Number of tokens of a text by itself."""
-        return len(self._encode(text))
+        return len(self.encode(text))
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text by itself."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _without_special_tokens(self, text: str) -> str:

@@ -56,7 +56,7 @@ class Question:
             raise ValueError(f"{order} is no order of {len(self.options)} options")
         options = tuple(self.options[i] for i in order)
         reference = LETTERS[list(order).index(LETTERS.index(self.reference))]
-        return replace(self, text=_choice_text(self.stem, options), reference=reference, options=options)
+        return replace(self, text=choice_text(self.stem, options), reference=reference, options=options)
 
 
 # Regions of a text
@@ -263,10 +263,11 @@ def _choice_question(task: str, stem: str, options: object, answer: str) -> Ques
     letter = extract_answer(task, answer) or answer
     if not all(texts) or letter not in tuple(LETTERS):
         return Rejection.BAD_FORMAT
-    return Question(task, _choice_text(stem, texts), letter, stem, texts)
+    return Question(task, choice_text(stem, texts), letter, stem, texts)
 
 
-def _choice_text(stem: str, options: Sequence[str]) -> str:
+def choice_text(stem: str, options: Sequence[str]) -> str:
+    """A multiple-choice question as responders are shown it: the stem, then a line for each of the four options."""
     labelled = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=True)]
     return "\n".join([stem, "", "Choices:", *labelled])
 

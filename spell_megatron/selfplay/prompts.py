@@ -32,12 +32,13 @@ def _required() -> dict[str, set[str]]:
     return files
 
 
-class PromptSet:
-    """The templates of a set; each fills its placeholders in one pass.
+def fill(template: str, **values: str) -> str:
+    """The template with its {{placeholders}} replaced in one pass: what is filled in is never searched for more."""
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
-    What is filled in is never searched for placeholders, so no document, question or answer can
-    change a prompt's form.
-    """
+
+class PromptSet:
+    """The templates of a set. No document, question or answer can change a prompt's form (see `fill`)."""
 
     def __init__(self, templates: dict[str, str]) -> None:
         self._templates = templates
@@ -81,7 +82,7 @@ class PromptSet:
         return cls(templates)
 
     def _fill(self, name: str, **values: str) -> str:
-        return _PLACEHOLDER.sub(lambda match: values[match[1]], self._templates[name])
+        return fill(self._templates[name], **values)
 
     def _documents(self, documents: Sequence[str]) -> str:
         return "\n".join(self._fill("document", document=document) for document in documents)

@@ -1,0 +1,90 @@
+"""Paid work is kept: an append-only file of results, and many jobs at a time that end together."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+from spell_megatron.errors import UserError
+
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """A JSONL file to which every result is appended as soon as there is one. A context manager.
+
+    A line is written by one system call, so that a process that is killed leaves whole lines; only a machine that
+    fails can cut the last one, and opening the file removes what is left of it.
+
+    Raises:
+        UserError: another process has the file open, or it is not a journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Journal:
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise UserError(
+                f"Another process is writing {self.path}. Wait until it has ended, or give this one another --out."
+            ) from error
+        except OSError:
+            log.warning("%s is on a filesystem without locks: let only one process write it", self.path)
+        self._drop_torn_line()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def _drop_torn_line(self) -> None:
+        end = size = os.fstat(self._file).st_size
+        while end and os.pread(self._file, 1, end - 1) != b"\n":
+            step = min(end, 1 << 16)
+            end = end - step + os.pread(self._file, step, end - step).rfind(b"\n") + 1
+        if end < size:
+            os.ftruncate(self._file, end)
+
+    def append(self, row: dict[str, Any]) -> None:
+        line = (json.dumps(row) + "\n").encode("ascii")
+        written = os.write(self._file, line)
+        if written < len(line):  # the disk is full: leave no half line to be continued
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            os.write(self._file, line)  # raises what is the matter
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows, in the order in which they came; those of earlier processes too."""
+        with self.path.open(encoding="ascii", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UserError(
+                        f"Line {number} of {self.path} is damaged ({error}). Remove that line, and what it held is "
+                        "made again."
+                    ) from error
+
+
+async def run_all(jobs: AsyncIterator[Coroutine[Any, Any, None]], at_once: int) -> None:
+    """Run jobs, as many at once as allowed; the iterator is asked for the next one when there is room for it.
+
+    The first error ends all jobs and is raised.
+    """
+    room = asyncio.Semaphore(at_once)
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for job in jobs:
+                await room.acquire()
+                group.create_task(job).add_done_callback(lambda _: room.release())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

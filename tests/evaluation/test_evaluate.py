@@ -1,0 +1,459 @@
+"""`spell evaluate` from end to end: with a server that counts, and with real engines and a real judge."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import requests
+from engine_fixtures import save_byte_tokenizer
+from openai_stub import serve
+
+from spell_megatron.cli import main
+from spell_megatron.errors import UserError
+from spell_megatron.evaluation import openai_server
+from spell_megatron.evaluation.benchmarks import BenchmarkQuestion, load_benchmark
+from spell_megatron.evaluation.generate import cut_text, sample_seed
+from spell_megatron.evaluation.journal import Journal
+from spell_megatron.rollout.tokenizer import PolicyTokenizer
+from spell_megatron.selfplay.prompts import PromptSet
+
+ROOT = Path(__file__).parents[2]
+HELD_OUT = ROOT / "examples" / "quickstart" / "heldout.jsonl"
+VERIFIER = ROOT / "spell_megatron" / "selfplay" / "prompt_sets" / "compact" / "verifier.md"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setattr(openai_server, "_RETRIES", 2)
+    with serve() as stub:
+        yield stub
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    """Five questions of one's own; the reference of the first is Oslo, of the others Bergen."""
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {
+            "id": f"q{i}",
+            "task": "doc_general_qa",
+            "question": f"Where was meeting {i}?",
+            "answer": "Oslo" if i == 0 else "Bergen",
+            "documents": [f"Meeting {i} is described here. " + "Nothing else happened. " * 20],
+        }
+        for i in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(tokenizer_folder, stub, mine, out, *more: object) -> list[str]:
+    words = ["evaluate", "--model", tokenizer_folder, "--benchmark", f"mine={mine}", "--out", out]
+    words += ["--server", stub.url, "--server-model", "policy", "--samples", "4", *more]
+    return [str(word) for word in words]
+
+
+def samples(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def scores(out: Path) -> dict:
+    return json.loads((out / "scores.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------- a server
+
+
+def test_every_sample_is_one_request_with_a_seed_of_its_own(tokenizer_folder, stub, mine, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    out = tmp_path / "out"
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-output", "99")) == 0
+    assert len(stub.requests) == 20
+    bodies = [body for _, body, _ in stub.requests]
+    assert len({body["seed"] for body in bodies}) == 20
+    assert {(b["model"], b["temperature"], b["top_p"], b["max_tokens"]) for b in bodies} == {("policy", 0.7, 0.95, 99)}
+    assert {(route, key) for route, _, key in stub.requests} == {("/v1/completions", "Bearer secret")}
+    rows = samples(out)
+    assert Counter(row["id"] for row in rows) == {f"q{i}": 4 for i in range(5)}
+    assert all(row["tokens"] == 7 and row["prompt_tokens"] == len(bodies[0]["prompt"]) for row in rows)
+    assert scores(out)["benchmarks"]["mine"]["score"]["pass@1"]["mean"] == pytest.approx(0.2)
+    # again: nothing is asked; with more samples only what is missing; with fewer the first ones count
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-output", "99")) == 0
+    assert len(stub.requests) == 20
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-output", "99", "--samples", "6")) == 0
+    assert len(stub.requests) == 30 and len({body["seed"] for _, body, _ in stub.requests}) == 30
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-output", "99", "--samples", "2")) == 0
+    assert len(stub.requests) == 30 and scores(out)["benchmarks"]["mine"]["samples"] == 2
+
+
+def test_seeds_of_a_whole_evaluation_differ():
+    made = {
+        sample_seed(seed, BenchmarkQuestion(str(i), "doc_mc", "", "", (), benchmark), index)
+        for seed in (0, 1)
+        for benchmark in ("docmath", "frames")
+        for i in range(800)
+        for index in range(8)
+    }
+    assert len(made) == 2 * 2 * 800 * 8 and max(made) < 2**53
+
+
+@pytest.mark.parametrize("limit", [2000, 300, 301])
+def test_prompts_are_cut_in_the_middle_by_tokens(limit, tokenizer_folder, stub, mine, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(tokenizer_folder, stub, mine, out, "--samples", "1", "--max-input", str(limit))) == 0
+    tokenizer, prompts = PolicyTokenizer(tokenizer_folder), PromptSet.load("full")
+    whole = {
+        q.id: tokenizer.prompt_ids(prompts.responder(q.task, q.question, q.documents))
+        for q in load_benchmark("mine", mine)
+    }
+    cut = {
+        key: ids if len(ids) <= limit else ids[: limit // 2] + ids[-(limit - limit // 2) :]
+        for key, ids in whole.items()
+    }
+    sent = sorted(body["prompt"] for _, body, _ in stub.requests)
+    assert sent == sorted(cut.values()) and max(map(len, sent)) == min(limit, max(map(len, whole.values())))
+    assert all(row["prompt_cut"] == (limit < 2000) and row["prompt_tokens"] == len(cut[row["id"]])
+               for row in samples(out))
+    assert scores(out)["benchmarks"]["mine"]["prompts_cut"] == (limit < 2000)
+
+
+def test_chat_sends_text_within_the_limit(tokenizer_folder, stub, mine, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(tokenizer_folder, stub, mine, out, "--chat", "--max-input", "301", "--samples", "1")) == 0
+    assert {route for route, _, _ in stub.requests} == {"/v1/chat/completions"}
+    texts = [body["messages"][0]["content"] for _, body, _ in stub.requests]
+    assert all(len(text.encode()) == 301 and text.startswith("Read the documents") for text in texts)
+    assert all(text.endswith("in the place of X:\n\nThe correct answer is X") for text in texts)
+
+
+def test_text_is_cut_within_its_limit_where_tokens_are_words():
+    tokenizer = PolicyTokenizer(ROOT / "examples" / "quickstart" / "policy")
+    text = "What is the seat of Hanlutek? The seat of Hanlutek is Pehalburg. " * 30
+    whole = tokenizer.count(text)
+    for limit in (whole, whole - 1, 101, 10, 3):
+        short, count, cut = cut_text(tokenizer, text, limit)
+        assert count == tokenizer.count(short) <= limit and cut == (limit < whole)
+        assert count >= limit - 4  # hardly more is left out than the limit demands
+
+
+def test_what_was_paid_is_kept_when_the_server_fails(tokenizer_folder, stub, mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    served = 0
+
+    def answer(body: dict) -> tuple[int, str]:
+        nonlocal served
+        served += 1
+        return (200, "The correct answer is Oslo") if served <= 7 else (503, "overloaded")
+
+    stub.answer = answer
+    words = command(tokenizer_folder, stub, mine, out, "--rollout.concurrency=2")
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "HTTP 503" in message and "overloaded" in message and "what is done stays done" in message
+    assert 2 <= stub.busiest <= 2 and len(samples(out)) == 7
+    before, paid = (out / "samples.jsonl").read_text(), {row["seed"] for row in samples(out)}
+    stub.requests.clear()
+    stub.answer = lambda body: (200, "The correct answer is Bergen")
+    assert main(words) == 0
+    assert (out / "samples.jsonl").read_text().startswith(before)
+    assert len(stub.requests) == 13 and not paid & {body["seed"] for _, body, _ in stub.requests}
+
+
+def test_a_hiccup_is_tried_again(tokenizer_folder, stub, mine, tmp_path):
+    faults = iter([(429, "slow down"), (500, "oops")])
+    stub.answer = lambda body: next(faults, (200, "The correct answer is Oslo"))
+    assert main(command(tokenizer_folder, stub, mine, tmp_path / "out", "--rollout.concurrency=1")) == 0
+    assert len(stub.requests) == 22
+
+
+@pytest.mark.parametrize(
+    "status, message",
+    [(404, "refuses a request for the model 'policy': HTTP 404"), (401, "refuses the key"), (200, None)],
+)
+def test_faults_of_the_server_are_told(status, message, tokenizer_folder, stub, mine, tmp_path, capsys):
+    stub.answer = lambda body: (status, "no such model")
+    words = command(tokenizer_folder, stub, mine, tmp_path / "out")
+    if message is None:  # nobody is there
+        words[words.index("--server") + 1] = "http://127.0.0.1:1/v1"
+        message = "cannot be used"
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- judge
+
+
+def judging(stub, tokenizer_folder, mine, out, *more) -> list[str]:
+    return command(
+        tokenizer_folder, stub, mine, out, "--judge", stub.url, "--judge-model", "gpt-oss-120b",
+        "--judge-key-env", "JUDGE_KEY", *more,
+    )
+
+
+def test_the_judge_decides_what_the_rule_calls_wrong(tokenizer_folder, stub, mine, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "of the judge")
+    out = tmp_path / "out"
+    verdicts = {1: "Explanation: both. Decision: [[YES]]", 2: "Decision: [[NO]]", 3: "I cannot say", 4: "[[YES]]"}
+
+    def answer(body: dict) -> tuple[int, str]:
+        if body["model"] == "policy":
+            return 200, "Reasoning.\nThe correct answer is Oslo"
+        prompt = body["messages"][0]["content"]
+        return 200, next(text for i, text in verdicts.items() if f"meeting {i}?" in prompt)
+
+    stub.answer = answer
+    assert main(judging(stub, tokenizer_folder, mine, out)) == 0
+    judged = [(body, key) for _, body, key in stub.requests if body["model"] == "gpt-oss-120b"]
+    # 16 answers are wrong by rule; the 4 to a question are the same, and judged once
+    assert len(judged) == 4
+    assert {(b["temperature"], b["top_p"], b["max_tokens"], key) for b, key in judged} == {
+        (0.0, 1.0, 8192, "Bearer of the judge")
+    }
+    prompt = judged[0][0]["messages"][0]["content"]
+    assert "\nOslo\n" in prompt and "\nBergen\n" in prompt and "Reasoning" not in prompt
+    about = scores(out)["benchmarks"]["mine"]
+    assert (about["judged"], about["judged_yes"], about["judged_unparsable"]) == (16, 8, 4)
+    assert about["rule"]["pass@1"]["mean"] == pytest.approx(0.2)
+    assert about["score"]["pass@1"]["mean"] == pytest.approx(0.6)  # question 0 by rule, 1 and 4 by the judge
+    assert "gpt-oss-120b" in (out / "scores.md").read_text()
+    assert main(judging(stub, tokenizer_folder, mine, out)) == 0
+    assert len(stub.requests) == 24  # nothing was asked again
+    assert main(judging(stub, tokenizer_folder, mine, out, "--limit", "4")) == 0 and len(stub.requests) == 24
+    verdicts[0] = "[[YES]]"
+    assert main(judging(stub, tokenizer_folder, mine, out, "--judge-all")) == 0
+    assert len(stub.requests) == 25 and scores(out)["benchmarks"]["mine"]["judged"] == 20
+
+
+def test_a_judge_that_cannot_be_reached_costs_no_answers(tokenizer_folder, stub, mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = judging(stub, tokenizer_folder, mine, out)
+    words[words.index("--judge") + 1] = "http://127.0.0.1:1/v1"
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "The judge (--judge) at http://127.0.0.1:1/v1 cannot be used" in error and "run the same command" in error
+    assert len(samples(out)) == 20
+
+
+# ------------------------------------------------------------------------------------------ resume
+
+
+def test_nothing_is_paid_twice_after_a_kill(tokenizer_folder, mine, tmp_path):
+    out = tmp_path / "out"
+    with serve() as stub:
+        stub.delay = 0.1
+        words = command(tokenizer_folder, stub, mine, out, "--samples", "12", "--rollout.concurrency=3")
+        process = subprocess.Popen([sys.executable, "-m", "spell_megatron", *words], cwd=ROOT)
+        while process.poll() is None and (not (out / "samples.jsonl").exists() or len(samples(out)) < 10):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = samples(out)
+        assert 10 <= len(kept) < 60
+        with (out / "samples.jsonl").open("a") as file:
+            file.write('{"benchmark": "mine", "id": "q0", "sam')  # as a machine that fails may leave it
+        stub.delay = 0.0
+        assert main(words) == 0
+        rows = samples(out)
+        assert rows[: len(kept)] == kept and len(rows) == 60
+        assert len({(row["id"], row["sample"]) for row in rows}) == len({row["seed"] for row in rows}) == 60
+        asked = Counter(body["seed"] for _, body, _ in stub.requests)
+        assert sum(asked.values()) <= 60 + 3  # twice only what was under way at the kill
+        assert all(asked[row["seed"]] == 1 for row in kept)
+
+
+def test_samples_of_other_settings_or_questions_are_not_mixed(tokenizer_folder, stub, mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(tokenizer_folder, stub, mine, out)) == 0
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-input", "100")) == 2
+    assert "max_input was 16384 and is 100" in capsys.readouterr().err
+    mine.write_text(mine.read_text().replace("Where was meeting 3", "Where is meeting 3"))
+    assert main(command(tokenizer_folder, stub, mine, out)) == 2
+    assert "answers to question q3 of mine in another wording" in capsys.readouterr().err
+
+
+def test_a_journal_has_whole_lines_and_one_writer(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        for i in range(3):
+            journal.append({"i": i, "text": "ä\u2028\n" * 50_000})
+        with pytest.raises(UserError, match="Another process is writing"), Journal(path):
+            pass
+    whole = path.read_bytes()
+    for torn in (whole[:-1], whole + b'{"i": 3', whole[: len(whole) // 2]):
+        path.write_bytes(torn)
+        with Journal(path) as journal:
+            rows = list(journal.rows())
+            assert [row["i"] for row in rows] == list(range(torn.count(b"\n")))
+            journal.append({"i": "new"})
+            assert list(journal.rows())[-1] == {"i": "new"}
+    path.write_bytes(b"{}\nno json\n{}\n")
+    with Journal(path) as journal, pytest.raises(UserError, match="Line 2 of .* is damaged"):
+        list(journal.rows())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--judge", "http://x"], "--judge and --judge-model belong together"),
+        (["--benchmark", "mine=other"], "is given twice"),
+        (["--benchmark", "paper=folder"], "`paper` takes no path"),
+        (["--benchmark", "unknown"], "'unknown' is no benchmark that is known here"),
+        (["--judge-prompt", "nowhere.md"], "cannot be read"),
+        (["--judge-prompt", __file__], "must have the placeholders"),
+        (["--rollout.concurency=3"], "rollout.concurency"),
+        (["--rollout.sampling.temperature=9"], "rollout.sampling.temperature"),
+        (["--selfplay.prompts=none"], "prompt set"),
+    ],
+)
+def test_mistakes_are_told(words, message, tokenizer_folder, stub, mine, tmp_path, capsys):
+    assert main(command(tokenizer_folder, stub, mine, tmp_path / "out", *words)) == 2
+    assert message in capsys.readouterr().err
+    assert not stub.requests
+
+
+def test_a_model_is_needed(mine, tmp_path, capsys):
+    assert main(["evaluate", "--model", str(tmp_path), "--benchmark", f"m={mine}", "--out", str(tmp_path / "o")]) == 2
+    assert "There is no model in" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- answers from elsewhere
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """answers(lines, *words): exit status of scoring these to hotpotqa, with the references yes and a bridge."""
+
+    def score(lines: list[dict | str], *words: str) -> int:
+        path = tmp_path / "answers.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+        source = ROOT / "tests" / "data" / "benchmarks" / "longbench"
+        more = ["--benchmark", f"hotpotqa={source}", "--out", str(tmp_path / "out"), *words]
+        return main(["evaluate", "--answers", str(path), *more])
+
+    return score
+
+
+FIRST, SECOND = (f"hotpotqa{i:040x}" for i in (1, 2))
+
+
+def test_answers_from_elsewhere_are_scored(answers, tmp_path):
+    right, wrong = {"text": "The correct answer is Yes."}, {"text": "The correct answer is no"}
+    bridge = {"id": SECOND, "text": "<think>Hm.</think>The correct answer is the Sorrel Bridge"}
+    bridge["benchmark"] = "hotpotqa"
+    lines = [{"id": FIRST} | right, bridge, {"id": FIRST} | wrong, bridge | {"cut": True}]
+    assert answers(lines) == 0
+    about = scores(tmp_path / "out")["benchmarks"]["hotpotqa"]
+    assert (about["questions"], about["samples"]) == (2, 2)
+    assert about["score"]["pass@1"]["mean"] == 0.5 and about["score"]["pass@2"]["mean"] == 1
+    assert about["answers_cut"] == 0.25
+
+
+def test_answers_from_elsewhere_are_judged(answers, tmp_path, stub):
+    stub.answer = lambda body: (200, "[[YES]]")
+    lines = [{"id": key, "text": "The correct answer is indeed"} for key in (FIRST, SECOND)]
+    assert answers(lines, "--judge", stub.url, "--judge-model", "judge") == 0
+    assert scores(tmp_path / "out")["benchmarks"]["hotpotqa"]["score"]["pass@1"]["mean"] == 1
+    assert len(stub.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["{"], "line 1:"),
+        ([{"id": FIRST}], "line 1 has no 'text'"),
+        ([{"id": "other", "text": "x"}], "there is no question 'other' of 'hotpotqa'"),
+        ([{"id": FIRST, "text": 1}], "text must be a string"),
+        ([{"id": FIRST, "text": "x"}], f"0 answers to question '{SECOND}' of 'hotpotqa', and 1 to others"),
+        ([], "0 answers to question"),
+    ],
+)
+def test_faulty_answers_are_told(lines, message, answers, capsys):
+    assert answers(lines) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_or_answers(answers, capsys):
+    assert answers([], "--model", "somewhere") == 2
+    assert "--model FOLDER, or answers to score" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- engines and judge
+
+
+@pytest.mark.slow
+def test_engines_answer_and_a_real_model_judges(engines_for, tmp_path, monkeypatch):
+    """The quick start's policy in vLLM answers held-out questions, is killed at it, and judges by OpenAI's API."""
+    engines = engines_for("quickstart", extra_args=["--no-skip-tokenizer-init"])  # chat needs the tokenizer
+    monkeypatch.setenv("SPELL_API_KEY", engines.api_key)
+    out, url = tmp_path / "out", engines.urls[0]
+    words = ["evaluate", "--model", "examples/quickstart/policy", "--config", "examples/quickstart.yaml"]
+    words += ["--benchmark", f"heldout={HELD_OUT}", "--limit", "40", "--samples", "4", "--out", str(out)]
+    words += ["--max-input", "700", "--max-output", "48", f"--rollout.urls=[{url}]", "--rollout.concurrency=8"]
+    process = subprocess.Popen([sys.executable, "-m", "spell_megatron", *words], cwd=ROOT)
+    while process.poll() is None and (not (out / "samples.jsonl").exists() or len(samples(out)) < 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = samples(out)
+    assert 20 <= len(kept) < 160
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 0
+    rows = samples(out)
+    assert rows[: len(kept)] == kept and len({row["seed"] for row in rows}) == len(rows) == 160
+    assert len({row["text"] for row in rows if row["id"] == rows[0]["id"]}) > 1  # B26: the samples differ
+
+    judged = [*words, "--judge", f"{url}/v1", "--judge-model", "policy", "--judge-key-env", "SPELL_API_KEY"]
+    judged += ["--judge-prompt", str(VERIFIER), "--judge-tokens", "6"]
+    assert main(judged) == 0
+    about = scores(out)["benchmarks"]["heldout"]
+    journal = [json.loads(line) for line in (out / "judgments.jsonl").read_text().splitlines()]
+    # The policy was taught to compare two answers. Of wrong ones it refuses most, in a form that can be read.
+    assert samples(out) == rows and about["judged"] > 20
+    assert about["judged_unparsable"] <= 0.1 * about["judged"]
+    assert about["judged_yes"] <= 0.3 * about["judged"]
+    assert about["score"]["pass@1"]["mean"] >= about["rule"]["pass@1"]["mean"] > 0.2
+    # What the rule calls right, it accepts mostly: it judges, and does not always refuse.
+    assert main([*judged, "--judge-all"]) == 0
+    everything = scores(out)["benchmarks"]["heldout"]
+    right = round(everything["rule"]["pass@1"]["mean"] * 160)
+    assert everything["judged_yes"] - about["judged_yes"] >= 0.7 * right
+    assert everything["judged"] == about["judged"] + right
+    now = [json.loads(line) for line in (out / "judgments.jsonl").read_text().splitlines()]
+    assert now[: len(journal)] == journal and len({row["key"] for row in now}) == len(now)
+
+
+@pytest.mark.slow
+def test_a_vllm_server_counts_the_tokens_that_were_meant(engines_for, tmp_path, monkeypatch):
+    """Token ids sent to /completions are the prompt, exactly: nothing is tokenised or begun a second time."""
+    engines = engines_for("quickstart", extra_args=["--no-skip-tokenizer-init"])
+    monkeypatch.setenv("OPENAI_API_KEY", engines.api_key)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    words = ["evaluate", "--model", "examples/quickstart/policy", "--config", "examples/quickstart.yaml"]
+    words += ["--benchmark", f"heldout={HELD_OUT}", "--limit", "3", "--samples", "2", "--out", str(out)]
+    words += ["--max-input", "101", "--max-output", "16", "--server", engines.urls[0], "--server-model", "policy"]
+    assert main(words) == 0
+    rows = samples(out)
+    assert len(rows) == 6 and all(row["prompt_cut"] and row["prompt_tokens"] == 101 for row in rows)
+    assert all(0 < row["tokens"] <= 16 for row in rows)
+    tokenizer, prompts = PolicyTokenizer(ROOT / "examples/quickstart/policy"), PromptSet.load("compact")
+    question = load_benchmark("heldout", HELD_OUT, 1)[0]
+    ids = tokenizer.prompt_ids(prompts.responder(question.task, question.question, question.documents))
+    body = {"model": "policy", "prompt": ids[:50] + ids[-51:], "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {engines.api_key}"}
+    answer = requests.post(f"{engines.urls[0]}/v1/completions", json=body, headers=headers, timeout=60).json()
+    assert answer["usage"]["prompt_tokens"] == 101
