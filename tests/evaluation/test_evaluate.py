@@ -330,6 +330,15 @@ def test_a_model_is_needed(mine, tmp_path, capsys):
     assert "There is no model in" in capsys.readouterr().err
 
 
+def test_a_step_of_a_run_is_a_model(tokenizer_folder, stub, mine, tmp_path):
+    step = tmp_path / "checkpoints" / "step_000012"
+    (step / "hf").mkdir(parents=True)
+    for file in [*tokenizer_folder.iterdir(), ROOT / "examples" / "quickstart" / "policy" / "config.json"]:
+        (step / "hf" / file.name).write_bytes(file.read_bytes())
+    assert main(command(step, stub, mine, tmp_path / "out")) == 0
+    assert len(stub.requests) == 20
+
+
 # --------------------------------------------------------------------------- answers from elsewhere
 
 
