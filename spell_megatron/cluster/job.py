@@ -40,6 +40,9 @@ spell_end() {
     fi
     exit $code
 }
+# The logs of the job's steps beside those of the engines.
+spell_log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p' | head -n1)
+mkdir -p @RUN@/logs && ln -sfn "$(dirname "$spell_log")" @RUN@/logs/job-$SLURM_JOB_ID
 spell_began=$(cat @RUN@/checkpoints/latest 2>/dev/null)
 spell_tries=@RUN@/jobs/$SLURM_JOB_ID.failures
 trap spell_end EXIT"""

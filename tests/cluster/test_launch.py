@@ -148,6 +148,8 @@ def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, t
     said = {log.name.split("_")[0]: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
     trainer = [f"4 {rank} 0,1" for rank in range(4)]
     assert said == {"log-parts.trainer": trainer, "log-parts.engines": ["1 0 0"]}
+    logs = tmp_path / "parts" / "logs" / f"job-{job}"
+    assert {log.name.split("_")[0] for log in logs.glob("log-*.out")} == set(said)
     nodes = next((tmp_path / "parts" / "jobs").glob("*/nodes")).read_text()
     assert {f"NodeName=n{number} " in nodes for number in (1, 2, 3)} == {True}
 

@@ -18,7 +18,8 @@ from spell_megatron.reporting.status import Status, StopRequest
 def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "INTERVAL", 0.05)
     (tmp_path / "stop").touch()  # of an earlier start
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "time/step": 90.0, "selfplay/reward": 0.25}\n{"st')
+    rows = '{"step": 0}\n{"step": 1, "time/step": 90.0, "selfplay/reward": 0.25}\n{"st'
+    (tmp_path / "metrics.jsonl").write_text(rows)
     with Status(tmp_path, steps=11) as own:
         assert not (tmp_path / "stop").exists()
         own.watch(lambda: [{"url": "http://n1:1", "healthy": False}])
