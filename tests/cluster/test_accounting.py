@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -31,8 +32,10 @@ def test_jobs_are_recorded(accounts, spell_launch, tmp_path):
     job = re.search(r"job (\d+)", done.stdout)[1]
     accounts.wait(job, 300)
     assert accounts.job(job)["Restarts"] == "3"  # it is queued again after each failure, until it is hopeless
-    recorded = accounts.run("sacct", "-nPX", "--format=State,Account,ExitCode", "--jobs", job)
-    assert recorded == "FAILED|project|3:0\n"
+    fields, deadline = "--format=State,Account,ExitCode", time.monotonic() + 60  # the record follows the end
+    while (recorded := accounts.run("sacct", "-nPX", fields, "--jobs", job)) != "FAILED|project|3:0\n":
+        assert time.monotonic() < deadline, recorded
+        time.sleep(0.5)
 
 
 def test_another_account_is_refused(accounts, spell_launch, tmp_path):
