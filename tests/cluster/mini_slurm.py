@@ -220,7 +220,7 @@ class MiniSlurm:
             SelectType=select/cons_tres
             SelectTypeParameters=CR_Core
             SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=10000,batch_sched_delay=0
-            ReturnToService=2
+            ReturnToService=1
             JobRequeue=1
             PreemptType=preempt/partition_prio
             PreemptMode=REQUEUE
