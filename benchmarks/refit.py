@@ -130,8 +130,11 @@ def bucket_sizes(sizes: list[int]) -> list[int]:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """CPU time of a process."""
-    times = process.cpu_times()
+    """CPU time of a process; 0 if it has ended (beside each server a guard's `sleep` comes and goes)."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
     return times.user + times.system
 
 
@@ -184,7 +187,6 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
 
         push(verify=True)
         copy()
-        # after these first turns: while a server starts it has children that soon end
         me = psutil.Process()
         receivers = [psutil.Process(process.pid) for process in copy.processes]
         servers = [process for process in me.children(recursive=True) if process not in receivers]
