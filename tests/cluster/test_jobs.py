@@ -141,7 +141,7 @@ def test_a_job_survives(slurm, submit, one_node):
     until(lambda: slurm.job(job)["Restarts"] == "2")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     goes_on(3)
-    whole = ("--partition=urgent", "--nodes=3", "--exclusive")
+    whole = ("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null")
     urgent = slurm.run("sbatch", "--parsable", *whole, "--wrap=sleep 1").strip()
     slurm.wait(urgent, 300)
     goes_on(4)
