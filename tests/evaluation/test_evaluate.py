@@ -164,7 +164,7 @@ def test_what_was_paid_is_kept_when_the_server_fails(tokenizer_folder, stub, min
     assert main(words) == 2
     message = capsys.readouterr().err
     assert "HTTP 503" in message and "overloaded" in message and "what is done stays done" in message
-    assert 2 <= stub.busiest <= 2 and len(samples(out)) == 7
+    assert stub.busiest <= 2 and len(samples(out)) == 7
     before, paid = (out / "samples.jsonl").read_text(), {row["seed"] for row in samples(out)}
     stub.requests.clear()
     stub.answer = lambda body: (200, "The correct answer is Bergen")

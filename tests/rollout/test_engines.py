@@ -172,7 +172,7 @@ def test_engines_of_other_nodes_are_found(engines_for, policy, tmp_path: Path):
     engines = engines_for("dense")
     rendezvous = Rendezvous(tmp_path, engine_nodes=1)
     (tmp_path / "key").write_text(engines.api_key)
-    rendezvous.publish("engines-0", {"urls": engines.urls})
+    rendezvous.publish("engines-0", {"urls": engines.urls, "request": 0})
     with Engines.open(engine_config(policy("dense")), tmp_path, rendezvous) as found:
         assert found.urls == engines.urls and found.weight_transfer == "gloo"
     assert engines.engines[0].healthy()
