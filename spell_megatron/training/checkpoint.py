@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -24,6 +25,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from inspect import signature
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.errors import UserError
+from spell_megatron.training.helper import end_with_parent
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
@@ -81,6 +85,7 @@ class Saver:
         self._pending = pending
 
         def write() -> None:
+            _start_manager()
             pending.start(partial / "trainer", trainer, asynchronous)
             _save_hf(partial / "hf", trainer)
             torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
@@ -410,6 +415,14 @@ def _meta(step: int, trainer: Trainer) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},
     }
+
+
+def _start_manager() -> None:
+    """Start the process by which Megatron's writers report. Megatron's own would outlive a trainer that is killed."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()  # keeps the manager
 
 
 def _complete(pending: _Pending, keep: int) -> None:

@@ -14,6 +14,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,6 +74,22 @@ def test_the_best_checkpoint_is_kept(policy, tmp_path):
         checkpoint.note_score(tmp_path, step, score)
     assert checkpoint.best(tmp_path) == {"checkpoint": "step_000002", "score": 0.5}
     assert names(tmp_path) == ["best.json", "latest", "step_000002", "step_000004"]
+
+
+def test_the_helper_of_a_trainer_that_is_killed_ends():
+    code = (
+        "import time; from megatron.core.dist_checkpointing.strategies import filesystem_async as megatron\n"
+        "from spell_megatron.training import checkpoint\n"
+        "if __name__ == '__main__':\n"
+        "    checkpoint._start_manager()\n"
+        "    print(megatron._results_queue._manager._process.pid, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        helper = psutil.Process(int(process.stdout.readline()))
+        assert helper.is_running()
+        process.kill()
+    helper.wait(30)
 
 
 def test_no_checkpoint_yet(tmp_path):

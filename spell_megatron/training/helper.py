@@ -1,0 +1,13 @@
+"""Processes that help a trainer process, and end with it."""
+
+import ctypes
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def end_with_parent() -> None:
+    """Has this process killed when the thread that started it ends, however that comes about (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
