@@ -86,3 +86,15 @@ def same_steps(one: Path, two: Path, steps: int) -> None:
         for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
             assert metrics(two)[step][name] == pytest.approx(metrics(one)[step][name], rel=1e-4), (step, name)
         assert metrics(two)[step]["train/mismatch_abs"] < 1e-4
+
+
+def left_over() -> list[list[str]]:
+    """Command lines of the processes that these runs have started and that are still there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SPELL_TEST") == MARK:
+                found.append(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found

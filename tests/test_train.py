@@ -10,15 +10,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from small_run import (
-    MARK,
     ROOT,
     SMALL,
     dump,
     finished,
+    left_over,
     metrics,
     same_steps,
     servers,
@@ -297,11 +296,4 @@ def test_engines_started_beforehand_take_the_same_step(whole):
 
 
 def test_no_process_outlives_its_run(whole, resumed, spread):
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SPELL_TEST") == MARK:
-                left.append(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    assert not left
+    assert not left_over()
