@@ -165,6 +165,10 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
     from spell_megatron.reporting.status import block_sigusr1
 
     block_sigusr1()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, as `_launch` is one
+        from spell_megatron.training.helper import end_with_parent
+
+        end_with_parent()
     overrides = _overrides(rest)
     config, faults, resume = _read(arguments, overrides)
     warnings: list[str] = []

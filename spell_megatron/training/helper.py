@@ -1,4 +1,4 @@
-"""Processes that help a trainer process, and end with it."""
+"""Processes that end with the one that started them."""
 
 import ctypes
 import signal
