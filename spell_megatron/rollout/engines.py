@@ -13,10 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import requests
 
@@ -24,6 +24,8 @@ import spell_megatron
 from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.config import Config
 from spell_megatron.errors import UserError
+
+Result = TypeVar("Result")
 
 _STOP_SECONDS = 15.0
 
@@ -262,13 +264,17 @@ class Engines:
 
     def failed(self) -> list[int]:
         """Engines that have ended or hang."""
-        with ThreadPoolExecutor(len(self.engines)) as threads:
-            responds = list(threads.map(lambda e: e.responds(self._config.rollout.hang_timeout), self.engines))
+        responds = self._at_once(lambda engine: engine.responds(self._config.rollout.hang_timeout))
         return [number for number, well in enumerate(responds) if not well]
 
     def health(self) -> list[dict]:
         """Address of each engine, and whether it says that it is well."""
-        return [{"url": engine.url, "healthy": engine.healthy()} for engine in list(self.engines)]
+        return self._at_once(lambda engine: {"url": engine.url, "healthy": engine.healthy()})
+
+    def _at_once(self, action: Callable[[Engine], Result]) -> list[Result]:
+        """Results of an action on each engine; one that does not answer keeps no other waiting."""
+        with ThreadPoolExecutor(len(self.engines)) as threads:
+            return list(threads.map(action, list(self.engines)))
 
     def sleep(self) -> None:
         """Has engines that share their GPUs with the trainer give up weights and KV cache, until `wake`."""
@@ -282,8 +288,7 @@ class Engines:
         if self.weight_transfer != "ipc":
             return
         try:
-            with ThreadPoolExecutor(len(self.engines)) as threads:
-                list(threads.map(lambda engine: engine.post(path, **params), self.engines))
+            self._at_once(lambda engine: engine.post(path, **params))
         except requests.RequestException as error:
             raise UserError(
                 f"An engine cannot free or take GPU memory ({error}). Look into its log; if memory is short, lower "
