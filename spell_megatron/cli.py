@@ -419,8 +419,14 @@ def _add_status(commands) -> None:
 def _status(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
     from spell_megatron.reporting import status
 
-    now = status.read(arguments.run)
-    print("\n".join(status.describe(arguments.run, now)))
+    return _tell(arguments.run, status.read(arguments.run))
+
+
+def _tell(run: Path, now: dict[str, Any]) -> int:
+    """Print how a run is doing; the exit status."""
+    from spell_megatron.reporting import status
+
+    print("\n".join(status.describe(run, now)))
     return 3 if now["state"] == "failed" or status.silent(now) else 0
 
 
@@ -439,9 +445,7 @@ def _add_stop(commands) -> None:
 def _stop(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
     from spell_megatron.reporting import status
 
-    now = status.stop(arguments.run)
-    print("\n".join(status.describe(arguments.run, now)))
-    return 3 if now["state"] == "failed" or status.silent(now) else 0
+    return _tell(arguments.run, status.stop(arguments.run))
 
 
 # --------------------------------------------------------------------------------------- evaluate

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -88,13 +89,16 @@ def same_steps(one: Path, two: Path, steps: int) -> None:
         assert metrics(two)[step]["train/mismatch_abs"] < 1e-4
 
 
-def left_over() -> list[list[str]]:
-    """Command lines of the processes that these runs have started and that are still there."""
-    found = []
-    for process in psutil.process_iter():
+def started() -> Iterator[psutil.Process]:
+    """The processes that these runs have started and that are still there."""
+    for process in psutil.process_iter(["cmdline"]):
         try:
             if process.environ().get("SPELL_TEST") == MARK:
-                found.append(process.cmdline())
+                yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-    return found
+
+
+def left_over() -> list[list[str]]:
+    """Their command lines."""
+    return [process.info["cmdline"] for process in started()]

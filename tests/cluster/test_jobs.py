@@ -1,35 +1,19 @@
 """The quick start's run as a job of a real Slurm: in each topology, and through all that may happen to a job."""
 
 import json
-import os
 import re
 import sys
 import time
-import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
+from small_run import MARK, ROOT, SMALL, left_over, started
+
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
-ROOT = Path(__file__).parents[2]
 STEPS = 30
-MARK = uuid.uuid4().hex  # in the environment of every process of these jobs
-SMALL = (
-    "--run.steps=1",
-    "--selfplay.groups=6",
-    "--selfplay.group_size=4",
-    "--selfplay.clusters_per_round=20",
-    "--selfplay.verifier.votes=3",
-    "--rollout.concurrency=64",
-    "--rollout.threads=1",
-    "--rollout.cpu_kv_cache_gib=0.25",
-    "--training.threads=1",
-    "--training.tokens_per_microbatch=1024",
-    "--validation.limit=10",
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +31,7 @@ def submit(slurm, spell_launch, tmp_path_factory):
     def submit(name: str, *arguments: str) -> tuple[Path, str, Path]:
         where = (f"--run.output_dir={folder}", f"--run.name={name}", "--cluster", cluster)
         files = ("--config", "examples/quickstart.yaml")
-        done = spell_launch(*files, *where, *SMALL, *arguments, **slurm.environment)
+        done = spell_launch(*files, *where, *SMALL, "--run.steps=1", *arguments, **slurm.environment)
         assert done.returncode == 0, done.stderr
         job = re.search(r"job (\d+)", done.stdout)[1]
         return folder / name, job, Path(re.search(r"Logs +(\S+)/", done.stdout)[1])
@@ -130,10 +114,10 @@ def test_a_job_survives(slurm, submit, one_node):
 
     until(lambda: (run / "status.json").exists())
     goes_on(1)
-    (engine,) = (process for process in marked() if "vllm.entrypoints.openai.api_server" in process.cmdline())
+    (engine,) = (process for process in started() if "vllm.entrypoints.openai.api_server" in process.cmdline())
     engine.kill()
     goes_on(1, 2)
-    (trainer,) = (process for process in marked() if process.cmdline()[1:4] == ["-m", "spell_megatron", "train"])
+    (trainer,) = (process for process in started() if process.cmdline()[1:4] == ["-m", "spell_megatron", "train"])
     trainer.kill()
     goes_on(2)
     hours, minutes, seconds = map(int, slurm.job(job)["RunTime"].split(":"))
@@ -196,15 +180,6 @@ def test_an_engine_that_dies_ends_the_job_with_its_last_words(slurm, submit):
 
 def test_no_process_outlives_its_job(one_node, split):  # the last test: it looks for those of all jobs
     deadline = time.monotonic() + 30  # Slurm ends what a job leaves, in its time
-    while (left := [process.cmdline() for process in marked()]) and time.monotonic() < deadline:
+    while (left := left_over()) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left
-
-
-def marked():
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SPELL_TEST") == MARK and process.pid != os.getpid():
-                yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
