@@ -22,6 +22,7 @@ from fictional_world import (
     GENERAL,
     MATH,
     Entity,
+    Fact,
     draw_question,
     make_cluster,
     questions,
@@ -60,16 +61,32 @@ def heldout_questions(count: int, exclude: set[str], seed: int = 0) -> tuple[lis
         if fact is None or any(entity.text in exclude for entity in cluster):
             continue
         baseline += relation_baseline(cluster, fact) / count
-        rows.append(
-            {
-                "id": f"heldout-{len(rows):04d}",
-                "task": fact.task,
-                "question": fact.text,
-                "answer": fact.answer,
-                "documents": [entity.text for entity in cluster],
-            }
-        )
+        rows.append(_row(f"heldout-{len(rows):04d}", fact, cluster))
     return rows, baseline
+
+
+def training_questions(count: int, seed: int = 0) -> list[dict]:
+    """One question with its right answer over each of the first `count` training clusters.
+
+    Tasks are taken in turn, as far as the documents of a cluster have an answer of that kind.
+    """
+    rng = random.Random(f"questions {seed}")
+    rows = []
+    for number, cluster in enumerate(training_clusters(count)):
+        tasks = (GENERAL, MATH) if number % 2 == 0 else (MATH, GENERAL)
+        fact = next(filter(None, (draw_question(rng, questions(cluster), task) for task in tasks)))
+        rows.append(_row(f"training-{number:05d}", fact, cluster))
+    return rows
+
+
+def _row(identifier: str, fact: Fact, cluster: list[Entity]) -> dict:
+    return {
+        "id": identifier,
+        "task": fact.task,
+        "question": fact.text,
+        "answer": fact.answer,
+        "documents": [entity.text for entity in cluster],
+    }
 
 
 def write_corpus(out: Path, clusters: int, heldout: int) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
-    """A cluster of three nodes."""
+    """A cluster of four nodes."""
     if reason := missing():
         pytest.skip(f"no Slurm: {reason}")
     with MiniSlurm(tmp_path_factory.mktemp("slurm")) as cluster:

@@ -43,7 +43,7 @@ class MiniSlurm:
     """
 
     def __init__(
-        self, folder: Path, nodes: int = 3, cpus: int = 4, gpus: int = 2, accounting: bool = False
+        self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 2, accounting: bool = False
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number + 1}" for number in range(nodes)]

@@ -125,7 +125,7 @@ def test_a_job_survives(slurm, submit, one_node):
     until(lambda: slurm.job(job)["Restarts"] == "2")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     goes_on(3)
-    whole = ("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null")
+    whole = ("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
     urgent = slurm.run("sbatch", "--parsable", *whole, "--wrap=sleep 1").strip()
     slurm.wait(urgent, 300)
     goes_on(4)
@@ -133,7 +133,7 @@ def test_a_job_survives(slurm, submit, one_node):
     goes_on(5)
     node = re.search(r"BatchHost=(\S+)", slurm.run("scontrol", "-o", "show", "job", job))[1]
     slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    goes_on(6)  # on the two others
+    goes_on(6)  # on two others
     assert node not in slurm.job(job)["NodeList"]
     completed(slurm, run, job, logs)
     slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back by itself

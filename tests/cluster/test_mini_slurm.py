@@ -3,8 +3,8 @@
 
 def test_srun_starts_a_task_on_each_node_with_its_rank(slurm):
     where = "echo $SLURM_PROCID $SLURMD_NODENAME"
-    lines = slurm.run("srun", "--nodes=3", "--ntasks-per-node=1", "bash", "-c", where).splitlines()
-    assert sorted(lines) == ["0 n1", "1 n2", "2 n3"]
+    lines = slurm.run("srun", "--nodes=4", "--ntasks-per-node=1", "bash", "-c", where).splitlines()
+    assert sorted(lines) == ["0 n1", "1 n2", "2 n3", "3 n4"]
 
 
 def test_a_batch_job_ends_with_the_status_of_its_script(slurm, tmp_path):
