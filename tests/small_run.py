@@ -42,7 +42,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
 
 def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     process = start(*arguments, **environment)
-    stdout, stderr = process.communicate(timeout=900)
+    stdout, stderr = process.communicate(timeout=3600)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
