@@ -1,0 +1,239 @@
+"""Does self-play teach the quick start's policy anything, and which part of it does? Trains, evaluates, compares.
+
+    python examples/evidence/run.py [--out runs/evidence] [--seeds 3] [--updates 12] [--jobs 2] [--arms NAME ...]
+    python examples/evidence/run.py --summary [--out runs/evidence] [--seeds 3]
+
+Every arm is trained from the same weights for the same number of updates, once per seed, and its last checkpoint
+answers the 500 held-out questions of the quick start 8 times each; so does the policy they all start from. Arms:
+
+    spell              self-play as in examples/quickstart.yaml
+    rlvr               the baseline: one question with its right answer for each training cluster, rewards by rule
+    fixed_questioner   the questioner's rows are left out of the update
+    no_history         the questioner never sees what was asked before, nor the documents of it
+    fixed_verifier     the verifier's rows are left out of the update
+    no_verifier        no judgments: rewards by rule
+
+Killed and called again, it goes on where it was: a run that has begun is resumed, one that has ended is not run
+again. It writes into the folder of --out: results.json, table.md and curves.svg (held-out accuracy while training;
+needs matplotlib: `pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
+run takes 4 to 5 minutes with two of them at a time on two cores, all of it about 50 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from make_quickstart_corpus import training_questions  # noqa: E402
+
+from spell_megatron.evaluation.scores import pass_at_k  # noqa: E402
+from spell_megatron.selfplay.parsing import parse_answer  # noqa: E402
+from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
+
+CONFIG, HELDOUT = ROOT / "examples" / "quickstart.yaml", ROOT / "examples" / "quickstart" / "heldout.jsonl"
+POLICY = ROOT / "examples" / "quickstart" / "policy"
+ARMS = {
+    "spell": [],
+    "rlvr": ["--selfplay.questioner.enabled=false", "--selfplay.verifier.enabled=false"],
+    "fixed_questioner": ["--training.role_weights={questioner: 0}"],
+    "no_history": ["--selfplay.questioner.history=0"],
+    "fixed_verifier": ["--training.role_weights={verifier: 0}"],
+    "no_verifier": ["--selfplay.verifier.enabled=false"],
+}
+"""What differs from the quick start's configuration; rlvr has other `data.documents` too."""
+START, SAMPLES, RESAMPLES = "start", 8, 4000
+KS = (1, 8)
+
+
+# ------------------------------------------------------------------------------------------ training and evaluation
+
+
+def run(arm: str, seed: int, out: Path, updates: int) -> None:
+    """Train one arm with one seed, unless it has been, and evaluate it, unless that has been done.
+
+    Raises:
+        RuntimeError: a command failed; with the end of what it printed.
+    """
+    folder, began = out / f"{arm}-{seed}", time.monotonic()
+    if arm != START and not (folder / "checkpoints" / f"step_{updates:06d}" / "hf").exists():
+        if (folder / "checkpoints" / "latest").exists():
+            spell(folder, "train", "--resume", folder, f"--run.steps={updates}")
+        else:
+            spell(
+                *(folder, "train", "--config", CONFIG, f"--run.output_dir={out}", f"--run.name={folder.name}"),
+                *(f"--run.seed={seed}", f"--run.steps={updates}", "--rollout.threads=1", "--training.threads=1"),
+                *("--validation.every=4", "--validation.limit=250", "--checkpoint.keep=1"),
+                *ARMS[arm],
+                *([f"--data.documents={out / 'questions.jsonl'}"] if arm == "rlvr" else []),
+            )
+    scored = out / f"{folder.name}-answers"
+    if not (scored / "scores.json").exists():
+        model = POLICY if arm == START else folder / "checkpoints" / f"step_{updates:06d}"
+        spell(
+            *(scored, "evaluate", "--model", model, "--config", CONFIG, f"--run.seed={seed}"),
+            *("--benchmark", f"heldout={HELDOUT}", "--samples", SAMPLES, "--out", scored, "--rollout.threads=1"),
+            *("--max-input", 900, "--max-output", 48),
+        )
+    print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def spell(name: Path, *arguments: object) -> None:
+    """Run a command of `spell`; what it prints goes to NAME.log."""
+    command = [sys.executable, "-m", "spell_megatron", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    log = name.with_name(f"{name.name}.log")
+    with log.open("ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
+    if code:
+        raise RuntimeError(f"{log} ends with:\n{log.read_text(errors='replace')[-1500:]}")
+
+
+# ------------------------------------------------------------------------------------------ summary
+
+
+def right_answers(folder: Path) -> np.ndarray:
+    """Number of right answers to each held-out question, [questions], of the samples of an evaluation."""
+    questions = {str(row["id"]): row for row in map(json.loads, HELDOUT.open(encoding="utf-8"))}
+    right = dict.fromkeys(questions, 0)
+    for row in map(json.loads, (folder / "samples.jsonl").open(encoding="utf-8")):
+        question = questions[row["id"]]
+        prediction = parse_answer(question["task"], row["text"], row["cut"])
+        right[row["id"]] += rule_score(question["task"], prediction, question["answer"])
+    return np.array(list(right.values()))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of [seeds, questions]: seeds and questions are drawn with replacement."""
+    rng = np.random.default_rng(0)
+    seeds, questions = values.shape
+    means = [
+        values[rng.integers(seeds, size=seeds)][:, rng.integers(questions, size=questions)].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summary(out: Path, seeds: Iterable[int]) -> dict:
+    """pass@1 and pass@8 of every arm of which all seeds are there, and its gain over the start, question by question.
+
+    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], gain: {mean, low, high}}, "curve": [(update, pass@1)]}}.
+    """
+    table = np.array([[pass_at_k(SAMPLES, c, k) for c in range(SAMPLES + 1)] for k in KS])
+    measured: dict[str, np.ndarray] = {}  # [ks, seeds, questions]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for arm in (START, *ARMS):
+        folders = [out / f"{arm}-{seed}-answers" for seed in seeds]
+        if all((folder / "scores.json").exists() for folder in folders):
+            measured[arm] = table[:, np.stack([right_answers(folder) for folder in folders])]
+            curves[arm] = [] if arm == START else held_out_curve([out / f"{arm}-{seed}" for seed in seeds])
+    results: dict = {}
+    for arm, values in measured.items():
+        results[arm] = {"curve": curves[arm]}
+        for k, of_k, start in zip(KS, values, measured[START], strict=True):
+            results[arm][f"pass@{k}"] = estimate(of_k) | {
+                "seeds": of_k.mean(1).tolist(),
+                "gain": estimate(of_k - start),
+            }
+    return results
+
+
+def estimate(values: np.ndarray) -> dict[str, float]:
+    low, high = interval(values)
+    return {"mean": float(values.mean()), "low": low, "high": high}
+
+
+def held_out_curve(folders: Sequence[Path]) -> list[tuple[int, float]]:
+    """(update, pass@1 on the 250 questions of the runs' own validation), mean over runs."""
+    points: dict[int, list[float]] = {}
+    for folder in folders:
+        for row in map(json.loads, (folder / "metrics.jsonl").open()):
+            if "validation/pass@1" in row:
+                points.setdefault(row["step"], []).append(row["validation/pass@1"])
+    return [(step, float(np.mean(values))) for step, values in sorted(points.items())]
+
+
+def as_table(results: Mapping[str, dict]) -> str:
+    """The results as a Markdown table, in percent."""
+    lines = [
+        "| arm | pass@1 (95 %) | each seed | gain over the start | pass@8 (95 %) | gain over the start |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, result in results.items():
+        one, eight = result["pass@1"], result["pass@8"]
+        each = ", ".join(f"{100 * value:.1f}" for value in one["seeds"])
+        gains = ["–" if arm == START else spread(of["gain"], "+") for of in (one, eight)]
+        lines.append(f"| {arm} | {spread(one)} | {each} | {gains[0]} | {spread(eight)} | {gains[1]} |")
+    return "\n".join([*lines, ""])
+
+
+def spread(of: Mapping[str, float], sign: str = "") -> str:
+    mean, low, high = (f"{100 * of[name]:{sign}.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def draw(results: Mapping[str, dict], file: Path) -> None:
+    """Held-out accuracy over updates, a line for each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "evidence"}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for arm, result in results.items():
+        if result["curve"]:
+            steps, values = zip(*result["curve"], strict=True)
+            axes.plot(steps, [100 * value for value in values], marker="o", label=arm)
+    axes.set(xlabel="updates", ylabel="held-out questions answered rightly, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each wants a core and 3 GB")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--summary", action="store_true", help="only compare what is there")
+    options = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        parser.error('the curves need matplotlib: pip install -e ".[bench]"')
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.summary:
+        lines = (json.dumps(row) + "\n" for row in training_questions(2000))
+        (out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+        todo = [(arm, seed) for seed in range(options.seeds) for arm in (START, *options.arms)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for done in [pool.submit(run, arm, seed, out, options.updates) for arm, seed in todo]:
+                done.result()
+    results = summary(out, range(options.seeds))
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(as_table(results))
+    draw(results, out / "curves.svg")
+    print(as_table(results), end="")
+
+
+if __name__ == "__main__":
+    main()
