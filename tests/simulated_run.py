@@ -13,7 +13,6 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from spell_megatron.evaluation import results
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.reporting.dumps import write_dump
 from spell_megatron.reporting.metrics import MetricsLogger
+from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay
@@ -29,15 +29,6 @@ from spell_megatron.selfplay.prompts import PromptSet
 
 
 PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
-
-
-@dataclass(frozen=True)
-class Completion:
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weight_version: str
-    routing: None = None
 
 
 class Bytes:

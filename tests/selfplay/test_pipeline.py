@@ -7,13 +7,14 @@ runs against real engines in tests/test_train.py.
 import asyncio
 import json
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from simulated_run import Bytes
 
 from spell_megatron.config import SamplingConfig, SelfPlayConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay, derive_seed
@@ -21,27 +22,6 @@ from spell_megatron.selfplay.prompts import PromptSet
 
 TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
 KINDS = ("mixed", "mixed", "right", "wrong", "format", "zero", "known", "long")
-
-
-@dataclass(frozen=True)
-class Completion:
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weight_version: str
-    routing: np.ndarray | None = None
-
-
-class Bytes:
-    """A tokenizer of UTF-8 bytes."""
-
-    def prompt_ids(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode()
-
-    count = staticmethod(lambda text: len(text.split()))
 
 
 class ScriptedPolicy:
