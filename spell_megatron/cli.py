@@ -769,14 +769,20 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[
 def _add_report(commands) -> None:
     parser = commands.add_parser(
         "report",
-        help="make a page of plots and transcripts of runs",
+        help="make a page of plots and transcripts of runs, and of scores",
         allow_abbrev=False,
         description="Make one HTML page about one or several runs: rewards, accuracy, what becomes of questions, "
-        "curriculum, verifier, training, speed, and transcripts to browse. It needs no network; runs may still be "
-        "going.",
+        "curriculum, verifier, training, speed, and transcripts to browse; and about what `spell evaluate` found: the "
+        "paper's table, pass@k, each benchmark. It needs no network; runs may still be going.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    add(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="of a run, such as runs/quickstart, or of an evaluation (the --out of spell evaluate)",
+    )
     add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
     for flag, default, meaning in (
         ("--transcripts", 200, "most questions per run to show with answers and judgments; 0 for none"),
@@ -795,6 +801,6 @@ def _report(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[s
     if arguments.text_chars < 100:
         raise UserError(f"--text-chars is {arguments.text_chars}; it must be 100 or more.")
     with Progress().stage("reading transcripts") as advance:
-        summary = write_report(arguments.runs, arguments.out, arguments.transcripts, arguments.text_chars, advance)
+        summary = write_report(arguments.folders, arguments.out, arguments.transcripts, arguments.text_chars, advance)
     print(summary)
     return 0

@@ -116,11 +116,12 @@ class VerifierConfig(Section):
     enabled: bool = True
     """Judge answers by the policy itself; off: rule rewards only."""
     votes: int | None = Field(None, ge=1)
-    """Judgments per answer; default: selfplay.group_size. 1 is the paper's ablation without a vote."""
+    """Judgments per answer; default: selfplay.group_size. 1 is the paper's ablation without a vote: the verifier then
+    learns to agree with the rule check."""
     agreement_low: float = 0.51
     """Verifier groups are trained on if the share of valid votes for the majority is at least this"""
     agreement_high: float = 0.99
-    """... and at most this."""
+    """... and at most this (a single judgment always agrees with itself, so that this is not asked of it)"""
     require_rule_agreement: bool = True
     """... and if the majority equals the rule score."""
     share: float = Field(0.125, ge=0)
@@ -244,7 +245,7 @@ class TrainingConfig(Section):
     logprob_chunk: int = Field(512, ge=1)
     """Response positions projected to the vocabulary at a time: 4 bytes for each and each token of the vocabulary."""
     role_weights: dict[Literal["questioner", "responder", "verifier"], float] = {}
-    """Factor on a role's rows in the loss; roles not named have 1."""
+    """Factor on a role's rows in the loss; roles not named have 1. With 0 its rows are left out of the update."""
     clip_low: float = Field(0.2, ge=0)
     """PPO clip below 1 (inactive on-policy; its rate is logged)."""
     clip_high: float = Field(0.2, ge=0)
@@ -736,14 +737,30 @@ def _relation_faults(config: Config) -> list[Fault]:
         f"{play.questioner.history_low} must be below selfplay.questioner.history_high "
         f"({play.questioner.history_high}), or no question ever enters the history",
     )
-    check(
-        0 <= play.verifier.agreement_low <= play.verifier.agreement_high <= 1,
-        "selfplay.verifier.agreement_low selfplay.verifier.agreement_high",
-        f"0 <= agreement_low ({play.verifier.agreement_low}) <= agreement_high "
-        f"({play.verifier.agreement_high}) <= 1 must hold. They are shares of votes",
-    )
-
     training, optimizer, parallel = config.training, config.training.optimizer, config.training.parallel
+    low, high = play.verifier.agreement_low, play.verifier.agreement_high
+    check(
+        0 <= low <= high <= 1,
+        "selfplay.verifier.agreement_low selfplay.verifier.agreement_high",
+        f"0 <= agreement_low ({low}) <= agreement_high ({high}) <= 1 must hold. They are shares of votes",
+    )
+    if play.verifier.enabled and play.verifier.share > 0 and training.role_weights.get("verifier", 1) > 0:
+        untrained = "Set selfplay.verifier.share to 0 if the verifier is not to be trained"
+        shares = {k / valid for valid in range(1, play.votes + 1) for k in range((valid + 1) // 2, valid + 1)}
+        check(
+            play.votes == 1 or low > high or any(low <= share <= high for share in shares),
+            "selfplay.verifier.votes selfplay.group_size selfplay.verifier.agreement_low "
+            "selfplay.verifier.agreement_high",
+            f"the share of {play.votes} judgments that agree is never from agreement_low ({low}) to agreement_high "
+            f"({high}), so the verifier would never be trained. Ask for more judgments or widen that range. {untrained}",
+        )
+        check(
+            play.votes > 1 or play.verifier.require_rule_agreement,
+            "selfplay.verifier.require_rule_agreement selfplay.verifier.votes",
+            "a single judgment that need not agree with the rule check is rewarded whatever it says. Set "
+            f"require_rule_agreement to true, or ask for more judgments. {untrained}",
+        )
+
     check(
         all(0 <= beta < 1 for beta in optimizer.betas),
         "training.optimizer.betas",
@@ -772,6 +789,11 @@ def _relation_faults(config: Config) -> list[Fault]:
     )
     for role, weight in training.role_weights.items():
         check(weight >= 0, "training.role_weights", f"{role} has weight {weight}. Use 0 or more")
+    check(
+        any(training.role_weights.get(role, 1) for role in ("questioner", "responder", "verifier")),
+        "training.role_weights",
+        "all roles have weight 0, so nothing would be trained. Give one of them 1",
+    )
 
     check(
         not training.offload or training.recompute == "full",

@@ -52,8 +52,9 @@ class Director:
             config.run.seed,
         )
         history = History(selfplay.questioner.history)
+        untrained = [role for role, weight in config.training.role_weights.items() if weight == 0]
         self.selfplay = SelfPlay(
-            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed
+            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed, untrained
         )
         validation = config.validation
         self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []

@@ -18,6 +18,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker("engine")
 
 
+@pytest.fixture(scope="module")
+def process_group():
+    """Megatron's process groups of this process alone, on the CPU."""
+    from hf_models import cpu_config
+
+    from spell_megatron.training import backend
+
+    backend.initialise(cpu_config("unused"))
+    yield
+    backend.shutdown()
+
+
 @pytest.fixture(scope="session")
 def hf_checkpoint(tmp_path_factory):
     """hf_checkpoint(case) -> (transformers model, its folder), once for each case of `hf_models.CASES`."""

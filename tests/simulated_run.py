@@ -1,7 +1,8 @@
 """Folders of runs without engines and trainer: real self-play, logging and dumps around a policy made of coin tosses.
 
 What a trainer would log is made up here, under the names that a real run has; tests/test_train.py holds the report
-against a real run. As a script: simulated_run.py FOLDER STEPS [SEED].
+against a real run. As a script: simulated_run.py FOLDER STEPS [SEED]. And folders of evaluations, scored and written
+as real ones are.
 """
 
 from __future__ import annotations
@@ -11,26 +12,23 @@ import json
 import math
 import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from spell_megatron.config import Config, to_yaml
+from spell_megatron.evaluation import results
+from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.reporting.dumps import write_dump
 from spell_megatron.reporting.metrics import MetricsLogger
+from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay
 from spell_megatron.selfplay.prompts import PromptSet
 
 
-@dataclass(frozen=True)
-class Completion:
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weight_version: str
-    routing: None = None
+PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
 
 
 class Bytes:
@@ -191,6 +189,30 @@ def _trainer(step: int, rng: random.Random) -> dict[str, float]:
         "time/step": rollout + update,
     }
     return metrics | ({"time/checkpoint": 2.0} if step % 50 == 0 else {})
+
+
+def make_evaluation(
+    folder: Path, skill: float, names: Sequence[str] = PAPER, samples: int = 8, judge: str | None = None
+) -> Path:
+    """Write the folder of an evaluation of 40 questions of each benchmark; questions differ in how hard they are."""
+    answered = {name: [_answered(name, i, skill, samples, judge) for i in range(40)] for name in names}
+    settings = {"model": f"runs/{folder.name}", "max_input": 16384, "max_output": 4096, "temperature": 0.7}
+    settings |= {"top_p": 0.95, "seed": 0, "samples": samples} | ({"judge": judge} if judge else {})
+    folder.mkdir(parents=True)
+    results.write(results.summarise(answered, settings), folder)
+    return folder
+
+
+def _answered(name: str, number: int, skill: float, samples: int, judge: str | None) -> results.Answered:
+    rng = random.Random(f"{name}{number}")
+    chance = min(1.0, 2 * skill * rng.random())
+    subset = ("short", "long")[number % 2] if name in ("docmath", "longbench-v2") else ""
+    made = []
+    for _ in range(samples):
+        right = int(rng.random() < chance)
+        verdict = int(rng.random() < 0.2) if judge and not right else None
+        made.append(results.Sample("x", right, rng.random() < 0.05, number % 5 == 0, 100, verdict))
+    return results.Answered(BenchmarkQuestion(str(number), "doc_mc", "", "x", (), name, subset), made)
 
 
 if __name__ == "__main__":

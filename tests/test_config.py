@@ -126,6 +126,17 @@ def test_every_fault_is_reported_at_once_each_on_a_line_with_its_remedy(write):
         ({"training": {"clip_low": 1.0}}, "training.clip_low"),
         ({"training": {"importance_sampling": "sequence"}}, "training.importance_sampling"),
         ({"training": {"role_weights": {"verifier": -1}}}, "training.role_weights"),
+        (
+            {"training": {"role_weights": {"questioner": 0, "responder": 0, "verifier": 0}}},
+            "training.role_weights",
+        ),
+        ({"selfplay": {"verifier": {"votes": 2}}}, "selfplay.verifier.votes"),
+        ({"selfplay": {"group_size": 2}}, "selfplay.verifier.votes"),
+        ({"selfplay": {"verifier": {"agreement_low": 0.9}}}, "selfplay.verifier.votes"),
+        (
+            {"selfplay": {"verifier": {"votes": 1, "require_rule_agreement": False}}},
+            "selfplay.verifier.require_rule_agreement",
+        ),
         ({"training": {"parallel": {"processes": 3, "tensor": 2}}}, "training.parallel.processes"),
         ({"training": {"parallel": {"processes": 2, "expert": 4}}}, "training.parallel.expert"),
         (
@@ -142,6 +153,21 @@ def test_settings_that_do_not_go_together(write, settings, key):
         raw.setdefault(section, {}).update(values)
     lines = faults_of(write(yaml.safe_dump(raw)))
     assert [line.split(":")[0] for line in lines] == [key]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--selfplay.verifier.votes=1",),
+        ("--selfplay.verifier.votes=3",),
+        ("--selfplay.verifier.votes=2", "--selfplay.verifier.agreement_high=1"),
+        ("--selfplay.verifier.votes=2", "--selfplay.verifier.share=0"),
+        ("--selfplay.verifier.votes=2", "--training.role_weights={verifier: 0}"),
+        ("--selfplay.group_size=2", "--selfplay.verifier.enabled=false"),
+    ],
+)
+def test_a_verifier_that_can_be_trained_or_is_not_meant_to_be(write, overrides):
+    load_config(write(MINIMAL), overrides)
 
 
 def test_a_relation_of_a_faulty_setting_is_left_out(write):

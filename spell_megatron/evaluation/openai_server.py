@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.client import http_session
 
 _RETRIES = 5
 _TRANSIENT = {408, 409, 425, 429}
@@ -46,15 +47,11 @@ class OpenAIServer:
         url = url.rstrip("/")
         self.url = url if "/" in url.partition("://")[2] else f"{url}/v1"
         self.model, self._purpose = model, purpose
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=30.0)
 
     async def __aenter__(self) -> OpenAIServer:
-        self._session = aiohttp.ClientSession(
-            headers=self._headers,
-            timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-        )
+        self._session = http_session(self._api_key, self._timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:

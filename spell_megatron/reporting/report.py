@@ -1,4 +1,4 @@
-"""`spell report`: one page of HTML about one or several runs, which needs nothing but a browser.
+"""`spell report`: one page of HTML about runs and evaluations, which needs nothing but a browser.
 
 Plots are drawn by uPlot (MIT licence, in `page/`): its 51 KB can stand in every page, where plotly.js takes 4.8 MB and
 its plots a good part of a second each.
@@ -29,10 +29,20 @@ from typing import Any
 import yaml
 
 from spell_megatron.errors import UserError
+from spell_megatron.reporting.evaluations import columns, is_evaluation, read_evaluation
 from spell_megatron.reporting.panels import OUTCOMES, sections, table
 
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("uPlot.iife.min.js", "elements.js", "numbers.js", "plots.js", "overview.js", "transcripts.js", "page.js")
+SCRIPTS = (
+    "uPlot.iife.min.js",
+    "elements.js",
+    "numbers.js",
+    "plots.js",
+    "overview.js",
+    "evaluations.js",
+    "transcripts.js",
+    "page.js",
+)
 
 MAX_JUDGMENT_SHARE = 4
 """A judgment may be this many times shorter than other texts: an answer has many of them."""
@@ -68,10 +78,11 @@ def write_report(
     text_chars: int = 2000,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Write the report of some runs to the file `out`, which appears when it is complete.
+    """Write the report of some runs and evaluations to the file `out`, which appears when it is complete.
 
     Args:
-        folders: of the runs, as `spell train` makes them. They may still be going.
+        folders: of runs, as `spell train` makes them, which may still be going, and of evaluations (`spell evaluate`).
+            A folder may be both.
         transcripts: most questions per run that are shown with all that became of them.
         text_chars: longer texts in them lose their middle; judgments are cut to a quarter of it.
         on_progress: gets the number of files of transcripts read, and of all to be read.
@@ -80,12 +91,15 @@ def write_report(
         A line that says what was written and what was left out.
 
     Raises:
-        UserError: a folder is no run, no run has logged a step yet, or `out` is a folder.
+        UserError: a folder is no run and no evaluation that has ended, there is no evaluation and no run has logged a
+            step yet, or `out` is a folder.
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name the file to write, such as {out / 'report.html'}.")
-    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    if not any(run.steps for run in runs):
+    names = dict(zip(folders, _names(folders), strict=True))
+    evaluations = [read_evaluation(folder, name) for folder, name in names.items() if is_evaluation(folder)]
+    runs = [read_run(folder, name) for folder, name in names.items() if not is_evaluation(folder) or _is_run(folder)]
+    if not evaluations and not any(run.steps for run in runs):
         raise UserError(
             f"There is nothing to report yet: {', '.join(str(run.folder) for run in runs)} has not logged a step. "
             "A run logs its first numbers after its first step, or after a validation at its start."
@@ -100,7 +114,7 @@ def write_report(
             on_progress(done, total)
         if run.steps and not chosen[run.name] and transcripts:
             run.notes.append("no transcripts: its folder rollouts/ holds none (logging.dump: none)")
-    page = render(runs, questions, text_chars)
+    page = render(runs, evaluations, questions, text_chars)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(out.name + ".tmp")
     beside.write_text(page, encoding="utf-8")
@@ -108,10 +122,16 @@ def write_report(
     steps = sum(len(run.steps) for run in runs)
     line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, "
     line += f"{len(questions)} questions with transcripts"
+    if evaluations:
+        line += f", {len(evaluations)} evaluation(s)"
     return "\n".join([line, *(f"  {run.name}: {note}" for run in runs for note in run.notes)])
 
 
 # ------------------------------------------------------------------------------------------- runs
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file()
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -124,10 +144,15 @@ def read_run(folder: Path, name: str) -> Run:
         UserError: the folder is not one of a run.
     """
     log, config = folder / "metrics.jsonl", folder / "config.yaml"
-    if not log.is_file() and not config.is_file():
-        found = sorted(str(file.parent) for file in folder.glob("*/metrics.jsonl"))
-        below = f" It holds runs, though: {', '.join(found[:5])}." if found else ""
-        raise UserError(f"{folder} is not the folder of a run: it has neither metrics.jsonl nor config.yaml.{below}")
+    if not _is_run(folder):
+        found = sorted(str(below) for below in folder.glob("*") if _is_run(below) or is_evaluation(below))
+        hint = f" It holds such folders, though: {', '.join(found[:5])}." if found else ""
+        if (folder / "evaluation.json").is_file():
+            hint = " An evaluation was begun in it: run its command again, and it goes on."
+        raise UserError(
+            f"{folder} is not the folder of a run or an evaluation: it has none of metrics.jsonl, config.yaml and "
+            f"scores.json.{hint}"
+        )
     run = Run(folder, name)
     if config.is_file():
         run.settings = _settings(config, run.notes)
@@ -191,7 +216,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: its last part, or as many as tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
-        raise UserError("A run is named twice. Name each of the runs once.")
+        raise UserError("A folder is named twice. Name each of them once.")
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(some[-count:]) for some in parts]
         if len(set(names)) == len(names):
@@ -340,8 +365,13 @@ def _shorten(text: str, limit: int) -> str:
 # ------------------------------------------------------------------------------------------- page
 
 
-def render(runs: Sequence[Run], questions: Sequence[dict[str, Any]], text_chars: int) -> str:
-    """The page about these runs and transcripts."""
+def render(
+    runs: Sequence[Run],
+    evaluations: Sequence[dict[str, Any]],
+    questions: Sequence[dict[str, Any]],
+    text_chars: int,
+) -> str:
+    """The page about these runs, evaluations and transcripts."""
     names = {name: None for run in runs for name in run.metrics}
     tasks = list(
         {match[1]: None for name in names if (match := re.match(r"(?:selfplay|validation)/(\w+)/(?:rate|pass@)", name))}
@@ -361,6 +391,8 @@ def render(runs: Sequence[Run], questions: Sequence[dict[str, Any]], text_chars:
             }
             for run in runs
         ],
+        "evaluations": evaluations,
+        "evaluation_columns": columns(evaluations),
         "sections": [asdict(section) for section in sections(tasks, names)],
         "table": [asdict(row) for row in table(names)],
         "settings": _differences(runs),
@@ -372,10 +404,11 @@ def render(runs: Sequence[Run], questions: Sequence[dict[str, Any]], text_chars:
     files = {file.name: file.read_text(encoding="utf-8") for file in PAGE.iterdir()}
     style = files["uPlot.min.css"] + files["page.css"]
     script = "\n".join(files[name] for name in SCRIPTS)
+    shown = [run.name for run in runs] + [evaluation["name"] for evaluation in evaluations]
     parts = {
         "policy": f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        "title": html.escape("SPELL report: " + ", ".join(run.name for run in runs)),
+        "title": html.escape("SPELL report: " + ", ".join(shown)),
         "licence": files["uPlot-LICENSE.txt"].strip(),
         "style": style,
         "script": script,

@@ -70,6 +70,16 @@ class _Replica:
     probe: asyncio.Task[bool] | None = None
 
 
+def http_session(api_key: str | None, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+    """Connections to model servers, as many as are asked for; the key (None: none) is sent as a bearer token."""
+    return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=timeout,
+        # Servers close connections that were idle for 5 seconds; reusing one at that moment fails.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
+    )
+
+
 class Client:
     """Samples completions from one or several replicas of the policy.
 
@@ -103,7 +113,7 @@ class Client:
         concurrency: int = 256,
         revive: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._api_key = api_key
         self._sampling = sampling
         self._stop_token_ids = sorted(stop_token_ids)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, sock_connect=30.0)
@@ -122,12 +132,7 @@ class Client:
     async def __aenter__(self) -> Client:
         # The semaphores bound the sockets, so the connector need not; a request that waited for
         # a slot of the connector would have its timeout running.
-        self._session = aiohttp.ClientSession(
-            headers=self._headers,
-            timeout=self._timeout,
-            # Servers close connections that were idle for 5 seconds; reusing one at that moment fails.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-        )
+        self._session = http_session(self._api_key, self._timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:

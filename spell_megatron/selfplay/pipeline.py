@@ -15,7 +15,7 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ import numpy as np
 from spell_megatron.config import SamplingConfig, SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.advantages import assign_advantages
-from spell_megatron.selfplay.batch import Group, Sample, compose
+from spell_megatron.selfplay.batch import Group, Role, Sample, compose
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler, choose_context
 from spell_megatron.selfplay.history import Entry, History
 from spell_megatron.selfplay.parsing import Question, Rejection, parse_answer, parse_question, parse_verdict
@@ -176,7 +176,10 @@ class MixedRate:
 
 
 class SelfPlay:
-    """The self-play of one run: sampler, history and the roles' prompts around one policy."""
+    """The self-play of one run: sampler, history and the roles' prompts around one policy.
+
+    The roles `untrained` play as the others do, but have no rows in the batch.
+    """
 
     def __init__(
         self,
@@ -187,6 +190,7 @@ class SelfPlay:
         sampler: ClusterSampler,
         history: History,
         seed: int,
+        untrained: Collection[Role] = (),
     ) -> None:
         self.config = config
         self.sampling = sampling
@@ -195,6 +199,7 @@ class SelfPlay:
         self.sampler = sampler
         self.history = history
         self.seed = seed
+        self.untrained = untrained
         self.rate = MixedRate()
 
     def state_dict(self) -> dict:
@@ -507,7 +512,7 @@ class SelfPlay:
                 advantages = rng.sample([row.advantage for row in rows], len(rows))
                 for row, advantage in zip(rows, advantages, strict=True):
                     row.advantage = advantage
-        return batch
+        return [sample for sample in batch if sample.role not in self.untrained]
 
     def _metrics(self, attempts: Sequence[Attempt], batch: Sequence[Sample], admitted: int) -> dict[str, float]:
         """Flat metrics: rates of every outcome per task, votes, history, the batch's make-up."""

@@ -33,11 +33,12 @@ def trainable(votes: Sequence[int], majority: int | None, rule_score: int, confi
 
     The share of valid votes for the verdict must lie in the configured band (unanimous votes teach
     nothing, close ones are doubtful), and the verdict must agree with the rule check if required.
+    A single vote has none to agree with, so only the rule check is asked.
     """
     if majority is None:
         return False
     agreement = votes.count(majority) / (votes.count(1) + votes.count(0))
-    if not config.agreement_low <= agreement <= config.agreement_high:
+    if len(votes) > 1 and not config.agreement_low <= agreement <= config.agreement_high:
         return False
     return majority == rule_score or not config.require_rule_agreement
 

@@ -35,14 +35,16 @@ class TreeGPTModel(GPTModel):
     size does not divide, the last columns (from `vocabulary` on) are padding and belong in no softmax.
     """
 
-    def __init__(self, config: TransformerConfig, hf_config: PretrainedConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hf_config: PretrainedConfig, offload: bool = False, **kwargs: Any
+    ) -> None:
+        """offload: keep what the decoder saves for the backward pass in host memory (`training.offload`)."""
         super().__init__(config=config, position_embedding_type="none", **kwargs)
         self.vocabulary: int = hf_config.vocab_size
         # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
         self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
         self._routers = routers(self)
-        self.offload = False
-        """Keep what the decoder saves for the backward pass in host memory (`training.offload`)."""
+        self._offload = offload
 
     def forward(
         self,
@@ -73,7 +75,7 @@ class TreeGPTModel(GPTModel):
             routing = None if routing is None else routing.chunk(shards)[rank]
         for router in self._routers:
             router.recorded = None if routing is None else routing[:, router.layer_number - self.layers.start - 1]
-        with saved_tensors_hooks(_to_host, _to_device) if self.offload else nullcontext():
+        with saved_tensors_hooks(_to_host, _to_device) if self._offload else nullcontext():
             return self.decoder(
                 hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
             )
@@ -136,9 +138,10 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
     refuse(layout_faults(arch, config.training.parallel))
     use_te = _has_transformer_engine()
     transformer_config = _transformer_config(hf_config, arch, config, use_te)
-    model = TreeGPTModel(
+    return TreeGPTModel(
         config=transformer_config,
         hf_config=hf_config,
+        offload=config.training.offload,
         transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
         vocab_size=arch.vocabulary + -arch.vocabulary % config.training.parallel.tensor,
         max_sequence_length=hf_config.max_position_embeddings,
@@ -146,8 +149,6 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
-    model.offload = config.training.offload
-    return model
 
 
 def _has_transformer_engine() -> bool:

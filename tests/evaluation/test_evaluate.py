@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -73,6 +72,16 @@ def samples(out: Path) -> list[dict]:
 
 def scores(out: Path) -> dict:
     return json.loads((out / "scores.json").read_text())
+
+
+def killed_after(count: int, words: list[str], out: Path) -> list[dict]:
+    """Start a command, kill it when it has so many samples, and return those that it leaves."""
+    process = subprocess.Popen([sys.executable, "-m", "spell_megatron", *words], cwd=ROOT)
+    while process.poll() is None and (not (out / "samples.jsonl").exists() or len(samples(out)) < count):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return samples(out)
 
 
 # ---------------------------------------------------------------------------------------- a server
@@ -256,12 +265,7 @@ def test_nothing_is_paid_twice_after_a_kill(tokenizer_folder, mine, tmp_path):
     with serve() as stub:
         stub.delay = 0.1
         words = command(tokenizer_folder, stub, mine, out, "--samples", "12", "--rollout.concurrency=3")
-        process = subprocess.Popen([sys.executable, "-m", "spell_megatron", *words], cwd=ROOT)
-        while process.poll() is None and (not (out / "samples.jsonl").exists() or len(samples(out)) < 10):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kept = samples(out)
+        kept = killed_after(10, words, out)
         assert 10 <= len(kept) < 60
         with (out / "samples.jsonl").open("a") as file:
             file.write('{"benchmark": "mine", "id": "q0", "sam')  # as a machine that fails may leave it
@@ -412,12 +416,7 @@ def test_engines_answer_and_a_real_model_judges(engines_for, tmp_path, monkeypat
     words = ["evaluate", "--model", "examples/quickstart/policy", "--config", "examples/quickstart.yaml"]
     words += ["--benchmark", f"heldout={HELD_OUT}", "--limit", "40", "--samples", "4", "--out", str(out)]
     words += ["--max-input", "700", "--max-output", "48", f"--rollout.urls=[{url}]", "--rollout.concurrency=8"]
-    process = subprocess.Popen([sys.executable, "-m", "spell_megatron", *words], cwd=ROOT)
-    while process.poll() is None and (not (out / "samples.jsonl").exists() or len(samples(out)) < 20):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = samples(out)
+    kept = killed_after(20, words, out)
     assert 20 <= len(kept) < 160
     monkeypatch.chdir(ROOT)
     assert main(words) == 0

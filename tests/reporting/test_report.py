@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from simulated_run import make_run
+from simulated_run import make_evaluation, make_run
 
 from spell_megatron.cli import main
 from spell_megatron.errors import UserError
@@ -97,9 +97,9 @@ def test_a_run_without_transcripts(tmp_path):
 
 def test_folders_that_cannot_be_reported(simulated, tmp_path):
     out = tmp_path / "report.html"
-    with pytest.raises(UserError, match=r"is not the folder of a run.*It holds runs, though: .*hostile"):
+    with pytest.raises(UserError, match=r"is not the folder of a run.*It holds such folders, though: .*hostile"):
         write_report([simulated.parent], out)
-    with pytest.raises(UserError, match="is not the folder of a run: it has neither"):
+    with pytest.raises(UserError, match="is not the folder of a run or an evaluation: it has none of"):
         write_report([tmp_path / "nowhere"], out)
     empty = write_run(tmp_path / "empty")
     with pytest.raises(UserError, match=r"nothing to report yet: .*empty has not logged a step"):
@@ -231,6 +231,71 @@ def test_every_metric_that_is_plotted_is_logged(simulated):
     mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
     # a checkpoint comes every fifty steps of a simulated run
     assert plotted - set(logged) - {"time/checkpoint"} == mixture_of_experts
+
+
+def test_evaluations_stand_beside_runs(simulated, tmp_path):
+    """The numbers of the page are those that `spell evaluate` wrote."""
+    whole = make_evaluation(tmp_path / "whole", 0.5, judge="gpt-oss-120b")
+    some = make_evaluation(tmp_path / "some", 0.3, ("docmath", "hotpotqa", "mine"), samples=6)
+    out = tmp_path / "report.html"
+    assert write_report([simulated, whole, some], out, transcripts=0).endswith("transcripts, 2 evaluation(s)")
+    data = embedded(out.read_text(), "data")
+    assert [run["name"] for run in data["runs"]] == ["hostile"]
+    assert [evaluation["name"] for evaluation in data["evaluations"]] == ["whole", "some"]
+    assert data["evaluation_columns"] == ["DocMath", "Frames", "LB-MQA", "LB-V2", "Avg", "hotpotqa", "mine"]
+    assert "<title>SPELL report: hostile, whole, some</title>" in out.read_text()
+    for folder, shown in zip((whole, some), data["evaluations"], strict=True):
+        written = json.loads((folder / "scores.json").read_text())
+        curves = written["columns"] | ({"Avg": written["average"]} if written["average"] else {})
+        curves |= {name: written["benchmarks"][name] for name in shown["columns"] if name not in curves}
+        for column, measures in shown["columns"].items():
+            for measure, points in measures.items():
+                expected = curves[column][measure].items()
+                assert points == [[int(k[5:]), e["mean"], e["low"], e["high"]] for k, e in expected]
+        for name, about in written["benchmarks"].items():
+            assert shown["benchmarks"][name]["questions"] == about["questions"] == 40
+            assert shown["benchmarks"][name]["score"][0] == about["score"]["pass@1"]["mean"]
+            assert shown["benchmarks"][name]["subsets"].keys() == about["subsets"].keys()
+    assert list(data["evaluations"][0]["columns"]) == ["DocMath", "Frames", "LB-MQA", "LB-V2", "Avg"]
+    assert list(data["evaluations"][1]["columns"]) == ["DocMath", "hotpotqa", "mine"]  # LB-MQA needs all three
+    assert data["evaluations"][0]["facts"]["judge"] == "gpt-oss-120b" != data["evaluations"][1]["facts"]["judge"]
+
+
+def test_a_folder_may_be_a_run_and_an_evaluation_or_an_evaluation_alone(simulated, tmp_path):
+    both = shutil.copytree(simulated, tmp_path / "both")
+    alone = make_evaluation(tmp_path / "alone", 0.5, ("mine",))
+    shutil.copy(alone / "scores.json", both)
+    out = tmp_path / "report.html"
+    message = write_report([both, alone], out, transcripts=0)
+    assert "1 run(s)" in message and "2 evaluation(s)" in message
+    assert "0 run(s), 0 steps" in write_report([alone], out)
+    assert embedded(out.read_text(), "data")["runs"] == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError"),
+        ('{"settings": {}, "interval": "", "average": null, "columns": {"Other": {}}, "benchmarks": {}}', "KeyError"),
+        (
+            '{"settings": {}, "interval": "", "average": null, "columns": {}, "benchmarks": {"a": {"score": '
+            '{"pass@1": {"mean": NaN, "low": 0, "high": 1}}, "rule": {}}}}',
+            "is no estimate",
+        ),
+    ],
+)
+def test_scores_that_cannot_be_read(content, message, tmp_path):
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(UserError, match=f"cannot be read as the scores of an evaluation .*{message}"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_an_evaluation_that_has_not_ended(tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="An evaluation was begun in it: run its command again"):
+        write_report([tmp_path], tmp_path / "report.html")
 
 
 def test_the_command(simulated, tmp_path, capsys):

@@ -5,6 +5,7 @@ Skipped where there is no Chromium with its driver (Debian: `apt-get install chr
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from simulated_run import make_run
+from simulated_run import make_evaluation, make_run
 
 from spell_megatron.reporting.panels import sections
 from spell_megatron.reporting.report import write_report
@@ -85,6 +86,17 @@ def compared(tmp_path_factory) -> Path:
     waiting.mkdir()
     (waiting / "config.yaml").write_text("run:\n  steps: 6\n")
     write_report([*runs, waiting], folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> Path:
+    """The report of a run and three evaluations: two of the paper's table with a judge, one of other benchmarks."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    evaluations = [make_evaluation(folder / name, skill, judge="judge") for name, skill in (("a", 0.38), ("b", 0.47))]
+    evaluations.append(make_evaluation(folder / "<b>c", 0.4, ("docmath", "mine"), samples=6))
+    write_report([make_run(folder / "run", 3), *evaluations], folder / "report.html", transcripts=5)
+    write_report(evaluations[:1], folder / "alone.html")
     return folder / "report.html"
 
 
@@ -268,6 +280,74 @@ def test_runs_are_compared(show, compared):
     assert "short" not in texts(browser, "#comparison thead")[0]
     choose(browser, "#filter-run", "short")
     assert len(texts(browser, "#questions .question")) > 0
+
+
+def test_evaluations_stand_beside_the_run(show, evaluated):
+    browser = show(evaluated)
+    assert texts(browser, "nav a")[:3] == ["Overview", "Evaluation", "Results"]
+    assert texts(browser, "#evaluation .card h3") == ["a", "b", "<b>c"]
+    assert texts(browser, "#scores thead th") == ["", "DocMath", "Frames", "LB-MQA", "LB-V2", "Avg", "mine"]
+    written = json.loads((evaluated.parent / "b" / "scores.json").read_text())
+
+    def cell(estimate: dict[str, float]) -> str:
+        return f"{100 * estimate['mean']:.1f} ({100 * estimate['low']:.1f}–{100 * estimate['high']:.1f})"
+
+    def row(k: str, measure: str) -> list[str]:
+        columns = [*written["columns"].values(), written["average"]]
+        return ["b", *(cell(column[measure][k]) for column in columns), "–"]
+
+    second = "#scores tbody tr:nth-child(2) > *"
+    assert texts(browser, second) == row("pass@1", "score")
+    assert texts(browser, "#scores tbody tr:nth-child(3) > *")[2:6] == ["–"] * 4
+    assert len(texts(browser, "#scores .winner")) == 6 - 1  # `mine` is of one evaluation
+    choose(browser, "#k", "pass@8")
+    assert texts(browser, "#scores h3") == ["pass@8"] and texts(browser, second) == row("pass@8", "score")
+    choose(browser, "#measure", "rule alone")
+    assert texts(browser, second) == row("pass@8", "rule")
+    assert texts(browser, "#scores tbody tr:nth-child(3) > *") == ["<b>c"] + ["–"] * 6  # it has six samples
+    # 3 evaluations of docmath with two parts each, 5 benchmarks of two with two parts of one, and `mine`
+    assert len(texts(browser, "#benchmarks tbody tr")) == 3 * 3 + 2 * (5 + 2) + 1
+    assert texts(browser, "main b") == []
+
+
+def test_plots_of_evaluations(show, evaluated):
+    browser = show(evaluated)
+    plots = inks(browser)[: len(texts(browser, "#evaluation .panel"))]
+    assert texts(browser, "#evaluation .panel h3") == ["DocMath", "Frames", "LB-MQA", "LB-V2", "Avg", "mine"]
+    assert min(plots) > 10
+    legend = "#evaluation .panel:nth-child(1) .legend"
+    scores = json.loads((evaluated.parent / "a" / "scores.json").read_text())["columns"]["DocMath"]["score"]
+    assert texts(browser, f"{legend} .value")[0] == f"{100 * scores['pass@1']['mean']:.1f}%"
+    assert texts(browser, f"{legend} .at") == ["pass@1"]
+    plot = browser.find_element(By.CSS_SELECTOR, "#evaluation .u-over")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", plot)
+    mouse = ActionChains(browser)
+    mouse.move_to_element_with_offset(plot, plot.size["width"] // 2 - 12, 0).perform()  # over the last k
+    WebDriverWait(browser, 60).until(lambda b: texts(b, f"{legend} .at") == ["pass@8"])
+    assert texts(browser, f"{legend} .value")[0] == f"{100 * scores['pass@8']['mean']:.1f}%"
+    assert texts(browser, f"{legend} .value")[2] == "–"
+    picture = "return document.querySelector('#evaluation .panel:nth-child(2) canvas').toDataURL()"
+    whole = browser.execute_script(picture)
+    click(browser, f"{legend} button")  # hides this evaluation in all plots
+    assert browser.execute_script(picture) != whole
+    pressed = "[...document.querySelectorAll('#evaluation .legend button')].map((e) => e.getAttribute('aria-pressed'))"
+    assert browser.execute_script(f"return {pressed}").count("false") == 5
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_evaluations_in_the_dark_and_alone(show, evaluated, width):
+    browser = show(evaluated, width=width, scheme="dark")
+    dark = inks(browser)
+    assert luminance(browser, "#evaluation .panel") < 0.2 and min(dark) > 10
+    picture = "return document.querySelector('#evaluation canvas').toDataURL()"
+    before = browser.execute_script(picture)
+    choose(browser, "#theme", "light")
+    assert browser.execute_script(picture) != before
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser = show(evaluated.with_name("alone.html"), width=width)
+    assert texts(browser, "nav a") == ["Evaluation"] and len(inks(browser)) == 5 and min(inks(browser)) > 10
+    assert not browser.find_element(By.ID, "window").is_displayed()
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow

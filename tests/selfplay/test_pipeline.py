@@ -7,13 +7,14 @@ runs against real engines in tests/test_train.py.
 import asyncio
 import json
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from simulated_run import Bytes
 
 from spell_megatron.config import SamplingConfig, SelfPlayConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay, derive_seed
@@ -21,27 +22,6 @@ from spell_megatron.selfplay.prompts import PromptSet
 
 TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
 KINDS = ("mixed", "mixed", "right", "wrong", "format", "zero", "known", "long")
-
-
-@dataclass(frozen=True)
-class Completion:
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weight_version: str
-    routing: np.ndarray | None = None
-
-
-class Bytes:
-    """A tokenizer of UTF-8 bytes."""
-
-    def prompt_ids(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode()
-
-    count = staticmethod(lambda text: len(text.split()))
 
 
 class ScriptedPolicy:
@@ -127,10 +107,11 @@ def make_selfplay(prompts, n_clusters=120, groups=10, kinds=KINDS, documents=7, 
         )
         for i in range(n_clusters)
     ]
-    sampling = settings.pop("sampling", SamplingConfig())
-    config = SelfPlayConfig(groups=groups, group_size=4, clusters_per_round=30, **settings)
+    sampling, untrained = settings.pop("sampling", SamplingConfig()), settings.pop("untrained", ())
+    config = SelfPlayConfig(**{"groups": groups, "group_size": 4, "clusters_per_round": 30} | settings)
     sampler = ClusterSampler(clusters, config.tasks, {}, config.clusters_per_round, 3)
-    return SelfPlay(config, sampling, prompts, Bytes(), sampler, History(3), 11)
+    history = History(config.questioner.history)
+    return SelfPlay(config, sampling, prompts, Bytes(), sampler, history, 11, untrained)
 
 
 def roll(selfplay, policy, step=1, version="1"):
@@ -323,6 +304,166 @@ def test_questions_of_the_file_instead_of_a_questioner(prompts, verifier):
         assert sum(row.advantage for row in rows if row.group == group) == pytest.approx(0, abs=1e-6)
     assert rollout.metrics["history/clusters"] == 0
     assert summary(rolled(ScriptedPolicy(jitter=9))) == summary(rollout)
+
+
+# Ablations: each setting of the table in docs/algorithm.md does what the table says, and nothing else
+
+
+def rows_of(samples, role):
+    return [sample for sample in samples if sample.role == role]
+
+
+def asked(policy, role):
+    """Requests for a role (prompts of the grounding check are not the responder's)."""
+    wanted = {"grounding": "|Empty|", "questioner": "questioner|", "verifier": "verifier|"}[role]
+    return [prompt for _, prompt, *_ in policy.requests if wanted in prompt]
+
+
+def test_without_the_grounding_check_known_questions_are_put_to_the_responder(prompts):
+    policy = ScriptedPolicy()
+    rollout = roll(make_selfplay(prompts, groups=20, grounding={"enabled": False}), policy)
+    assert not asked(policy, "grounding")
+    assert rollout.metrics["selfplay/rate/ungrounded"] == 0 and "selfplay/rate/no_context_right" not in rollout.metrics
+    known = [s for s in rollout.samples if s.cluster_id.endswith("-known")]
+    assert rows_of(known, "responder") and {s.kind for s in rows_of(known, "questioner")} <= {"zero_variance", "good"}
+
+
+def test_one_grounding_answer_for_multiple_choice(prompts):
+    def answers(**settings):
+        policy = ScriptedPolicy()
+        roll(make_selfplay(prompts, tasks={"doc_mc": 1.0}, kinds=("known",), max_rounds=1, **settings), policy)
+        return len(asked(policy, "grounding")) / len(asked(policy, "questioner"))
+
+    assert answers() == 4
+    assert answers(grounding={"mc_samples": 1}) == 1
+
+
+@pytest.mark.parametrize("reward", [-1.0, 0.0])
+def test_questions_that_do_not_parse_lose_against_others_with_and_without_a_penalty(prompts, reward):
+    """Without the penalty they still count as questions without reward, which are compared with rewarded ones."""
+    kinds = ("mixed", "mixed", "format")
+    selfplay = make_selfplay(prompts, kinds=kinds, groups=20, questioner={"bad_format_reward": reward})
+    questions = rows_of(roll(selfplay, ScriptedPolicy()).batch, "questioner")
+    bad = [s for s in questions if s.kind == "bad_format"]
+    assert bad and {s.reward for s in bad} == {reward}
+    assert all(s.advantage < 0 for s in bad)
+    ratio = make_selfplay(prompts, kinds=kinds, groups=20, negatives_per_positive=0.0)
+    assert {s.kind for s in rows_of(roll(ratio, ScriptedPolicy()).batch, "questioner")} == {"good"}
+
+
+def test_no_verifier_share_judges_but_does_not_train(prompts):
+    policy = ScriptedPolicy()
+    plain, without = roll(make_selfplay(prompts), policy), roll(make_selfplay(prompts, verifier={"share": 0.0}), policy)
+    assert rows_of(plain.batch, "verifier") and not rows_of(without.batch, "verifier")
+    votes = [[(s.group, s.response, s.reward) for s in rows_of(r.samples, "verifier")] for r in (plain, without)]
+    assert votes[0] == votes[1]
+    assert rows_of(plain.batch, "responder") == rows_of(without.batch, "responder")
+
+
+def test_without_a_verifier_the_rule_check_alone_rewards(prompts):
+    policy = ScriptedPolicy()
+    rollout = roll(make_selfplay(prompts, verifier={"enabled": False}), policy)
+    assert not asked(policy, "verifier")
+    assert all(s.reward == s.rule_score and s.verdict is None for s in rows_of(rollout.samples, "responder"))
+
+
+def test_a_single_judgment_decides_and_learns_from_the_rule_check(prompts):
+    policy = ScriptedPolicy()
+    rollout = roll(make_selfplay(prompts, groups=20, verifier={"votes": 1, "share": 0.5}), policy)
+    assert {n for _, prompt, _, n in policy.requests if prompt.startswith("verifier|")} == {1}
+    judgments = {s.group: s for s in rows_of(rollout.samples, "verifier")}
+    assert {s.verdict for s in judgments.values()} == {1, 0, -1}
+    assert len({(s.group, s.prediction) for s in judgments.values()}) == len(judgments)  # one an answer
+    trained = rows_of(rollout.batch, "verifier")
+    assert len(trained) == 40  # half as many as the answers of 20 groups of 4
+    for row in trained:
+        assert row.verdict == row.rule_score and row.reward == 1.0
+        assert row.advantage == pytest.approx(1, abs=1e-5)
+    # it alone decides what an answer is worth beside the rule check
+    for answer in rows_of(rollout.samples, "responder"):
+        assert answer.reward == max(answer.rule_score, answer.verdict or 0)
+
+
+def test_verdicts_against_the_rule_check_are_trained_on_if_asked_for(prompts):
+    def against(**verifier):
+        rollout = roll(make_selfplay(prompts, groups=20, verifier={"share": 4.0, **verifier}), ScriptedPolicy())
+        answers = {}  # the judgments of an answer by their group
+        for row in rows_of(rollout.batch, "verifier"):
+            answers.setdefault(row.group, []).append(row)
+        verdicts = [next(r.verdict for r in rows if r.reward == 1) for rows in answers.values()]
+        rules = [rows[0].rule_score for rows in answers.values()]
+        return sum(verdict != rule for verdict, rule in zip(verdicts, rules, strict=True)), len(answers)
+
+    assert against()[0] == 0 < against()[1]
+    wrong, groups = against(require_rule_agreement=False)
+    assert wrong > 0 and groups > against()[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, lambda mean: np.exp(-((mean - 0.5) ** 2) / (2 / 36))),
+        ({"sigma": 0.25}, lambda mean: np.exp(-((mean - 0.5) ** 2) / (2 / 16))),
+        ({"reward": "azr"}, lambda mean: 1 - mean),
+        ({"reward": "r_zero"}, lambda mean: 1 - 2 * abs(mean - 0.5)),
+    ],
+)
+def test_rewards_of_questions(prompts, settings, value):
+    rollout = roll(make_selfplay(prompts, groups=30, questioner=settings), ScriptedPolicy())
+    answers = {}
+    for answer in rows_of(rollout.samples, "responder"):
+        answers.setdefault(answer.uid, []).append(answer.reward)
+    means = set()
+    for question in rows_of(rollout.samples, "questioner"):
+        mean = np.mean(answers.get(question.uid, [0]))
+        if question.kind == "good" and 0 < mean < 1:
+            assert question.reward == pytest.approx(value(mean))
+            means.add(mean)
+        elif question.kind in ("good", "zero_variance"):  # no question without a penalty has less than 0
+            assert question.reward == 0
+    assert means == {0.25, 0.5, 0.75}
+
+
+@pytest.mark.parametrize("role", ["questioner", "responder", "verifier"])
+def test_a_role_that_is_not_trained_plays_but_has_no_rows(prompts, role):
+    """The rows of the others, advantages included, are what they are without it."""
+    plain, without = roll(make_selfplay(prompts), ScriptedPolicy()), make_selfplay(prompts, untrained=[role])
+    without = roll(without, ScriptedPolicy())
+    assert without.samples == plain.samples
+    assert rows_of(plain.batch, role) and without.batch == [s for s in plain.batch if s.role != role]
+    assert without.metrics[f"batch/{role}/rows"] == 0 and f"batch/{role}/reward" not in without.metrics
+
+
+def test_no_history(prompts):
+    selfplay = make_selfplay(prompts, n_clusters=3, kinds=("mixed",), groups=3, max_rounds=1, questioner={"history": 0})
+    for step in (1, 2, 3):
+        policy = ScriptedPolicy()
+        rollout = roll(selfplay, policy, step)
+        assert rollout.metrics["selfplay/history_depth"] == rollout.metrics["history/entered"] == 0
+        assert all(len(s.document_ids) == 5 for s in rows_of(rollout.samples, "questioner"))
+        # the template with examples ends with the question that it is shown
+        assert not [prompt for prompt in asked(policy, "questioner") if "What about" in prompt]
+
+
+def test_all_right_questions_are_remembered_if_asked_for(prompts):
+    def remembered(**questioner):
+        selfplay = make_selfplay(prompts, kinds=("right",), max_rounds=1, questioner=questioner)
+        roll(selfplay, ScriptedPolicy())
+        return len(selfplay.history.depths())
+
+    verifier_errs = remembered()  # none but where a mistaken judgment makes no difference: answers are right
+    assert verifier_errs == 0 < remembered(history_high=1.01)
+
+
+def test_the_group_size_is_that_of_answers_and_of_judgments(prompts):
+    for size, votes in ((6, {}), (3, {"votes": 5})):
+        policy = ScriptedPolicy()
+        rollout = roll(make_selfplay(prompts, group_size=size, verifier={"share": 1.0, **votes}), policy)
+        sizes = {}
+        for row in rollout.batch:
+            sizes.setdefault((row.role, row.group), []).append(row)
+        assert {len(rows) for (role, _), rows in sizes.items() if role == "responder"} == {size}
+        assert {len(rows) for (role, _), rows in sizes.items() if role == "verifier"} == {votes.get("votes", size)}
 
 
 def test_no_mixed_group_at_all_gives_a_batch_without_answers(prompts):

@@ -69,6 +69,11 @@ def test_verifier_groups_worth_training_on(yes, no, rule, kept):
         assert trainable(votes, 1, rule, VerifierConfig(require_rule_agreement=False))
 
 
+def test_a_single_vote_is_trained_on_where_the_rule_check_agrees():
+    assert [trainable([v], majority([v]), 1, VerifierConfig()) for v in (1, 0, -1)] == [True, False, False]
+    assert [trainable([v], majority([v]), 0, VerifierConfig()) for v in (1, 0, -1)] == [False, True, False]
+
+
 def test_responder_is_right_by_rule_or_by_verdict():
     assert [responder_reward(r, v) for r, v in [(0, 1), (0, 0), (1, 0), (0, None), (1, None)]] == [
         1,

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from hf_models import CASES, COMMON, MOE, YARN_ROPE, make
+from hf_models import CASES, COMMON, MOE, YARN_ROPE, cpu_config, load, make
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from spell_megatron.config import Config, ParallelConfig
+from spell_megatron.config import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
@@ -15,28 +15,7 @@ from spell_megatron.training.layout import training_defects
 from spell_megatron.training.model import build_model
 from spell_megatron.weights.huggingface import load_weights
 
-
-def config_for(folder, **training) -> Config:
-    return Config(
-        model={"path": folder, "dtype": "float32"},
-        data={"documents": "unused.parquet"},
-        run={"device": "cpu"},
-        training=training,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    backend.initialise(config_for("unused"))
-    yield
-    backend.shutdown()
-
-
-def load(folder, **training):
-    hf_config = load_hf_config(folder)
-    model = build_model(hf_config, config_for(folder, **training))
-    load_weights(model, hf_config, folder)
-    return model
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def logits(model, tokens, position_ids=None, end=None):
@@ -239,7 +218,7 @@ def test_deep_positions_beyond_the_row(hf_checkpoint):
 def test_bfloat16_model_runs(hf_checkpoint):
     hf, folder = hf_checkpoint("qwen3")
     hf_config = load_hf_config(folder)
-    config = config_for(folder)
+    config = cpu_config(folder)
     config.model.dtype = "bfloat16"
     model = build_model(hf_config, config)
     load_weights(model, hf_config, folder)
@@ -262,7 +241,7 @@ def rejected(folder, config_class, options, **training) -> str:
     config = config_class(**COMMON | options)
     config.save_pretrained(folder)
     with pytest.raises(UserError) as caught:
-        build_model(load_hf_config(folder), config_for(folder, **training))
+        build_model(load_hf_config(folder), cpu_config(folder, **training))
     return str(caught.value)
 
 
@@ -321,13 +300,13 @@ def test_processes_must_fit_the_layout():
     backend.shutdown()
     try:
         with pytest.raises(UserError, match="does not divide the 1 trainer processes"):
-            backend.initialise(config_for("unused", parallel={"tensor": 2}))
+            backend.initialise(cpu_config("unused", parallel={"tensor": 2}))
         with pytest.raises(UserError, match="no GPU"):
-            config = config_for("unused")
+            config = cpu_config("unused")
             config.run.device = "cuda"
             backend.initialise(config)
     finally:
-        backend.initialise(config_for("unused"))
+        backend.initialise(cpu_config("unused"))
 
 
 def test_ranks_come_from_torchrun_or_srun_or_nowhere(monkeypatch):

@@ -2,35 +2,14 @@
 
 import pytest
 import torch
-from hf_models import MOE, make
+from hf_models import MOE, load, make
 from megatron.core.transformer.moe.experts import SequentialMLP
 from transformers import Qwen3MoeConfig
 
-from spell_megatron.config import Config
-from spell_megatron.training import backend, model
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training import model
 from spell_megatron.training.moe import GroupedExperts
-from spell_megatron.weights.huggingface import load_weights
 
-
-def config_for(folder, dtype="float32") -> Config:
-    return Config(
-        model={"path": folder, "dtype": dtype}, data={"documents": "unused.parquet"}, run={"device": "cpu"}
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    backend.initialise(config_for("unused"))
-    yield
-    backend.shutdown()
-
-
-def load(folder, dtype="float32"):
-    hf_config = load_hf_config(folder)
-    result = model.build_model(hf_config, config_for(folder, dtype))
-    load_weights(result, hf_config, folder)
-    return result
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def logits(built, tokens):

@@ -23,14 +23,7 @@ from trainer_cases import (
     weights,
 )
 
-from spell_megatron.training import backend
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    backend.initialise(make_config(tmp_path_factory.mktemp("unused")))
-    yield
-    backend.shutdown()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")

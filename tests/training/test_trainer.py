@@ -23,16 +23,11 @@ from trainer_cases import (
     weights,
 )
 
-from spell_megatron.training import backend, model
+from spell_megatron.training import model
 from spell_megatron.training.moe import routers
 from spell_megatron.training.prefix_tree import Row, plan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    backend.initialise(make_config(tmp_path_factory.mktemp("unused")))
-    yield
-    backend.shutdown()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")

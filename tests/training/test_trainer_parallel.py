@@ -7,8 +7,9 @@ import torch
 from torchrun import torchrun
 from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
 
-from spell_megatron.training import backend, checkpoint
+from spell_megatron.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("process_group")
 SEEDS = range(2)
 
 
@@ -20,13 +21,6 @@ def folder(tmp_path_factory):
         make_policy(family, folder / family)
     torchrun(2, Path(__file__).with_name("trainer_worker.py"), folder, timeout=900)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    backend.initialise(make_config(tmp_path_factory.mktemp("unused")))
-    yield
-    backend.shutdown()
 
 
 @pytest.mark.parametrize("distributed", [False, True])

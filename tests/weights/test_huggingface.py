@@ -7,38 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CASES, edit
+from hf_models import CASES, edit, load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spell_megatron.config import Config
 from spell_megatron.errors import UserError
-from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
-from spell_megatron.training.model import build_model
 from spell_megatron.weights.huggingface import load_weights, save_checkpoint
 from spell_megatron.weights.names import rules
 from spell_megatron.weights.reshard import export
 
-
-def config_for(folder, dtype="float32") -> Config:
-    return Config(
-        model={"path": folder, "dtype": dtype}, data={"documents": "unused.parquet"}, run={"device": "cpu"}
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    backend.initialise(config_for("unused"))
-    yield
-    backend.shutdown()
-
-
-def loaded(folder, dtype="float32"):
-    hf_config = load_hf_config(folder)
-    model = build_model(hf_config, config_for(folder, dtype))
-    load_weights(model, hf_config, folder)
-    return model, hf_config
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def same(left, right) -> bool:
@@ -49,7 +28,7 @@ def same(left, right) -> bool:
 def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
     """Hugging Face -> Megatron -> Hugging Face: equal bits and names, and transformers loads it."""
     hf, folder = hf_checkpoint(case)
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
     stream = dict(export(model, hf_config))
     assert same(stream, load_file(folder / "model.safetensors"))
     assert list(stream) == [name for rule in rules(hf_config).values() for name in rule.names]
@@ -60,7 +39,7 @@ def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
 
 def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3-moe-normalised")
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
     save_checkpoint(export(model, hf_config), folder, tmp_path / "out", shard_bytes=50_000)
     files = sorted(tmp_path.glob("out/*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -68,7 +47,7 @@ def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in export(model, hf_config))
     largest = max(t.nbytes for _, t in export(model, hf_config))
     assert all(sum(t.nbytes for t in load_file(file).values()) <= max(50_000, largest) for file in files)
-    again, _ = loaded(tmp_path / "out")
+    again = load(tmp_path / "out")
     assert same(dict(export(again, hf_config)), dict(export(model, hf_config)))
 
 
@@ -84,7 +63,7 @@ def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
         "modeling.py",
     ):
         (source / name).write_text("{}")
-    model, hf_config = loaded(source, "bfloat16")
+    model, hf_config = load(source, "bfloat16"), load_hf_config(source)
     save_checkpoint(export(model, hf_config), source, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         *("model.safetensors", "config.json", "generation_config.json"),
@@ -96,7 +75,7 @@ def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
 
 def test_saving_replaces_only_when_complete(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
     out = tmp_path / "out"
     save_checkpoint(export(model, hf_config), folder, out)
     before = load_file(out / "model.safetensors")
@@ -123,7 +102,7 @@ def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
 
     real_open = Path.open
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
 
     def open_full_disk(path, mode="r", *arguments, **options):
         full = mode == "wb" and path.name == "model.safetensors"
@@ -140,7 +119,7 @@ def damaged(folder, tmp_path, damage) -> str:
     shutil.copytree(folder, copy)
     damage(copy)
     with pytest.raises(UserError) as caught:
-        loaded(copy)
+        load(copy)
     return str(caught.value)
 
 
@@ -161,7 +140,7 @@ def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(copy)
-    model, hf_config = loaded(copy)
+    model, hf_config = load(copy), load_hf_config(copy)
     assert "lm_head.weight" not in dict(export(model, hf_config))
 
 
@@ -187,7 +166,7 @@ def test_missing_weights(hf_checkpoint, tmp_path):
 
 def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
     sharded = tmp_path / "sharded"
     save_checkpoint(export(model, hf_config), folder, sharded, shard_bytes=50_000)
     index = sharded / "model.safetensors.index.json"
@@ -211,7 +190,7 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):
     """The check comes first: a fault in the last tensor leaves the first one alone."""
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = loaded(folder)
+    model, hf_config = load(folder), load_hf_config(folder)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     edit(lambda t: [x.add_(1) for x in t.values()] and t.update({"lm_head.weight": torch.ones(2, 2)}))(copy)

@@ -8,6 +8,7 @@ function section(id, title, text) {
 }
 
 function controls() {
+  $("window").parentElement.hidden = !runs.length;
   const longest = Math.max(...runs.map((run) => run.steps.length));
   const widths = [1, 3, 5, 10, 20, 50, 100, 200].filter((w) => w === 1 || w <= longest / 3);
   state.window = widths.findLast((w) => w <= Math.max(1, longest / 40));
@@ -92,23 +93,28 @@ function anyMetric() {
 
 let ready = false;
 controls();
-const overview = section("overview", "Overview", "");
-overview.append(
-  h("div", { class: several ? "" : "beside" }, h("div", { class: "cards" }, runs.map(runCard)), comparison()),
-);
-const settings = settingsTable();
-if (settings) overview.append(settings);
-plots();
-anyMetric();
-const transcripts = section("transcripts", "Transcripts", "");
+if (runs.length) {
+  const overview = section("overview", "Overview", "");
+  overview.append(
+    h("div", { class: several ? "" : "beside" }, h("div", { class: "cards" }, runs.map(runCard)), comparison()),
+  );
+  const settings = settingsTable();
+  if (settings) overview.append(settings);
+}
+if (evaluations.length) showEvaluations();
+if (runs.length) {
+  plots();
+  anyMetric();
+}
+const transcripts = runs.length ? section("transcripts", "Transcripts", "") : null;
 redrawAll();
 ready = true;
 $("footer").append(
   `Written ${date(data.written)} by spell report. The page connects to nothing. `,
-  "Drag over a plot to enlarge a range of steps, double-click to go back.",
+  runs.length ? "Drag over a plot to enlarge a range of steps, double-click to go back." : "",
 );
 
 // Transcripts are the bulk of the page: they come when the plots are there.
 await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
-showTranscripts(await unpack("transcripts-data"));
+if (runs.length) showTranscripts(await unpack("transcripts-data"));
 document.documentElement.dataset.ready = "true";

@@ -14,6 +14,12 @@ function paint(expression) {
 
 const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000];
 const AXIS_FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
+const AXIS = {
+  stroke: () => paint("var(--soft)"),
+  font: AXIS_FONT,
+  grid: { stroke: () => paint("var(--grid)"), width: 1 },
+  ticks: { show: false },
+};
 const HEIGHT = 232;
 const MOST_BARS = 60; // a stack over so many steps is drawn as bars
 
@@ -118,6 +124,19 @@ function toggleRun(index) {
   redrawAll();
 }
 
+/** Entries of a legend, each with the cell that its value will be in. */
+function legendButtons(curves, cells, redraw) {
+  return curves.map((curve, i) =>
+    h(
+      "button",
+      { type: "button", "aria-pressed": String(!curve.hidden), onclick: () => curve.toggle(redraw) },
+      h("span", { class: "swatch", colour: curve.colour }),
+      curve.label,
+      cells[i],
+    ),
+  );
+}
+
 /** One panel: title, choice of curves, legend with values, plot. */
 function plotPanel(panel, groups) {
   const options = choices(groups);
@@ -146,18 +165,7 @@ function plotPanel(panel, groups) {
   function fillLegend(curves, redraw) {
     const at = h("span", { class: "at" });
     const cells = curves.map(() => h("span", { class: "value" }));
-    legend.replaceChildren(
-      ...curves.map((curve, i) =>
-        h(
-          "button",
-          { type: "button", "aria-pressed": String(!curve.hidden), onclick: () => curve.toggle(redraw) },
-          h("span", { class: "swatch", colour: curve.colour }),
-          curve.label,
-          cells[i],
-        ),
-      ),
-      at,
-    );
+    legend.replaceChildren(...legendButtons(curves, cells, redraw), at);
     const whole = curves.every((curve) => curve.smooth.every((value) => value === null || Number.isInteger(value)));
     const largest = Math.max(0, ...curves.map((curve) => Math.abs(curve.smooth[lastIndex(curve.smooth)] ?? 0)));
     const digits = whole && panel.unit === "number" ? 0 : digitsFor(largest, panel.unit);
@@ -210,8 +218,6 @@ function plotOptions(panel, curves, shown, stacked, steps, width, values) {
   const bars = stacked && steps.length <= MOST_BARS;
   const margin = bars || steps.length === 1 ? 0.5 : 0;
   const error = Math.max(0, ...curves.flatMap((curve) => curve.error ?? []));
-  const grid = { stroke: () => paint("var(--grid)"), width: 1 };
-  const axis = { stroke: () => paint("var(--soft)"), font: AXIS_FONT, grid, ticks: { show: false } };
   const series = shown.map(({ curve, faint }) => ({
     label: curve.label,
     stroke: () => paint(stacked ? "var(--panel)" : `var(--${curve.colour})`),
@@ -237,38 +243,47 @@ function plotOptions(panel, curves, shown, stacked, steps, width, values) {
       y: panel.log ? { distr: 3 } : { range: (u, low, high) => valueRange(panel.unit, stacked, low, high, error) },
     },
     axes: [
-      { ...axis, incrs: STEPS, space: 55, size: 26, gap: 4, values: (u, splits) => splits.map(String) },
-      {
-        ...axis,
-        space: 38,
-        gap: 6,
-        size: (u, texts) => 14 + Math.max(22, ...(texts ?? []).map((text) => (text ?? "").length * 7.2)),
-        values: (u, splits, i, space, increment) =>
-          splits.map((v) =>
-            panel.log ? (v === null ? "" : v.toExponential(0).replace("-", "−")) : axisValue(v, panel.unit, increment),
-          ),
-      },
+      { ...AXIS, incrs: STEPS, space: 55, size: 26, gap: 4, values: (u, splits) => splits.map(String) },
+      valueAxis(panel.unit, panel.log),
     ],
     series: [{}, ...series],
     hooks: {
       setCursor: [(u) => values(u.cursor.idx === null || u.cursor.idx === undefined ? null : u.data[0][u.cursor.idx])],
       ready: [() => values(null)],
-      draw: [(u) => curves.forEach((curve) => curve.error && drawErrors(u, curve))],
+      draw: [(u) => curves.forEach((curve) => curve.error && drawBars(u, curve.colour, curve.steps, errorBars(curve)))],
     },
   };
 }
 
-function drawErrors(u, curve) {
+/** The axis of the values. */
+function valueAxis(unit, log) {
+  return {
+    ...AXIS,
+    space: 38,
+    gap: 6,
+    size: (u, texts) => 14 + Math.max(22, ...(texts ?? []).map((text) => (text ?? "").length * 7.2)),
+    values: (u, splits, i, space, increment) =>
+      splits.map((v) =>
+        log ? (v === null ? "" : v.toExponential(0).replace("-", "−")) : axisValue(v, unit, increment),
+      ),
+  };
+}
+
+const errorBars = ({ values, error }) =>
+  values.map((v, i) => (v === null || error[i] === null ? null : [v - error[i], v + error[i]]));
+
+/** Vertical bars [low, high] (null: none) at some places of the x axis. */
+function drawBars(u, colour, places, bars) {
   const { ctx } = u;
   ctx.save();
-  ctx.strokeStyle = paint(`var(--${curve.colour})`);
+  ctx.strokeStyle = paint(`var(--${colour})`);
   ctx.lineWidth = devicePixelRatio;
   ctx.beginPath();
-  curve.steps.forEach((step, i) => {
-    if (curve.values[i] === null || curve.error[i] === null) return;
-    const x = Math.round(u.valToPos(step, "x", true));
-    ctx.moveTo(x, u.valToPos(curve.values[i] - curve.error[i], "y", true));
-    ctx.lineTo(x, u.valToPos(curve.values[i] + curve.error[i], "y", true));
+  bars.forEach((bar, i) => {
+    if (!bar) return;
+    const x = Math.round(u.valToPos(places[i], "x", true));
+    ctx.moveTo(x, u.valToPos(bar[0], "y", true));
+    ctx.lineTo(x, u.valToPos(bar[1], "y", true));
   });
   ctx.stroke();
   ctx.restore();
