@@ -12,9 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -28,6 +29,7 @@ from spell_megatron.errors import UserError
 Result = TypeVar("Result")
 
 _STOP_SECONDS = 15.0
+_WATCH_SECONDS = 5.0  # between looks at an engine that has been asked for something
 
 MAX_RESTARTS = 3
 """How often engines may fail in one step; once more ends the run."""
@@ -66,16 +68,46 @@ class Engine:
         """POSTs to a route and returns its JSON, {} if there is none.
 
         Raises:
-            requests.RequestException: no connection, no answer in time, or an error status; the
-                message then holds what the server said.
+            requests.RequestException: no connection, no answer in time, an error status (the message then
+                holds what the server said), or the engine ended meanwhile.
         """
-        response = self._session.post(f"{self.url}{path}", json=body, params=params, timeout=timeout)
+        response = self._watched(
+            lambda: self._session.post(f"{self.url}{path}", json=body, params=params, timeout=timeout)
+        )
         if not response.ok:
             raise requests.HTTPError(
                 f"{path} at {self.url}: HTTP {response.status_code}: {response.text[:1000]}",
                 response=response,
             )
         return response.json() if response.content else {}
+
+    def _watched(self, request: Callable[[], requests.Response]) -> requests.Response:
+        """A request's response. A server whose core has died closes its port, but leaves the calls that are under way
+        without an answer for as long as they wait."""
+        answer: Future[requests.Response] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(request())
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        while not wait([answer], timeout=_WATCH_SECONDS).done:
+            if self._ended():
+                raise requests.ConnectionError(f"{self.url} has ended while it was asked for something")
+        return answer.result()
+
+    def _ended(self) -> bool:
+        """Whether there is no server any more, or it says that its core has died; one that is slow has not ended."""
+        with requests.Session() as session:  # an open connection could be closed just now for having been idle
+            session.trust_env = False
+            try:
+                return session.get(f"{self.url}/health", timeout=10).status_code >= 500
+            except requests.Timeout:
+                return False
+            except requests.RequestException:
+                return True
 
     def call(self, method: str, *args: str, timeout: float = 600.0) -> list:
         """Calls a method of `worker.WorkerExtension` in every worker; returns one result for each."""

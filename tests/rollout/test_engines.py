@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import psutil
@@ -209,6 +210,22 @@ def test_no_server_outlives_a_killed_parent(hangs, policy, tmp_path: Path):
     for process in alive:
         process.kill()
     assert not alive
+
+
+@pytest.mark.slow
+def test_a_call_to_a_core_that_dies_fails(policy, tmp_path: Path):
+    """The server would leave it without an answer."""
+    with Engines.open(engine_config(policy("dense")), tmp_path) as engines:
+        server = psutil.Process(engines._servers[0].process.pid)
+        (core,) = (child for child in server.children(recursive=True) if "EngineCore" in child.name())
+        core.suspend()
+        with ThreadPoolExecutor(1) as threads:
+            call = threads.submit(engines.engines[0].call, "spell_describe", timeout=300)
+            assert not wait([call], timeout=7).done  # longer than between two looks at the engine
+            core.kill()
+            with pytest.raises(requests.ConnectionError, match="has ended while"):
+                call.result(timeout=120)
+        assert engines.failed() == [0]
 
 
 @pytest.mark.slow
