@@ -752,7 +752,7 @@ def _relation_faults(config: Config) -> list[Fault]:
             "selfplay.verifier.votes selfplay.group_size selfplay.verifier.agreement_low "
             "selfplay.verifier.agreement_high",
             f"the share of {play.votes} judgments that agree is never from agreement_low ({low}) to agreement_high "
-            f"({high}), so the verifier would never be trained. Ask for more judgments or widen that range. {untrained}",
+            f"({high}), so the verifier would never be trained. Ask for more judgments, or widen that. {untrained}",
         )
         check(
             play.votes > 1 or play.verifier.require_rule_agreement,

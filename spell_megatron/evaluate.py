@@ -22,6 +22,7 @@ from spell_megatron.reporting.progress import Progress
 from spell_megatron.rollout.client import Client, GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.tokenizer import PolicyTokenizer
+from spell_megatron.selfplay.documents import read_json_lines
 from spell_megatron.selfplay.prompts import PromptSet
 
 
@@ -128,15 +129,8 @@ def _read_answers(path: Path, questions: Questions) -> list[dict[str, Any]]:
     wanted = {(q.benchmark, q.id): 0 for members in questions.values() for q in members}
     only = next(iter(questions)) if len(questions) == 1 else None
     rows, faults = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The answers {path} cannot be read: {error}. Correct --answers.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(path, "file of answers"):
         try:
-            row = json.loads(line)
             key, text, cut = (row.get("benchmark", only), str(row["id"])), row["text"], row.get("cut", False)
             if key not in wanted:
                 raise ValueError(f"there is no question {key[1]!r} of {key[0]!r}")
@@ -144,7 +138,7 @@ def _read_answers(path: Path, questions: Questions) -> list[dict[str, Any]]:
                 raise ValueError("text must be a string, and cut true or false")
         except KeyError as error:
             faults.append(f"line {number} has no {error}")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             faults.append(f"line {number}: {error}")
         else:
             rows.append({"benchmark": key[0], "id": key[1], "text": text, "cut": cut})

@@ -149,7 +149,7 @@ def evaluation_sequences(files: Sequence[Path], n: int) -> tuple[np.ndarray, np.
     All strings count, wherever they stand in a row: questions, answers, contexts.
 
     Args:
-        files: .jsonl, .json (a list of rows) or .parquet.
+        files: .jsonl, .json (a list of rows, or one a line) or .parquet.
 
     Raises:
         UserError: if a file cannot be read, or holds no text of n words.
@@ -183,13 +183,15 @@ def shared_sequence(hashes: np.ndarray, n: int, known: np.ndarray) -> int | None
 
 
 def _evaluation_rows(path: Path) -> Iterator[object]:
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
-            rows = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            yield json.loads(data)
+            return
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable JSON file ({error}).") from error
-        yield rows
-        return
+            if isinstance(error, OSError) or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+                raise UserError(f"{path}: not a readable JSON file ({error}).") from error
+            # else it may have one row a line
     for number, row in table_rows(path):
         if row is None:
             raise UserError(f"{path}: line {number} is not JSON. Mend the evaluation set, or leave it out.")

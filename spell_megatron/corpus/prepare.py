@@ -234,10 +234,10 @@ def _check(inputs: Sequence[Path], out: Path, options: Options) -> list[Path]:
     for path in options.decontaminate:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in EVALUATION_SUFFIXES)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EVALUATION_SUFFIXES)
             if not files:
                 faults.append(f"{path} holds no evaluation sets (.jsonl, .json, .parquet)")
-        elif path.exists() and path.suffix not in EVALUATION_SUFFIXES:
+        elif path.exists() and path.suffix.lower() not in EVALUATION_SUFFIXES:
             faults.append(f"the evaluation set {path} must end in .jsonl, .json or .parquet")
         evaluation += files
     if options.tokenizer:
@@ -731,7 +731,8 @@ def _write(
     try:
         _write_table(rows(), partials[0], lines=out.suffix == ".jsonl")
         statistics = summary.statistics(inputs, options)
-        partials[1].write_text(json.dumps(statistics, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+        text = json.dumps(statistics, indent=2, ensure_ascii=False, default=str) + "\n"
+        partials[1].write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
         os.replace(partials[1], statistics_path(out))
         os.replace(partials[0], out)
     finally:

@@ -78,13 +78,13 @@ def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) 
         if not path.is_file():
             counts.skipped_files["broken links and special files"] += 1
             return
-        suffix = _extension(path)
+        suffix, name = _extension(path), _printable(name)
         if suffix in TABLE_SUFFIXES:
             found.append(File(path, name))
         elif suffix in TEXT_SUFFIXES or not suffix:
-            found.append(File(path, name, folder))
+            found.append(File(path, name, _printable(folder)))
         else:
-            counts.skipped_files[f"{suffix} (not a format read here)"] += 1
+            counts.skipped_files[f"{_printable(suffix)} (not a format read here)"] += 1
 
     for given in inputs:
         if given.is_file():
@@ -135,11 +135,16 @@ def read_documents(
         else:
             yield Document(f"{file.name}:{number}", row[text_column])
     if bad:
-        counts.notes.append(f"{file.path}: {bad} lines are not JSON objects")
+        counts.notes.append(f"{_printable(file.path)}: {bad} lines are not JSON objects")
 
 
 def _reaches(value: object, least: float) -> bool:
     return isinstance(value, int | float) and not math.isnan(value) and value >= least
+
+
+def _printable(path: object) -> str:
+    """The name of a file, whose bytes need not be UTF-8, as valid text."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _extension(path: Path) -> str:
@@ -153,17 +158,17 @@ def _read_text(path: Path, counts: Counts) -> str | None:
     except OSError as error:
         counts.documents -= 1
         counts.skipped_files["unreadable"] += 1
-        counts.notes.append(f"{path}: {error.strerror}")
+        counts.notes.append(f"{_printable(path)}: {error.strerror}")
         return None
     text = data.decode("utf-8-sig", errors="replace")
     bad = text.count("\ufffd")
     if b"\0" in data or bad > max(10, len(text) // 100):
         counts.documents -= 1
         counts.skipped_files["not UTF-8 text"] += 1
-        counts.notes.append(f"{path}: not UTF-8 text, left out; convert it with iconv")
+        counts.notes.append(f"{_printable(path)}: not UTF-8 text, left out; convert it with iconv")
         return None
     if bad:
-        counts.notes.append(f"{path}: bytes that are not UTF-8: {bad}, replaced by U+FFFD")
+        counts.notes.append(f"{_printable(path)}: bytes that are not UTF-8: {bad}, replaced by U+FFFD")
     return text
 
 
@@ -190,12 +195,18 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, o
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged after row {number} ({error}). Write the file again.") from error
         return
-    checked = not columns
+    # Lines need not have all columns, but some line must have each.
+    found: dict[str, None] = {}
+    objects = 0
     for number, row in _json_lines(path):
-        if isinstance(row, dict) and not checked:
-            _check_columns(path, columns, row)
-            checked = True
+        if isinstance(row, dict) and objects < _ROWS:
+            found |= dict.fromkeys(row)
+            objects += 1
+            if objects == _ROWS:
+                _check_columns(path, columns, found, f" in the first {_ROWS} lines")
         yield number, row
+    if 0 < objects < _ROWS:
+        _check_columns(path, columns, found)
 
 
 def holds_clusters(path: Path) -> bool:
@@ -214,11 +225,11 @@ def _parquet(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: not a readable parquet file ({error}).") from error
 
 
-def _check_columns(path: Path, wanted: Iterable[str], columns: Iterable[str]) -> None:
+def _check_columns(path: Path, wanted: Iterable[str], columns: Iterable[str], where: str = "") -> None:
     columns = list(columns)
     if missing := [name for name in wanted if name not in columns]:
         raise UserError(
-            f"{path}: there is no column {missing[0]!r}. The columns are {', '.join(columns)}. Name the one "
+            f"{path}: there is no column {missing[0]!r}{where}. The columns are {', '.join(columns)}. Name the one "
             "that holds the text with --text-column and the one of a quality score, if any, with --quality-column "
             "(or give the table the columns cluster_id and documents if its rows are clusters)."
         )

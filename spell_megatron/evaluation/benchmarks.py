@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import zipfile
 from collections import Counter
@@ -19,7 +18,8 @@ from typing import Any
 
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.heldout import HeldOutQuestion, load_questions
-from spell_megatron.selfplay.parsing import LETTERS, choice_text, format_decimal
+from spell_megatron.selfplay.documents import answer_text, valid_unicode
+from spell_megatron.selfplay.parsing import LETTERS, choice_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Format:
         repository: data set of the hub.
         download: patterns of the files to fetch from it.
         files: regular expression of the files (paths in a folder or zip archive) that hold its rows.
-        read: (row, number of the row, name of its file) -> question. It raises `_Fault`.
+        read: (row, number of questions before it, name of its file) -> question. It raises `_Fault`.
         parts: names that must each occur in one of the files, if a folder holds them.
     """
 
@@ -65,6 +65,8 @@ def load_benchmark(name: str, path: Path | None = None, limit: int | None = None
     Raises:
         UserError: the hub or the file cannot be read, or rows lack fields: the first ten are named.
     """
+    if path and not path.exists():
+        raise UserError(f"There is no file or folder {path} for the benchmark {name}. Correct --benchmark {name}=PATH.")
     if name not in BENCHMARKS:
         if path is None:
             known = ", ".join(BENCHMARKS)
@@ -88,15 +90,22 @@ def load_benchmark(name: str, path: Path | None = None, limit: int | None = None
                 + (f" for {', '.join(missing)}" if missing else "")
                 + f". Fetch them from the data set {form.repository} of the hub, or name a single file."
             )
-    elif not path.is_file():
-        raise UserError(f"There is no file or folder {path} for the benchmark {name}. Correct --benchmark {name}=PATH.")
     questions, faults = [], []
+    origin: dict[tuple[str, str, tuple[str, ...]], Path] = {}
     for file in files:
-        for number, (where, row) in enumerate(_rows(name, form, file)):
+        for number, (where, row) in enumerate(_rows(name, form, file), start=1):
             try:
-                questions.append(form.read(row, number, where))
+                question = form.read(row, len(questions), where)
             except _Fault as fault:
-                faults.append(f"row {number + 1} of {where}: {fault}")
+                faults.append(f"row {number} of {where}: {fault}")
+                continue
+            other = origin.setdefault((question.question, question.answer, question.documents), file)
+            if other != file:
+                raise UserError(
+                    f"{path} holds the same questions twice, in {other.relative_to(path)} and in "
+                    f"{file.relative_to(path)}. Name one of the files, or remove one."
+                )
+            questions.append(question)
     if faults or not questions:
         detail = "; ".join(faults[:10]) or "there are no rows"
         more = f" (and {len(faults) - 10} more)" if len(faults) > 10 else ""
@@ -108,13 +117,18 @@ def load_benchmark(name: str, path: Path | None = None, limit: int | None = None
 
 
 def _unique(questions: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
-    """The same questions, of which those whose id occurred before have a number behind it."""
+    """The same questions, of which those whose id occurred before have a number behind it that makes a new one."""
+    given = {question.id for question in questions}
     seen: Counter[str] = Counter()
     result = []
     for question in questions:
-        seen[question.id] += 1
-        times = seen[question.id]
-        result.append(question if times == 1 else replace(question, id=f"{question.id}#{times}"))
+        key = question.id
+        seen[key] += 1
+        if seen[key] > 1:
+            while (unused := f"{key}#{seen[key]}") in given:
+                seen[key] += 1
+            question = replace(question, id=unused)
+        result.append(question)
     return result
 
 
@@ -151,13 +165,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _holds(form: _Format, path: str) -> bool:
-    return re.search(form.files, path) is not None
+    return re.search(form.files, path, re.IGNORECASE) is not None
 
 
 def _rows(name: str, form: _Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(file, row) of a .json, .jsonl or .parquet file, or of those that a .zip archive holds of the benchmark."""
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".zip":
+        if suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.namelist() if _holds(form, member)]
                 if not members:
@@ -165,17 +180,18 @@ def _rows(name: str, form: _Format, path: Path) -> Iterator[tuple[str, Mapping[s
                 for member in members:
                     with archive.open(member) as file:
                         yield from ((member, row) for row in _json_rows(member, io.TextIOWrapper(file, "utf-8-sig")))
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             import pyarrow.parquet as parquet
 
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
                 yield from ((path.name, row) for row in batch.to_pylist())
-        elif path.suffix in (".json", ".jsonl"):
+        elif suffix in (".json", ".jsonl"):
             with path.open(encoding="utf-8-sig") as file:
                 yield from ((path.name, row) for row in _json_rows(path.name, file))
         else:
             raise ValueError("it is none of .json, .jsonl, .parquet and .zip")
-    except (ValueError, OSError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors and OSErrors
+    # pyarrow's errors are ValueErrors and OSErrors
+    except (ValueError, RecursionError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as {name}: {error}. Fetch it again, or name another file with --benchmark "
             f"{name}=PATH."
@@ -201,7 +217,7 @@ def _json_rows(name: str, file: io.TextIOBase) -> Iterator[Mapping[str, Any]]:
 def _parse_line(line: str, number: int) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is no JSON ({error})") from error
 
 
@@ -211,23 +227,16 @@ def _parse_line(line: str, number: int) -> Any:
 def _text(row: Mapping[str, Any], field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise _Fault(f"no text in the field {field!r}" + ("" if field in row else " (there is no such field)"))
-    return value.strip()
+        raise _Fault(f"no text in the field {field!r}{_absent(row, field)}")
+    return valid_unicode(value).strip()
 
 
-def _texts(row: Mapping[str, Any], field: str) -> list[str]:
-    value = row.get(field)
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise _Fault(f"the field {field!r} is no list of texts" + ("" if field in row else " (there is no such field)"))
-    return value
+def _absent(row: Mapping[str, Any], field: str) -> str:
+    return "" if field in row else " (there is no such field)"
 
 
 def _answer(row: Mapping[str, Any], field: str) -> str:
-    """An answer as text; numbers in decimals."""
-    value = row.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return format_decimal(value)
-    return _text(row, field)
+    return answer_text(row.get(field)) or _text(row, field)
 
 
 _DOCMATH_PARTS = ("complong", "compshort", "simplong", "simpshort")
@@ -237,9 +246,13 @@ def _docmath(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestio
     name = f"{row.get('question_id') or ''} {PurePosixPath(file).name}"  # ids begin with the split's name
     part = next((part for part in _DOCMATH_PARTS if part in name), "")
     key = str(row.get("question_id") or f"{part or 'docmath'}-{number}")
-    documents = tuple(_texts(row, "paragraphs"))
-    question = _text(row, "question")
-    return BenchmarkQuestion(key, "docmath_qa", question, _answer(row, "ground_truth"), documents, "docmath", part)
+    paragraphs, truth = row.get("paragraphs"), row.get("ground_truth")
+    if not isinstance(paragraphs, list) or not paragraphs or not all(isinstance(text, str) for text in paragraphs):
+        raise _Fault(f"the field 'paragraphs' is no list of texts{_absent(row, 'paragraphs')}")
+    # A truth value is no number: only a judge can find it in an answer.
+    answer = str(truth) if isinstance(truth, bool) else _answer(row, "ground_truth")
+    documents = tuple(map(valid_unicode, paragraphs))
+    return BenchmarkQuestion(key, "docmath_qa", _text(row, "question"), answer, documents, "docmath", part)
 
 
 def _frames(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestion:
@@ -249,10 +262,13 @@ def _frames(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestion
             items = json.loads(items)
         except ValueError:
             items = None
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        why = "" if "wiki_items" in row else " (there is no such field)"
-        raise _Fault(f"the field 'wiki_items' is no list of articles with title and text{why}")
-    documents = tuple(f"{item.get('title') or ''}\n{_text(item, 'text')}" for item in items)
+    if (
+        not isinstance(items, list)
+        or not all(isinstance(item, dict) for item in items)
+        or not any(item.get("text") for item in items)  # of some articles it may be missing
+    ):
+        raise _Fault(f"the field 'wiki_items' is no list of articles with title and text{_absent(row, 'wiki_items')}")
+    documents = tuple(valid_unicode(f"{item.get('title') or ''}\n{item.get('text') or ''}") for item in items)
     question, answer = _text(row, "Prompt"), _answer(row, "Answer")
     return BenchmarkQuestion(f"frames-{number}", "doc_general_qa", question, answer, documents, "frames")
 
@@ -262,16 +278,17 @@ def _longbench(name: str) -> Callable[[Mapping[str, Any], int, str], BenchmarkQu
         if row.get("dataset", name) not in (name, f"{name}_e"):
             raise _Fault(f"it is a row of {row['dataset']!r}")
         key = str(row.get("_id") or f"{name}-{number}")
-        answer = _texts(row, "answers")[0].strip()
+        answers = row.get("answers")
+        answer = answer_text(answers[0] if isinstance(answers, list) and answers else answers)
         if not answer:
-            raise _Fault("the first of its 'answers' is empty")
+            raise _Fault(f"the field 'answers' is no list of texts, or the first is empty{_absent(row, 'answers')}")
         return BenchmarkQuestion(key, "doc_general_qa", _text(row, "input"), answer, (_text(row, "context"),), name)
 
     return read
 
 
 def _longbench_v2(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestion:
-    answer = _text(row, "answer")
+    answer = _text(row, "answer").upper()
     if answer not in tuple(LETTERS):
         raise _Fault(f"the answer {answer!r} is none of A, B, C and D")
     question = choice_text(_text(row, "question"), [_text(row, f"choice_{letter}") for letter in LETTERS])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import get_args
+from typing import Any, get_args
 
 from spell_megatron.config import SamplingConfig, Task
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.scores import middle_truncate, pass_at_k
+from spell_megatron.selfplay.documents import known_answer, read_json_lines, valid_unicode
 from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.pipeline import Client, Tokenizer, derive_seed
 from spell_megatron.selfplay.prompts import PromptSet
@@ -36,32 +36,36 @@ def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion
     Raises:
         UserError: naming the first ten faulty lines.
     """
-    if not path.is_file():
-        raise UserError(f"The file of held-out questions {path} does not exist; set validation.questions.")
     questions, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
+    for number, row in read_json_lines(path, "file of questions"):
+        if missing := [name for name in ("task", "question", "answer", "documents") if name not in row]:
+            faults.append(f"line {number} has no {', '.join(map(repr, missing))}")
             continue
         try:
-            row = json.loads(line)
-            task, documents = row["task"], row["documents"]
-            if task not in get_args(Task):
-                raise ValueError(f"task {task!r} is none of {', '.join(get_args(Task))}")
-            if not isinstance(documents, list) or not all(isinstance(d, str) and d for d in documents):
-                raise ValueError("documents must be a list of non-empty strings")
-            question, answer = str(row["question"]), str(row["answer"])
-            questions.append(HeldOutQuestion(str(row.get("id", number)), task, question, answer, tuple(documents)))
-        except KeyError as error:
-            faults.append(f"line {number} has no {error}")
-        except (ValueError, TypeError) as error:
+            questions.append(_question(row, number))
+        except ValueError as error:
             faults.append(f"line {number}: {error}")
     if faults or not questions:
         detail = "; ".join(faults[:10]) or "it holds no questions"
         raise UserError(
-            f"The held-out questions in {path} cannot be used: {detail}. Each line must be a JSON object with "
-            "task, question, answer and documents."
+            f"The questions in {path} cannot be used: {detail}. Each line must be a JSON object with task, question, "
+            "answer and documents."
         )
     return questions[:limit]
+
+
+def _question(row: Mapping[str, Any], number: int) -> HeldOutQuestion:
+    """The question of a row that has all fields. ValueError: one of them cannot be used."""
+    task, question, documents = row["task"], row["question"], row["documents"]
+    if task not in get_args(Task):
+        raise ValueError(f"task {task!r} is none of {', '.join(get_args(Task))}")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text, not {question!r}")
+    if not isinstance(documents, list) or not documents or not all(isinstance(d, str) and d for d in documents):
+        raise ValueError("documents must be a list of texts that are not empty")
+    answer = known_answer(task, row["answer"])
+    key = number if row.get("id") is None else row["id"]
+    return HeldOutQuestion(str(key), task, valid_unicode(question), answer, tuple(map(valid_unicode, documents)))
 
 
 async def validate(

@@ -65,15 +65,19 @@ class OpenAIServer:
         """Answer one user turn (/chat/completions). Reasoning that the server returns apart is not in the reply."""
         messages = [{"role": "user", "content": text}]
         return await self._ask(
-            "chat/completions", {"messages": messages, **sampling}, lambda choice: choice["message"]["content"] or ""
+            "chat/completions", {"messages": messages, **sampling}, lambda choice: choice["message"]["content"]
         )
 
     async def _ask(self, route: str, body: dict[str, Any], text_of) -> Reply:
         answer = await self._post(route, json.dumps({"model": self.model, **body}))
         try:
-            choice = json.loads(answer)["choices"][0]
-            tokens = (json.loads(answer).get("usage") or {}).get("completion_tokens")
-            return Reply(text_of(choice), choice["finish_reason"] == "length", tokens)
+            reply = json.loads(answer)
+            choice = reply["choices"][0]
+            text = text_of(choice) or ""  # null where all tokens were reasoning
+            if not isinstance(text, str):
+                raise TypeError("the text is none")
+            tokens = (reply.get("usage") or {}).get("completion_tokens")
+            return Reply(text, choice["finish_reason"] == "length", tokens)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(
                 f"The {self._purpose} at {self.url} does not answer as OpenAI's API does: {answer[:300]!r}. Check the "

@@ -17,6 +17,8 @@ import pyarrow.parquet
 from spell_megatron.config import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.history import Entry
+from spell_megatron.selfplay.parsing import LETTERS, format_decimal
+from spell_megatron.selfplay.scoring import parse_number
 
 MAX_FAULTS = 10
 # Our column names, and those of the released SPELL data.
@@ -102,15 +104,24 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"The documents file {path} cannot be read as parquet: {error}. Write it again."
             ) from error
     if path.suffix in (".jsonl", ".json"):
-        return _read_json_lines(path)
+        return [(f"line {number}", row) for number, row in read_json_lines(path, "documents file")]
     raise UserError(
         f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either."
     )
 
 
-def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a file with one JSON object a line, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or naming the first ten lines that are something else; `what` says what it is.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"The {what} {path} cannot be read: {error.strerror}. Correct its name.") from error
     rows, faults = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -121,13 +132,13 @@ def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             faults.append(f"line {number} is not JSON ({error})")
         else:
             if isinstance(row, dict):
-                rows.append((f"line {number}", row))
+                rows.append((number, row))
             else:
                 faults.append(f"line {number} is not a JSON object")
     if faults:
         more = f" (and {len(faults) - MAX_FAULTS} more)" if len(faults) > MAX_FAULTS else ""
         raise UserError(
-            f"The documents file {path} cannot be read: {'; '.join(faults[:MAX_FAULTS])}{more}. "
+            f"The {what} {path} cannot be read: {'; '.join(faults[:MAX_FAULTS])}{more}. "
             "Every line must be one JSON object in UTF-8."
         )
     return rows
@@ -173,21 +184,52 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
     elif not isinstance(source, str):
         faults.append(f"{names['source']}: must be a string, not {_shown(source)}")
         source = ""
-    asked = {name: row.get(name) for name in ("question", "answer")} if columns is QUESTION_COLUMNS else {}
-    for name, text in asked.items():
-        if not isinstance(text, str | int | float) or not str(text).strip():
-            faults.append(f"column {name}: must be a non-empty text, not {_shown(text)}")
-    task = row.get("task")
-    if (task is not None or asked) and task not in get_args(Task):
-        missing = "" if asked else ", or missing"
+    task, question, answer = row.get("task"), "", ""
+    if columns is QUESTION_COLUMNS:
+        question = row.get("question")
+        if not isinstance(question, str) or not question.strip():
+            faults.append(f"column question: must be a non-empty text, not {_shown(question)}")
+        try:
+            answer = known_answer(task, row.get("answer"))
+        except ValueError as error:
+            faults.append(f"column answer: {error}")
+    if (task is not None or columns is QUESTION_COLUMNS) and task not in get_args(Task):
+        missing = "" if columns is QUESTION_COLUMNS else ", or missing"
         faults.append(f"column task: must be one of {', '.join(get_args(Task))}{missing}, not {_shown(task)}")
     if identifier is None:
         return None, faults
     if columns is REFERENCE_COLUMNS:
         source = source.partition("_")[0]
     texts, text_ids = tuple(map(str, documents)), tuple(map(str, document_ids))
-    cluster = Cluster(str(identifier), texts, text_ids, source, task, *map(str, asked.values()))
-    return cluster, faults
+    return Cluster(str(identifier), texts, text_ids, source, task, str(question), answer), faults
+
+
+def known_answer(task: str, value: object) -> str:
+    """The answer to a question in a file, as the rule check of its task takes it.
+
+    Raises:
+        ValueError: saying what the answer must be.
+    """
+    answer = answer_text(value)
+    if not answer:
+        raise ValueError(f"answer must be a text or a number, not {_shown(value)}")
+    if task == "doc_mc" and answer not in tuple(LETTERS):
+        raise ValueError(f"answer of doc_mc must be A, B, C or D, not {_shown(answer)}")
+    if task == "docmath_qa" and parse_number(answer) is None:
+        raise ValueError(f"answer of docmath_qa must be a number, not {_shown(answer)}")
+    return answer
+
+
+def answer_text(value: object) -> str:
+    """A reference answer as text, numbers in decimals; "" for what is neither text nor number."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return format_decimal(value)
+    return valid_unicode(value).strip() if isinstance(value, str) else ""
+
+
+def valid_unicode(text: str) -> str:
+    """A text with a question mark for each half of a surrogate pair: JSON can hold such, tokenizers refuse them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _shown(value: object) -> str:

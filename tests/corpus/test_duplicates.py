@@ -154,12 +154,26 @@ def test_overlap_is_found_wherever_the_text_stands(tmp_path, suffix):
     assert owner("") is None
 
 
+@pytest.mark.parametrize("content", ["\ufeff{}\r\n\r\n{}", "{}\n", "\ufeff \n[{}]", "[\n{},\n{}\n]", "{}"])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.jsonl"])
+def test_json_files_of_either_kind(name, content, tmp_path):
+    """Files of the hub named .json hold a list of rows, or a row a line."""
+    if name == "a.jsonl" and "[" in content:
+        pytest.skip("no JSON lines")
+    row = json.dumps({"question": PHRASE})
+    (tmp_path / name).write_text(content.replace("{}", row), encoding="utf-8")
+    known, _ = evaluation_sequences([tmp_path / name], 13)
+    assert len(known) == 2
+    assert shared_sequence(word_hashes(words("So " + PHRASE)), 13, known) is not None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"q": "one two three"}\n', "a.jsonl: no text of 13 words"),
         ("a.jsonl", b'{"q": "x"}\n{broken\n', "a.jsonl: line 2 is not JSON"),
         ("a.json", b"[1, ", "a.json: not a readable JSON file"),
+        ("a.json", b'{"q": "x"}\n{broken\n', "a.json: line 2 is not JSON"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
     ],
 )

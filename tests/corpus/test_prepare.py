@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import random
 import sysconfig
 from collections import Counter
@@ -296,6 +297,39 @@ def test_wrong_column_names_the_columns_and_the_option(tmp_path):
         with pytest.raises(UserError, match=rf"{name}: .*'text'.*body, title.*--text-column"):
             prepare([tmp_path / name], tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_columns_that_some_lines_lack(tmp_path):
+    """Lines of one file need not have the same columns; a column that none of them has is a mistake, and soon told."""
+    text = article("whales", 1)
+    lines = [{"id": 1}, {"text": text, "score": 2}, {"text": None}, {"text": ["a"]}, {"text": float("nan")}]
+    lines += [{"score": 1}]
+    path = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, lines)))
+    summary = prepare([path], tmp_path / "out.parquet", Options(quality_column="score"))
+    assert [c.documents for c in load_clusters(tmp_path / "out.parquet")] == [(text,)]
+    assert summary.counts.skipped == {"without a text in 'text'": 5}
+    many = write(tmp_path / "b.jsonl", json.dumps({"body": "x"}) + "\n" + json.dumps({"title": "y"}) + "\n")
+    with pytest.raises(UserError, match="there is no column 'text'. The columns are body, title"):
+        prepare([many], tmp_path / "out.parquet")
+    many.write_text(many.read_text() * 500 + json.dumps({"text": text}) + "\n")
+    with pytest.raises(UserError, match="there is no column 'text' in the first 256 lines"):
+        prepare([many], tmp_path / "out.parquet")
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = os.fsencode(tmp_path / "in") + b"/caf\xe9"
+    os.makedirs(folder)
+    for number in range(2):
+        Path(os.fsdecode(folder + b"/%d\xe8.txt" % number)).write_text(article("bread", number))
+    Path(os.fsdecode(folder + b"/bad\xe9.txt")).write_bytes(b"\xff\xfe\x00" * 100)
+    Path(os.fsdecode(folder + b"/other.\xe9x")).write_bytes(b"")
+    summary = prepare([Path(os.fsdecode(folder)).parent], tmp_path / "out.parquet")
+    cluster, = load_clusters(tmp_path / "out.parquet")
+    assert cluster.id == r"caf\udce9" and cluster.document_ids == tuple(rf"caf\udce9/{n}\udce8.txt" for n in range(2))
+    str(summary).encode()
+    assert summary.counts.skipped_files.total() == 2
+    prepare([Path(os.fsdecode(folder))], tmp_path / "again.parquet")  # and as the input itself
+    assert json.loads((tmp_path / "again.statistics.json").read_text())["documents"] == 2
 
 
 @pytest.mark.parametrize(

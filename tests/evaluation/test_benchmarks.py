@@ -125,11 +125,8 @@ def test_every_format_is_read_from_every_container(name, kind, tmp_path):
     ],
 )
 def test_rows_of_another_form_are_named(name, change, message, tmp_path):
-    files = sorted(folder(name).rglob("*.json*"))
-    text = next(file for file in files if file.stem == name or name not in FOLDERS).read_text()
-    row = json.loads(text)[0] if text.startswith("[") else json.loads(text.splitlines()[0])
     path = tmp_path / "set.jsonl"
-    path.write_text(json.dumps(row | change) + "\n" + json.dumps({"other": 1}) + "\n")
+    path.write_text(json.dumps(rows_of(name)[0] | change) + "\n" + json.dumps({"other": 1}) + "\n")
     with pytest.raises(UserError) as error:
         load_benchmark(name, path)
     assert message in str(error.value)
@@ -173,6 +170,164 @@ def test_questions_of_ones_own(tmp_path):
     assert (first.benchmark, first.documents, second.answer) == ("mine", ("Text.",), "A")
     with pytest.raises(UserError, match="is no benchmark that is known here"):
         load_benchmark("mine")
+
+
+def rows_of(name: str) -> list[dict]:
+    files = sorted(folder(name).rglob("*.json*"))
+    text = next(file for file in files if file.stem == name or name not in FOLDERS).read_text()
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+
+def loaded(name: str, path: Path, *rows: dict):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_benchmark(name, path)
+
+
+@pytest.mark.parametrize(
+    "name, change, answer",
+    [
+        ("docmath", {"ground_truth": 7}, "7"),
+        ("docmath", {"ground_truth": 1e-7}, "0.0000001"),
+        ("docmath", {"ground_truth": 1.5e22}, "15000000000000000000000"),
+        ("docmath", {"ground_truth": " 12.5% "}, "12.5%"),
+        ("docmath", {"ground_truth": True}, "True"),  # some of its questions ask yes or no
+        ("frames", {"Answer": 14}, "14"),
+        ("frames", {"Answer": 14.0}, "14"),
+        ("frames", {"Answer": "  Jane Ballou\r\n"}, "Jane Ballou"),
+        ("hotpotqa", {"answers": [1987, "the year 1987"]}, "1987"),
+        ("hotpotqa", {"answers": "Sorrel Bridge"}, "Sorrel Bridge"),
+        ("longbench-v2", {"answer": "c"}, "C"),
+        ("longbench-v2", {"answer": " C\n"}, "C"),
+    ],
+)
+def test_answers_of_any_type(name, change, answer, tmp_path):
+    assert loaded(name, tmp_path / "set.jsonl", rows_of(name)[0] | change)[0].answer == answer
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("docmath", {"ground_truth": [1.5]}),
+        ("docmath", {"ground_truth": float("inf")}),
+        ("docmath", {"ground_truth": ""}),
+        ("docmath", {"paragraphs": []}),
+        ("frames", {"Answer": None}),
+        ("frames", {"Answer": ["a"]}),
+        ("frames", {"wiki_items": []}),
+        ("frames", {"wiki_items": [{"title": "A", "text": ""}, {"title": "B", "text": None}]}),
+        ("frames", {"wiki_items": ["a"]}),
+        ("hotpotqa", {"answers": None}),
+        ("hotpotqa", {"answers": [None, "a"]}),
+        ("hotpotqa", {"answers": [" "]}),
+        ("hotpotqa", {"context": ""}),
+        ("longbench-v2", {"answer": 1}),
+        ("longbench-v2", {"choice_A": float("nan")}),
+    ],
+)
+def test_rows_without_an_answer_or_a_text_are_refused(name, change, tmp_path):
+    with pytest.raises(UserError, match="row 1 of set.jsonl"):
+        loaded(name, tmp_path / "set.jsonl", rows_of(name)[0] | change)
+
+
+def test_an_article_of_frames_without_text_does_not_spoil_the_others(tmp_path):
+    row = rows_of("frames")[0]
+    row["wiki_items"] += [{"title": "Not fetched", "text": ""}, {"title": None, "text": None}, {"text": "Only text."}]
+    documents = loaded("frames", tmp_path / "test.jsonl", row)[0].documents
+    assert len(documents) == 5 and documents[2:] == ("Not fetched\n", "\n", "\nOnly text.")
+
+
+def test_windows_files_long_lines_and_unicode(tmp_path):
+    """A byte order mark, CRLF, empty lines, no line end at the end; names in any script; U+2028 inside a line."""
+    row = rows_of("hotpotqa")[0] | {"context": "Ðá 東京 🎈\u2028\x85" * 200_000}
+    row |= {"input": "¿Dónde?", "answers": ["Kraków"]}
+    text = json.dumps(row, ensure_ascii=False) + "\r\n\r\n" + json.dumps(rows_of("hotpotqa")[1])
+    path = tmp_path / "HotpotQA.JSONL"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = load_benchmark("hotpotqa", path)
+    assert (first.question, first.answer, first.documents) == ("¿Dónde?", "Kraków", (row["context"].strip(),))
+    assert second == load_benchmark("hotpotqa", folder("hotpotqa"))[1]
+
+
+def test_half_a_surrogate_pair_does_not_stop_an_evaluation(tmp_path):
+    row = rows_of("hotpotqa")[0] | {"input": "Who \ud83d?", "context": "It \ude00 was."}
+    question = loaded("hotpotqa", tmp_path / "set.jsonl", row)[0]
+    assert question.question == "Who ??" and question.documents == ("It ? was.",)
+
+
+def test_ids_of_a_benchmark_in_several_files_differ(tmp_path):
+    rows = rows_of("frames")
+    for number, row in enumerate(rows):
+        (tmp_path / f"test-{number:05d}-of-00002.jsonl").write_text(json.dumps(row))
+    assert load_benchmark("frames", tmp_path) == load_benchmark("frames", folder("frames"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_same_rows_in_two_files_of_a_folder_are_refused(name, tmp_path):
+    """As JSON and as parquet, say: every question would count twice, and intervals would be too narrow."""
+    shutil.copytree(folder(name), tmp_path / "set")
+    file = next(f for f in sorted((tmp_path / "set").rglob("*.json*")) if f.stem == name or name not in FOLDERS)
+    text = file.read_text()
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    parquet.write_table(pa.Table.from_pylist(rows), file.with_suffix(".parquet"))
+    with pytest.raises(UserError, match=rf"holds the same questions twice.*{file.stem}"):
+        load_benchmark(name, tmp_path / "set")
+
+
+def own(tmp_path, *rows: object, encoding: str = "utf-8") -> Path:
+    path = tmp_path / "own.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_bytes("\r\n".join(lines).encode(encoding))
+    return path
+
+
+OWN = {"task": "doc_general_qa", "question": "Où?", "answer": "Oslo", "documents": ["Text."]}
+
+
+def test_own_questions_of_any_type(tmp_path):
+    rows = [OWN, {}, OWN | {"id": None, "answer": 1987}, OWN | {"id": 0, "task": "docmath_qa", "answer": 1e-7}]
+    rows[1] = OWN | {"id": 7, "task": "doc_mc", "answer": " B "}
+    rows += [OWN | {"id": "x"}, OWN | {"id": "x"}, OWN | {"id": "x#2"}, OWN | {"id": "x"}]
+    questions = load_benchmark("mine", own(tmp_path, *rows, "", encoding="utf-8-sig"))
+    assert [q.answer for q in questions][:4] == ["Oslo", "B", "1987", "0.0000001"]
+    assert [q.id for q in questions] == ["1", "7", "3", "0", "x", "x#3", "x#2", "x#4"]
+    assert len({q.id for q in questions}) == len(questions)  # or answers of one would count for another
+    assert questions[0].question == "Où?"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (OWN | {"answer": None}, "line 1: answer must be a text or a number, not None"),
+        (OWN | {"answer": float("nan")}, "answer must be a text or a number, not nan"),
+        (OWN | {"answer": ["Oslo"]}, "answer must be a text or a number, not \\['Oslo'\\]"),
+        (OWN | {"answer": True}, "answer must be a text or a number, not True"),
+        (OWN | {"answer": " "}, "answer must be a text or a number, not ' '"),
+        (OWN | {"question": None}, "question must be a text, not None"),
+        (OWN | {"question": ""}, "question must be a text, not ''"),
+        (OWN | {"documents": []}, "documents must be a list of texts"),
+        (OWN | {"documents": ["a", None]}, "documents must be a list of texts"),
+        (OWN | {"documents": "a"}, "documents must be a list of texts"),
+        (OWN | {"task": "doc_mc"}, "answer of doc_mc must be A, B, C or D, not 'Oslo'"),
+        (OWN | {"task": "docmath_qa"}, "answer of docmath_qa must be a number, not 'Oslo'"),
+        (OWN | {"task": "math"}, "task 'math' is none of docmath_qa"),
+        ({"task": "doc_mc"}, "line 1 has no 'question', 'answer', 'documents'"),
+        ([1], "line 1 is not a JSON object"),
+        ("[" * 10**5, "line 1 is not JSON"),
+        ("{", "line 1 is not JSON"),
+    ],
+)
+def test_own_questions_that_cannot_be_used(row, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_benchmark("mine", own(tmp_path, row))
+
+
+def test_own_questions_in_another_encoding(tmp_path):
+    with pytest.raises(UserError, match=r"line 1 is not UTF-8 \(byte \d+\)"):
+        load_benchmark("mine", own(tmp_path, OWN, encoding="latin-1"))
+    with pytest.raises(UserError, match="There is no file"):
+        load_benchmark("mine", tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="it holds no questions"):
+        load_benchmark("mine", own(tmp_path, "", "  "))
 
 
 def test_without_a_hub_it_is_said_what_to_do(tmp_path):

@@ -203,6 +203,17 @@ def test_faults_of_the_server_are_told(status, message, tokenizer_folder, stub, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_a_server_that_says_nothing_or_something_else(chat, tokenizer_folder, stub, mine, tmp_path, capsys):
+    stub.answer = lambda body: (200, None)  # as servers do where all tokens were reasoning
+    assert main(command(tokenizer_folder, stub, mine, tmp_path / "out", *chat)) == 0
+    assert {row["text"] for row in samples(tmp_path / "out")} == {""}
+    assert scores(tmp_path / "out")["benchmarks"]["mine"]["answers_without_statement"] == 1
+    stub.answer = lambda body: (200, [{"type": "text", "text": "Oslo"}])
+    assert main(command(tokenizer_folder, stub, mine, tmp_path / "other", *chat)) == 2
+    assert "does not answer as OpenAI's API does" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------- judge
 
 
@@ -375,6 +386,13 @@ def test_answers_from_elsewhere_are_scored(answers, tmp_path):
     assert about["answers_cut"] == 0.25
 
 
+def test_answers_of_a_windows_machine_and_in_any_script(answers, tmp_path):
+    lines = [{"id": FIRST, "text": "La réponse: the answer is Yes\u2028東"}, {"id": SECOND, "text": ""}]
+    assert answers(["\ufeff" + json.dumps(lines[0], ensure_ascii=False) + "\r", "\r", lines[1]]) == 0
+    about = scores(tmp_path / "out")["benchmarks"]["hotpotqa"]
+    assert about["score"]["pass@1"]["mean"] == 0.5 and about["answers_without_statement"] == 0.5
+
+
 def test_answers_from_elsewhere_are_judged(answers, tmp_path, stub):
     stub.answer = lambda body: (200, "[[YES]]")
     lines = [{"id": key, "text": "The correct answer is indeed"} for key in (FIRST, SECOND)]
@@ -386,7 +404,8 @@ def test_answers_from_elsewhere_are_judged(answers, tmp_path, stub):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (["{"], "line 1:"),
+        (["{"], "line 1 is not JSON"),
+        (["[]"], "line 1 is not a JSON object"),
         ([{"id": FIRST}], "line 1 has no 'text'"),
         ([{"id": "other", "text": "x"}], "there is no question 'other' of 'hotpotqa'"),
         ([{"id": FIRST, "text": 1}], "text must be a string"),

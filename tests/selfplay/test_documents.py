@@ -93,6 +93,15 @@ def test_files_of_questions(tmp_path):
         "line 1": "docmath_qa",
         "q": "doc_general_qa",
     }
+    for task, answer, fault in (
+        ("doc_mc", "Ann", "answer of doc_mc must be A, B, C or D"),
+        ("docmath_qa", "many", "answer of docmath_qa must be a number"),
+        ("docmath_qa", float("nan"), "answer must be a text or a number, not nan"),
+        ("doc_general_qa", None, "answer must be a text or a number, not None"),
+    ):
+        row = {"task": task, "question": "Who?", "documents": ["a"], "answer": answer}
+        with pytest.raises(UserError, match=f"line 1, column answer: {fault}"):
+            load_clusters(write(tmp_path / "questions.jsonl", [row]))
     rows = [{"task": "essay", "question": " ", "documents": ["a"]}]
     with pytest.raises(UserError, match=r"column question.*column answer.*must be one of.*'essay'"):
         load_clusters(write(tmp_path / "bad.jsonl", rows))
