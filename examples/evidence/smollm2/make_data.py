@@ -133,7 +133,7 @@ QUESTIONS = {
 
 
 def pairs(text: str) -> list[list[str]]:
-    """The paragraphs of running text of a Markdown file, two by two; of an odd number the last has its neighbour too."""
+    """The paragraphs of running text of a Markdown file, two by two; an odd last one again with the one before it."""
     blocks = text.strip().split("\n\n")
     plain = [" ".join(block.replace("**", "").split()) for block in blocks if not block.startswith(("|", "#", "1. D"))]
     plain = [block for block in plain if len(block.split()) >= FEWEST_WORDS]
