@@ -40,7 +40,7 @@ def test_the_questioners_examples_are_questions(task, history):
     prompt = PROMPTS.questioner(task, ["It rained."], history, "C")
     # the remembered question stands last, in the form of the examples
     examples = shots(prompt, "Another:" if history else "1.")
-    assert len(examples) == 3
+    assert len(examples) == 6
     for text in examples:
         question = parse_question(task, text + "\n", False, len, 40)
         assert isinstance(question, Question), text
@@ -53,7 +53,7 @@ def test_the_questioners_examples_are_questions(task, history):
 def test_the_responders_examples_are_answers(task):
     prompt = PROMPTS.responder(task, "Who came first?", ["Ada came first."])
     answers = [parse_answer(task, text + "\n", False) for text in shots(prompt, "Answer:")]
-    assert len(answers) == 3 and all(answers)
+    assert len(answers) == 6 and all(answers)
     if task == "doc_general_qa":
         asked = PROMPTS.questioner(task, ["It rained."], [], None)
         for answer, text in zip(answers, shots(asked, "1."), strict=True):
