@@ -6,7 +6,9 @@ Each case is a random model trained for two updates on CPU processes (gloo) in a
 prediction are, on the fullest rank: the bytes of parameters, gradient buffers and optimizer state (must be equal),
 and the peak of what an update allocates beside them, as torch's profiler sees it (activations and vocabulary head;
 the prediction uses the CPU's RMSNorm, which keeps more than the GPU's). Rows are one tree of a prompt with two
-responses. The last line is one JSON object.
+responses. The prediction assumes balanced routing: printed beside are the copies of tokens on the busiest rank over
+their mean, in the layer where that is greatest. Gloo frees some of its buffers late, so that measurements on two
+processes differ by up to a fifth from run to run. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -137,6 +139,10 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
             rows.append(Row(np.concatenate([prompt, response]), len(prompt), ones, -ones))
     rows = rows if dist.get_rank() == 0 else None
     trainer.update(rows)
+    copies: list[int] = []  # at the experts of each layer
+    for layer in model.decoder.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: copies.append(len(inputs[0])))
     peak = update_peak(trainer, rows)
     first, layers = model.decoder.layers[0].layer_number - 1, len(model.decoder.layers)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -145,7 +151,7 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     kept, layer = planner.stage_activations(arch, config, own, tokens, stages - stage, gpu=False)
     head, static = planner.head_bytes(arch, config, tokens) if stage == stages - 1 else 0, static_bytes(trainer)
     dynamic = max(kept + max(layer, head), planner.step_bytes(config, static[2]))
-    mine = {"peak": peak, "predicted": dynamic, "static": static, "rank": dist.get_rank()}
+    mine = {"peak": peak, "predicted": dynamic, "static": static, "rank": dist.get_rank(), "copies": copies}
     everyone: list[dict] = [mine] * dist.get_world_size()
     if len(everyone) > 1:
         dist.all_gather_object(everyone, mine)
@@ -153,6 +159,8 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     backend.shutdown()
     if rank == 0:
         fullest = max(everyone, key=lambda m: m["peak"])
+        of_layers = zip(*(m.pop("copies") for m in everyone), strict=True)
+        fullest["busiest"] = max((max(of) / np.mean(of) for of in of_layers), default=1.0)
         counted = planner.counted_memory(hf_config, config, fullest["rank"], world)[:3]
         print("RESULT " + json.dumps(fullest | {"counted": counted}))
 
@@ -167,7 +175,8 @@ def main() -> None:
         work(Path(folder), recompute, layout, tokens)
         return
     worst, figures = 0.0, []
-    print("processes model recompute layout: parameters, gradients, optimizer state MB | peak MB measured, predicted")
+    columns = ("parameters, gradients, optimizer state MB", "peak MB measured, predicted", "busiest rank")
+    print("processes model recompute layout:", " | ".join(columns))
     with tempfile.TemporaryDirectory() as scratch:
         for kind in ("dense", "moe"):
             make_checkpoint(kind, Path(scratch) / kind)
@@ -188,7 +197,7 @@ def main() -> None:
             counted = "as counted" if same else f"counted {found['counted']}, found {found['static']}"
             print(
                 f"{processes} {kind:5} {recompute:9} {name:26} {static} {counted} | "
-                f"{found['peak'] / 1e6:.1f}, {found['predicted'] / 1e6:.1f} ({error:+.1%})",
+                f"{found['peak'] / 1e6:.1f}, {found['predicted'] / 1e6:.1f} ({error:+.1%}) | {found['busiest']:.2f}",
                 flush=True,
             )
             figures.append({"case": f"{kind} {recompute} {name}", "error": round(error, 4), "counts_equal": same})

@@ -342,7 +342,8 @@ def _passing(arch: Architecture, config: Config, moe: bool, tokens: int) -> int:
     if moe:
         width = arch.expert_ffn / parallel.expert_tensor
         copies = arch.experts_per_token * parallel.expert_tensor / parallel.tensor
-        passing += copies * (3 * width + 2 * arch.hidden)
+        sent = parallel.expert * parallel.expert_tensor > 1  # what the dispatcher sends and receives, there and back
+        passing += copies * (3 * width + (6 if sent else 2) * arch.hidden)
     else:
         passing += 3 * arch.ffn / parallel.tensor
     return int(passing * size * tokens)

@@ -52,8 +52,16 @@ def finished(*arguments: str, **environment: str) -> str:
     return process.stdout
 
 
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; empty if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # or is a zombie
+        return []
+
+
 def servers(process: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in child.cmdline()]
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in command(child)]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from small_run import SMALL, finished, left_over, metrics, same_steps, servers, start
+from small_run import SMALL, command, finished, left_over, metrics, same_steps, servers, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -26,10 +26,10 @@ def rows(folder: Path) -> int:
 def parts(process: psutil.Process) -> dict[str, list[psutil.Process]]:
     """The processes of a run by what they do."""
     everything = process.children(recursive=True)
-    engines = [p for p in everything if "--port" in p.cmdline()]
+    engines = [p for p in everything if "--port" in command(p)]
     return {
         "launcher": [process],
-        "trainer": [p for p in process.children() if "train" in p.cmdline()],  # rank 0 is the director too
+        "trainer": [p for p in process.children() if "train" in command(p)],  # rank 0 is the director too
         "engine server": engines,
         "engine core": [p for engine in engines for p in engine.children() if "EngineCore" in p.name()],
     }
