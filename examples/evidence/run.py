@@ -4,10 +4,11 @@
     python examples/evidence/run.py --summary [--out runs/evidence] [--seeds 3]
 
 Every arm is trained from the same weights for the same number of updates, once per seed, and its last checkpoint
-answers the 500 held-out questions of the quick start 8 times each; so does the policy they all start from. Arms:
+answers the 500 held-out questions of the quick start 8 times each; so does the policy they all start from. All train on
+the first 300 clusters of the quick start's documents, so that each is met again and its history counts. Arms:
 
     spell              self-play as in examples/quickstart.yaml
-    rlvr               the baseline: one question with its right answer for each training cluster, rewards by rule
+    rlvr               the baseline: one question with its right answer for each cluster, rewards by rule
     fixed_questioner   the questioner's rows are left out of the update
     no_history         the questioner never sees what was asked before, nor the documents of it
     fixed_verifier     the verifier's rows are left out of the update
@@ -16,7 +17,7 @@ answers the 500 held-out questions of the quick start 8 times each; so does the 
 Killed and called again, it goes on where it was: a run that has begun is resumed, one that has ended is not run
 again. It writes into the folder of --out: results.json, table.md and curves.svg (held-out accuracy while training;
 needs matplotlib: `pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
-run takes 4 to 5 minutes with two of them at a time on two cores, all of it about 50 minutes.
+run takes 5 to 10 minutes with two of them at a time on two cores, all of it one to two hours.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -45,6 +47,7 @@ from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
 
 CONFIG, HELDOUT = ROOT / "examples" / "quickstart.yaml", ROOT / "examples" / "quickstart" / "heldout.jsonl"
 POLICY = ROOT / "examples" / "quickstart" / "policy"
+DOCUMENTS, CLUSTERS = ROOT / "examples" / "quickstart" / "documents.parquet", 300
 ARMS = {
     "spell": [],
     "rlvr": ["--selfplay.questioner.enabled=false", "--selfplay.verifier.enabled=false"],
@@ -76,8 +79,8 @@ def run(arm: str, seed: int, out: Path, updates: int) -> None:
                 *(folder, "train", "--config", CONFIG, f"--run.output_dir={out}", f"--run.name={folder.name}"),
                 *(f"--run.seed={seed}", f"--run.steps={updates}", "--rollout.threads=1", "--training.threads=1"),
                 *("--validation.every=4", "--validation.limit=250", "--checkpoint.keep=1"),
+                f"--data.documents={out / ('questions.jsonl' if arm == 'rlvr' else 'documents.parquet')}",
                 *ARMS[arm],
-                *([f"--data.documents={out / 'questions.jsonl'}"] if arm == "rlvr" else []),
             )
     scored = out / f"{folder.name}-answers"
     if not (scored / "scores.json").exists():
@@ -222,7 +225,8 @@ def main() -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not options.summary:
-        lines = (json.dumps(row) + "\n" for row in training_questions(2000))
+        pq.write_table(pq.read_table(DOCUMENTS).slice(0, CLUSTERS), out / "documents.parquet")
+        lines = (json.dumps(row) + "\n" for row in training_questions(CLUSTERS))
         (out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
         todo = [(arm, seed) for seed in range(options.seeds) for arm in (START, *options.arms)]
         with ThreadPoolExecutor(options.jobs) as pool:
