@@ -17,7 +17,8 @@ the first 300 clusters of the quick start's documents, so that each is met again
 Killed and called again, it goes on where it was: a run that has begun is resumed, one that has ended is not run
 again. It writes into the folder of --out: results.json, table.md and curves.svg (held-out accuracy while training;
 needs matplotlib: `pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
-run takes 5 to 10 minutes with two of them at a time on two cores, all of it one to two hours.
+run takes up to 10 minutes with two of them at a time on two cores that other work shares (each is printed); there are
+eighteen, and three more evaluations of the start.
 """
 
 from __future__ import annotations

@@ -595,7 +595,7 @@ def _environment(config: Config, key: str, gpus: list[str], weight_transfer: str
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         # oneDNN keeps a kernel for every size of a batch that it has met, up to 1,024 of them: half a gigabyte more
-        # after a hundred steps of a tiny model. With 128 the engine was no slower.
+        # after a hundred steps of a tiny model (tests/chaos, the soak).
         environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
     else:
