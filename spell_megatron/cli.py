@@ -166,7 +166,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[st
 
     block_sigusr1()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, as `_launch` is one
-        from spell_megatron.training.helper import end_with_parent
+        from spell_megatron.training.lifetime import end_with_parent
 
         end_with_parent()
     overrides = _overrides(rest)

@@ -40,7 +40,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.errors import UserError
-from spell_megatron.training.helper import end_with_parent
+from spell_megatron.training.lifetime import end_with_parent
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
