@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
@@ -18,6 +20,7 @@ PERMUTATIONS = 128
 """As in the paper."""
 SHINGLE_WORDS = 5
 """Two documents are compared by their sets of five-word sequences."""
+EVALUATION_SUFFIXES = {".jsonl", ".json", ".parquet", ".zip"}
 
 # Odd numbers: x -> a x mod 2^64 is a permutation, whose upper bits order the shingles (multiply-shift).
 _FACTORS = np.random.default_rng(1).integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
@@ -149,7 +152,7 @@ def evaluation_sequences(files: Sequence[Path], n: int) -> tuple[np.ndarray, np.
     All strings count, wherever they stand in a row: questions, answers, contexts.
 
     Args:
-        files: .jsonl, .json (a list of rows, or one a line) or .parquet.
+        files: .jsonl, .json (a list of rows, or one a line), .parquet, or a .zip archive of such files.
 
     Raises:
         UserError: if a file cannot be read, or holds no text of n words.
@@ -183,6 +186,15 @@ def shared_sequence(hashes: np.ndarray, n: int, known: np.ndarray) -> int | None
 
 
 def _evaluation_rows(path: Path) -> Iterator[object]:
+    if path.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+                for name in archive.namelist():
+                    if Path(name).suffix.lower() in EVALUATION_SUFFIXES - {".zip"}:
+                        yield from _evaluation_rows(Path(archive.extract(name, folder)))
+        except (zipfile.BadZipFile, OSError, RuntimeError, UserError) as error:  # RuntimeError: it has a password
+            raise UserError(f"{path}: not a readable archive ({error}).") from error
+        return
     if path.suffix.lower() == ".json":
         try:
             data = path.read_bytes()

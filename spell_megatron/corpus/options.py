@@ -45,8 +45,8 @@ class Options:
         "left out; 1: only exact repetitions are"
     )
     decontaminate: tuple[Path, ...] = _option(
-        (), "filters", "FILE", "evaluation set (.jsonl, .json or .parquet, or a folder of them); documents that share "
-        "words in sequence with it are left out; may be given again"
+        (), "filters", "FILE", "evaluation set (.jsonl, .json, .parquet, a .zip or a folder of them); documents that "
+        "share words in sequence with it are left out; may be given again"
     )
     overlap_words: int = _option(13, "filters", "N", "length of a sequence shared with an evaluation set")
     embedding_model: str = _option(

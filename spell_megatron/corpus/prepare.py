@@ -62,7 +62,6 @@ _PIECES = pa.schema(
         ("tokens", pa.int64()),
     ]
 )
-EVALUATION_SUFFIXES = {".jsonl", ".json", ".parquet"}
 # Processes take seconds to start: smaller inputs are read by this one alone.
 PARALLEL_BYTES, PARALLEL_TEXTS = 32 * 2**20, 10_000
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 4_000_000
@@ -234,11 +233,11 @@ def _check(inputs: Sequence[Path], out: Path, options: Options) -> list[Path]:
     for path in options.decontaminate:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EVALUATION_SUFFIXES)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in duplicates.EVALUATION_SUFFIXES)
             if not files:
-                faults.append(f"{path} holds no evaluation sets (.jsonl, .json, .parquet)")
-        elif path.exists() and path.suffix.lower() not in EVALUATION_SUFFIXES:
-            faults.append(f"the evaluation set {path} must end in .jsonl, .json or .parquet")
+                faults.append(f"{path} holds no evaluation sets (.jsonl, .json, .parquet, .zip)")
+        elif path.exists() and path.suffix.lower() not in duplicates.EVALUATION_SUFFIXES:
+            faults.append(f"the evaluation set {path} must end in .jsonl, .json, .parquet or .zip")
         evaluation += files
     if options.tokenizer:
         try:

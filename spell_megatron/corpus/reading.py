@@ -86,13 +86,17 @@ def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) 
         else:
             counts.skipped_files[f"{_printable(suffix)} (not a format read here)"] += 1
 
+    def unreadable(error: OSError) -> None:
+        counts.skipped_files["unreadable folders"] += 1
+        counts.notes.append(f"{_printable(error.filename)}: {error.strerror}")
+
     for given in inputs:
         if given.is_file():
             add(given, given.name if len(inputs) == 1 else str(given), "")
             continue
         # Two inputs may hold folders of the same name.
         prefix = Path(given.name) if len(folder_inputs) > 1 else Path()
-        for where, subfolders, names in os.walk(given):
+        for where, subfolders, names in os.walk(given, onerror=unreadable):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = Path(where).relative_to(given)
             for name in sorted(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -167,9 +168,25 @@ def test_json_files_of_either_kind(name, content, tmp_path):
     assert shared_sequence(word_hashes(words("So " + PHRASE)), 13, known) is not None
 
 
+def test_an_archive_is_read_as_the_files_in_it(tmp_path):
+    """LongBench comes as one: data.zip holds data/hotpotqa.jsonl and others."""
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/hotpotqa.jsonl", json.dumps({"context": PHRASE}))
+        archive.writestr("../data/short.json", "[]")
+        archive.writestr("data/README.md", "[a link](to) " * 20)
+    known, owners = evaluation_sequences([tmp_path / "data.zip"], 13)
+    assert len(known) == 2 and set(owners) == {0}
+    assert shared_sequence(word_hashes(words("So " + PHRASE)), 13, known) is not None
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("data/a.jsonl", "{broken")
+    with pytest.raises(UserError, match=r"bad.zip: not a readable archive .*a.jsonl: line 1 is not JSON"):
+        evaluation_sequences([tmp_path / "bad.zip"], 13)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.zip", b"PK", "a.zip: not a readable archive"),
         ("a.jsonl", b'{"q": "one two three"}\n', "a.jsonl: no text of 13 words"),
         ("a.jsonl", b'{"q": "x"}\n{broken\n', "a.jsonl: line 2 is not JSON"),
         ("a.json", b"[1, ", "a.json: not a readable JSON file"),

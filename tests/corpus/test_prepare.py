@@ -65,6 +65,19 @@ def test_subfolders_are_clusters(tmp_path):
     assert summary.counts.skipped_files == {"README beside sub-folders": 1}
 
 
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "bread" / "0.md", article("bread", 0))
+    monkeypatch.chdir(tmp_path / "in")
+    for _ in range(20):  # a path too long to be opened, which not even root can read
+        os.mkdir("x" * 250)
+        os.chdir("x" * 250)
+    monkeypatch.chdir(tmp_path)
+    summary = prepare([tmp_path / "in"], tmp_path / "out.parquet", Options())
+    assert (summary.counts.files, summary.counts.documents, summary.clusters) == (1, 1, 1)
+    assert summary.counts.skipped_files == {"unreadable folders": 1}
+    assert summary.counts.notes[0].endswith(": File name too long")
+
+
 def test_a_large_folder_becomes_several_clusters(tmp_path):
     for number in range(7):
         write(tmp_path / "in" / "whales" / f"{number}.txt", article("whales", number))
@@ -503,7 +516,7 @@ def test_decontamination(tmp_path):
     }
     with pytest.raises(UserError, match="there is no .*gone"):
         prepare(inputs, tmp_path / "out.parquet", Options(decontaminate=(tmp_path / "gone",)))
-    with pytest.raises(UserError, match="must end in .jsonl, .json or .parquet"):
+    with pytest.raises(UserError, match="must end in .jsonl, .json, .parquet or .zip"):
         prepare(inputs, tmp_path / "out.parquet", Options(decontaminate=(write(tmp_path / "a.csv", "x"),)))
 
 
