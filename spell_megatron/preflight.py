@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import shutil
 import socket
@@ -54,6 +55,7 @@ def find_faults(
     check.packages()
     check.documents()
     check.prompts()
+    check.verifier()
     check.validation()
     check.model()
     check.engines()
@@ -170,6 +172,16 @@ class _Preflight:
 
     def prompts(self) -> None:
         self.attempt("selfplay.prompts", lambda: PromptSet.load(self.config.selfplay.prompts))
+
+    def verifier(self) -> None:
+        play, weight = self.config.selfplay, self.config.training.role_weights.get("verifier", 1)
+        answers = play.groups * play.group_size
+        if play.verifier.enabled and weight > 0 and 0 < play.verifier.share * answers < play.votes:
+            self.warnings.append(
+                f"selfplay.verifier.share = {play.verifier.share:g} of the {answers} answers of an update is less than "
+                f"one group of {play.votes} judgments, so the verifier is never trained. Raise it to "
+                f"{math.ceil(100 * play.votes / answers) / 100:g} or more, or ask for more selfplay.groups"
+            )
 
     def validation(self) -> None:
         questions = self.config.validation.questions

@@ -47,7 +47,7 @@ def answer(folder: Path, evidence, right: dict[int, int]) -> None:
 
 
 def test_summary(evidence, tmp_path):
-    """Of 500 questions the start answers 100 with 4 of 8 samples; SPELL 200, one seed with 8 samples, the other with 4."""
+    """Of 500 questions the start answers 100 with 4 of 8 samples; SPELL 200, one seed with 8, the other with 4."""
     for seed in (0, 1):
         answer(tmp_path / f"start-{seed}-answers", evidence, dict.fromkeys(range(100), 4))
         answer(tmp_path / f"spell-{seed}-answers", evidence, dict.fromkeys(range(200), 8 - 4 * seed))

@@ -39,7 +39,7 @@ def setup(dense, tmp_path):
             "model": {"path": dense, "dtype": "float32"},
             "data": {"documents": documents},
             "run": {"output_dir": tmp_path / "runs", "device": "cpu"},
-            "selfplay": {"groups": 2, "clusters_per_round": 6},
+            "selfplay": {"groups": 2, "clusters_per_round": 6, "verifier": {"share": 0.5}},
             "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
         }
         for section, values in sections.items():
@@ -236,6 +236,16 @@ def test_doubtful_settings_are_warnings(setup, dense):
     assert [warning.split()[0] for warning in warnings] == [
         "selfplay.groups", "training.tokens_per_microbatch", "model.dtype"
     ]  # fmt: skip
+
+
+def test_too_few_answers_for_a_group_of_judgments(setup):
+    few = {"groups": 3, "group_size": 4, "verifier": {"share": 0.125}}
+    [warning] = find_faults(setup(selfplay=few))[1]
+    assert warning.startswith("selfplay.verifier.share = 0.125 of the 12 answers of an update is less than one group")
+    assert "4 judgments" in warning and "Raise it to 0.34 or more" in warning
+    assert not find_faults(setup(selfplay=few | {"verifier": {"share": 0.34}}))[1]
+    assert not find_faults(setup(selfplay=few | {"verifier": {"share": 0}}))[1]
+    assert not find_faults(setup(selfplay=few, training={"role_weights": {"verifier": 0}}))[1]
 
 
 def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
