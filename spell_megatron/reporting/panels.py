@@ -302,6 +302,19 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
                     ),
                 ),
                 Panel(
+                    "Votes that say YES",
+                    "Share of valid votes, on answers that the rule check finds right and on others. A verifier that "
+                    "judges keeps the two apart; one that says NO to everything looks unanimous above, too.",
+                    "share",
+                    _all_and_tasks(
+                        tasks,
+                        {
+                            "on answers right by the rule": "rate/yes_on_right",
+                            "on answers wrong by the rule": "rate/yes_on_wrong",
+                        },
+                    ),
+                ),
+                Panel(
                     "Judgments without use",
                     "Share of votes that are invalid; of answers with a tie, or with too few valid votes.",
                     "share",

@@ -488,6 +488,8 @@ class SelfPlay:
                 "agreeing_votes": 0 if verdict is None else votes.count(verdict),
             }
         )
+        side = "right" if rule else "wrong"
+        attempt.counts.update({f"yes_on_{side}": yes, f"valid_votes_on_{side}": yes + no})
         if trainable(votes, verdict, rule, self.config.verifier):
             attempt.trainable_judgments.append(rows)
         return verdict
@@ -659,6 +661,8 @@ def _rates(prefix: str, attempts: Sequence[Attempt]) -> dict[str, float]:
         ("right_by_verdict_only", "judged_answers"),
         ("right_by_rule_only", "judged_answers"),
         ("agreeing_votes", "decisive_votes"),
+        ("yes_on_right", "valid_votes_on_right"),
+        ("yes_on_wrong", "valid_votes_on_wrong"),
         ("no_context_right", "no_context_answers"),
     ):
         if counts[total]:

@@ -240,6 +240,9 @@ def test_metrics_of_roles_and_votes_are_those_of_the_samples(prompts, task):
     # a vote for the verdict has the reward 1, a valid one against it 0
     valid = [s.reward for s in samples if s.role == "verifier" and s.reward >= 0]
     assert 0 < np.mean(valid) < 1 and metrics["rate/agreeing_votes"] == pytest.approx(np.mean(valid))
+    for name, rule in (("yes_on_right", 1), ("yes_on_wrong", 0)):
+        votes = [s.verdict for s in samples if s.role == "verifier" and s.rule_score == rule and s.verdict in (0, 1)]
+        assert metrics[f"rate/{name}"] == pytest.approx(np.mean(votes))
     if not task:
         assert metrics["rate/right_by_verdict_only"] > 0
         assert metrics["generated_tokens"] == sum(len(s.response_ids) for s in rollout.samples)
