@@ -69,6 +69,52 @@ def test_summary(evidence, tmp_path):
     assert "| spell | 30.0 (" in table and "| 40.0, 20.0 | +20.0 (" in table
 
 
+def test_references_are_held_against_the_documents(evidence):
+    documents = ["The head of Amco is Bo. The age of Bo is 40.", "The head of Bexco is Cy."]
+    for question, reference, right in (
+        ("What is the head of Amco?", " Bo", True),
+        ("What is the head of Amco?", "Cy", False),
+        ("What is the age of the head of Amco?", "40", True),
+        ("What is the age of the head of Bexco?", "40", False),  # the documents do not say
+        ("What is the rival of Amco?", "None", False),
+        ("Who is the head of Amco?", "Bo", False),
+    ):
+        assert evidence.asked_rightly(question, reference, documents) == right
+
+
+def test_what_the_roles_did(evidence, tmp_path):
+    def question(reward: float, reference: str | None) -> dict:
+        prediction = reference and "What is the head of Amco?"
+        row = {"role": "questioner", "reward": reward, "prediction": prediction, "reference": reference}
+        return row | {"cluster_id": "a"}
+
+    def vote(rule: int, verdict: int) -> dict:
+        return {"role": "verifier", "rule_score": rule, "verdict": verdict}
+
+    first = [
+        question(0.7, "Bo"),
+        question(0.1, "Cy"),
+        question(0.0, "Bo"),
+        question(-1.0, None),
+        *(vote(1, 1), vote(1, 0), vote(0, 0), vote(0, -1)),
+        {"role": "responder"},
+    ]
+    (tmp_path / "rollouts").mkdir()
+    for step, rows in enumerate((first, [vote(0, 1)]), start=1):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
+    documents = {"a": ["The head of Amco is Bo."]}
+    assert evidence.roles([tmp_path], documents, [1]) == {
+        "questions with mixed answers": 2 / 4,
+        "references that the documents give": pytest.approx(2 / 3),
+        "... of questions with mixed answers": 1 / 2,
+        "votes YES on answers right by the rule": 1 / 2,
+        "votes YES on answers wrong by the rule": 0,
+    }
+    assert evidence.roles([tmp_path], documents, [1, 2])["votes YES on answers wrong by the rule"] == 1 / 2
+    assert evidence.roles([tmp_path], documents, [2]) == {"votes YES on answers wrong by the rule": 1}
+
+
 def test_interval_is_that_of_a_mean(evidence):
     """Against the normal approximation, for many questions and one seed."""
     values = np.random.default_rng(1).random((1, 2000))

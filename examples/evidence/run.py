@@ -15,8 +15,9 @@ the first 300 clusters of the quick start's documents, so that each is met again
     no_verifier        no judgments: rewards by rule
 
 Killed and called again, it goes on where it was: a run that has begun is resumed, one that has ended is not run
-again. It writes into the folder of --out: results.json, table.md and curves.svg (held-out accuracy while training;
-needs matplotlib: `pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
+again. It writes into the folder of --out: results.json, table.md (the arms, then what the roles did in the first and
+in the last four updates) and curves.svg (held-out accuracy while training; needs matplotlib:
+`pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
 run takes up to 10 minutes with two of them at a time on two cores that other work shares (each is printed); there are
 eighteen, and three more evaluations of the start.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -60,6 +62,8 @@ ARMS = {
 """What differs from the quick start's configuration; rlvr has other `data.documents` too."""
 START, SAMPLES, RESAMPLES = "start", 8, 4000
 KS = (1, 8)
+SPAN = 4
+"""Updates that the roles are looked at over, at the start and at the end of a run."""
 
 
 # ------------------------------------------------------------------------------------------ training and evaluation
@@ -134,8 +138,11 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def summary(out: Path, seeds: Iterable[int]) -> dict:
     """pass@1 and pass@8 of every arm of which all seeds are there, and its gain over the start, question by question.
 
-    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], gain: {mean, low, high}}, "curve": [(update, pass@1)]}}.
+    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], gain: {mean, low, high}}, "curve": [(update, pass@1)],
+    "roles": {"first" or "last": {what: number}}}}.
     """
+    rows = pq.read_table(DOCUMENTS, columns=["cluster_id", "documents"]).slice(0, CLUSTERS).to_pylist()
+    documents = {row["cluster_id"]: row["documents"] for row in rows}
     table = np.array([[pass_at_k(SAMPLES, c, k) for c in range(SAMPLES + 1)] for k in KS])
     measured: dict[str, np.ndarray] = {}  # [ks, seeds, questions]
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -146,7 +153,11 @@ def summary(out: Path, seeds: Iterable[int]) -> dict:
             curves[arm] = [] if arm == START else held_out_curve([out / f"{arm}-{seed}" for seed in seeds])
     results: dict = {}
     for arm, values in measured.items():
-        results[arm] = {"curve": curves[arm]}
+        runs = [out / f"{arm}-{seed}" for seed in seeds]
+        updates = sorted(int(file.stem[5:]) for file in (runs[0] / "rollouts").glob("step_*.jsonl"))
+        spans = {"first": updates[:SPAN], "last": updates[-SPAN:]}
+        of_roles = {name: roles(runs, documents, some) for name, some in spans.items()}
+        results[arm] = {"curve": curves[arm], "roles": {name: some for name, some in of_roles.items() if some}}
         for k, of_k, start in zip(KS, values, measured[START], strict=True):
             results[arm][f"pass@{k}"] = estimate(of_k) | {
                 "seeds": of_k.mean(1).tolist(),
@@ -170,6 +181,39 @@ def held_out_curve(folders: Sequence[Path]) -> list[tuple[int, float]]:
     return [(step, float(np.mean(values))) for step, values in sorted(points.items())]
 
 
+def asked_rightly(question: str, reference: str, documents: Iterable[str]) -> bool:
+    """Whether the documents (see tools/make_quickstart_corpus.py) give the reference as answer to a question."""
+    facts = {found[:2]: found[2] for text in documents for found in re.findall(r"The (\w+) of (\w+) is (\w+)\.", text)}
+    match = re.fullmatch(r"What is the (\w+) of (?:the (\w+) of )?(\w+)\?", question.strip())
+    if not match:
+        return False
+    relation, first, entity = match.groups()
+    entity = facts.get((first, entity)) if first else entity
+    return facts.get((relation, entity)) == reference.strip()
+
+
+def roles(folders: Sequence[Path], documents: Mapping[str, Sequence[str]], updates: Iterable[int]) -> dict[str, float]:
+    """What the roles did in these updates of some runs: means and shares over all that was written."""
+    mixed, right, right_of_mixed = (
+        "questions with mixed answers", "references that the documents give", "... of questions with mixed answers"
+    )  # fmt: skip
+    yes = {1: "votes YES on answers right by the rule", 0: "votes YES on answers wrong by the rule"}
+    seen: dict[str, list[float]] = {name: [] for name in (mixed, right, right_of_mixed, *yes.values())}
+    for file in (folder / "rollouts" / f"step_{update:06d}.jsonl" for folder in folders for update in updates):
+        for row in map(json.loads, file.open(encoding="utf-8")):
+            if row["role"] == "questioner":
+                kept = row["reward"] > 0
+                seen[mixed].append(kept)
+                if row["prediction"] is not None:
+                    given = asked_rightly(row["prediction"], row["reference"], documents[row["cluster_id"]])
+                    seen[right].append(given)
+                    if kept:
+                        seen[right_of_mixed].append(given)
+            elif row["role"] == "verifier" and row["verdict"] in (0, 1):
+                seen[yes[int(row["rule_score"])]].append(row["verdict"])
+    return {name: float(np.mean(values)) for name, values in seen.items() if values}
+
+
 def as_table(results: Mapping[str, dict]) -> str:
     """The results as a Markdown table, in percent."""
     lines = [
@@ -181,6 +225,12 @@ def as_table(results: Mapping[str, dict]) -> str:
         each = ", ".join(f"{100 * value:.1f}" for value in one["seeds"])
         gains = ["–" if arm == START else spread(of["gain"], "+") for of in (one, eight)]
         lines.append(f"| {arm} | {spread(one)} | {each} | {gains[0]} | {spread(eight)} | {gains[1]} |")
+    played = {arm: result["roles"] for arm, result in results.items() if result["roles"]}
+    kinds = list(dict.fromkeys(kind for of in played.values() for part in of.values() for kind in part))
+    lines += ["", f"| first and last {SPAN} updates | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for arm, of in played.items():
+        cells = [" → ".join(f"{100 * p[kind]:.0f}" if kind in p else "–" for p in of.values()) for kind in kinds]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
