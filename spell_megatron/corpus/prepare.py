@@ -10,18 +10,15 @@ there. Texts are mapped from a file, never all in memory.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import os
 import random
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,9 @@ from spell_megatron.corpus import duplicates, embedding, reading
 from spell_megatron.corpus.grouping import group_similar
 from spell_megatron.corpus.options import Options
 from spell_megatron.corpus.reading import Counts, Document, File
+from spell_megatron.corpus.summary import Summary, statistics_path
 from spell_megatron.corpus.texts import clean, split_text, web_fault, words
+from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
 from spell_megatron.reporting.progress import Progress
@@ -68,96 +67,6 @@ _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 4_000_000
 _EMBED_TEXTS = 1024
 
 
-@dataclass
-class Summary:
-    """What `prepare` read, left out and wrote; `str` gives the lines that are printed."""
-
-    out: Path
-    counts: Counts
-    left_out_clusters: Counter[str] = field(default_factory=Counter)
-    """Clusters left out, by reason."""
-    cluster_documents: list[int] = field(default_factory=list)
-    """Documents of each cluster written."""
-    cluster_words: list[int] = field(default_factory=list)
-    """Words of each cluster written."""
-    cluster_tokens: list[int] = field(default_factory=list)
-    """Tokens of each cluster written; empty without a tokenizer."""
-    tasks: Counter[str] = field(default_factory=Counter)
-    """Clusters written for each task; "none" counts those without one."""
-    sources: Counter[str] = field(default_factory=Counter)
-    """Clusters written of each source."""
-
-    @property
-    def clusters(self) -> int:
-        return len(self.cluster_documents)
-
-    @property
-    def _sizes(self) -> dict[str, list[int]]:
-        return {"documents": self.cluster_documents, "words": self.cluster_words, "tokens": self.cluster_tokens}
-
-    def __str__(self) -> str:
-        counts = self.counts
-        lines = [f"{self.out}: {self.clusters:,} clusters of {sum(self.cluster_documents):,} documents"]
-        for name, sizes in self._sizes.items():
-            if sizes:
-                lines.append(
-                    f"  {name} per cluster: {min(sizes):,} to {max(sizes):,}, median {np.median(sizes):,.0f}"
-                )
-        if alone := self.cluster_documents.count(1):
-            lines.append(f"  clusters of a single document: {alone:,} (nothing similar to it was found)")
-        if set(self.tasks) - {"none"}:
-            shown = [f"{count:,} {task}" for task, count in sorted(self.tasks.items())]
-            lines.append(f"  tasks: {', '.join(shown)}")
-        lines.append(
-            f"  read: {counts.documents:,} documents in {counts.files:,} files"
-            + (f"; {counts.pieces:,} more by cutting long ones" if counts.pieces else "")
-        )
-        for title, reasons in (
-            ("documents", counts.skipped),
-            ("files", counts.skipped_files),
-            ("clusters", self.left_out_clusters),
-        ):
-            if reasons:
-                named = reasons.most_common(8)
-                shown = [f"{count:,} {reason}" for reason, count in named]
-                if others := reasons.total() - sum(count for _, count in named):
-                    shown.append(f"{others:,} for other reasons")
-                lines.append(f"  {title} left out: {reasons.total():,} ({', '.join(shown)})")
-        lines += [f"  note: {note}" for note in counts.notes[:10]]
-        if len(counts.notes) > 10:
-            lines.append(f"  ... and {len(counts.notes) - 10:,} more notes")
-        return "\n".join(lines)
-
-    def statistics(self, inputs: Sequence[Path], options: Options) -> dict[str, Any]:
-        """All of it, with the options, for a JSON file."""
-        settings = {name: value for name, value in asdict(options).items() if name != "workers"}
-        return {
-            "spell_megatron": __version__,
-            "inputs": [str(path) for path in inputs],
-            "options": settings,
-            "read": {
-                "files": self.counts.files,
-                "documents": self.counts.documents,
-                "pieces_of_long_documents": self.counts.pieces,
-            },
-            "documents_left_out": dict(self.counts.skipped.most_common()),
-            "files_left_out": dict(self.counts.skipped_files.most_common()),
-            "clusters_left_out": dict(self.left_out_clusters),
-            "notes": self.counts.notes,
-            "clusters": self.clusters,
-            "documents": sum(self.cluster_documents),
-            "clusters_of_each_task": dict(sorted(self.tasks.items())),
-            "clusters_of_each_source": dict(sorted(self.sources.items())),
-            "per_cluster": {name: _distribution(sizes) for name, sizes in self._sizes.items() if sizes},
-        }
-
-
-def _distribution(sizes: Sequence[int]) -> dict[str, float]:
-    places = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
-    values = {name: round(float(np.percentile(sizes, place)), 1) for name, place in places.items()}
-    return values | {"mean": round(float(np.mean(sizes)), 1), "total": sum(sizes)}
-
-
 def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> Summary:
     """Turn files and folders into one .parquet or .jsonl file of document clusters.
 
@@ -179,7 +88,7 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
     counts = Counts()
     files = reading.find_files(inputs, [out, statistics_path(out)], counts)
     progress = Progress(console=Console(stderr=True))
-    with _Work.open(out, _fingerprint(files, evaluation, options), progress) as work:
+    with WorkFolder.open(out, _fingerprint(files, evaluation, options), progress) as work:
         known = None
         if evaluation:
             known = work.stage("evaluation sets", lambda folder: _read_evaluation(folder, evaluation, options))
@@ -207,11 +116,6 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
         )
         work.finished = True
     return summary
-
-
-def statistics_path(out: Path) -> Path:
-    """Where the statistics of a corpus stand: corpus.parquet has corpus.statistics.json."""
-    return out.with_suffix(".statistics.json")
 
 
 def _check(inputs: Sequence[Path], out: Path, options: Options) -> list[Path]:
@@ -257,70 +161,6 @@ def _fingerprint(files: Sequence[File], evaluation: Sequence[Path], options: Opt
         status = path.stat()
         facts.append([str(path), name, status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class _Work:
-    """The hidden folder beside the output that holds the results of finished stages."""
-
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self._folder, self._progress = folder, progress
-        self.finished = False
-
-    @classmethod
-    @contextmanager
-    def open(cls, out: Path, fingerprint: str, progress: Progress) -> Iterator[_Work]:
-        """The folder of this output, emptied if it was made of something else; it goes when the work is finished.
-
-        It also goes after a failure in the first stage, when there is nothing to keep.
-        """
-        self = cls(out.with_name(f".{out.name}.work"), progress)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / "lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(f"Another `spell prepare` is at work on {out}. Wait for it, or end it.") from error
-                try:
-                    self._clear_unless(fingerprint)
-                    yield self
-                finally:
-                    if self.finished or not self._done():
-                        shutil.rmtree(self._folder)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {out}: {error.strerror or error} ({error.filename or self._folder}). Make room, or name "
-                "another --out; what is finished is not repeated."
-            ) from error
-
-    def _done(self) -> list[Path]:
-        return [path for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".partial"]
-
-    def _clear_unless(self, fingerprint: str) -> None:
-        key = self._folder / "fingerprint"
-        if key.exists() and key.read_text() == fingerprint:
-            return
-        if self._done():
-            self._progress.line("inputs or options are not those of the run that was stopped: starting anew")
-        for path in self._folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-        key.write_text(fingerprint)
-
-    def stage(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The folder with a stage's result; `make` fills it unless an earlier run has.
-
-        What a killed run has left of an unfinished stage is still there when `make` is called.
-        """
-        folder = self._folder / name.replace(" ", "-")
-        if folder.is_dir():
-            self._progress.line(f"{name}: finished before")
-            return folder
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir(exist_ok=True)
-        make(partial)
-        partial.rename(folder)
-        return folder
 
 
 # ---------------------------------------------------------------------------------------- reading

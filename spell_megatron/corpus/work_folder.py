@@ -1,0 +1,76 @@
+"""Results of finished stages, so that work that was stopped goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spell_megatron.errors import UserError
+from spell_megatron.reporting.progress import Progress
+
+
+class WorkFolder:
+    """The hidden folder beside the output that holds the results of finished stages."""
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self._folder, self._progress = folder, progress
+        self.finished = False
+
+    @classmethod
+    @contextmanager
+    def open(cls, out: Path, fingerprint: str, progress: Progress) -> Iterator[WorkFolder]:
+        """The folder of this output, emptied if it was made of something else; it goes when the work is finished.
+
+        It also goes after a failure in the first stage, when there is nothing to keep.
+        """
+        self = cls(out.with_name(f".{out.name}.work"), progress)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(f"Another `spell prepare` is at work on {out}. Wait for it, or end it.") from error
+                try:
+                    self._clear_unless(fingerprint)
+                    yield self
+                finally:
+                    if self.finished or not self._done():
+                        shutil.rmtree(self._folder)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {out}: {error.strerror or error} ({error.filename or self._folder}). Make room, or name "
+                "another --out; what is finished is not repeated."
+            ) from error
+
+    def _done(self) -> list[Path]:
+        return [path for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".partial"]
+
+    def _clear_unless(self, fingerprint: str) -> None:
+        key = self._folder / "fingerprint"
+        if key.exists() and key.read_text() == fingerprint:
+            return
+        if self._done():
+            self._progress.line("inputs or options are not those of the run that was stopped: starting anew")
+        for path in self._folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        key.write_text(fingerprint)
+
+    def stage(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The folder with a stage's result; `make` fills it unless an earlier run has.
+
+        What a killed run has left of an unfinished stage is still there when `make` is called.
+        """
+        folder = self._folder / name.replace(" ", "-")
+        if folder.is_dir():
+            self._progress.line(f"{name}: finished before")
+            return folder
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(exist_ok=True)
+        make(partial)
+        partial.rename(folder)
+        return folder
