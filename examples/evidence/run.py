@@ -62,6 +62,7 @@ ARMS = {
 """What differs from the quick start's configuration; rlvr has other `data.documents` too."""
 START, SAMPLES, RESAMPLES = "start", 8, 4000
 KS = (1, 8)
+BASES = (START, "spell")
 SPAN = 4
 """Updates that the roles are looked at over, at the start and at the end of a run."""
 
@@ -136,10 +137,11 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def summary(out: Path, seeds: Iterable[int]) -> dict:
-    """pass@1 and pass@8 of every arm of which all seeds are there, and its gain over the start, question by question.
+    """pass@1 and pass@8 of every arm of which all seeds are there, and how much more that is than the start's and than
+    SPELL's, question by question and seed by seed.
 
-    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], gain: {mean, low, high}}, "curve": [(update, pass@1)],
-    "roles": {"first" or "last": {what: number}}}}.
+    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], "over start", "over spell": {mean, low, high}},
+    "curve": [(update, pass@1)], "roles": {"first" or "last": {what: number}}}}.
     """
     rows = pq.read_table(DOCUMENTS, columns=["cluster_id", "documents"]).slice(0, CLUSTERS).to_pylist()
     documents = {row["cluster_id"]: row["documents"] for row in rows}
@@ -158,10 +160,10 @@ def summary(out: Path, seeds: Iterable[int]) -> dict:
         spans = {"first": updates[:SPAN], "last": updates[-SPAN:]}
         of_roles = {name: roles(runs, documents, some) for name, some in spans.items()}
         results[arm] = {"curve": curves[arm], "roles": {name: some for name, some in of_roles.items() if some}}
-        for k, of_k, start in zip(KS, values, measured[START], strict=True):
-            results[arm][f"pass@{k}"] = estimate(of_k) | {
-                "seeds": of_k.mean(1).tolist(),
-                "gain": estimate(of_k - start),
+        for number, k in enumerate(KS):
+            results[arm][f"pass@{k}"] = estimate(values[number]) | {
+                "seeds": values[number].mean(1).tolist(),
+                **{f"over {base}": estimate((values - measured[base])[number]) for base in BASES if base in measured},
             }
     return results
 
@@ -217,14 +219,19 @@ def roles(folders: Sequence[Path], documents: Mapping[str, Sequence[str]], updat
 def as_table(results: Mapping[str, dict]) -> str:
     """The results as a Markdown table, in percent."""
     lines = [
-        "| arm | pass@1 (95 %) | each seed | gain over the start | pass@8 (95 %) | gain over the start |",
-        "|---|---|---|---|---|---|",
+        "| arm | pass@1 (95 %) | seeds | over the start | over SPELL | pass@8 (95 %) | over the start | over SPELL |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm, result in results.items():
         one, eight = result["pass@1"], result["pass@8"]
         each = ", ".join(f"{100 * value:.1f}" for value in one["seeds"])
-        gains = ["–" if arm == START else spread(of["gain"], "+") for of in (one, eight)]
-        lines.append(f"| {arm} | {spread(one)} | {each} | {gains[0]} | {spread(eight)} | {gains[1]} |")
+        over = [
+            [spread(of[f"over {base}"], "+") if f"over {base}" in of and base != arm else "–" for base in BASES]
+            for of in (one, eight)
+        ]
+        lines.append(
+            f"| {arm} | {spread(one)} | {each} | {' | '.join(over[0])} | {spread(eight)} | {' | '.join(over[1])} |"
+        )
     played = {arm: result["roles"] for arm, result in results.items() if result["roles"]}
     kinds = list(dict.fromkeys(kind for of in played.values() for part in of.values() for kind in part))
     lines += ["", f"| first and last {SPAN} updates | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
