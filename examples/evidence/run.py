@@ -18,8 +18,8 @@ Killed and called again, it goes on where it was: a run that has begun is resume
 again. It writes into the folder of --out: results.json, table.md (the arms, then what the roles did in the first and
 in the last four updates) and curves.svg (held-out accuracy while training; needs matplotlib:
 `pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
-run takes up to 10 minutes with two of them at a time on two cores that other work shares (each is printed); there are
-eighteen, and three more evaluations of the start.
+run took 6 to 18 minutes with two of them at a time on two cores that other work shared (each is printed); there are
+eighteen, and three more evaluations of the start. docs/evidence.md says what came out.
 """
 
 from __future__ import annotations
