@@ -71,16 +71,21 @@ def test_summary(evidence, tmp_path):
 
 
 def test_references_are_held_against_the_documents(evidence):
-    documents = ["The head of Amco is Bo. The age of Bo is 40.", "The head of Bexco is Cy."]
-    for question, reference, right in (
-        ("What is the head of Amco?", " Bo", True),
-        ("What is the head of Amco?", "Cy", False),
-        ("What is the age of the head of Amco?", "40", True),
-        ("What is the age of the head of Bexco?", "40", False),  # the documents do not say
-        ("What is the rival of Amco?", "None", False),
-        ("Who is the head of Amco?", "Bo", False),
-    ):
-        assert evidence.asked_rightly(question, reference, documents) == right
+    """Every fact of one hop stands in a document of its cluster, and questions of two hops are made of two such."""
+    answers = evidence.answers_in_documents()
+    table = evidence.pq.read_table(evidence.DOCUMENTS).slice(0, evidence.CLUSTERS).to_pylist()
+    assert list(answers) == [row["cluster_id"] for row in table]
+    twice = 0
+    for row in table[:20]:
+        text, known = " ".join(row["documents"]), answers[row["cluster_id"]]
+        for question, answer in known.items():
+            relation, *middle, entity = question.removeprefix("What is the ").removesuffix("?").split(" of ")
+            if middle:
+                entity = known[f"What is {middle[0]} of {entity}?"]
+                twice += 1
+            assert f"The {relation} of {entity} is {answer}." in text
+        assert len(known) > len(row["documents"])
+    assert twice > 20
 
 
 def test_what_the_roles_did(evidence, tmp_path):
@@ -104,16 +109,16 @@ def test_what_the_roles_did(evidence, tmp_path):
     for step, rows in enumerate((first, [vote(0, 1)]), start=1):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
-    documents = {"a": ["The head of Amco is Bo."]}
-    assert evidence.roles([tmp_path], documents, [1]) == {
+    answers = {"a": {"What is the head of Amco?": "Bo"}}
+    assert evidence.roles([tmp_path], answers, [1]) == {
         "questions with mixed answers": 2 / 4,
         "references that the documents give": pytest.approx(2 / 3),
         "... of questions with mixed answers": 1 / 2,
         "votes YES on answers right by the rule": 1 / 2,
         "votes YES on answers wrong by the rule": 0,
     }
-    assert evidence.roles([tmp_path], documents, [1, 2])["votes YES on answers wrong by the rule"] == 1 / 2
-    assert evidence.roles([tmp_path], documents, [2]) == {"votes YES on answers wrong by the rule": 1}
+    assert evidence.roles([tmp_path], answers, [1, 2])["votes YES on answers wrong by the rule"] == 1 / 2
+    assert evidence.roles([tmp_path], answers, [2]) == {"votes YES on answers wrong by the rule": 1}
 
 
 def test_interval_is_that_of_a_mean(evidence):

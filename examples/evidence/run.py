@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -42,7 +41,8 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from make_quickstart_corpus import training_questions  # noqa: E402
+from fictional_world import questions  # noqa: E402
+from make_quickstart_corpus import training_clusters, training_questions  # noqa: E402
 
 from spell_megatron.evaluation.scores import pass_at_k  # noqa: E402
 from spell_megatron.selfplay.parsing import parse_answer  # noqa: E402
@@ -143,8 +143,7 @@ def summary(out: Path, seeds: Iterable[int]) -> dict:
     Returns {arm: {"pass@k": {mean, low, high, seeds: [...], "over start", "over spell": {mean, low, high}},
     "curve": [(update, pass@1)], "roles": {"first" or "last": {what: number}}}}.
     """
-    rows = pq.read_table(DOCUMENTS, columns=["cluster_id", "documents"]).slice(0, CLUSTERS).to_pylist()
-    documents = {row["cluster_id"]: row["documents"] for row in rows}
+    answers = answers_in_documents()
     table = np.array([[pass_at_k(SAMPLES, c, k) for c in range(SAMPLES + 1)] for k in KS])
     measured: dict[str, np.ndarray] = {}  # [ks, seeds, questions]
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -158,7 +157,7 @@ def summary(out: Path, seeds: Iterable[int]) -> dict:
         runs = [out / f"{arm}-{seed}" for seed in seeds]
         updates = sorted(int(file.stem[5:]) for file in (runs[0] / "rollouts").glob("step_*.jsonl"))
         spans = {"first": updates[:SPAN], "last": updates[-SPAN:]}
-        of_roles = {name: roles(runs, documents, some) for name, some in spans.items()}
+        of_roles = {name: roles(runs, answers, some) for name, some in spans.items()}
         results[arm] = {"curve": curves[arm], "roles": {name: some for name, some in of_roles.items() if some}}
         for number, k in enumerate(KS):
             results[arm][f"pass@{k}"] = estimate(values[number]) | {
@@ -183,19 +182,21 @@ def held_out_curve(folders: Sequence[Path]) -> list[tuple[int, float]]:
     return [(step, float(np.mean(values))) for step, values in sorted(points.items())]
 
 
-def asked_rightly(question: str, reference: str, documents: Iterable[str]) -> bool:
-    """Whether the documents (see tools/make_quickstart_corpus.py) give the reference as answer to a question."""
-    facts = {found[:2]: found[2] for text in documents for found in re.findall(r"The (\w+) of (\w+) is (\w+)\.", text)}
-    match = re.fullmatch(r"What is the (\w+) of (?:the (\w+) of )?(\w+)\?", question.strip())
-    if not match:
-        return False
-    relation, first, entity = match.groups()
-    entity = facts.get((first, entity)) if first else entity
-    return facts.get((relation, entity)) == reference.strip()
+def answers_in_documents() -> dict[str, dict[str, str]]:
+    """For each training cluster, by its id: the questions that its documents answer, with their answers."""
+    ids = pq.read_table(DOCUMENTS, columns=["cluster_id"])["cluster_id"].to_pylist()[:CLUSTERS]
+    clusters = training_clusters(CLUSTERS)
+    return {i: {fact.text: fact.answer for fact in questions(c)} for i, c in zip(ids, clusters, strict=True)}
 
 
-def roles(folders: Sequence[Path], documents: Mapping[str, Sequence[str]], updates: Iterable[int]) -> dict[str, float]:
-    """What the roles did in these updates of some runs: means and shares over all that was written."""
+def roles(
+    folders: Sequence[Path], answers: Mapping[str, Mapping[str, str]], updates: Iterable[int]
+) -> dict[str, float]:
+    """What the roles did in these updates of some runs: means and shares over all that was written.
+
+    Args:
+        answers: those that the documents give, as of `answers_in_documents`.
+    """
     mixed, right, right_of_mixed = (
         "questions with mixed answers", "references that the documents give", "... of questions with mixed answers"
     )  # fmt: skip
@@ -207,7 +208,7 @@ def roles(folders: Sequence[Path], documents: Mapping[str, Sequence[str]], updat
                 kept = row["reward"] > 0
                 seen[mixed].append(kept)
                 if row["prediction"] is not None:
-                    given = asked_rightly(row["prediction"], row["reference"], documents[row["cluster_id"]])
+                    given = answers[row["cluster_id"]].get(row["prediction"].strip()) == row["reference"].strip()
                     seen[right].append(given)
                     if kept:
                         seen[right_of_mixed].append(given)
