@@ -683,6 +683,12 @@ def launched_processes() -> int | None:
     return None
 
 
+def trains_verifier(config: Config) -> bool:
+    """Whether judgments are meant to be among the rows of an update."""
+    verifier = config.selfplay.verifier
+    return verifier.enabled and verifier.share > 0 and config.training.role_weights.get("verifier", 1) > 0
+
+
 def _relation_faults(config: Config) -> list[Fault]:
     """Faults between settings that are each in range."""
     faults: list[Fault] = []
@@ -744,7 +750,7 @@ def _relation_faults(config: Config) -> list[Fault]:
         "selfplay.verifier.agreement_low selfplay.verifier.agreement_high",
         f"0 <= agreement_low ({low}) <= agreement_high ({high}) <= 1 must hold. They are shares of votes",
     )
-    if play.verifier.enabled and play.verifier.share > 0 and training.role_weights.get("verifier", 1) > 0:
+    if trains_verifier(config):
         untrained = "Set selfplay.verifier.share to 0 if the verifier is not to be trained"
         shares = {k / valid for valid in range(1, play.votes + 1) for k in range((valid + 1) // 2, valid + 1)}
         check(

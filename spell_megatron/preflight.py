@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from spell_megatron.config import Config, Fault, involves, launched_processes, raise_faults
+from spell_megatron.config import Config, Fault, involves, launched_processes, raise_faults, trains_verifier
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
@@ -174,9 +174,9 @@ class _Preflight:
         self.attempt("selfplay.prompts", lambda: PromptSet.load(self.config.selfplay.prompts))
 
     def verifier(self) -> None:
-        play, weight = self.config.selfplay, self.config.training.role_weights.get("verifier", 1)
+        play = self.config.selfplay
         answers = play.groups * play.group_size
-        if play.verifier.enabled and weight > 0 and 0 < play.verifier.share * answers < play.votes:
+        if trains_verifier(self.config) and play.verifier.share * answers < play.votes:
             self.warnings.append(
                 f"selfplay.verifier.share = {play.verifier.share:g} of the {answers} answers of an update is less than "
                 f"one group of {play.votes} judgments, so the verifier is never trained. Raise it to "
