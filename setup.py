@@ -36,7 +36,6 @@ setup(
         # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
-        "packaging",
         # without psutil, saving a checkpoint hangs in Megatron
         "psutil",
         "pyarrow>=16",

@@ -11,12 +11,12 @@ this process, and a real vLLM engine that serves the same architecture takes its
             is already laid out for it into memory that is already there, in as many processes as the engine has
             workers: nothing is packed, unpacked or allocated
     memcpy  one copy of the same bytes in this process's memory, for scale
+    pack    what no push to a CPU can do without: vLLM's own functions pack the same matrices for its kernels, from
+            memory that is already laid out for them, alone in a process (after the rounds; GPUs have no such step)
 
-They take turns; ratios are medians of those of each round. Beside a push are shown: export alone, a push with
-checksums, and the CPU seconds of both sides, which depend less on what else the machine does. What the engine
-spends beyond the receiver of the copy is vLLM's loading: it copies every tensor into its layer and packs each matrix
-for the CPU's kernels, a step that GPUs do not have. The first push is checked by checksums; the engine started with
-other weights. The last line is one JSON object.
+The first three take turns; ratios are medians of those of each round. Beside a push are shown: export alone, a push
+with checksums, and the CPU seconds of both sides, which depend less on what else the machine does. The first push is
+checked by checksums; the engine started with other weights. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -119,6 +119,32 @@ def receive(port: int, rank: int, world_size: int, sizes: list[int]) -> None:
         group.barrier().wait()
 
 
+def pack(folder: str, repeats: int) -> None:
+    """Prints the median seconds in which vLLM packs the matrices of a model for one worker's kernels."""
+    from vllm._custom_ops import cpu_prepack_moe_weight, create_onednn_mm
+
+    config = load_hf_config(Path(folder))
+    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    shapes = [(width + 2 * keys, hidden), (hidden, width)]
+    if experts := getattr(config, "num_experts", 0):
+        inner = config.moe_intermediate_size
+        shapes += [(experts, 2 * inner, hidden), (experts, hidden, inner)]
+    else:
+        shapes += [(2 * config.intermediate_size, hidden), (hidden, config.intermediate_size)]
+    shapes = shapes * config.num_hidden_layers + [(config.vocab_size, hidden)]
+    matrices = [torch.randn(shape) for shape in shapes]
+    packed = [None] * len(matrices)
+
+    def every() -> None:
+        for number, matrix in enumerate(matrices):
+            experts = matrix.dim() == 3
+            packed[number] = cpu_prepack_moe_weight(matrix, "vec") if experts else create_onednn_mm(matrix.t())
+
+    every()
+    print(statistics.median(timed(every)[0] for _ in range(repeats)))
+
+
 def bucket_sizes(sizes: list[int]) -> list[int]:
     """Sizes of the buckets in which tensors of these sizes are pushed."""
     buckets = [0]
@@ -203,11 +229,13 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
             add(push=seconds, push_trainer_cpu=trainer, push_engine_cpu=sum(engine))
             add(memcpy=timed(lambda: target.copy_(source))[0], export=timed(exported)[0])
         verified = timed(lambda: push(verify=True))[0]
+    command = [sys.executable, __file__, "--pack", json.dumps([str(folder), repeats])]
+    rounds["pack"] = [float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])]
     middle = {way: statistics.median(values) for way, values in rounds.items()}
     ratios = [push / copy for push, copy in zip(rounds["push"], rounds["copy"], strict=True)]
     print(f"{kind}: {size / 1e9:.2f} GB in {len(sizes)} tensors, {len(bucket_sizes(sizes))} buckets")
-    for way in ("push", "copy", "memcpy", "export"):
-        speed = f"{size / 1e9 / middle[way]:6.2f} GB/s" if way != "export" else ""
+    for way in ("push", "copy", "memcpy", "pack", "export"):
+        speed = f"{size / 1e9 / middle[way]:6.2f} GB/s" if way not in ("pack", "export") else ""
         spread = f"{min(rounds[way]):.2f} to {max(rounds[way]):.2f}"
         print(f"  {way:8} {middle[way]:6.3f} s ({spread}) {speed}")
     print(
@@ -222,7 +250,8 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
     )
     cpu_ratio = statistics.median(push_cpu) / statistics.median(copy_cpu)
     rounds_of_it = ", ".join(f"{r:.2f}" for r in ratios)
-    print(f"  push / copy: {ratio:.2f} ({rounds_of_it}); in CPU time {cpu_ratio:.2f}", flush=True)
+    print(f"  push / copy: {ratio:.2f} ({rounds_of_it}); in CPU time {cpu_ratio:.2f}")
+    print(f"  pack / copy: {middle['pack'] / middle['copy']:.2f}", flush=True)
     return {
         "gigabytes": round(size / 1e9, 3),
         "ratio": round(ratio, 3),
@@ -239,10 +268,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="workers of the engine")
     parser.add_argument("--receive", help=argparse.SUPPRESS)
+    parser.add_argument("--pack", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.receive:
         receive(*json.loads(options.receive))
+    if options.pack:
+        return pack(*json.loads(options.pack))
     gigabytes, kinds = (0.3, (False,)) if options.quick else (options.gigabytes, (False, True))
     print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}", flush=True)
     figures = {}

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from spell_megatron.config import Config, ParallelConfig
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import Architecture, architecture
-from spell_megatron.training.layout import context_split, layout_faults, training_defects
+from spell_megatron.training.layout import context_split, layout_faults
 from spell_megatron.training.logprobs import VOCABULARY_BLOCK
 from spell_megatron.training.model import build_model
 from spell_megatron.training.prefix_tree import Cost
@@ -575,7 +575,6 @@ def _layouts(arch: Architecture, processes: int, assume: Assumptions) -> Iterato
                             and processes % (tensor * pipeline * context) == 0
                             and processes % (expert * expert_tensor * pipeline) == 0
                             and not any(layout_faults(arch, layout))
-                            and not any(training_defects(arch, layout))
                         ):
                             yield layout
 

@@ -251,12 +251,11 @@ class _Preflight:
             )
 
     def layout(self, arch) -> None:
-        from spell_megatron.training.layout import layout_faults, training_defects
+        from spell_megatron.training.layout import layout_faults
 
         parallel, rollout = self.config.training.parallel, self.config.rollout
-        for names, message in (*layout_faults(arch, parallel), *training_defects(arch, parallel)):
-            keys = " ".join(f"training.parallel.{name}" for name in names.split())
-            self.fault(f"{keys} model.path", message)
+        for name, message in layout_faults(arch, parallel):
+            self.fault(f"training.parallel.{name} model.path", message)
         if not rollout.urls and arch.heads % rollout.tensor_parallel:
             self.fault(
                 "rollout.tensor_parallel model.path",

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -103,7 +104,7 @@ def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _redirect_to_cpu()
-    device = torch.cuda.current_device
+    device, hook = torch.cuda.current_device, sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         _make_groups(config, create_gloo_process_groups=False)
@@ -114,6 +115,7 @@ def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
     finally:
         torch.cuda.current_device = device
         shutdown()
+        sys.excepthook = hook  # torch prefixes every line of an error with a rank, once more for each group
 
 
 def _device(config: Config) -> torch.device:

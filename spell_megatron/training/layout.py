@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import numpy as np
-from packaging.version import Version
 
 from spell_megatron.config import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import Architecture
 
 LayoutFault = tuple[str, str]
-"""(names under training.parallel, what is wrong with them and the remedy)."""
+"""(name under training.parallel, what is wrong with it and the remedy)."""
 
 
 def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[LayoutFault]:
@@ -47,28 +45,10 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Layo
         yield "expert" if parallel.expert > 1 else "expert_tensor", "the model has no experts. Set it to 1"
 
 
-def training_defects(arch: Architecture, parallel: ParallelConfig) -> Iterator[LayoutFault]:
-    """Layouts in which the installed Megatron-Core trains wrongly."""
-    installed = version("megatron-core")
-    if (
-        arch.experts
-        and parallel.tensor > parallel.expert_tensor
-        and parallel.expert == 1
-        and Version(installed) < Version("0.17")
-    ):
-        yield (
-            "tensor expert expert_tensor",
-            f"megatron-core {installed} computes wrong gradients for mixture-of-experts models with "
-            f"tensor = {parallel.tensor}, expert_tensor = {parallel.expert_tensor} and expert = 1. Set "
-            "training.parallel.expert_tensor to the value of tensor, or expert above 1, or use "
-            "megatron-core 0.19 (Python 3.12)",
-        )
-
-
 def refuse(faults: Iterator[LayoutFault]) -> None:
     """Raise UserError for the first fault, if there is one."""
-    for keys, message in faults:
-        raise UserError(f"training.parallel.{keys.split()[0]}: {message}.")
+    for name, message in faults:
+        raise UserError(f"training.parallel.{name}: {message}.")
 
 
 def context_split(arch: Architecture, parallel: ParallelConfig) -> tuple[int, int]:

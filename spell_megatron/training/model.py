@@ -137,18 +137,26 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
     arch = architecture(hf_config)
     refuse(layout_faults(arch, config.training.parallel))
     use_te = _has_transformer_engine()
+    parallel = config.training.parallel
     transformer_config = _transformer_config(hf_config, arch, config, use_te)
-    return TreeGPTModel(
+    model = TreeGPTModel(
         config=transformer_config,
         hf_config=hf_config,
         offload=config.training.offload,
         transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
-        vocab_size=arch.vocabulary + -arch.vocabulary % config.training.parallel.tensor,
+        vocab_size=arch.vocabulary + -arch.vocabulary % parallel.tensor,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
+    # megatron-core 0.16 takes experts for dense layers where only their tensor parallelism is another one, and sums
+    # gradients of different shards. The mark sends them to the experts' process groups; 0.19 sets it itself.
+    if parallel.expert > 1 or parallel.expert_tensor != parallel.tensor:
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
+    return model
 
 
 def _has_transformer_engine() -> bool:

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from spell_megatron.config import Config
 from spell_megatron.training.architecture import architecture
-from spell_megatron.training.layout import context_positions, context_split, refuse, training_defects
+from spell_megatron.training.layout import context_positions, context_split
 from spell_megatron.training.logprobs import token_logprobs
 from spell_megatron.training.moe import expert_metrics, routers
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, importance_weight, policy_loss
@@ -65,7 +65,6 @@ class Trainer:
 
     def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
         self._arch = architecture(hf_config)
-        refuse(training_defects(self._arch, config.training.parallel))
         options = config.training.optimizer
         self.config, self.hf_config, self.model = config, hf_config, model
         self.skipped = 0

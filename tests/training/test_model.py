@@ -11,7 +11,6 @@ from spell_megatron.config import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
-from spell_megatron.training.layout import training_defects
 from spell_megatron.training.model import build_model
 from spell_megatron.weights.huggingface import load_weights
 
@@ -283,17 +282,6 @@ def test_unsupported_layouts_are_refused(tmp_path):
         ("g", Qwen3MoeConfig, MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
     ]:
         assert reason in rejected(tmp_path / name, config_class, options, parallel=parallel)
-
-
-def test_broken_megatron_layout_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("spell_megatron.training.layout.version", {"megatron-core": "0.16.1"}.get)
-    make(Qwen3MoeConfig, MOE).save_pretrained(tmp_path)
-    arch = architecture(load_hf_config(tmp_path))
-    ((keys, message),) = training_defects(arch, ParallelConfig(tensor=2))
-    assert keys.startswith("tensor") and "wrong gradients" in message and "expert_tensor" in message
-    assert not list(training_defects(arch, ParallelConfig(tensor=2, expert=2)))
-    monkeypatch.setattr("spell_megatron.training.layout.version", {"megatron-core": "0.19.2"}.get)
-    assert not list(training_defects(arch, ParallelConfig(tensor=2)))
 
 
 def test_processes_must_fit_the_layout():

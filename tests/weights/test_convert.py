@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
 
 def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     source, out, back = checkpoint("qwen3"), tmp_path / "out", tmp_path / "back"
+    hook = sys.excepthook
     capsys.readouterr()
 
     def spell(*arguments: object) -> tuple[int, str]:
@@ -109,6 +111,7 @@ def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     assert "--pp is 0" in spell(*forth, tmp_path / "b", "--pp", 0)[1]
     assert "no Megatron distributed checkpoint" in spell(*home, source, "--hf", tmp_path / "b")[1]
     assert sorted(os.listdir(tmp_path)) == ["back", "out"]
+    assert sys.excepthook is hook  # torch's would begin an error's lines with the ranks that were made here
 
 
 def test_damaged_inputs_are_named(checkpoint, tmp_path):
