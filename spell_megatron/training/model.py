@@ -150,9 +150,10 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
-    # megatron-core 0.16 takes experts for dense layers where only their tensor parallelism is another one, and sums
-    # gradients of different shards. The mark sends them to the experts' process groups; 0.19 sets it itself.
-    if parallel.expert > 1 or parallel.expert_tensor != parallel.tensor:
+    # Without expert parallelism megatron-core 0.16 takes experts for dense layers, also where their tensor parallelism
+    # is another one, and sums gradients of different shards. The mark sends them to the experts' process groups; 0.19
+    # sets it itself.
+    if parallel.expert_tensor != parallel.tensor:
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
