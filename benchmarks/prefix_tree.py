@@ -45,9 +45,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.planner_memory import allocated_peak, update_peak  # noqa: E402
-from spell_megatron.config import Config  # noqa: E402
-from spell_megatron.training import backend  # noqa: E402
+from benchmarks.planner_memory import allocated_peak, update_peak
+from spell_megatron.config import Config
+from spell_megatron.training import backend
 
 GOALS = {"response logits": 5.5, "all logits": 8.0, "SPELL reference": 12.0}
 """Least ratios of time at P:R = 25:1 and G = 8."""

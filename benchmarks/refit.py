@@ -203,6 +203,7 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         copy = Copy(bucket_sizes(sizes), tensor_parallel)
         stack.callback(copy.close)
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+
         def push(verify: bool = False) -> None:
             done = pusher.push(export(model, hf_config), "benchmark", verify=verify)
             assert done.bytes == size
@@ -274,7 +275,8 @@ def main() -> None:
     if options.receive:
         receive(*json.loads(options.receive))
     if options.pack:
-        return pack(*json.loads(options.pack))
+        pack(*json.loads(options.pack))
+        return
     gigabytes, kinds = (0.3, (False,)) if options.quick else (options.gigabytes, (False, True))
     print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}", flush=True)
     figures = {}
@@ -287,6 +289,7 @@ def main() -> None:
     holds = all(figure["ratio"] <= GOAL for figure in figures.values())
     result = {"benchmark": "refit", "figures": figures, "goal": f"push <= {GOAL} x copy", "holds": holds}
     print(json.dumps(result))
+    return
 
 
 if __name__ == "__main__":

@@ -166,9 +166,7 @@ def describe(counts: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small step (under two minutes)")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as rollout.threads=2")
     options = parser.parse_args()
@@ -198,8 +196,10 @@ def main() -> None:
         if way != "pipeline":
             # The tokens are those of the pipeline, up to rounding; those used are fewer.
             figures[way]["pipeline_ratio"] = median(
-                lambda r: (r[way]["seconds"] / r["pipeline"]["seconds"])
-                * (1 if way == "used at once" else r["pipeline"]["tokens"] / r[way]["tokens"])
+                lambda r: (
+                    (r[way]["seconds"] / r["pipeline"]["seconds"])
+                    * (1 if way == "used at once" else r["pipeline"]["tokens"] / r[way]["tokens"])
+                )
             )
         ratio = figures[way].get("pipeline_ratio", 1.0)
         print(

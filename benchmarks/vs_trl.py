@@ -38,9 +38,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.prefix_tree import clock, hf_config, make_rows  # noqa: E402
-from spell_megatron.config import Config  # noqa: E402
-from spell_megatron.training import backend  # noqa: E402
+from benchmarks.prefix_tree import clock, hf_config, make_rows
+from spell_megatron.config import Config
+from spell_megatron.training import backend
 
 GOAL, GRADIENT = 5.0, 1e-5
 GROUP, PROMPT, RESPONSE = 8, 1000, 40

@@ -106,9 +106,7 @@ def _add_train(commands) -> None:
         epilog=_settings_help(),
     )
     _add_config(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check all, print all settings and a plan, and stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check all, print all settings and a plan, and stop")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -210,9 +208,7 @@ def _quiet_libraries() -> None:
         filterwarnings("ignore", module=rf"{module}\.")
 
 
-def _read(
-    arguments: argparse.Namespace, overrides: Sequence[str]
-) -> tuple[Config, list[Fault], Path | None]:
+def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Config, list[Fault], Path | None]:
     """Settings, their faults, and the folder of the run to be continued, if any."""
     if arguments.resume:
         folder = Path(arguments.resume)
@@ -538,7 +534,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence
     for word in arguments.benchmark:
         name, equals, path = word.partition("=")
         for each in BENCHMARKS if word == "paper" else (name,):
-            if each in benchmarks or each in ("", "paper") or equals and not path:
+            if each in benchmarks or each in ("", "paper") or (equals and not path):
                 raise UserError(
                     f"--benchmark {word} cannot be used: {each!r} is given twice, or a name or file is missing. Write "
                     "each name once, as NAME or NAME=PATH; `paper` takes no path."

@@ -388,9 +388,7 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> tuple[Config, li
     return config, faults
 
 
-def read_section(
-    schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()
-) -> tuple[Schema, list[Fault]]:
+def read_section(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> tuple[Schema, list[Fault]]:
     """A YAML file (or none) of any schema, with overrides, and its faults by field; otherwise like `read_config`."""
     return _read(schema, _read_yaml(path) if path else {}, overrides)
 
@@ -445,7 +443,7 @@ def _holder(raws: Mapping[Path, dict[str, Any]], key: str) -> Path | None:
     def sets(raw: Any, sections: Sequence[str]) -> bool:
         if not isinstance(raw, dict):  # the value of a section, or the list that the key is in
             return raw is not None
-        return not sections or sections[0] in raw and sets(raw[sections[0]], sections[1:])
+        return not sections or (sections[0] in raw and sets(raw[sections[0]], sections[1:]))
 
     return next((path for path in reversed(raws) if sets(raws[path], key.split("."))), None)
 
@@ -609,14 +607,22 @@ def _schema_fault(schema: type[Section], details: Mapping[str, Any], earlier: Se
             required = [s for s in settings(schema) if f"{s.key}.".startswith(key + ".") and s.default is None]
         else:
             required = [s for s in settings(schema) if s.key == key]
-        return [Fault((s.key,), f"is missing: {_sentence(s.help)} Set it, or pass --{s.key}=…")
-                for s in required if not any(involves(fault, [s.key]) for fault in earlier)]
+        return [
+            Fault((s.key,), f"is missing: {_sentence(s.help)} Set it, or pass --{s.key}=…")
+            for s in required
+            if not any(involves(fault, [s.key]) for fault in earlier)
+        ]
     if kind == "extra_forbidden":
         return [Fault((key,), f"unknown key. {_suggestion(schema, location)}")]
     about = next((s for s in settings(schema) if s.key == key or key.startswith(s.key + ".")), None)
     if about is None:
-        return [Fault((key,), f"must be a section with keys of its own, not a {_kind(value)}. "
-                              f"Indent its settings under `{location[-1]}:`")]
+        return [
+            Fault(
+                (key,),
+                f"must be a section with keys of its own, not a {_kind(value)}. "
+                f"Indent its settings under `{location[-1]}:`",
+            )
+        ]
     if kind == "literal_error":
         allowed = [part.strip(" '") for part in details["ctx"]["expected"].replace(" or ", ", ").split(",")]
         close = difflib.get_close_matches(str(value), allowed, 1)
@@ -819,8 +825,7 @@ def _relation_faults(config: Config) -> list[Fault]:
     dense = parallel.tensor * parallel.pipeline * parallel.context
     check(
         processes % dense == 0,
-        "training.parallel.processes training.parallel.tensor training.parallel.pipeline "
-        "training.parallel.context",
+        "training.parallel.processes training.parallel.tensor training.parallel.pipeline training.parallel.context",
         f"{processes} trainer processes cannot be cut into groups of tensor x pipeline x context = "
         f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {dense}. Use a multiple of {dense}",
     )

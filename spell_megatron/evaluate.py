@@ -112,9 +112,7 @@ def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) ->
         if wanted:
             total = len(every) * evaluation.samples
             with progress.stage("generating", total) as advance:
-                _generate(
-                    evaluation, prompts, tokenizer, wanted, journal, lambda n: advance(total - len(wanted) + n)
-                )
+                _generate(evaluation, prompts, tokenizer, wanted, journal, lambda n: advance(total - len(wanted) + n))
     return (row for row in journal.rows() if row["sample"] < evaluation.samples)  # one at a time: they are long
 
 

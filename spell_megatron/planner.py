@@ -389,9 +389,7 @@ def engine_memory(model: Model, config: Config, gpu: Gpu, assume: Assumptions) -
 # ---------------------------------------------------------------------------------------- time
 
 
-def step_times(
-    model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions
-) -> Times:
+def step_times(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> Times:
     """Estimated seconds of one step, with prompts and responses of the assumed lengths."""
     arch, training, parallel = model.arch, config.training, config.training.parallel
     replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
@@ -442,9 +440,7 @@ def _feed_forward_share(arch: Architecture, cost: Cost) -> float:
     return 1 - attention / cost.token
 
 
-def _communication(
-    model: Model, config: Config, processes: int, tokens: float, gpu: Gpu, assume: Assumptions
-) -> float:
+def _communication(model: Model, config: Config, processes: int, tokens: float, gpu: Gpu, assume: Assumptions) -> float:
     """Seconds of collectives per update of a replica that computes `tokens`, per rank and not overlapped."""
     arch, parallel, size = model.arch, config.training.parallel, _element(config)
     tensor, context, pipeline = parallel.tensor, parallel.context, parallel.pipeline
@@ -485,9 +481,7 @@ def _communication(
     return total
 
 
-def _rollout_times(
-    model: Model, config: Config, gpu: Gpu, assume: Assumptions
-) -> tuple[float, float]:
+def _rollout_times(model: Model, config: Config, gpu: Gpu, assume: Assumptions) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
     play, rollout = config.selfplay, config.rollout
     prompt, response, judged, verdict = _lengths(config, assume)
@@ -529,9 +523,7 @@ def plan(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumpt
     )
 
 
-def cheapest(
-    model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions
-) -> Iterator[Plan]:
+def cheapest(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> Iterator[Plan]:
     """Plans of other layouts on the same GPUs, those with the fastest updates first; ends after the first that fits.
 
     Tried are all layouts of powers of two (tensor parallelism inside a node) whose memory, roughly, is within the

@@ -142,9 +142,7 @@ class _Preflight:
             close = difflib.get_close_matches(source, sources, 1)
             found = ", ".join(map(repr, sources))
             hint = f"Did you mean {close[0]!r}?" if close else f"The file has {found}."
-            self.fault(
-                "data.sources", f"no cluster of {config.data.documents} has the source {source!r}. {hint}"
-            )
+            self.fault("data.sources", f"no cluster of {config.data.documents} has the source {source!r}. {hint}")
         if not unknown:
             self.attempt(
                 "data.sources data.documents selfplay.tasks selfplay.clusters_per_round",
@@ -335,9 +333,7 @@ class _Preflight:
 def holds_run(folder: Path) -> bool:
     """Whether a run has left results here. Logs of engines that died at the start are none."""
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-    return (metrics.is_file() and metrics.stat().st_size > 0) or (
-        checkpoints.is_dir() and any(checkpoints.iterdir())
-    )
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def nearest_existing(path: Path) -> Path:

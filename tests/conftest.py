@@ -2,7 +2,6 @@
 
 import hypothesis
 import pytest
-
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
 
 # A busy machine must not make a test fail; `hypothesis` would time each example.

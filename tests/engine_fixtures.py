@@ -108,9 +108,7 @@ def engines_for(policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
         name = f"{kind} {settings}"
         if name not in current or not current[name].engines[0].healthy():
             close()
-            current[name] = Engines.open(
-                engine_config(policy(kind), **settings), tmp_path_factory.mktemp("engines")
-            )
+            current[name] = Engines.open(engine_config(policy(kind), **settings), tmp_path_factory.mktemp("engines"))
         return current[name]
 
     def close() -> None:

@@ -27,7 +27,6 @@ from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.pipeline import SelfPlay
 from spell_megatron.selfplay.prompts import PromptSet
 
-
 PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
 
 

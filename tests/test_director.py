@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-
 from small_run import ROOT
+
 from spell_megatron.config import load_config
 from spell_megatron.director import Director
 

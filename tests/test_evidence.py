@@ -64,7 +64,7 @@ def test_summary(evidence, tmp_path):
     assert spell["pass@1"]["over start"]["mean"] == pytest.approx(0.2)
     assert spell["pass@8"]["mean"] == spell["pass@8"]["over start"]["mean"] * 2 == 0.4
     assert spell["curve"] == [(0, pytest.approx(0.1)), (4, pytest.approx(0.3))]
-    assert spell["pass@1"]["low"] < 0.2 + 0.05 and 0.4 - 0.05 < spell["pass@1"]["high"]  # seeds are drawn, too
+    assert spell["pass@1"]["low"] < 0.2 + 0.05 and spell["pass@1"]["high"] > 0.4 - 0.05  # seeds are drawn, too
     assert results["start"]["pass@1"]["over spell"]["mean"] == pytest.approx(-0.2)
     table = evidence.as_table(results)
     assert "| spell | 30.0 (" in table and "| 40.0, 20.0 | +20.0 (" in table

@@ -39,8 +39,7 @@ def number(cell: str) -> float | None:
 def columns(table: list[list[str]]) -> list[dict[str, float]]:
     """Numeric columns of a table as {row name: value}."""
     return [
-        {row[0]: value for row in table[1:] if (value := number(row[i])) is not None}
-        for i in range(1, len(table[0]))
+        {row[0]: value for row in table[1:] if (value := number(row[i])) is not None} for i in range(1, len(table[0]))
     ]
 
 
@@ -53,9 +52,7 @@ def test_there_are_enough_clusters_of_enough_documents():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_document(path):
     text = path.read_text(encoding="utf-8")
-    assert (
-        path.suffix == ".md" and text.startswith("# ") and text.endswith("\n") and not text.endswith("\n\n")
-    )
+    assert path.suffix == ".md" and text.startswith("# ") and text.endswith("\n") and not text.endswith("\n\n")
     words = [word for word in text.split() if re.search(r"\w", word)]
     assert 150 <= len(words) <= 500
     for table in tables(text):
@@ -171,9 +168,7 @@ DERIVED = {
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_results_follow_from_their_parts(name):
-    found = [
-        column for table in tables((FOLDER / name).read_text(encoding="utf-8")) for column in columns(table)
-    ]
+    found = [column for table in tables((FOLDER / name).read_text(encoding="utf-8")) for column in columns(table)]
     for result, added, subtracted in DERIVED[name]:
         matching = [column for column in found if {result, *added, *subtracted} <= column.keys()]
         assert matching, result
@@ -227,9 +222,7 @@ def test_numbers_agree_between_documents():
 def test_prepare_makes_one_cluster_per_folder(tmp_path):
     summary = prepare([FOLDER], tmp_path / "out.parquet")
     clusters = load_clusters(tmp_path / "out.parquet")
-    assert [cluster.id for cluster in clusters] == sorted(
-        path.name for path in FOLDER.iterdir() if path.is_dir()
-    )
+    assert [cluster.id for cluster in clusters] == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
     assert sum(len(cluster.documents) for cluster in clusters) == summary.counts.documents == len(DOCUMENTS)
     assert not summary.counts.skipped
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from engine_fixtures import VOCABULARY, save_byte_tokenizer
 
 pytestmark = pytest.mark.engine

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from small_run import (
     ROOT,
     SMALL,
@@ -26,11 +25,13 @@ from small_run import (
     train,
     wait_for_step,
 )
+
 from spell_megatron.config import load_config
 from spell_megatron.reporting.panels import sections, table
 from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:

@@ -159,12 +159,7 @@ def is_real(value: Any) -> bool:
 
 def decide_number(input: dict, expected: Any) -> Any:
     text = input["text"]
-    if (
-        is_real(expected)
-        and expected != UNPARSABLE
-        and not is_code(text)
-        and not re.search(r"(?<!10)\^", text)
-    ):
+    if is_real(expected) and expected != UNPARSABLE and not is_code(text) and not re.search(r"(?<!10)\^", text):
         return expected
     value = decided_number(text)
     return UNPARSABLE if value is None else value
@@ -186,10 +181,7 @@ def numbers_agree(a: float, b: float) -> bool:
     """The comparison of spell-algorithm section 4.1.3 in exact fractions."""
     p, gt = Fraction(a), Fraction(b)
     large, small, tolerance = max(abs(p), abs(gt)), min(abs(p), abs(gt)), Fraction("0.0015")
-    if any(
-        small <= 2 * large / s and abs(small * s - large) <= tolerance * large
-        for s in (100, 10**3, 10**6, 10**9)
-    ):
+    if any(small <= 2 * large / s and abs(small * s - large) <= tolerance * large for s in (100, 10**3, 10**6, 10**9)):
         return p * gt >= 0
     if math.ceil(1000 * small) == math.ceil(1000 * large):
         return p * gt >= 0
@@ -438,9 +430,7 @@ def decide_number_record(input: dict, expected: Any) -> Any:
     answer = record.get("answer")
     if isinstance(answer, bool) or is_blank(record.get("question")) or expected == -1:
         return -1
-    plain = isinstance(expected, dict) and re.fullmatch(
-        r"-?[0-9]+(\.[0-9]+)?", expected.get("ground_truth", "")
-    )
+    plain = isinstance(expected, dict) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", expected.get("ground_truth", ""))
     if plain and not is_code(str(answer)) and not re.search("[0-9][eE,^][0-9]", str(answer)):
         return expected
     value = decided_number(str(answer))
@@ -487,9 +477,7 @@ def _(input: dict) -> Any:
     contains = {
         "question": input["record"]["question"] in question.text,
         "labelled_options_in_order": -1 not in places and places == sorted(places),
-        "extra_options_dropped": not any(
-            f"({letter})" in question.text for letter in set(options) - set("ABCD")
-        ),
+        "extra_options_dropped": not any(f"({letter})" in question.text for letter in set(options) - set("ABCD")),
     }
     return {"ground_truth": question.reference, "formatted_question_contains": contains}
 
@@ -656,9 +644,7 @@ def _(input: dict) -> Any:
     }
 
 
-def sample(
-    uid: str, role: str, task: str, kind: str = "good", reward: float = 0.0, group: str = ""
-) -> batch.Sample:
+def sample(uid: str, role: str, task: str, kind: str = "good", reward: float = 0.0, group: str = "") -> batch.Sample:
     return batch.Sample(
         uid=uid,
         group=group or uid,
@@ -735,8 +721,7 @@ def run_batch(input: dict) -> dict:
         for i in range(count)
     ]
     judgments = [
-        [sample(f"v{i}", "verifier", "t") for _ in range(n)]
-        for i in range(input["verifier_groups_available"])
+        [sample(f"v{i}", "verifier", "t") for _ in range(n)] for i in range(input["verifier_groups_available"])
     ]
     rows = batch.compose(groups, negatives, judgments, config, random.Random(0))
     return {
@@ -771,9 +756,7 @@ def row_rewards(input: dict) -> list[float]:
         elif row["type"] in penalties:
             result.append(penalties[row["type"]])
         else:
-            answers = [
-                r["score"] for r in input["rows"] if r["uid"] == row["uid"] and r["role"] == "responder"
-            ]
+            answers = [r["score"] for r in input["rows"] if r["uid"] == row["uid"] and r["role"] == "responder"]
             result.append(rewards.questioner_reward(mean(answers), config))
     return result
 
@@ -813,9 +796,7 @@ def _(input: dict) -> Any:
 def _(input: dict) -> Any:
     eos = {input["eos"]} if isinstance(input["eos"], int) else set(input["eos"])
     lengths = [batch.response_length(ids, eos) for ids in input["response_ids"]]
-    return [
-        [int(i < n) for i in range(len(ids))] for n, ids in zip(lengths, input["response_ids"], strict=True)
-    ]
+    return [[int(i < n) for i in range(len(ids))] for n, ids in zip(lengths, input["response_ids"], strict=True)]
 
 
 @function("agg_loss")
@@ -838,8 +819,7 @@ def _(input: dict) -> Any:
     tensors = [torch.tensor(input[name], dtype=torch.float64)[mask] for name in names]
     result = policy_loss(*tensors, *input["clip"], input.get("dual_clip", 3.0))
     return [
-        value.double().mean().item()
-        for value in (result.loss, result.clipped, result.approx_kl, result.clipped_lower)
+        value.double().mean().item() for value in (result.loss, result.clipped, result.approx_kl, result.clipped_lower)
     ]
 
 
@@ -959,11 +939,7 @@ def check(case: dict[str, Any]) -> tuple[str, str]:
     except Exception as error:  # whatever our code raises is its result for this case
         ours = error
     if not equal(ours, wanted):
-        what = (
-            f"expected {wanted!r}"
-            if equal(wanted, expected)
-            else f"decided {wanted!r}, reference {expected!r}"
-        )
+        what = f"expected {wanted!r}" if equal(wanted, expected) else f"decided {wanted!r}, reference {expected!r}"
         return "failed", f"{what}, got {ours!r}"
     if equal(wanted, expected):
         return "passed", ""
@@ -986,10 +962,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome == "failed" or (options.verbose and detail):
             shown = json.dumps(case["input"], ensure_ascii=False)
             print(f"{outcome.upper()} case {number}: {case['function']}({shown[:500]})\n    {detail}")
-    print(
-        f"{counts['passed']} passed, {counts['failed']} failed, "
-        f"{counts['decided otherwise']} decided otherwise"
-    )
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['decided otherwise']} decided otherwise")
     return int(counts["failed"] > 0)
 
 

@@ -155,9 +155,7 @@ def make_tokenizer(folder: Path) -> None:
             normalizers.Replace(" ", blank),
         ]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(blank, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(blank, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=SPECIAL[UNKNOWN],
@@ -522,9 +520,7 @@ def check_questioner(
         task = TASKS[number % 2]
         facts = [fact for fact in questions(cluster[:shown]) if fact.task == task]
         earlier = rng.sample(facts, min(3, len(facts) - 1)) if history else []
-        asked.append(
-            (task, {fact.text: fact for fact in questions(cluster)}, {fact.text for fact in earlier})
-        )
+        asked.append((task, {fact.text: fact for fact in questions(cluster)}, {fact.text for fact in earlier}))
         ids.append(
             codec.prompt(
                 prompts.questioner(
@@ -575,9 +571,7 @@ def check_verifier(
     return share([verdict == right for verdict, right in zip(verdicts, expected, strict=True)])
 
 
-def report(
-    model: Qwen3ForCausalLM, codec: Codec, prompts: PromptSet, heldout: Path, clusters: int = 200
-) -> None:
+def report(model: Qwen3ForCausalLM, codec: Codec, prompts: PromptSet, heldout: Path, clusters: int = 200) -> None:
     """Print how well each role does, greedily and at temperature 0.7."""
     torch.manual_seed(0)
     rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]

@@ -107,9 +107,7 @@ def override(executor: run.Config, words: Sequence[str]) -> None:
 class SlurmRun:
     """A run as an experiment of NeMo-Run on Slurm. A context manager."""
 
-    def __init__(
-        self, name: str, executor: run.Config, steps: Sequence[Step], prologue: str, cluster: Cluster
-    ) -> None:
+    def __init__(self, name: str, executor: run.Config, steps: Sequence[Step], prologue: str, cluster: Cluster) -> None:
         if any("/nemo_run" in text for text in (prologue, *(step.script for step in steps))):
             raise UserError(
                 "A path in the run's settings or in the cluster's file begins a part with nemo_run. NeMo-Run replaces "

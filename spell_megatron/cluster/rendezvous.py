@@ -50,9 +50,7 @@ class Rendezvous:
         temporary = self._write(name, json.dumps(content))
         temporary.rename(self.folder / name)
 
-    def wait(
-        self, name: str, seconds: float = math.inf, accept: Callable[[dict], bool] = lambda content: True
-    ) -> dict:
+    def wait(self, name: str, seconds: float = math.inf, accept: Callable[[dict], bool] = lambda content: True) -> dict:
         """The content of a file, once another process has written one that `accept` holds for.
 
         Raises:

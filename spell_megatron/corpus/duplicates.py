@@ -71,9 +71,7 @@ def signature(hashes: np.ndarray) -> np.ndarray:
     return (least >> np.uint64(32)).astype(np.uint32)
 
 
-def near_duplicates(
-    signatures: np.ndarray, threshold: float, shingles: Callable[[int], np.ndarray]
-) -> np.ndarray:
+def near_duplicates(signatures: np.ndarray, threshold: float, shingles: Callable[[int], np.ndarray]) -> np.ndarray:
     """For every document the earlier one that it repeats, or itself [documents], int64.
 
     A document repeats an earlier one, which itself is kept, if the Jaccard similarity of their five-word sequences is

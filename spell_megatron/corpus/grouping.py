@@ -62,9 +62,7 @@ def hierarchical_kmeans(vectors: np.ndarray, most: int, seed: int) -> Iterator[n
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Number of distinct clusters")  # equal texts are no fault
             means = KMeans(branches, n_init=1, max_iter=50, random_state=seed).fit(vectors[sample])
-        labels = np.concatenate(
-            [means.predict(vectors[part[i : i + _CHUNK]]) for i in range(0, len(part), _CHUNK)]
-        )
+        labels = np.concatenate([means.predict(vectors[part[i : i + _CHUNK]]) for i in range(0, len(part), _CHUNK)])
         inner = [part[labels == label] for label in range(branches)]
         if max(map(len, inner)) == len(part):  # all alike: there is nothing to cut by
             inner = np.array_split(part, branches)

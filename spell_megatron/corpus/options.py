@@ -27,9 +27,7 @@ class Options:
         UserError: naming all faults at once.
     """
 
-    text_column: str = _option(
-        "text", "reading", "NAME", "column of .jsonl and .parquet tables that holds the text"
-    )
+    text_column: str = _option("text", "reading", "NAME", "column of .jsonl and .parquet tables that holds the text")
     min_document_chars: int = _option(200, "filters", "N", "shorter documents are left out")
     max_document_chars: int = _option(8000, "filters", "N", "longer documents are cut")
     drop_long: bool = _option(
@@ -41,32 +39,48 @@ class Options:
         False, "filters", "", "leave out what looks like poor web text, by the rules of Gopher (for English)"
     )
     near_duplicates: float = _option(
-        0.8, "filters", "X", "a document whose 5-word sequences are this similar (Jaccard) to an earlier one's is "
-        "left out; 1: only exact repetitions are"
+        0.8,
+        "filters",
+        "X",
+        "a document whose 5-word sequences are this similar (Jaccard) to an earlier one's is "
+        "left out; 1: only exact repetitions are",
     )
     decontaminate: tuple[Path, ...] = _option(
-        (), "filters", "FILE", "evaluation set (.jsonl, .json, .parquet, a .zip or a folder of them); documents that "
-        "share words in sequence with it are left out; may be given again"
+        (),
+        "filters",
+        "FILE",
+        "evaluation set (.jsonl, .json, .parquet, a .zip or a folder of them); documents that "
+        "share words in sequence with it are left out; may be given again",
     )
     overlap_words: int = _option(13, "filters", "N", "length of a sequence shared with an evaluation set")
     embedding_model: str = _option(
-        "", "clusters", "MODEL", "group by the vectors of this embedding model (folder or name), run by vLLM; without "
-        "it by TF-IDF and SVD"
+        "",
+        "clusters",
+        "MODEL",
+        "group by the vectors of this embedding model (folder or name), run by vLLM; without it by TF-IDF and SVD",
     )
     embedding_url: str = _option(
-        "", "clusters", "URL", "OpenAI-compatible server that has --embedding-model, such as http://localhost:8000/v1; "
-        "its key is taken from SPELL_API_KEY"
+        "",
+        "clusters",
+        "URL",
+        "OpenAI-compatible server that has --embedding-model, such as http://localhost:8000/v1; "
+        "its key is taken from SPELL_API_KEY",
     )
     embedding_chars: int = _option(8000, "clusters", "N", "characters of a document that the model is given")
     min_similarity: float | None = _option(
-        None, "clusters", "X", "least cosine of vectors that are grouped (default 0.1 for up to 128 documents, 0.3 for "
-        "more, 0.5 with --embedding-model)"
+        None,
+        "clusters",
+        "X",
+        "least cosine of vectors that are grouped (default 0.1 for up to 128 documents, 0.3 for "
+        "more, 0.5 with --embedding-model)",
     )
     documents_per_cluster: int = _option(8, "clusters", "N", "most documents of a cluster")
     min_cluster_documents: int = _option(1, "clusters", "N", "clusters of fewer documents are left out")
     max_cluster_chars: int | None = _option(
-        None, "clusters", "N", f"most characters of a cluster (default {DEFAULT_CLUSTER_CHARS} without "
-        "--max-cluster-tokens)"
+        None,
+        "clusters",
+        "N",
+        f"most characters of a cluster (default {DEFAULT_CLUSTER_CHARS} without --max-cluster-tokens)",
     )
     max_cluster_tokens: int | None = _option(
         None, "clusters", "N", "most tokens of a cluster; longer documents are cut"
@@ -77,13 +91,18 @@ class Options:
     max_clusters: int | None = _option(None, "clusters", "N", "of more clusters, this many are kept, drawn by the seed")
     source: str = _option("documents", "clusters", "NAME", "value of the clusters' `source` column")
     tasks: tuple[str, ...] = _option(
-        (), "clusters", "TASK[,TASK]", f"give each cluster one of these tasks ({', '.join(get_args(Task))}), in equal "
-        "parts; without it training does so"
+        (),
+        "clusters",
+        "TASK[,TASK]",
+        f"give each cluster one of these tasks ({', '.join(get_args(Task))}), in equal "
+        "parts; without it training does so",
     )
     seed: int = _option(0, "clusters", "N", "seed of every random choice")
     workers: int = _option(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "running", "N", "processes that work on a large corpus; the result does not depend on it"
+        "running",
+        "N",
+        "processes that work on a large corpus; the result does not depend on it",
     )
 
     @property

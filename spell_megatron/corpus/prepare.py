@@ -289,9 +289,7 @@ def _examine(
     return [_examine_one(document, options, evaluation, known) for document in batch]
 
 
-def _examine_one(
-    document: Document, options: Options, evaluation: Sequence[Path], known: Path | None
-) -> _Examined:
+def _examine_one(document: Document, options: Options, evaluation: Sequence[Path], known: Path | None) -> _Examined:
     text = clean(document.text)
     origin = Document(document.id, "", document.folder)  # the raw text need not travel back
     if not text:
@@ -461,9 +459,7 @@ def _save(path: Path, array: np.ndarray) -> None:
     partial.rename(path)
 
 
-def _group(
-    folder: Path, pieces: pa.Table, plan: _Plan, vectors: Path, options: Options, progress: Progress
-) -> None:
+def _group(folder: Path, pieces: pa.Table, plan: _Plan, vectors: Path, options: Options, progress: Progress) -> None:
     """Write the clusters as [id, rows]: folders in alphabetical order, then groups in order of their first text."""
     matrix = np.load(vectors / "vectors.npy", mmap_mode="r") if len(plan.embedded) else None
     done = 0

@@ -47,9 +47,7 @@ class Summary:
         lines = [f"{self.out}: {self.clusters:,} clusters of {sum(self.cluster_documents):,} documents"]
         for name, sizes in self._sizes.items():
             if sizes:
-                lines.append(
-                    f"  {name} per cluster: {min(sizes):,} to {max(sizes):,}, median {np.median(sizes):,.0f}"
-                )
+                lines.append(f"  {name} per cluster: {min(sizes):,} to {max(sizes):,}, median {np.median(sizes):,.0f}")
         if alone := self.cluster_documents.count(1):
             lines.append(f"  clusters of a single document: {alone:,} (nothing similar to it was found)")
         if set(self.tasks) - {"none"}:

@@ -311,9 +311,7 @@ BENCHMARKS = {
         _docmath,
         _DOCMATH_PARTS,
     ),
-    "frames": _Format(
-        "Tongyi-Zhiwen/frames", ("*test*",), r"(^|/)[^/]*test[^/]*\.(jsonl?|parquet)$", _frames
-    ),
+    "frames": _Format("Tongyi-Zhiwen/frames", ("*test*",), r"(^|/)[^/]*test[^/]*\.(jsonl?|parquet)$", _frames),
     "2wikimqa": _of_longbench("2wikimqa"),
     "hotpotqa": _of_longbench("hotpotqa"),
     "musique": _of_longbench("musique"),

@@ -61,9 +61,7 @@ class ServerPolicy:
             of the prompt, counted by this tokenizer. Otherwise token ids go to /completions, exactly as to engines.
     """
 
-    def __init__(
-        self, server: OpenAIServer, tokenizer: PolicyTokenizer, sampling: SamplingConfig, chat: bool
-    ) -> None:
+    def __init__(self, server: OpenAIServer, tokenizer: PolicyTokenizer, sampling: SamplingConfig, chat: bool) -> None:
         self._server, self._tokenizer, self._sampling, self._chat = server, tokenizer, sampling, chat
 
     def prompt(self, text: str) -> tuple[list[int] | str, int, bool]:

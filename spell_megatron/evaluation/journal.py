@@ -13,7 +13,6 @@ from typing import Any
 
 from spell_megatron.errors import UserError
 
-
 log = logging.getLogger(__name__)
 
 

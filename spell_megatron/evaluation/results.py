@@ -58,11 +58,7 @@ class Sample:
 
 def needs_judgment(question: BenchmarkQuestion, sample: Sample, judge_all: bool) -> bool:
     """Whether a judge can change the score, or (`judge_all`) agree with it. Letters are a matter of rule alone."""
-    return (
-        sample.prediction is not None
-        and answer_kind(question.task) != "letter"
-        and (judge_all or not sample.rule)
-    )
+    return sample.prediction is not None and answer_kind(question.task) != "letter" and (judge_all or not sample.rule)
 
 
 @dataclass

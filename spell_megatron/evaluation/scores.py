@@ -43,9 +43,7 @@ def average_over_tasks(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> d
 
     `scores[task][question]` are the scores of the question's samples.
     """
-    means = {
-        task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()
-    }
+    means = {task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()}
     return {**means, "overall": fmean(means.values())}
 
 

@@ -105,7 +105,7 @@ class Status:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
         self._engines: Callable[[], Iterable[dict]] = tuple
         self._lock, self._ended = threading.Lock(), threading.Event()

@@ -280,7 +280,7 @@ class Engines:
         """Raises UserError if a server that was started here has ended, of these replicas if any are named."""
         for number, server in enumerate(self._servers):
             status = server.process.poll()
-            if status is None or replicas is not None and number not in replicas:
+            if status is None or (replicas is not None and number not in replicas):
                 continue
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             raise UserError(
@@ -512,8 +512,7 @@ def last_words(log: Path) -> str:
     errors = [
         line
         for line in dict.fromkeys(lines)
-        if re.match(r"[\w.]*(Error|Exception|error)\b.*: ?\S", line)
-        and "Engine core initialization failed" not in line
+        if re.match(r"[\w.]*(Error|Exception|error)\b.*: ?\S", line) and "Engine core initialization failed" not in line
     ]
     return " | ".join(errors[-2:] or lines[-3:] or ["(nothing)"])[:1500]
 
@@ -613,9 +612,8 @@ def _check_engine(engine: Engine, config: Config) -> dict:
             f"No healthy engine answers at {engine.url} (rollout.urls). Start it, wait until its /health "
             "answers, or correct the address."
         )
-    flags = (
-        "VLLM_SERVER_DEV_MODE=1 VLLM_API_KEY=<key> python -m vllm.entrypoints.openai.api_server "
-        + " ".join(server_command(config, 8000, "<gloo|nccl>")[3:])
+    flags = "VLLM_SERVER_DEV_MODE=1 VLLM_API_KEY=<key> python -m vllm.entrypoints.openai.api_server " + " ".join(
+        server_command(config, 8000, "<gloo|nccl>")[3:]
     )
     try:
         about = engine.call("spell_describe", timeout=120)[0]
@@ -653,7 +651,5 @@ def _check_engine(engine: Engine, config: Config) -> dict:
     if paused:
         faults.append("it is paused, perhaps by a weight update that was interrupted: restart it")
     if faults:
-        raise UserError(
-            f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}"
-        )
+        raise UserError(f"The engine at {engine.url} does not suit the run: {'; '.join(faults)}. Start it as: {flags}")
     return about

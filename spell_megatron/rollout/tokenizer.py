@@ -30,9 +30,7 @@ class PolicyTokenizer:
         self.eos_ids: set[int] = _eos_ids(path, self._tokenizer.eos_token_id)
         self.vocab_size: int = len(self._tokenizer)
         self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        self._special = [
-            token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of one user turn followed by the opening of the assistant's turn.
@@ -50,9 +48,7 @@ class PolicyTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count(self, text: str) -> int:
         """Number of tokens of a text by itself."""

@@ -105,9 +105,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._group is None:
             raise RuntimeError("no trainer is connected: init_weight_transfer_engine comes first")
         arriving = []
-        for name, dtype, shape in zip(
-            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-        ):
+        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             arriving.append((name, tensor, broadcast(self._group, tensor)))
 
@@ -142,10 +140,7 @@ class WorkerExtension:
         transfer = config.weight_transfer_config
         return {
             "architecture": config.model_config.architecture,
-            "sizes": [
-                getattr(text_config, name, None)
-                for name in ("hidden_size", "num_hidden_layers", "vocab_size")
-            ],
+            "sizes": [getattr(text_config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")],
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
@@ -202,9 +197,7 @@ class WorkerExtension:
         model.__dict__.pop("load_weights", None)
         record = self._spell_record
         tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
-        heads = {
-            name for name, module in model.named_modules() if tied and isinstance(module, ParallelLMHead)
-        }
+        heads = {name for name, module in model.named_modules() if tied and isinstance(module, ParallelLMHead)}
         missing = [
             name
             for name, _ in model.named_parameters()
@@ -214,9 +207,9 @@ class WorkerExtension:
             info = get_layerwise_info(module)
             # A layer is complete when it has been processed, which resets its counts. Vocabulary
             # layers never are before the end if the vocabulary is padded.
-            if info.can_load() and info.load_numel > 0 and not isinstance(module, VocabParallelEmbedding):
-                if info.load_numel < info.load_numel_total:
-                    missing.append(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+            begun = info.can_load() and 0 < info.load_numel < info.load_numel_total
+            if begun and not isinstance(module, VocabParallelEmbedding):
+                missing.append(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
         return {"received": record.received, "missing": missing}
 
 

@@ -68,9 +68,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
     for place, row in rows:
         cluster, row_faults = _parse_row(row, columns)
         if cluster and cluster.id in first_place:
-            row_faults.append(
-                f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}"
-            )
+            row_faults.append(f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}")
         elif cluster:
             first_place[cluster.id] = place
             clusters.append(cluster)
@@ -100,14 +98,10 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
             table = pyarrow.parquet.read_table(path)
             return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"The documents file {path} cannot be read as parquet: {error}. Write it again."
-            ) from error
+            raise UserError(f"The documents file {path} cannot be read as parquet: {error}. Write it again.") from error
     if path.suffix in (".jsonl", ".json"):
         return [(f"line {number}", row) for number, row in read_json_lines(path, "documents file")]
-    raise UserError(
-        f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either."
-    )
+    raise UserError(f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either.")
 
 
 def read_json_lines(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
@@ -167,16 +161,12 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
         elif not document.strip():
             faults.append(f"{names['documents']}: document {index} is empty")
         elif not _is_unicode(document):
-            faults.append(
-                f"{names['documents']}: document {index} has half of a surrogate pair, which is no text"
-            )
+            faults.append(f"{names['documents']}: document {index} has half of a surrogate pair, which is no text")
     document_ids = row.get("document_ids")
     if document_ids is None:
         document_ids = [f"{identifier}/{index}" for index in range(len(documents))]
     elif not isinstance(document_ids, list) or len(document_ids) != len(documents):
-        faults.append(
-            f"column document_ids: must be a list with one id for each of the {len(documents)} documents"
-        )
+        faults.append(f"column document_ids: must be a list with one id for each of the {len(documents)} documents")
         document_ids = []
     source = row.get(columns["source"])
     if source is None:
@@ -258,9 +248,7 @@ def choose_context(
     return tuple(sorted(seen | set(rng.sample(unseen, min(new_documents, len(unseen))))))
 
 
-def round_counts(
-    sizes: Mapping[str, int], weights: Mapping[str, float], clusters_per_round: int
-) -> dict[str, int]:
+def round_counts(sizes: Mapping[str, int], weights: Mapping[str, float], clusters_per_round: int) -> dict[str, int]:
     """How many clusters of each task a round holds.
 
     Each task gets the whole part of its share, at most all its clusters (`sizes`); what is left is
@@ -307,9 +295,7 @@ class ClusterSampler:
         self._seed = seed
         self._clusters_per_round = clusters_per_round
         if not self._weights:
-            raise UserError(
-                "No task has a positive share; set one in selfplay.tasks, such as {doc_general_qa: 1.0}."
-            )
+            raise UserError("No task has a positive share; set one in selfplay.tasks, such as {doc_general_qa: 1.0}.")
         self._partition = self._assign(sources)
         self._count_rounds()
         self._round = 0

@@ -121,9 +121,7 @@ def parse_answer(task: str, text: str, truncated: bool) -> str | None:
 
 def extract_answer(task: str, text: str) -> str | None:
     """What follows an answer phrase (or stands in a box), by the kind of answers of the task."""
-    return {"number": _extract_number, "text": _extract_text, "letter": _extract_letter}[answer_kind(task)](
-        text
-    )
+    return {"number": _extract_number, "text": _extract_text, "letter": _extract_letter}[answer_kind(task)](text)
 
 
 def _extract_text(text: str) -> str | None:

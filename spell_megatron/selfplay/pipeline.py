@@ -234,9 +234,7 @@ class SelfPlay:
         metrics["selfplay/generated_tokens"] = sum(len(sample.response_ids) for sample in samples)
         return StepRollout(batch, samples, [attempt.cluster.id for attempt in attempts], metrics)
 
-    async def _stream(
-        self, client: _StepClient, on_progress: Callable[[int, int], None]
-    ) -> tuple[list[Attempt], int]:
+    async def _stream(self, client: _StepClient, on_progress: Callable[[int, int], None]) -> tuple[list[Attempt], int]:
         """Run clusters until the finished prefix of the stream holds N mixed groups."""
         wanted = self.config.groups
         limit = self.config.max_rounds * self.config.clusters_per_round
@@ -384,9 +382,7 @@ class SelfPlay:
             if not kept:
                 return prompt, None, kept
 
-    async def _answered_without_documents(
-        self, attempt: Attempt, question: Question, client: _StepClient
-    ) -> bool:
+    async def _answered_without_documents(self, attempt: Attempt, question: Question, client: _StepClient) -> bool:
         """Whether the policy answers the question right with no documents before it.
 
         One right answer of a multiple-choice question proves nothing (a guess is right one time in
@@ -398,16 +394,12 @@ class SelfPlay:
             variants = [question.permuted(rng.sample(range(4), 4)) for _ in range(config.mc_samples)]
         else:
             variants = [question] * config.samples
-        right = await _gather(
-            self._no_context_score(attempt, variant, client, i) for i, variant in enumerate(variants)
-        )
+        right = await _gather(self._no_context_score(attempt, variant, client, i) for i, variant in enumerate(variants))
         attempt.counts["no_context_answers"] += len(right)
         attempt.counts["no_context_right"] += sum(right)
         return sum(right) > (config.mc_threshold * len(right) if attempt.task == "doc_mc" else 0.1)
 
-    async def _no_context_score(
-        self, attempt: Attempt, question: Question, client: _StepClient, index: int
-    ) -> int:
+    async def _no_context_score(self, attempt: Attempt, question: Question, client: _StepClient, index: int) -> int:
         limit = self.sampling.max_no_context_tokens or self.sampling.max_response_tokens
         prompt_ids = self.tokenizer.prompt_ids(self.prompts.responder(attempt.task, question.text, None))
         completion = (
@@ -436,9 +428,7 @@ class SelfPlay:
         text = self.tokenizer.decode(completion.token_ids)
         prediction = parse_answer(task, text, completion.finish_reason == "length")
         everything = range(len(attempt.cluster.documents))
-        answer = client.sample(
-            attempt, "responder", "", prompt, prompt_ids, completion, text, documents=everything
-        )
+        answer = client.sample(attempt, "responder", "", prompt, prompt_ids, completion, text, documents=everything)
         answer.reference, answer.prediction = question.reference, prediction
         rule = rule_score(task, prediction, question.reference)
         verdict = None
@@ -458,9 +448,7 @@ class SelfPlay:
             attempt.counts["verifier_prompt_too_long"] += 1
             return None
         limit = self.sampling.max_verdict_tokens or self.sampling.max_response_tokens
-        completions = await client.generate(
-            attempt, "verifier", prompt_ids, limit, index=index, n=self.config.votes
-        )
+        completions = await client.generate(attempt, "verifier", prompt_ids, limit, index=index, n=self.config.votes)
         texts = [self.tokenizer.decode(completion.token_ids) for completion in completions]
         votes = [parse_verdict(t, c.finish_reason == "length") for t, c in zip(texts, completions, strict=True)]
         verdict = majority(votes)
@@ -501,9 +489,7 @@ class SelfPlay:
             attempt.judgments.sort(key=lambda rows: rows[0].group)
             attempt.trainable_judgments.sort(key=lambda rows: rows[0].group)
         groups = [Group(a.answers[0].uid, a.task, a.question, a.answers) for a in attempts if a.mixed]
-        negatives = [
-            a.question for a in attempts if a.question and a.question.kind != "good" and a.outcome != "error"
-        ]
+        negatives = [a.question for a in attempts if a.question and a.question.kind != "good" and a.outcome != "error"]
         verifier_groups = [rows for a in attempts if a.outcome in ANSWERED for rows in a.trainable_judgments]
         rng = random.Random(derive_seed(self.seed, step, "batch"))
         batch = compose(groups, negatives, verifier_groups, self.config, rng)

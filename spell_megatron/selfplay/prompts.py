@@ -87,9 +87,7 @@ class PromptSet:
     def _documents(self, documents: Sequence[str]) -> str:
         return "\n".join(self._fill("document", document=document) for document in documents)
 
-    def questioner(
-        self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None
-    ) -> str:
+    def questioner(self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None) -> str:
         """Prompt for a question about the documents, harder than those of the history.
 
         `letter` is the option that shall be right; multiple choice needs it, other tasks ignore it.

@@ -88,9 +88,7 @@ _QUANTITY = re.compile(
     rf"|(?P<unit_after>{_NUMBER})(?: [^0-9 ]+|[^0-9]{{1,2}})"
     rf"|(?:[^-+0-9 ][^0-9 ]* |[^-+.0-9]{{1,2}})(?P<unit_before>{_NUMBER})"
 )
-_TOKEN = re.compile(
-    r"\s*(?:([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?)|(\*\*|[-+*/^()]))"
-)
+_TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?)|(\*\*|[-+*/^()]))")
 _DIGITS = re.compile(r"[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 _OPERATORS = str.maketrans({"−": "-", "×": "*", "·": "*", "÷": "/"})
 
@@ -115,9 +113,7 @@ def parse_number(text: str) -> float | None:
     text = " ".join(text.replace(" x ", " * ").split()).rstrip(". ")
     quantity = _QUANTITY.fullmatch(text)
     if quantity:
-        number = drop_thousands_separators(
-            quantity["plain"] or quantity["unit_after"] or quantity["unit_before"]
-        )
+        number = drop_thousands_separators(quantity["plain"] or quantity["unit_after"] or quantity["unit_before"])
         if "," in number:
             return None
         value = float(number)

@@ -114,8 +114,7 @@ def architecture(hf_config: PretrainedConfig) -> Architecture:
         hidden=hf_config.hidden_size,
         heads=hf_config.num_attention_heads,
         groups=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None)
-        or hf_config.hidden_size // hf_config.num_attention_heads,
+        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
         ffn=hf_config.intermediate_size,
         vocabulary=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,

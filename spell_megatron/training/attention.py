@@ -140,9 +140,7 @@ class _TreeAttentionOnCpu(torch.autograd.Function):
     [tokens, groups, head_dim]; the result has the shape and type of query."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scale: float
-    ):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scale: float):
         tokens, heads, _ = query.shape
         out = torch.empty_like(query, dtype=torch.float32, memory_format=torch.contiguous_format)
         lse = torch.empty(tokens, heads, dtype=torch.float32)
@@ -175,8 +173,7 @@ class _TreeAttentionOnCpu(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor):
         query, key, value, out, lse = ctx.saved_tensors
         grads = tuple(
-            torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-            for x in (query, key, value)
+            torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value)
         )
         if not ctx.rectangles[0].first_of_keys:
             for x in grads[1:]:
@@ -345,9 +342,7 @@ class TreeAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **unused: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **unused: Any) -> Tensor:
         """query [tokens, 1, heads, head_dim], key and value [tokens, 1, groups, head_dim] of this rank's
         tokens, attention_mask `end` [all tokens] -> [tokens, 1, heads * head_dim]."""
         query, key, value = query[:, 0], key[:, 0], value[:, 0]

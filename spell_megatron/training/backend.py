@@ -296,21 +296,15 @@ def _redirect_to_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
-        state
-    )
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # Its warning that a fork moved the CPU's random state: here that state is the device's, and meant to move.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
-    mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(
-        mappings._reduce_scatter_along_first_dim
-    )
+    mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
     _mend_distributed_optimizer()
 
 

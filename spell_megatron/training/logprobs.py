@@ -61,9 +61,7 @@ def token_logprobs(
     return TokenLogprobs(logprob[back], entropy[which], top_probability[which], is_top[back])
 
 
-def _all_reduce(
-    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM
-) -> None:
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
     if group is not None and group.size() > 1:
         dist.all_reduce(x, op=op, group=group)
 

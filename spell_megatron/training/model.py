@@ -76,9 +76,7 @@ class TreeGPTModel(GPTModel):
         for router in self._routers:
             router.recorded = None if routing is None else routing[:, router.layer_number - self.layers.start - 1]
         with saved_tensors_hooks(_to_host, _to_device) if self._offload else nullcontext():
-            return self.decoder(
-                hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted
-            )
+            return self.decoder(hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted)
 
     @property
     def layers(self) -> range:
@@ -253,13 +251,9 @@ def _feed_forwards(arch: Architecture) -> list[str]:
     return sorted(kinds)
 
 
-def _layer_spec(
-    transformer_config: TransformerConfig, arch: Architecture, use_te: bool
-) -> TransformerBlockSubmodules:
+def _layer_spec(transformer_config: TransformerConfig, arch: Architecture, use_te: bool) -> TransformerBlockSubmodules:
     """Megatron's spec of this pipeline stage with tree attention, our RMSNorm and the family's biases."""
-    spec = get_gpt_decoder_block_spec(
-        transformer_config, use_transformer_engine=use_te, normalization="RMSNorm"
-    )
+    spec = get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=use_te, normalization="RMSNorm")
     if not use_te:
         spec.layer_norm = RMSNorm
     for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # layers of a kind are one object

@@ -154,9 +154,7 @@ def routers(model: torch.nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def expert_metrics(
-    model: torch.nn.Module, moe_layers: Sequence[bool], tokens: int, replays: bool
-) -> dict[str, float]:
+def expert_metrics(model: torch.nn.Module, moe_layers: Sequence[bool], tokens: int, replays: bool) -> dict[str, float]:
     """What the routers of all ranks have counted since `start_update`, equal on every rank; all call it.
 
     Args:

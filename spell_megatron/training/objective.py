@@ -50,9 +50,7 @@ def policy_loss(
     negative = advantage < 0
     loss = torch.where(negative, torch.minimum(clipped, dual), clipped)
     with torch.no_grad():
-        return PolicyLoss(
-            loss, (clipped > plain).float(), -log_ratio.detach(), ((clipped > dual) & negative).float()
-        )
+        return PolicyLoss(loss, (clipped > plain).float(), -log_ratio.detach(), ((clipped > dual) & negative).float())
 
 
 def importance_weight(log_ratio: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:

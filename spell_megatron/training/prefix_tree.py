@@ -11,6 +11,7 @@ Everything here is NumPy on one core; nothing knows about models or roles.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,9 +44,7 @@ class Row:
         response = len(self.tokens) - self.prompt_length
         for name in ("weights", "rollout_logprobs"):
             if len(getattr(self, name)) != response:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for {response} response tokens"
-                )
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {response} response tokens")
         if self.routing is not None and len(self.routing) >= len(self.tokens):
             raise ValueError(
                 f"routing is of {len(self.routing)} tokens in a row of {len(self.tokens)}, whose last has none"
@@ -98,9 +97,7 @@ class Cost:
 
 # One token that predicts nothing: what a rank without work runs, so that all ranks run the same number
 # of microbatches (expert parallel ranks exchange tokens in each).
-EMPTY = Tree(
-    *(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]), np.array([-1])
-)
+EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]), np.array([-1]))
 
 
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
@@ -154,9 +151,7 @@ class _Sorted:
         self.rows = rows
         # Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first.
         keys = {
-            i: row.tokens.astype(">u4").tobytes()
-            for i, row in enumerate(rows)
-            if len(row.tokens) > row.prompt_length
+            i: row.tokens.astype(">u4").tobytes() for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length
         }
         self.order = sorted(keys, key=keys.__getitem__)
         del keys
@@ -198,9 +193,7 @@ class _Sorted:
                     break
             else:
                 bins.append((tokens, [(first, last)]))
-        return [
-            self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins
-        ]
+        return [self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins]
 
     def _tokens(self, first: int, last: int) -> int:
         """Tokens of the tree of sorted rows first..last-1."""
@@ -235,7 +228,7 @@ class _Sorted:
     def _build(self, members: list[int]) -> Tree:
         """Lay out sorted rows (ascending numbers) as one flat forest."""
         shared = [0]
-        for before, this in zip(members, members[1:]):
+        for before, this in itertools.pairwise(members):
             # In sorted order the common prefix of two rows is the shortest between neighbours on the way.
             shared.append(int(self.shared[before + 1 : this + 1].min()))
         lengths = self.lengths[members]
@@ -258,9 +251,7 @@ class _Sorted:
             for first, numbers in self._nodes(k, common, n):
                 at = start + first - common
                 routed_by[at : at + numbers.stop - numbers.start] = self.routed_by[numbers]
-            edges.append(
-                (path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p))
-            )
+            edges.append((path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p)))
             start, previous = stop, n
         end[path[:previous]] = total
         columns = (np.concatenate(column).astype(np.int64) for column in zip(*edges))

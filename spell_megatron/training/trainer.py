@@ -191,7 +191,7 @@ class Trainer:
             raise ValueError("the update batch holds no row with a response; there is nothing to train on")
         vocab = self.hf_config.vocab_size
         for number, row in enumerate(rows):
-            if not (0 <= row.tokens.min() and row.tokens.max() < vocab):
+            if not (row.tokens.min() >= 0 and row.tokens.max() < vocab):
                 raise ValueError(
                     f"row {number} of the update batch holds token ids {row.tokens.min()} to "
                     f"{row.tokens.max()}, but the policy's vocabulary has {vocab} tokens"
@@ -230,9 +230,7 @@ class Trainer:
         group = parallel_state.get_tensor_model_parallel_group()
         if model.config.sequence_parallel:
             # token_logprobs returns the whole gradient on every rank, so its backward is a split.
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=group
-            )
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
         training = self.config.training
         place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)

@@ -82,9 +82,7 @@ class _Parameter:
         return [replace(self.entry, data=data)]
 
 
-def hf_to_megatron(
-    hf: Path, megatron: Path, parallel: ParallelConfig, on_progress: OnProgress | None = None
-) -> None:
+def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progress: OnProgress | None = None) -> None:
     """Write a Hugging Face checkpoint as a distributed checkpoint, cut for a layout.
 
     Configuration, tokenizer and chat template are copied beside it. The folder appears when it is complete.

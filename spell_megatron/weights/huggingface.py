@@ -72,15 +72,13 @@ class Checkpoint:
             path = self.folder / file
             if not path.is_file():
                 raise UserError(
-                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole "
-                    "checkpoint."
+                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole checkpoint."
                 )
             try:
                 self._opened[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy "
-                    "it again."
+                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy it again."
                 ) from error
         return self._opened[file]
 

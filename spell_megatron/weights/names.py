@@ -85,9 +85,7 @@ def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
     A tied vocabulary head is not listed: it is the embedding.
     """
     arch = architecture(hf_config)
-    table = {
-        "embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)
-    }
+    table = {"embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)}
     for layer in range(arch.layers):
         table |= _layer_rules(arch, layer)
     table["decoder.final_layernorm.weight"] = _rule("model.norm.weight", (arch.hidden,), Layout.REPLICATED)
@@ -99,9 +97,7 @@ def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor, in order."""
     return {
-        name: shape
-        for rule in rules(hf_config).values()
-        for name, shape in zip(rule.names, rule.shapes, strict=True)
+        name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes, strict=True)
     }
 
 

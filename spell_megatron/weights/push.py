@@ -68,9 +68,7 @@ class WeightPusher:
         UserError: the engines cannot be connected.
     """
 
-    def __init__(
-        self, engines: Engines | None, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 600.0
-    ) -> None:
+    def __init__(self, engines: Engines | None, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 600.0) -> None:
         self._engines = [] if engines is None else engines.engines
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
@@ -173,9 +171,7 @@ class WeightPusher:
             future.result()
         return channel
 
-    def _push(
-        self, stream: Iterable[tuple[str, torch.Tensor]], version: str, running: str, verify: bool
-    ) -> Push:
+    def _push(self, stream: Iterable[tuple[str, torch.Tensor]], version: str, running: str, verify: bool) -> Push:
         start = time.monotonic()
         self._all("/pause", mode=running)
         waited = time.monotonic() - start
@@ -220,7 +216,7 @@ class WeightPusher:
         transmission = self._threads.submit(self._channel.send, bucket)
         # An engine that refuses a bucket never joins the broadcast, which would then wait in vain.
         while not transmission.done():
-            done, _ = wait([transmission, *(f for f in loading if not f.done())], return_when=FIRST_COMPLETED)
+            wait([transmission, *(f for f in loading if not f.done())], return_when=FIRST_COMPLETED)
             try:
                 _results([future for future in loading if future.done()])
             except requests.RequestException:
@@ -245,8 +241,7 @@ class WeightPusher:
                     )
                 if missing:
                     raise RuntimeError(
-                        f"the stream did not fill {len(missing)} parameters of {engine.url}, among them "
-                        f"{missing[0]}"
+                        f"the stream did not fill {len(missing)} parameters of {engine.url}, among them {missing[0]}"
                     )
                 compared += len(names)
         return compared
@@ -334,11 +329,7 @@ class _NcclChannel:
             port = listener.getsockname()[1]
         place = {"master_address": address, "master_port": port, "world_size": world_size}
         self._geometry = {"buffer_size_bytes": bucket_bytes, "num_buffers": self._BUFFERS}
-        invite(
-            place
-            | {"packed": True}
-            | {f"packed_{name}": value for name, value in self._geometry.items()}
-        )
+        invite(place | {"packed": True} | {f"packed_{name}": value for name, value in self._geometry.items()})
         self._device = torch.cuda.current_device()
         self._group = trainer_init(place)
         self._broadcast = packed_nccl_broadcast_producer

@@ -96,7 +96,7 @@ def export(
             # The next bucket travels while this one is used.
             current, incoming = incoming, _receive(following, own, everywhere) if following else None
             shards = current.wait()
-            for number, (name, rule) in enumerate(bucket.rules.items()):
+            for number, rule in enumerate(bucket.rules.values()):
                 shape = _shard_shape(rule, len(bucket.owners))
                 yield from zip(rule.names, rule.whole([parts[number].view(shape) for parts in shards]))
         return

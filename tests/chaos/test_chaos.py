@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from small_run import SMALL, command, finished, left_over, metrics, same_steps, servers, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
 from mini_slurm import MiniSlurm, missing
 
 ROOT = Path(__file__).parents[2]

@@ -42,9 +42,7 @@ class MiniSlurm:
         environment: what a process needs in its environment to be a client of this cluster.
     """
 
-    def __init__(
-        self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 2, accounting: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 2, accounting: bool = False) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
         self._cpus, self._gpus, self._accounting = cpus, gpus, accounting

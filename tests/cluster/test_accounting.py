@@ -6,7 +6,6 @@ import time
 
 import pytest
 import yaml
-
 from mini_slurm import MiniSlurm, missing
 
 QUICKSTART = ("--config", "examples/quickstart.yaml")

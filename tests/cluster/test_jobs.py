@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from small_run import MARK, ROOT, SMALL, left_over, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]

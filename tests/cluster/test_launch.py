@@ -125,7 +125,7 @@ def test_dry_run_shows_the_job_and_submits_nothing(spell_launch, tmp_path):
 
 def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
     """A job on three nodes of two GPUs each; its steps say where they are instead of training."""
-    say = 'echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES; sleep 1; exit 0'
+    say = "echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES; sleep 1; exit 0"
     file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, setup=say)
     arguments = ("--run.device=auto", "--training.parallel.processes=4", "--rollout.replicas=2", "--run.name=places")
     done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)

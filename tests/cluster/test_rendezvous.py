@@ -77,7 +77,7 @@ dist.barrier()
 
 def test_trainer_processes_of_several_nodes_meet(slurm, tmp_path):
     """Three processes on three nodes whose names do not resolve."""
-    with pytest.raises(OSError):
+    with pytest.raises(socket.gaierror):
         socket.getaddrinfo(slurm.nodes[0], None)
     script = tmp_path / "join.py"
     script.write_text(JOIN)

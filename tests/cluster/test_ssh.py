@@ -63,7 +63,7 @@ def ssh(slurm, tmp_path_factory):
 
 
 def test_a_login_that_fails_is_told(spell_launch, ssh, tmp_path):
-    place, path = ssh
+    place, _path = ssh
     file = tmp_path / "cluster.yaml"
     arguments = ("--config", "examples/quickstart.yaml", "--cluster", file)
     with socket.socket() as nobody:

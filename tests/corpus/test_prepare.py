@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from engine_fixtures import save_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_fixtures import save_byte_tokenizer
 from spell_megatron.cli import main
 from spell_megatron.corpus.embedding import embed_words
 from spell_megatron.corpus.grouping import group_similar
@@ -84,9 +84,7 @@ def test_a_large_folder_becomes_several_clusters(tmp_path):
     prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(documents_per_cluster=3))
     clusters = load_clusters(tmp_path / "out.parquet")
     assert all(cluster.id.startswith("whales-") and len(cluster.documents) <= 3 for cluster in clusters)
-    assert sorted(id for cluster in clusters for id in cluster.document_ids) == [
-        f"whales/{n}.txt" for n in range(7)
-    ]
+    assert sorted(id for cluster in clusters for id in cluster.document_ids) == [f"whales/{n}.txt" for n in range(7)]
 
 
 def test_flat_files_are_grouped_by_similarity(tmp_path):
@@ -94,9 +92,7 @@ def test_flat_files_are_grouped_by_similarity(tmp_path):
         write(tmp_path / "in" / f"{number}-{topic}.txt", article(topic, number))
     prepare([tmp_path / "in"], tmp_path / "out.parquet", Options(documents_per_cluster=4))
     expected = [{f"{number}-{topic}.txt" for number in range(4)} for topic in TOPICS]
-    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(
-        map(sorted, expected)
-    )
+    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(map(sorted, expected))
 
 
 def test_lone_documents_of_folders_are_grouped_too(tmp_path):
@@ -104,9 +100,7 @@ def test_lone_documents_of_folders_are_grouped_too(tmp_path):
         write(tmp_path / "in" / f"{topic}-{number}" / "text", article(topic, number))
     prepare([tmp_path / "in"], tmp_path / "out.parquet")
     expected = [{f"{topic}-{number}/text" for number in range(2)} for topic in TOPICS]
-    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(
-        map(sorted, expected)
-    )
+    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(map(sorted, expected))
 
 
 def test_folders_of_equal_name_in_two_inputs_stay_apart(tmp_path):
@@ -128,9 +122,7 @@ def test_tables_of_texts(tmp_path, kind):
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n{broken\n[1]\n")
     summary = prepare([path], tmp_path / "out.parquet", Options(text_column="body"))
     expected = [{f"rows.{kind}:{n}" for n in pair} for pair in ((1, 2), (4, 5), (6, 7))]
-    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(
-        map(sorted, expected)
-    )
+    assert sorted(map(sorted, clusters_by_documents(tmp_path / "out.parquet"))) == sorted(map(sorted, expected))
     assert summary.counts.skipped["without a text in 'body'"] == 1
     assert summary.counts.skipped["not a JSON object"] == (2 if kind == "jsonl" else 0)
     assert summary.counts.documents == (9 if kind == "jsonl" else 7)
@@ -214,9 +206,7 @@ def test_what_is_left_out_is_counted(tmp_path):
 
 def test_control_characters_and_surrogates_do_not_survive(tmp_path):
     body = article("bread", 1)
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": "Top\x00\x1b[0m\ud800\f" + body + " \n\n\n\n\n\nEnd"})
-    )
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Top\x00\x1b[0m\ud800\f" + body + " \n\n\n\n\n\nEnd"}))
     prepare([tmp_path / "a.jsonl"], tmp_path / "out.parquet")
     (cluster,) = load_clusters(tmp_path / "out.parquet")
     assert cluster.documents == ("Top[0m?\n\n" + body + "\n\n\nEnd",)
@@ -231,16 +221,10 @@ def test_long_documents_are_cut_and_budgets_hold(tmp_path):
     clusters = load_clusters(tmp_path / "out.parquet")
     lengths = [len(document) for cluster in clusters for document in cluster.documents]
     assert max(lengths) <= 1000 and min(lengths) >= 200
-    assert all(
-        sum(map(len, cluster.documents)) <= 4000 and len(cluster.documents) <= 5 for cluster in clusters
-    )
+    assert all(sum(map(len, cluster.documents)) <= 4000 and len(cluster.documents) <= 5 for cluster in clusters)
     assert summary.counts.pieces == len(lengths) - 3
-    kept = Counter(
-        word for cluster in clusters for document in cluster.documents for word in document.split()
-    )
-    source = Counter(
-        word for topic in TOPICS for word in (tmp_path / "in" / f"{topic}.txt").read_text().split()
-    )
+    kept = Counter(word for cluster in clusters for document in cluster.documents for word in document.split())
+    source = Counter(word for topic in TOPICS for word in (tmp_path / "in" / f"{topic}.txt").read_text().split())
     assert kept == source
 
 
@@ -337,7 +321,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     Path(os.fsdecode(folder + b"/bad\xe9.txt")).write_bytes(b"\xff\xfe\x00" * 100)
     Path(os.fsdecode(folder + b"/other.\xe9x")).write_bytes(b"")
     summary = prepare([Path(os.fsdecode(folder)).parent], tmp_path / "out.parquet")
-    cluster, = load_clusters(tmp_path / "out.parquet")
+    (cluster,) = load_clusters(tmp_path / "out.parquet")
     assert cluster.id == r"caf\udce9" and cluster.document_ids == tuple(rf"caf\udce9/{n}\udce8.txt" for n in range(2))
     str(summary).encode()
     assert summary.counts.skipped_files.total() == 2
@@ -426,10 +410,7 @@ def test_docstrings_of_the_python_installation(tmp_path):
     # Measured with Python 3.11: 23 of 219 documents stay alone, small modules such as colorsys and uu.
     assert summary.cluster_documents.count(1) < 0.2 * sum(summary.cluster_documents)
     # The four pieces of the long threading module are not scattered.
-    pieces = [
-        {id for id in ids if "threading.txt#" in id}
-        for ids in clusters_by_documents(tmp_path / "out.parquet")
-    ]
+    pieces = [{id for id in ids if "threading.txt#" in id} for ids in clusters_by_documents(tmp_path / "out.parquet")]
     assert max(map(len, pieces)) >= 3
 
 

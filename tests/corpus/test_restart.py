@@ -79,7 +79,8 @@ def test_killed_at_every_stage_it_goes_on_to_the_same_bytes(tmp_path):
 
 def test_a_part_of_the_vectors_is_not_made_again(tmp_path, monkeypatch):
     """What a killed run has left of an unfinished stage is used, and ends in the same bytes."""
-    from spell_megatron.corpus import embedding, prepare as stages
+    from spell_megatron.corpus import embedding
+    from spell_megatron.corpus import prepare as stages
 
     monkeypatch.setattr(stages, "_EMBED_TEXTS", 16)
     make_corpus(tmp_path / "corpus.jsonl", 80)

@@ -82,8 +82,7 @@ def test_longbench_v2_asks_as_training_does():
     first, second = load_benchmark("longbench-v2", folder("longbench-v2"))
     assert (first.task, first.answer, first.subset, second.subset) == ("doc_mc", "A", "short", "medium")
     assert first.question == (
-        "What explains the fall in deliveries?\n\nChoices:\n"
-        "(A) A storm\n(B) A strike\n(C) Lower prices\n(D) A new road"
+        "What explains the fall in deliveries?\n\nChoices:\n(A) A storm\n(B) A strike\n(C) Lower prices\n(D) A new road"
     )
 
 

@@ -135,8 +135,9 @@ def test_prompts_are_cut_in_the_middle_by_tokens(limit, tokenizer_folder, stub, 
     }
     sent = sorted(body["prompt"] for _, body, _ in stub.requests)
     assert sent == sorted(cut.values()) and max(map(len, sent)) == min(limit, max(map(len, whole.values())))
-    assert all(row["prompt_cut"] == (limit < 2000) and row["prompt_tokens"] == len(cut[row["id"]])
-               for row in samples(out))
+    assert all(
+        row["prompt_cut"] == (limit < 2000) and row["prompt_tokens"] == len(cut[row["id"]]) for row in samples(out)
+    )
     assert scores(out)["benchmarks"]["mine"]["prompts_cut"] == (limit < 2000)
 
 
@@ -219,8 +220,17 @@ def test_a_server_that_says_nothing_or_something_else(chat, tokenizer_folder, st
 
 def judging(stub, tokenizer_folder, mine, out, *more) -> list[str]:
     return command(
-        tokenizer_folder, stub, mine, out, "--judge", stub.url, "--judge-model", "gpt-oss-120b",
-        "--judge-key-env", "JUDGE_KEY", *more,
+        tokenizer_folder,
+        stub,
+        mine,
+        out,
+        "--judge",
+        stub.url,
+        "--judge-model",
+        "gpt-oss-120b",
+        "--judge-key-env",
+        "JUDGE_KEY",
+        *more,
     )
 
 

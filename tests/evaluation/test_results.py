@@ -169,8 +169,9 @@ def everything(n: int = 4) -> dict[str, list[results.Answered]]:
 def test_the_papers_table_weighs_columns_not_questions():
     made = results.summarise(everything(), SETTINGS)
     means = {name: column["score"]["pass@1"]["mean"] for name, column in made["columns"].items()}
-    assert means == {name: pytest.approx(x) for name, x in
-                     {"DocMath": 0.5, "Frames": 0.4, "LB-MQA": 0.5, "LB-V2": 0.2}.items()}
+    assert means == {
+        name: pytest.approx(x) for name, x in {"DocMath": 0.5, "Frames": 0.4, "LB-MQA": 0.5, "LB-V2": 0.2}.items()
+    }
     assert made["average"]["score"]["pass@1"]["mean"] == pytest.approx(0.4)
     assert made["benchmarks"]["docmath"]["subsets"]["complong"]["score"]["pass@1"]["mean"] == 0.5
 

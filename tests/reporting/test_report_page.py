@@ -244,7 +244,7 @@ def test_transcripts_are_filtered(show, page):
     click(browser, "#against")
     question = texts(browser, "#questions .asked")[0]
     browser.find_element(By.ID, "search").send_keys(question[:30])
-    assert 0 < shown() < total and set(text[:30] for text in texts(browser, "#questions .asked")) == {question[:30]}
+    assert 0 < shown() < total and {text[:30] for text in texts(browser, "#questions .asked")} == {question[:30]}
     browser.find_element(By.ID, "search").send_keys("no such words")
     assert shown() == 0
 

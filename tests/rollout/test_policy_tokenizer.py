@@ -66,8 +66,16 @@ def test_bare_sentencepiece(tmp_path: Path, with_config: bool):
     lines = (f"the lamp number {i} stands beside the door of house {i * 7}" for i in range(400))
     corpus.write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=340, model_type="unigram",
-        byte_fallback=True, hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=340,
+        model_type="unigram",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
     )
     if with_config:
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -33,19 +33,13 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_both_formats_and_both_schemas_are_read(tmp_path, suffix):
     ours = [{"cluster_id": "a", "documents": ["x", "ü\ny"], "document_ids": ["p", "q"], "source": "web_2"}]
-    assert load_clusters(write(tmp_path / f"ours{suffix}", ours)) == [
-        Cluster("a", ("x", "ü\ny"), ("p", "q"), "web_2")
-    ]
+    assert load_clusters(write(tmp_path / f"ours{suffix}", ours)) == [Cluster("a", ("x", "ü\ny"), ("p", "q"), "web_2")]
     bare = [{"cluster_id": 7, "documents": ["x", "y"]}]
-    assert load_clusters(write(tmp_path / f"bare{suffix}", bare)) == [
-        Cluster("7", ("x", "y"), ("7/0", "7/1"), "")
-    ]
+    assert load_clusters(write(tmp_path / f"bare{suffix}", bare)) == [Cluster("7", ("x", "y"), ("7/0", "7/1"), "")]
     tasks = [{"cluster_id": task or "u", "documents": ["x"], "task": task} for task in ("doc_mc", None)]
     assert [cluster.task for cluster in load_clusters(write(tmp_path / f"t{suffix}", tasks))] == ["doc_mc", None]
     released = [{"question_id": 7, "paragraphs": ["x"], "data_source": "docmath_train"}]
-    assert load_clusters(write(tmp_path / f"theirs{suffix}", released)) == [
-        Cluster("7", ("x",), ("7/0",), "docmath")
-    ]
+    assert load_clusters(write(tmp_path / f"theirs{suffix}", released)) == [Cluster("7", ("x",), ("7/0",), "docmath")]
 
 
 FAULTY = [
@@ -124,9 +118,7 @@ def test_parquet_with_wrong_columns_and_empty_documents(tmp_path):
         load_clusters(write(tmp_path / "a.parquet", [{"id": "a", "text": "x"}]))
     with pytest.raises(UserError, match="row 2, column documents: document 1 is empty"):
         load_clusters(
-            write(
-                tmp_path / "b.parquet", [{"cluster_id": i, "documents": [d]} for i, d in enumerate(["x", ""])]
-            )
+            write(tmp_path / "b.parquet", [{"cluster_id": i, "documents": [d]} for i, d in enumerate(["x", ""])])
         )
 
 

@@ -77,7 +77,7 @@ class ScriptedPolicy:
                 value = next((line[1] for line in prompt.splitlines() if line.startswith("(") and wanted in line), "C")
             return f"So the answer is {value}.", "stop"
         reference, prediction = prompt.split("|")[3:5]
-        vote = reference == prediction if random.Random(seed).random() < 0.8 else not reference == prediction
+        vote = reference == prediction if random.Random(seed).random() < 0.8 else reference != prediction
         return ("[[YES]]" if vote else "[[NO]]") if random.Random(seed + 7).random() < 0.95 else "hmm", "stop"
 
 

@@ -27,16 +27,11 @@ def test_documents_come_before_all_that_differs_between_prompts(name, task):
         prompt = prompts.questioner(task, DOCUMENTS, history, "C")
         assert [prompt.count(d) for d in DOCUMENTS] == [1, 1]
         assert prompt.index(DOCUMENTS[0]) < prompt.index(DOCUMENTS[1])
-        assert all(
-            prompt.index(DOCUMENTS[1]) < prompt.index(e.question) < prompt.index(e.answer) for e in history
-        )
+        assert all(prompt.index(DOCUMENTS[1]) < prompt.index(e.question) < prompt.index(e.answer) for e in history)
     answer = prompts.responder(task, "Which colour?", DOCUMENTS)
     assert answer.index(DOCUMENTS[1]) < answer.index("Which colour?")
     # What comes before the documents is the same for all questions: prefixes can be cached.
-    assert (
-        answer.partition("Which colour?")[0]
-        == prompts.responder(task, "Other?", DOCUMENTS).partition("Other?")[0]
-    )
+    assert answer.partition("Which colour?")[0] == prompts.responder(task, "Other?", DOCUMENTS).partition("Other?")[0]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -65,12 +60,9 @@ def test_full_set_encloses_the_documents_and_joins_them_with_one_newline():
 def test_full_set_numbers_the_examples():
     prompt = FULL.questioner("docmath_qa", DOCUMENTS, HISTORY, None)
     assert (
-        "Example 1\nQuestion: Who came first?\nAnswer: Ada\nExample 2\nQuestion: Who came last?\nAnswer: Bo"
-        in prompt
+        "Example 1\nQuestion: Who came first?\nAnswer: Ada\nExample 2\nQuestion: Who came last?\nAnswer: Bo" in prompt
     )
-    assert "ONE new question" in prompt and "ONE new question" not in FULL.questioner(
-        "docmath_qa", DOCUMENTS, [], None
-    )
+    assert "ONE new question" in prompt and "ONE new question" not in FULL.questioner("docmath_qa", DOCUMENTS, [], None)
 
 
 def test_full_responder_asks_for_the_phrases_that_the_parser_knows():
@@ -118,9 +110,7 @@ def test_a_folder_serves_as_a_set_and_its_faults_are_all_named(tmp_path):
     shutil.copytree(SETS / "full", folder)
     (folder / "document.md").write_text("Doc: {{document}}\n\n")
     mine = PromptSet.load(folder)
-    assert "Doc: a\n\nDoc: b\n" in mine.responder(
-        "doc_mc", "q", ["a", "b"]
-    )  # one trailing newline is dropped
+    assert "Doc: a\n\nDoc: b\n" in mine.responder("doc_mc", "q", ["a", "b"])  # one trailing newline is dropped
 
     (folder / "verifier.md").write_text("{{question}} {{prediction}} {{referance}}")
     (folder / "example.md").unlink()

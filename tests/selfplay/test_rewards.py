@@ -86,9 +86,7 @@ def test_responder_is_right_by_rule_or_by_verdict():
 
 def test_questioner_reward_over_the_paper_values():
     gaussian = [questioner_reward(k / 8, QuestionerConfig()) for k in range(9)]
-    assert gaussian == pytest.approx(
-        [0, 0.079560, 0.324652, 0.754840, 1, 0.754840, 0.324652, 0.079560, 0], abs=1e-6
-    )
+    assert gaussian == pytest.approx([0, 0.079560, 0.324652, 0.754840, 1, 0.754840, 0.324652, 0.079560, 0], abs=1e-6)
     assert questioner_reward(0.25, QuestionerConfig(reward="azr")) == 0.75
     assert questioner_reward(0.25, QuestionerConfig(reward="r_zero")) == 0.5
     assert questioner_reward(0.0, QuestionerConfig(reward="azr")) == 0  # all wrong: no reward of any kind
@@ -241,9 +239,7 @@ def test_shortage_of_negatives_is_carried_to_the_next_task():
 
 def test_batch_takes_what_there_is():
     groups = groups_of({"doc_mc": 150})
-    batch = compose(
-        groups, negatives_of({("doc_mc", "bad_format"): 10}), judged(3), SelfPlayConfig(), random.Random(0)
-    )
+    batch = compose(groups, negatives_of({("doc_mc", "bad_format"): 10}), judged(3), SelfPlayConfig(), random.Random(0))
     assert Counter(row.role for row in batch) == {"responder": 1024, "questioner": 138, "verifier": 24}
     assert compose([], [], [], SelfPlayConfig(), random.Random(0)) == []
     assert compose([], [], judged(3), SelfPlayConfig(), random.Random(0)) == []

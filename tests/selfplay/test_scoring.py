@@ -123,10 +123,7 @@ def test_comparison_agrees_with_exact_fractions(oracle, a, b, factor):
     # On the very edge of a tolerance floats and fractions may differ; keep away from it by 1e-9.
     assume(all(abs(abs(a - b) - 0.0015 * abs(x)) > 1e-9 * abs(x) for x in (a, b) if x))
     small, large = sorted((abs(a), abs(b)))
-    assume(
-        all(abs(abs(small * s - large) - 0.0015 * large) > 1e-9 * large for s in (100, 1e3, 1e6, 1e9))
-        or not large
-    )
+    assume(all(abs(abs(small * s - large) - 0.0015 * large) > 1e-9 * large for s in (100, 1e3, 1e6, 1e9)) or not large)
     assume(all(abs(1000 * x - round(1000 * x)) > 1e-6 or x.is_integer() for x in (small, large)))
     assert numbers_match(a, b) == oracle.numbers_agree(a, b)
 

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-import check_weights  # noqa: E402
+import check_weights
 
-from spell_megatron.config import ParallelConfig  # noqa: E402
-from spell_megatron.weights.convert import hf_to_megatron  # noqa: E402
-from spell_megatron.weights.push import WeightPusher  # noqa: E402
+from spell_megatron.config import ParallelConfig
+from spell_megatron.weights.convert import hf_to_megatron
+from spell_megatron.weights.push import WeightPusher
 
 pytestmark = pytest.mark.engine
 
@@ -74,9 +74,7 @@ def test_other_checkpoints_and_no_engine(engines_for, policy, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_started_engine_gets_the_weights(tensor_parallel, policy, run):
-    status, output, _ = run(
-        None, policy("tied"), "--start", "--device", "cpu", "--tensor-parallel", tensor_parallel
-    )
+    status, output, _ = run(None, policy("tied"), "--start", "--device", "cpu", "--tensor-parallel", tensor_parallel)
     count = len(load_file(policy("tied") / "model.safetensors"))
     assert status == 0
     assert output.startswith(f"pushed {count} tensors") and f"{count} of {count} tensors agree" in output

@@ -30,6 +30,7 @@ from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 
+
 def read(documents: list[str]) -> dict[tuple[str, str], str]:
     """(relation, entity) -> value, out of plain text; every sentence must be understood."""
     facts: dict[tuple[str, str], str] = {}
@@ -228,10 +229,7 @@ def test_committed_policy_follows_its_formats():
         parse_answer(row.task, codec.decode(response), False)
         for row, response in zip(rows, seed_policy.sample(model, ids, 16, 0.0), strict=True)
     ]
-    hits = sum(
-        rule_score(row.task, prediction, row.answer)
-        for row, prediction in zip(rows, predictions, strict=True)
-    )
+    hits = sum(rule_score(row.task, prediction, row.answer) for row, prediction in zip(rows, predictions, strict=True))
     assert sum(prediction is not None for prediction in predictions) >= 36
     assert 12 <= hits <= 36  # reads, and has something to learn
     ids = [codec.prompt(prompts.questioner(row.task, row.documents[:3], [], None)) for row in rows]

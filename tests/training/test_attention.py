@@ -54,9 +54,7 @@ def test_equals_dense_attention(depth, small, monkeypatch):
     rng = random.Random(depth)
     worst = 0.0
     for trial in range(6):
-        end = torch.tensor(
-            random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4))
-        )
+        end = torch.tensor(random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4)))
         groups = rng.choice([1, 2, 3])
         heads, dim = groups * rng.choice([1, 2, 4]), rng.choice([8, 20, 32])
         torch.manual_seed(trial)

@@ -99,9 +99,7 @@ def test_no_checkpoint_yet(tmp_path):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_resume_continues_exactly(distributed, policy, tmp_path):
     """Random numbers drawn after saving, the next three updates and the weights are identical."""
-    config = make_config(
-        policy, training__optimizer__distributed=distributed, training__optimizer__warmup_steps=4
-    )
+    config = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__warmup_steps=4)
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
     checkpoint.save(tmp_path, 1, trainer, {"step": 1})

@@ -30,9 +30,7 @@ def plain(h, w, source, target, temperature, vocab_size=None):
     logp = F.log_softmax(logits, -1)
     entropy = -(logp.exp() * logp).sum(-1)
     top, token = logp.detach().exp().max(-1)
-    return TokenLogprobs(
-        logp[source, target], entropy[source].detach(), top[source], (token[source] == target).float()
-    )
+    return TokenLogprobs(logp[source, target], entropy[source].detach(), top[source], (token[source] == target).float())
 
 
 def relative(a, b):
@@ -122,9 +120,7 @@ def test_peak_memory_is_one_chunk():
 
 
 def _vocab_parallel(rank, world, port, out):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     h, w, source, target, g = problem(vocab=56)
     mine = w.detach().chunk(world)[rank].clone().requires_grad_()
     got = token_logprobs(h, mine, source, target, 0.7, 8, 53, torch.distributed.group.WORLD)

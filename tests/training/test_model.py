@@ -7,10 +7,9 @@ import torch
 from hf_models import CASES, COMMON, MOE, YARN_ROPE, cpu_config, load, make
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from spell_megatron.config import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
+from spell_megatron.training.architecture import load_hf_config, rotary_frequencies
 from spell_megatron.training.model import build_model
 from spell_megatron.weights.huggingface import load_weights
 
@@ -205,11 +204,7 @@ def test_deep_positions_beyond_the_row(hf_checkpoint):
     tokens = torch.arange(20)
     depth = torch.arange(20) + 5000
     with torch.no_grad():
-        error = (
-            (logits(load(folder), tokens, depth) - hf(tokens[None], position_ids=depth[None]).logits[0])
-            .abs()
-            .max()
-        )
+        error = (logits(load(folder), tokens, depth) - hf(tokens[None], position_ids=depth[None]).logits[0]).abs().max()
     print(f"largest logit difference at depth 5000: {error:.1e}")
     assert error <= 1e-4
 

@@ -63,9 +63,7 @@ def test_importance_weights_are_truncated_and_carry_no_gradient():
 
 
 def test_absurd_log_ratios_stay_finite():
-    out = policy_loss(
-        torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([-1.0, 1.0]), 0.2, 0.2, 3.0
-    )
+    out = policy_loss(torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([-1.0, 1.0]), 0.2, 0.2, 3.0)
     assert torch.isfinite(out.loss).all() and out.loss[0] == 3.0
 
 

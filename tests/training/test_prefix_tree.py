@@ -65,9 +65,7 @@ def check(rows, trees, max_tokens):
             np.testing.assert_array_equal(tree.tokens[ancestors(tree, source)], rows[row].tokens[:position])
             assert target == rows[row].tokens[position]
     assert len(seen) == sum(len(r.weights) for r in rows), "a loss edge is missing"
-    fresh = [
-        tuple(tree.tokens[ancestors(tree, q)]) for tree in trees for q in np.flatnonzero(tree.fresh)
-    ]
+    fresh = [tuple(tree.tokens[ancestors(tree, q)]) for tree in trees for q in np.flatnonzero(tree.fresh)]
     prefixes = {tuple(r.tokens[:i]) for r in rows if len(r.weights) for i in range(1, len(r.tokens) + 1)}
     assert len(fresh) == len(set(fresh)) and set(fresh) == prefixes, "a token is not fresh exactly once"
 
@@ -218,8 +216,7 @@ def test_one_group_over_two_ranks_is_cut_only_if_that_pays():
     long = plan(group(1000, 1), 10_000, 2)
     assert sorted(len(trees[0].source) for trees in long) in ([0, 8], [4, 4])
     costs = [
-        sum(len(t.tokens) for t in trees)
-        for trees in plan(group(50, 20) + group(50, 20) + group(50, 20), 10_000, 2)
+        sum(len(t.tokens) for t in trees) for trees in plan(group(50, 20) + group(50, 20) + group(50, 20), 10_000, 2)
     ]
     assert max(costs) <= 1.35 * sum(costs) / 2
 
@@ -243,9 +240,7 @@ def test_planning_a_full_batch_is_fast():
     rows = []
     for _ in range(175):
         prompt = rng.integers(0, 150_000, 15_000)
-        rows += [
-            make_row(np.concatenate([prompt, rng.integers(0, 150_000, 1_384)]), 15_000) for _ in range(8)
-        ]
+        rows += [make_row(np.concatenate([prompt, rng.integers(0, 150_000, 1_384)]), 15_000) for _ in range(8)]
     start = time.process_time()
     plans = plan(rows, 32_768, 8, Cost(1.0, 1e-4, 0.1))
     seconds = time.process_time() - start

@@ -69,9 +69,7 @@ def test_other_routings_equal_transformers_with_these_experts(normalised, recomp
     rows[3] = replace(rows[3], routing=None)  # nothing recorded
     for number in (4, 5, 6):  # an answer whose engine was not asked about the prompt
         rows[number] = replace(rows[number], routing=rows[number].routing[rows[number].prompt_length :])
-    trainer = make_trainer(
-        make_config(folder, training__recompute=recompute, training__tokens_per_microbatch=budget)
-    )
+    trainer = make_trainer(make_config(folder, training__recompute=recompute, training__tokens_per_microbatch=budget))
     metrics = trainer.update(rows)
     routings = replayed(rows)
     expected, model = reference(folder, rows, routings=routings)

@@ -151,9 +151,7 @@ def test_pathological_trees_have_the_gradient_of_separate_rows(policies):
 def hf_routing(folder, rows, trees):
     """The policy's own routing of every distinct token of the batch, by transformers: for each tree the router
     logits [layers, tokens, experts] of its fresh tokens, with gradients into the returned model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     logits = []  # of each row [layers, tokens, experts]
     for row in rows:
         output = model(torch.from_numpy(row.tokens)[None], output_router_logits=True)
@@ -173,9 +171,7 @@ def test_expert_load_equals_transformers_routing(budget, recompute, policies):
     """Tokens per layer and expert, each distinct token once, whatever is cut, padded or computed again."""
     rows = make_rows()
     trainer = make_trainer(
-        make_config(
-            policies("qwen3_moe"), training__tokens_per_microbatch=budget, training__recompute=recompute
-        )
+        make_config(policies("qwen3_moe"), training__tokens_per_microbatch=budget, training__recompute=recompute)
     )
     metrics = trainer.update(rows)
     _, routed = hf_routing(policies("qwen3_moe"), rows, plan(rows, 10_000, 1)[0])
@@ -278,9 +274,7 @@ def test_two_full_updates(family, policies):
 def test_likelihood_rises_with_positive_weights(policies):
     """Rollout log-probabilities of zero make mean |d| the negative log-likelihood: it must fall."""
     rows = [
-        dataclasses.replace(
-            row, weights=np.ones_like(row.weights), rollout_logprobs=np.zeros_like(row.weights)
-        )
+        dataclasses.replace(row, weights=np.ones_like(row.weights), rollout_logprobs=np.zeros_like(row.weights))
         for row in make_rows()
     ]
     trainer = make_trainer(make_config(policies("qwen3")))
@@ -305,9 +299,7 @@ def test_adamw_step_equals_torch(policies):
         trainer.update(make_rows(seed))
         for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
             theirs.grad = mine.main_grad.clone()  # clipped in place by the optimizer
-        assert torch.cat([p.grad.flatten() for p in other.parameters()]).norm() == pytest.approx(
-            0.05, rel=1e-4
-        )
+        assert torch.cat([p.grad.flatten() for p in other.parameters()]).norm() == pytest.approx(0.05, rel=1e-4)
         optimizer.step()
         for mine, theirs in zip(trainer.model.parameters(), other.parameters()):
             torch.testing.assert_close(mine.data, theirs.data, rtol=1e-5, atol=1e-6)

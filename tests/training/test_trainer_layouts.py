@@ -20,7 +20,6 @@ from trainer_cases import (
 
 from spell_megatron.training import backend
 
-
 # With every row a microbatch of its own, all layouts cut the batch alike: the auxiliary loss depends on the cut.
 BALANCED = {"training__moe_aux_loss": 1.0, "training__tokens_per_microbatch": 1}
 
@@ -85,7 +84,9 @@ ON_FOUR = {
     "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
     "expert-tensor-over-tensor": layout("qwen3_moe", "full", tensor=2, expert_tensor=4),
     "tensor-over-expert-tensor": layout("qwen3_moe", distributed=True, tensor=4, expert_tensor=2),
-    "pipeline-expert-tensor-grouped": layout("qwen3_moe", "selective", True, other=GROUPED, pipeline=2, expert_tensor=2),
+    "pipeline-expert-tensor-grouped": layout(
+        "qwen3_moe", "selective", True, other=GROUPED, pipeline=2, expert_tensor=2
+    ),
     "expert-tensor-grouped": layout("qwen3_moe", other=GROUPED, tensor=2, expert_tensor=2, expert=2),
     "expert-everywhere-allgather": layout("qwen3_moe", other=ALL_GATHER, tensor=2, expert=4),
     "expert-tensor-allgather": layout("qwen3_moe", other=ALL_GATHER, tensor=2, expert_tensor=2, expert=2),

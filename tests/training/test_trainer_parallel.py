@@ -48,9 +48,7 @@ def test_resumed_run_is_identical(family, distributed, folder):
     result = torch.load(folder / f"{family}_{distributed}.pt")
     timing = {"seconds", "tokens_per_second"}
     for a, b in zip(result["next"], result["resumed"]):
-        assert {k: v for k, v in a.items() if k not in timing} == {
-            k: v for k, v in b.items() if k not in timing
-        }
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
     assert difference(result["resumed_weights"], result["next_weights"]) == 0
     assert result["state"] == {"rank": 0}
 

@@ -153,9 +153,7 @@ def make_trainer(config: Config) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().float().clone() for name, tensor in export(trainer.model, trainer.hf_config)
-    }
+    return {name: tensor.detach().float().clone() for name, tensor in export(trainer.model, trainer.hf_config)}
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -186,9 +184,7 @@ def reference(
     sampling, cap: importance weights. routings: experts of each row's tokens [tokens, layers, top_k], -1: the
     model's own.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     count = sum(len(row.weights) for row in rows)
     names = ("loss", "entropy", "mismatch_abs", "mismatch_kl", "importance_weight", "importance_capped")
     names += ("top_probability", "top_share")
@@ -279,9 +275,7 @@ def own_routings(model: torch.nn.Module, rows: list[Row]) -> list[np.ndarray]:
 def other_routings(rows: list[Row], layers: int, experts: int, top_k: int, seed: int = 0) -> list[np.ndarray]:
     """Experts [tokens, layers, top_k] drawn at random for each row."""
     rng = np.random.default_rng(seed)
-    return [
-        rng.random((len(row.tokens), layers, experts)).argsort(-1)[..., :top_k].astype(np.uint8) for row in rows
-    ]
+    return [rng.random((len(row.tokens), layers, experts)).argsort(-1)[..., :top_k].astype(np.uint8) for row in rows]
 
 
 def recorded(rows: list[Row], routings: list[np.ndarray]) -> list[Row]:

@@ -76,9 +76,7 @@ def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
 
     source, out = checkpoint(case), tmp_path / "out"
     hf_to_megatron(source, out, ParallelConfig(tensor=2, pipeline=3))
-    config = Config(
-        model={"path": source, "dtype": "bfloat16"}, data={"documents": "none"}, run={"device": "cpu"}
-    )
+    config = Config(model={"path": source, "dtype": "bfloat16"}, data={"documents": "none"}, run={"device": "cpu"})
     backend.initialise(config)
     try:
         hf_config = load_hf_config(source)

@@ -124,9 +124,7 @@ def damaged(folder, tmp_path, damage) -> str:
 
 
 def test_missing_tensor(hf_checkpoint, tmp_path):
-    message = damaged(
-        hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    )
+    message = damaged(hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
     assert "lacks 1 tensors" in message and "model.layers.1.mlp.up_proj.weight" in message
 
 
@@ -182,9 +180,7 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
     assert len(list(sharded.glob("*.safetensors"))) == 7
     assert "model-00002-of-00007.safetensors" in damaged(sharded, tmp_path / "a", unlink)
     assert "model.norm.weight" in damaged(sharded, tmp_path / "b", misplace)
-    assert "not an index" in damaged(
-        sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{")
-    )
+    assert "not an index" in damaged(sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{"))
 
 
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):

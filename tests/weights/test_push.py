@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from engine_fixtures import engine_config
+from safetensors.torch import load_file
+from torchrun import torchrun
+
 from spell_megatron.config import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Client, Completion, GenerationError
@@ -25,7 +26,6 @@ from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transfer import checksum
 from spell_megatron.weights.check import compare
 from spell_megatron.weights.push import WeightPusher, _IpcChannel, _NcclChannel
-from torchrun import torchrun
 
 PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
 SEEDED = {
