@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
     package_data={
         "spell_megatron.evaluation": ["judge_prompt.md"],
-        "spell_megatron.reporting": ["page/*"],
+        "spell_megatron.report": ["page/*"],
         "spell_megatron.selfplay": ["prompt_sets/*/*.md"],
     },
     entry_points={"console_scripts": ["spell = spell_megatron.cli:main"]},

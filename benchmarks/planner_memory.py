@@ -44,7 +44,7 @@ CASES = [  # processes, model, recompute, layout
 
 
 def make_config(folder: Path, recompute: str, layout: dict[str, int], tokens: int):
-    from spell_megatron.config import Config
+    from spell_megatron.config.schema import Config
 
     return Config(
         run={"device": "cpu"},
@@ -116,7 +116,7 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from spell_megatron import planner
+    from spell_megatron.planner import search as planner
     from spell_megatron.training import backend
     from spell_megatron.training.architecture import load_hf_config
     from spell_megatron.training.model import build_model

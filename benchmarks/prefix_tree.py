@@ -46,7 +46,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.planner_memory import allocated_peak, update_peak
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training import backend
 
 GOALS = {"response logits": 5.5, "all logits": 8.0, "SPELL reference": 12.0}
@@ -368,7 +368,7 @@ def long(options: argparse.Namespace) -> dict:
 def head(options: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
-    from spell_megatron.planner import Model, head_bytes
+    from spell_megatron.planner.search import Model, head_bytes
     from spell_megatron.training.logprobs import token_logprobs
 
     # tokens of the row, predicting ones, hidden size, vocabulary, chunk, type

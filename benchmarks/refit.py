@@ -36,7 +36,7 @@ import psutil
 import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transfer import broadcast, gloo_group, listen
 from spell_megatron.training import backend

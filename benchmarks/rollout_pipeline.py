@@ -34,11 +34,12 @@ from pathlib import Path
 
 import psutil
 
-from spell_megatron.config import Config, load_config
-from spell_megatron.director import Director
+from spell_megatron.config.reading import load_config
+from spell_megatron.config.schema import Config
+from spell_megatron.leader import Director
 from spell_megatron.rollout.client import Client, Completion
 from spell_megatron.rollout.engines import Engine, Engines
-from spell_megatron.selfplay import pipeline
+from spell_megatron.selfplay import stream
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 ROLES = ("questioner", "no_context", "responder", "verifier")
@@ -73,7 +74,7 @@ class Recorder:
         return completions
 
 
-class RecordedStep(pipeline._StepClient):
+class RecordedStep(stream._StepClient):
     """Tells the recorder whose request comes next."""
 
     async def generate(self, attempt, role, *args, **arguments):
@@ -178,7 +179,7 @@ def main() -> None:
         f"{config.rollout.concurrency} sequences; {os.cpu_count()} cores, load before "
         f"{os.getloadavg()[0]:.1f}"
     )
-    pipeline._StepClient = RecordedStep
+    stream._StepClient = RecordedStep
     with tempfile.TemporaryDirectory() as folder, Engines.open(config, Path(folder)) as engines:
         results = asyncio.run(measure(config, engines, steps))
     print(f"load after {os.getloadavg()[0]:.1f}; medians of {len(results)} step(s):")

@@ -39,7 +39,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.prefix_tree import clock, hf_config, make_rows
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training import backend
 
 GOAL, GRADIENT = 5.0, 1e-5

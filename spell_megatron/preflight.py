@@ -1,6 +1,6 @@
 """What can be known to go wrong before any model is loaded: files, the model's limits, ports, disks.
 
-`spell_megatron.config` checks a configuration by itself; this module checks it against the machine.
+`spell_megatron.config.schema` checks a configuration by itself; this module checks it against the machine.
 Nothing here writes anything or loads weights.
 """
 
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from spell_megatron.config import Config, Fault, involves, launched_processes, raise_faults, trains_verifier
+from spell_megatron.config.faults import Fault, involves, raise_faults
+from spell_megatron.config.relations import trains_verifier
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.ranks import launched_processes
 from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
 
@@ -202,7 +205,7 @@ class _Preflight:
             self.fault("model.path", message)
 
         # transformers takes seconds to import: not before the folder is known to exist
-        from spell_megatron.rollout.tokenizer import PolicyTokenizer
+        from spell_megatron.tokenizer import PolicyTokenizer
         from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
 
         hf_config = self.attempt("model.path", lambda: load_hf_config(path))

@@ -12,19 +12,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from spell_megatron.cluster import processes
-from spell_megatron.cluster.rendezvous import Rendezvous
-from spell_megatron.config import Config, to_yaml
-from spell_megatron.director import Director
+from spell_megatron import checkpoint
+from spell_megatron.config.reading import to_yaml
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.reporting.dumps import write_dump
-from spell_megatron.reporting.metrics import MetricsLogger
-from spell_megatron.reporting.progress import Progress, gain
-from spell_megatron.reporting.status import Reason, Status, StopRequest
+from spell_megatron.leader import Director
+from spell_megatron.monitoring.dumps import write_dump
+from spell_megatron.monitoring.metrics import MetricsLogger
+from spell_megatron.monitoring.progress import Progress, gain
+from spell_megatron.monitoring.status import Reason, Status, StopRequest
+from spell_megatron.processes import joining as processes
+from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
-from spell_megatron.selfplay.pipeline import OUTCOMES
-from spell_megatron.training import backend, checkpoint
+from spell_megatron.selfplay.stream import OUTCOMES
+from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
 from spell_megatron.training.prefix_tree import Row
@@ -55,7 +57,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         rendezvous: where the processes of a cluster's job find each other.
 
     Returns:
-        Why it stopped before its last step, with a checkpoint (see `reporting.status`); None: it has made all steps.
+        Why it stopped before its last step, with a checkpoint (see `monitoring.status`); None: it has made all steps.
 
     Raises:
         UserError: for faults that the user can mend; everything started here is stopped first.

@@ -76,7 +76,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def engine_config(model: Path, dtype: str = "float32", **rollout: object):
     """Configuration of small CPU engines for a checkpoint; `rollout` overrides its settings."""
-    from spell_megatron.config import Config
+    from spell_megatron.config.schema import Config
 
     settings = {
         "concurrency": 32,

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import TreeGPTModel, build_model
 from spell_megatron.weights.huggingface import load_weights

@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from spell_megatron.config import Config, to_yaml
+from spell_megatron.config.reading import to_yaml
+from spell_megatron.config.schema import Config
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
-from spell_megatron.reporting.dumps import write_dump
-from spell_megatron.reporting.metrics import MetricsLogger
+from spell_megatron.monitoring.dumps import write_dump
+from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster, ClusterSampler
 from spell_megatron.selfplay.history import History
-from spell_megatron.selfplay.pipeline import SelfPlay
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.stream import SelfPlay
 
 PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
 

@@ -17,7 +17,7 @@ from engine_fixtures import save_policy
 
 from spell_megatron import __version__
 from spell_megatron.cli import main
-from spell_megatron.config import settings
+from spell_megatron.config.help import settings
 
 
 @pytest.fixture(scope="module")

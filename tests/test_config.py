@@ -9,7 +9,9 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from spell_megatron.config import Config, load_config, read_config, settings, to_yaml
+from spell_megatron.config.help import settings
+from spell_megatron.config.reading import load_config, read_config, to_yaml
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 
 MINIMAL = "model: {path: policy}\ndata: {documents: corpus.parquet}\n"

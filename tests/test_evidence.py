@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spell_megatron.config import load_config
+from spell_megatron.config.reading import load_config
 
 ROOT = Path(__file__).parents[1]
 

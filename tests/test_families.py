@@ -106,8 +106,8 @@ def teach_formats(model, folder: Path, text: str, steps: int = 180) -> None:
     """Train a model to answer prompts in their form, several exchanges a row; 12 to 20 s on one core."""
     import torch
 
-    from spell_megatron.rollout.tokenizer import PolicyTokenizer
     from spell_megatron.selfplay.prompts import PromptSet
+    from spell_megatron.tokenizer import PolicyTokenizer
 
     prompts, tokenizer, rng = PromptSet.load("compact"), PolicyTokenizer(folder), random.Random(0)
     rows, length, eos = 4, 448, model.config.eos_token_id

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes, update_peak
-from spell_megatron import planner
 from spell_megatron.cli import main
-from spell_megatron.config import ParallelConfig, load_config
+from spell_megatron.config.reading import load_config
+from spell_megatron.config.schema import ParallelConfig
+from spell_megatron.planner import search as planner
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model

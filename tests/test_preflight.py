@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_fixtures import save_policy
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.preflight import CPU_HEAD_SIZES, checkpoint_bytes, find_faults, preflight
 

@@ -26,8 +26,8 @@ from small_run import (
     wait_for_step,
 )
 
-from spell_megatron.config import load_config
-from spell_megatron.reporting.panels import sections, table
+from spell_megatron.config.reading import load_config
+from spell_megatron.report.panels import sections, table
 from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine

@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from spell_megatron.config import QuestionerConfig, SelfPlayConfig, VerifierConfig
+from spell_megatron.config.schema import QuestionerConfig, SelfPlayConfig, VerifierConfig
 from spell_megatron.evaluation import scores
 from spell_megatron.selfplay import batch, documents, parsing, prompts, rewards, scoring
 from spell_megatron.selfplay.advantages import assign_advantages

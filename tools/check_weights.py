@@ -23,9 +23,9 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.reporting.progress import Progress
+from spell_megatron.monitoring.progress import Progress
 from spell_megatron.rollout.engines import Engine, Engines
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.weights.check import compare, read_checkpoint, side_files

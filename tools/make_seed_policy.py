@@ -52,11 +52,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spell_megatron.rollout.tokenizer import PolicyTokenizer
 from spell_megatron.selfplay.history import Entry
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.scoring import rule_score
+from spell_megatron.tokenizer import PolicyTokenizer
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 UNKNOWN, BOS, EOS, PAD = range(4)

@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from spell_megatron import planner
-from spell_megatron.config import Config, RolloutConfig
+from spell_megatron.config.schema import Config, RolloutConfig
+from spell_megatron.planner import search as planner
 from spell_megatron.training import attention as tree_attention_module
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config

@@ -38,9 +38,9 @@ from spell_megatron.corpus.texts import clean, split_text, web_fault, words
 from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
-from spell_megatron.reporting.progress import Progress
-from spell_megatron.rollout.tokenizer import PolicyTokenizer
+from spell_megatron.monitoring.progress import Progress
 from spell_megatron.selfplay.documents import Cluster, load_clusters
+from spell_megatron.tokenizer import PolicyTokenizer
 
 SCHEMA = pa.schema(
     [

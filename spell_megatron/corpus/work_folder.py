@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spell_megatron.errors import UserError
-from spell_megatron.reporting.progress import Progress
+from spell_megatron.monitoring.progress import Progress
 
 
 class WorkFolder:

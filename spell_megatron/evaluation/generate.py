@@ -8,15 +8,15 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from spell_megatron.config import SamplingConfig
+from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.evaluation.journal import Journal, run_all
 from spell_megatron.evaluation.openai_server import OpenAIServer, Reply
 from spell_megatron.evaluation.scores import middle_truncate
 from spell_megatron.rollout.client import Client
-from spell_megatron.rollout.tokenizer import PolicyTokenizer
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.tokenizer import PolicyTokenizer
 
 
 class Policy(Protocol):

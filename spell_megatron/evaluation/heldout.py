@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, get_args
 
-from spell_megatron.config import SamplingConfig, Task
+from spell_megatron.config.schema import SamplingConfig, Task
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.scores import middle_truncate, pass_at_k
 from spell_megatron.selfplay.documents import known_answer, read_json_lines, valid_unicode
 from spell_megatron.selfplay.parsing import parse_answer
-from spell_megatron.selfplay.pipeline import Client, Tokenizer, derive_seed
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.scoring import rule_score
+from spell_megatron.selfplay.stream import Client, Tokenizer, derive_seed
 
 
 @dataclass(frozen=True)

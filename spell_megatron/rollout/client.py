@@ -17,7 +17,7 @@ from typing import Literal
 import aiohttp
 import numpy as np
 
-from spell_megatron.config import SamplingConfig
+from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from typing import Literal, TypeVar
 import requests
 
 import spell_megatron
-from spell_megatron.cluster.rendezvous import Rendezvous
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.processes.rendezvous import Rendezvous
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from spell_megatron.config import SelfPlayConfig
+from spell_megatron.config.schema import SelfPlayConfig
 
 Role = Literal["questioner", "responder", "verifier"]
 Kind = Literal["good", "bad_format", "bad_ground", "zero_variance"]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pyarrow
 import pyarrow.parquet
 
-from spell_megatron.config import Task
+from spell_megatron.config.schema import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.history import Entry
 from spell_megatron.selfplay.parsing import LETTERS, format_decimal

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import architecture, load_hf_config
 from spell_megatron.training.layout import context_levels

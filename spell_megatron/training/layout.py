@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spell_megatron.config import ParallelConfig
+from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import Architecture
 

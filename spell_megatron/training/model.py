@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.layout import context_levels, layout_faults, refuse

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training.architecture import architecture
 from spell_megatron.training.layout import context_positions, context_split
 from spell_megatron.training.logprobs import token_logprobs

@@ -49,7 +49,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from spell_megatron.config import Config, ParallelConfig
+from spell_megatron.config.schema import Config, ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config

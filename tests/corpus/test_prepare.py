@@ -502,7 +502,7 @@ def test_decontamination(tmp_path):
 
 
 def test_clusters_keep_within_tokens(tmp_path):
-    from spell_megatron.rollout.tokenizer import PolicyTokenizer
+    from spell_megatron.tokenizer import PolicyTokenizer
 
     save_byte_tokenizer(tmp_path / "policy")
     rows = [{"text": article(topic, n, words=40 + 30 * n) + " é漢" * 20} for topic in TOPICS for n in range(8)]

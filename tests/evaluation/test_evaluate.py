@@ -20,8 +20,8 @@ from spell_megatron.evaluation import openai_server
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion, load_benchmark
 from spell_megatron.evaluation.generate import cut_text, sample_seed
 from spell_megatron.evaluation.journal import Journal
-from spell_megatron.rollout.tokenizer import PolicyTokenizer
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.tokenizer import PolicyTokenizer
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "examples" / "quickstart" / "heldout.jsonl"

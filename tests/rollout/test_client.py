@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 
-from spell_megatron.config import SamplingConfig
+from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Client, GenerationError, _completion
 

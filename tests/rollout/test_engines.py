@@ -17,8 +17,8 @@ import pytest
 import requests
 from engine_fixtures import engine_config
 
-from spell_megatron.cluster.rendezvous import Rendezvous
 from spell_megatron.errors import UserError
+from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines, _environment, _held_port, _placement, last_words, server_command
 
 

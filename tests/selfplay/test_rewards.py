@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spell_megatron.config import QuestionerConfig, SelfPlayConfig, VerifierConfig
+from spell_megatron.config.schema import QuestionerConfig, SelfPlayConfig, VerifierConfig
 from spell_megatron.selfplay.advantages import assign_advantages
 from spell_megatron.selfplay.batch import Group, Sample, compose, response_length
 from spell_megatron.selfplay.history import Entry, History

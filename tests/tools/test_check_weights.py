@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import check_weights
 
-from spell_megatron.config import ParallelConfig
+from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.weights.convert import hf_to_megatron
 from spell_megatron.weights.push import WeightPusher
 

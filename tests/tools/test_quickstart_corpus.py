@@ -22,11 +22,11 @@ import make_quickstart_corpus as corpus  # noqa: E402
 import make_seed_policy as seed_policy  # noqa: E402
 
 from spell_megatron.evaluation.heldout import load_questions  # noqa: E402
-from spell_megatron.rollout.tokenizer import PolicyTokenizer  # noqa: E402
 from spell_megatron.selfplay.documents import load_clusters  # noqa: E402
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict  # noqa: E402
 from spell_megatron.selfplay.prompts import PromptSet  # noqa: E402
 from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
+from spell_megatron.tokenizer import PolicyTokenizer  # noqa: E402
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torchrun import end_layout
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model

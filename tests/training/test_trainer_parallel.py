@@ -7,7 +7,7 @@ import torch
 from torchrun import torchrun
 from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
 
-from spell_megatron.training import checkpoint
+from spell_megatron import checkpoint
 
 pytestmark = pytest.mark.usefixtures("process_group")
 SEEDS = range(2)

@@ -16,7 +16,8 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     import torch.distributed as dist
     from trainer_cases import make_config, make_routed_rows, make_rows, make_trainer, weights
 
-    from spell_megatron.training import backend, checkpoint, model
+    from spell_megatron import checkpoint
+    from spell_megatron.training import backend, model
 
     grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
     model._wants_grouped_experts = lambda use_te: grouped

@@ -12,7 +12,8 @@ def main(folder: Path) -> None:
     import torch.distributed as dist
     from trainer_cases import make_config, make_rows, make_trainer, weights
 
-    from spell_megatron.training import backend, checkpoint
+    from spell_megatron import checkpoint
+    from spell_megatron.training import backend
 
     backend.initialise(make_config(folder / "qwen3"))
     rank = dist.get_rank()

@@ -9,7 +9,7 @@ import sys
 import torch.distributed as dist
 from torchrun import end_layout
 
-from spell_megatron.config import Config
+from spell_megatron.config.schema import Config
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config

@@ -12,7 +12,7 @@ from hf_models import CASES, edit, make
 from safetensors.torch import load_file
 
 from spell_megatron.cli import main
-from spell_megatron.config import Config, ParallelConfig
+from spell_megatron.config.schema import Config, ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config

@@ -19,7 +19,7 @@ from engine_fixtures import engine_config
 from safetensors.torch import load_file
 from torchrun import torchrun
 
-from spell_megatron.config import SamplingConfig
+from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Client, Completion, GenerationError
 from spell_megatron.rollout.engines import Engines

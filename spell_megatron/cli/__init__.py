@@ -1,0 +1,68 @@
+"""The `spell` command.
+
+Exit status: 0 success, 2 something the user can mend (one message on stderr), 130 interrupted, 1 a
+defect of the program (with a stack trace). Of `spell train` also 75 and 143: stopped with a checkpoint, on SIGUSR1
+(start it again: the limit of time is near) and on SIGTERM. Of `spell status` also 3: failed, or no sign of life.
+"""
+
+# torch, Megatron, vLLM and transformers are imported inside the commands: `spell --help` answers at once.
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from spell_megatron import __version__
+from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
+from spell_megatron.errors import UserError
+from spell_megatron.ranks import launched_processes, rank
+
+COMMANDS = (train, launch, engines, status, stop, evaluate, plan, prepare, convert, report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name) and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_settings:
+        parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+    try:
+        return arguments.command(arguments, rest, argv)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = UserError(f"{error}. Make room; a run then goes on from its last checkpoint with --resume.")
+        process = f" (process {rank()})" if (launched_processes() or 1) > 1 else ""
+        print(f"spell{process}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spell: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spell",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="SPELL: a language model improves its long-context reasoning by self-play on documents.\n"
+        "Megatron-Core trains it, vLLM generates.",
+        epilog=textwrap.dedent(
+            """\
+            A first run on documents of your own:
+              spell prepare my_documents/ --out corpus.parquet
+              spell train --config run.yaml --data.documents=corpus.parquet --dry-run
+              spell train --config run.yaml --data.documents=corpus.parquet
+
+            `spell COMMAND --help` explains a command."""
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"spell_megatron {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,47 @@
+"""`spell engines`: one node's engines of a job; the job's script calls it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spell_megatron.cli.arguments import add_rendezvous
+from spell_megatron.config.faults import raise_faults
+from spell_megatron.config.reading import read_config
+from spell_megatron.ranks import rank
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "engines",
+        help="start engines on a node of a cluster's job (`spell launch` writes this command)",
+        allow_abbrev=False,
+        description="Start this node's share of the rollout.replicas engines of a run, tell its trainer by the "
+        "rendezvous, and serve until this process is ended. srun starts one such process on each engine node.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
+    add_rendezvous(parser, required=True)
+    parser.add_argument("--colocated", action="store_true", help="they share their GPUs with the trainer")
+    parser.set_defaults(command=run, takes_settings=False)
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    import signal
+
+    from spell_megatron.processes.rendezvous import Rendezvous
+    from spell_megatron.rollout.engines import Engines
+
+    # The default action would end this process without the engines' having been stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
+    node = rank()
+    os.environ.pop("SLURM_STEP_ID", None)  # the processes of this step are no trainers
+    config, faults = read_config(arguments.config)
+    raise_faults(faults, str(arguments.config))
+    rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
+    logs = config.run.output_dir / config.run.name / "logs"
+    Engines.serve(config, logs, rendezvous, node, arguments.colocated)
+    return 0

@@ -1,0 +1,64 @@
+"""`spell plan`: whether a run fits its GPUs, and how long a step takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from spell_megatron.cli.arguments import add_config, overrides_of, quiet_libraries, settings_help
+from spell_megatron.config.reading import raise_faults_of_files, read_config
+from spell_megatron.errors import UserError
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="tell whether a run fits its GPUs, and how long a step takes",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell plan --config FILE [--config FILE ...] [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
+        description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a\n"
+        "run, how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor\n"
+        "weights: of model.path only config.json is read. Exit status 2: it does not fit.",
+        epilog=settings_help(),
+    )
+    add_config(parser, required=True)
+    add = parser.add_argument
+    add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    parser.set_defaults(command=run, takes_settings=True)
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    overrides = overrides_of(rest)
+    config, faults = read_config(arguments.config, overrides)
+    raise_faults_of_files(faults, arguments.config, overrides)
+    quiet_libraries()
+    from spell_megatron.monitoring.progress import Progress
+    from spell_megatron.planner import search as planner
+    from spell_megatron.training.architecture import load_hf_config
+
+    if arguments.gpu not in planner.GPUS:
+        raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(planner.GPUS)}.")
+    if arguments.gpus_per_node < 1:
+        raise UserError(f"--gpus-per-node is {arguments.gpus_per_node}; it must be 1 or more.")
+    model = planner.Model.of(load_hf_config(config.model.path))
+    processes = config.training.parallel.processes
+    task = model, config, processes, planner.GPUS[arguments.gpu], planner.Assumptions(arguments.gpus_per_node)
+    plan = planner.plan(*task)
+    print("\n".join(planner.report(model, config, plan, arguments.gpu, task[-1])))
+    best = None
+    with Progress().stage("other layouts") as advance:
+        for number, tried in enumerate(planner.cheapest(*task)):
+            advance(number + 1, planner.TRIES)
+            best = tried if tried.fits else None
+    if best is None:
+        print(f"proposal  no layout on {processes} GPUs fits: use more of them, or shorter rows")
+    elif best.times.update < plan.times.update or not plan.fits:
+        print(
+            f"proposal  {planner.describe(best)}: {best.memory.total / 2**30:.2f} GiB, updates "
+            f"{plan.times.update / best.times.update:.2f} times as fast"
+        )
+    else:
+        print("proposal  none: no other layout is faster and fits")
+    return 0 if plan.fits else 2

@@ -1,0 +1,146 @@
+"""`spell train`: train a policy by self-play."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spell_megatron.cli.arguments import add_config, add_rendezvous, overrides_of, quiet_libraries, settings_help
+from spell_megatron.config.faults import Fault
+from spell_megatron.config.reading import raise_faults_of_files, read_config, to_yaml
+from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+from spell_megatron.processes.launch import launch_processes
+from spell_megatron.ranks import launched_processes, rank
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a policy by self-play",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="spell train --config FILE [--config FILE ...] [--SECTION.KEY=VALUE ...] [--dry-run]\n"
+        "       spell train --resume RUN_FOLDER [--SECTION.KEY=VALUE ...]",
+        description="Train a policy by self-play on document clusters. Everything is checked before a model\n"
+        "is loaded. Results are written to the folder run.output_dir/run.name.",
+        epilog=settings_help(),
+    )
+    add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check all, print all settings and a plan, and stop")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
+        "without RUN_FOLDER: the run that --config names",
+    )
+    add_rendezvous(parser, required=False)
+    parser.set_defaults(command=run, takes_settings=True)
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+    from spell_megatron.monitoring.status import block_sigusr1
+
+    block_sigusr1()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, as `launch_processes` is one
+        from spell_megatron.processes.lifetime import end_with_parent
+
+        end_with_parent()
+    overrides = overrides_of(rest)
+    config, faults, resume = _read(arguments, overrides)
+    warnings: list[str] = []
+    if rank() == 0:
+        from spell_megatron.preflight import find_faults
+
+        known = {key for fault in faults for key in fault.keys}
+        restarted = arguments.rendezvous is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        found, warnings = find_faults(config, resume, known, restarted)
+        faults = [*faults, *found]
+    raise_faults_of_files(faults, arguments.config or Path(arguments.resume) / "config.yaml", overrides)
+    if arguments.dry_run:
+        print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
+        return 0
+    if config.training.parallel.processes > 1 and launched_processes() is None:
+        return launch_processes(config, argv)
+    for warning in warnings:
+        print(f"spell: warning: {warning}", file=sys.stderr)
+
+    quiet_libraries()
+    from spell_megatron.train import run as train
+
+    rendezvous = None
+    if arguments.rendezvous:
+        from spell_megatron.processes.rendezvous import Rendezvous
+
+        rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
+    stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
+    if stopped == "requeue" and rendezvous:
+        rendezvous.publish("requeue", {})  # the job's script looks for it
+    return {None: 0, "stop": 0, "requeue": 75, "terminate": 143}[stopped]
+
+
+def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Config, list[Fault], Path | None]:
+    """Settings, their faults, and the folder of the run to be continued, if any."""
+    if arguments.resume:
+        folder = Path(arguments.resume)
+        own = folder / "config.yaml"
+        if not own.is_file() and not arguments.config:
+            raise UserError(
+                f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
+                "the YAML file with --config."
+            )
+        location = folder.absolute()
+        config, faults = read_config(arguments.config or own, overrides)
+        config.run.output_dir, config.run.name = location.parent, location.name
+        return config, faults, folder
+    if arguments.config is None:
+        raise UserError(
+            "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
+            "RUN_FOLDER. `spell train --help` lists all settings."
+        )
+    config, faults = read_config(arguments.config, overrides)
+    return config, faults, None if arguments.resume is None else config.run.output_dir / config.run.name
+
+
+def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
+    """What a run would do, in a few lines."""
+    import torch
+
+    from spell_megatron.preflight import checkpoint_bytes
+    from spell_megatron.rollout.engines import server_command
+    from spell_megatron.selfplay.documents import load_clusters
+    from spell_megatron.training.architecture import architecture, load_hf_config
+
+    play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
+    cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    hf_config = load_hf_config(config.model.path)
+    arch = architecture(hf_config)
+    clusters = load_clusters(config.data.documents)
+    processes = launched_processes() or parallel.processes
+    replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
+    experts = f", {arch.experts} experts" if arch.experts else ""
+    lines = [
+        "Plan",
+        f"run folder   {config.run.output_dir / config.run.name} ({'continued' if resume else 'new'})",
+        f"policy       {hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
+        f"vocabulary {arch.vocabulary}, {config.model.dtype}",
+        f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
+        f"trainer      {'CPU' if cpu else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
+        f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
+        f"{play.groups * play.group_size} responder rows, plus questions and judgments",
+        f"checkpoints  every {config.checkpoint.every} updates, "
+        f"{checkpoint_bytes(config.model.path) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
+    ]
+    if rollout.urls:
+        lines.append(f"engines      running at {', '.join(rollout.urls)}")
+    else:
+        command = server_command(config, rollout.base_port or 0, "gloo" if cpu else "nccl")
+        port = "" if rollout.base_port else " (port 0: a free one)"
+        lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
+    return lines + [f"warning: {warning}" for warning in warnings]

@@ -1,0 +1,142 @@
+"""What a job runs: shell text that knows nothing of NeMo-Run."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from spell_megatron.config.reading import to_yaml
+from spell_megatron.config.schema import Config
+from spell_megatron.jobs.settings import Cluster
+from spell_megatron.processes.rendezvous import NODES
+
+MAX_FRUITLESS = 3
+"""How often in a row a job that failed is queued again without having made a checkpoint since."""
+
+_END = "END_OF_SPELL_CONFIG"
+
+# Run when the batch script ends, in whatever way: well, with a fault that the user has to mend (2), by SIGTERM (143),
+# or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
+_ENDING = """\
+spell_end() {
+    code=$?
+    trap - EXIT
+    set +ex
+    checkpoint() { cat @RUN@/checkpoints/latest 2>/dev/null; }
+    tries=0
+    if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    again=
+    case $code in
+        0 | 2) ;;
+        143) [[ $job != *PreemptTime=[0-9]* ]] || again=yes ;;
+        *) again=yes; [ $tries -le @MAX@ ] || again=; echo $tries > "$spell_tries" ;;
+    esac
+    if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
+    if [ -n "$again" ] && [[ $job == *JobState=RUNNING* ]]; then  # neither scancel nor the limit has ended it
+        echo "The job is queued again, to go on from checkpoint $(checkpoint)."
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ $tries -gt @MAX@ ]; then
+        echo "The job failed $tries times without a new checkpoint: it is not queued again."
+    fi
+    exit $code
+}
+# The logs of the job's steps beside those of the engines.
+spell_log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p' | head -n1)
+mkdir -p @RUN@/logs && ln -sfn "$(dirname "$spell_log")" @RUN@/logs/job-$SLURM_JOB_ID
+spell_began=$(cat @RUN@/checkpoints/latest 2>/dev/null)
+spell_tries=@RUN@/jobs/$SLURM_JOB_ID.failures
+trap spell_end EXIT"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `srun` of the job."""
+
+    name: str
+    script: str
+    """What each of its tasks runs."""
+    nodes: int
+    tasks_per_node: int
+    first_node: int
+
+
+def steps(cluster: Cluster, config: Config, resume: bool) -> list[Step]:
+    """The trainer, and the engines if they have processes of their own; the job ends with the trainer."""
+    nodes, engines = cluster.trainer_nodes, cluster.nodes if cluster.colocated else cluster.engine_nodes
+    per_node = config.training.parallel.processes // nodes
+    trainer = Step("trainer", _script(cluster, _train(config, engines, resume)), nodes, per_node, 0)
+    if not engines:
+        return [trainer]
+    serve = _engines(engines) + (" --colocated" if cluster.colocated else "")
+    return [trainer, Step("engines", _script(cluster, serve), engines, 1, 0 if cluster.colocated else nodes)]
+
+
+def local_script(cluster: Cluster, config: Config, resume: bool) -> str:
+    """The run without Slurm: one process, which starts the others itself."""
+    folder = f"{_run_folder(config)}/jobs/local.$$"
+    train = 'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml"'
+    return _script(cluster, f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}")
+
+
+def prologue(config: Config) -> str:
+    """Commands of the batch script, on the job's first node and outside of containers, before the steps.
+
+    They make the folder in which the processes find each other, a new one for each start of the job, and leave
+    the run's settings and the addresses of the nodes there. And they see to it that a job that was asked to stop, or
+    failed, is queued again (see docs/cluster.md).
+    """
+    folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
+    # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
+    unset = "unset SLURM_UNBUFFEREDIO"
+    both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
+    nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
+    ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))
+    return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
+
+
+def _prepare(config: Config, folder: str) -> str:
+    return "\n".join(
+        [
+            f"export SPELL_RENDEZVOUS={folder}",
+            'mkdir -p "$(dirname "$SPELL_RENDEZVOUS")" && mkdir -m 700 "$SPELL_RENDEZVOUS" || exit 1',
+            f"cat > \"$SPELL_RENDEZVOUS/config.yaml\" <<'{_END}' || exit 1",
+            to_yaml(config) + _END,
+        ]
+    )
+
+
+def _run_folder(config: Config) -> str:
+    return shlex.quote(str(config.run.output_dir / config.run.name))
+
+
+def _script(cluster: Cluster, command: str) -> str:
+    lines = ["set -e"]
+    if cluster.modules:
+        lines.append("type module >/dev/null 2>&1 || source /etc/profile")
+        lines.append("module load " + " ".join(map(shlex.quote, cluster.modules)))
+    if cluster.venv:
+        lines.append(f"source {shlex.quote(str(cluster.venv / 'bin' / 'activate'))}")
+    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in cluster.env.items()]
+    if cluster.setup.strip():
+        lines.append(cluster.setup.strip())
+    return "\n".join([*lines, command]) + "\n"
+
+
+def _train(config: Config, engine_nodes: int, resume: bool) -> str:
+    again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && [ -e {_run_folder(config)}/checkpoints/latest ]'
+    return "\n".join(
+        [
+            f"resume={'--resume' if resume else ''}",
+            f"if {again}; then resume=--resume; fi",
+            'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml" '
+            f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {engine_nodes} $resume',
+        ]
+    )
+
+
+def _engines(nodes: int) -> str:
+    return (
+        'exec python -m spell_megatron engines --config "$SPELL_RENDEZVOUS/config.yaml" '
+        f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {nodes}'
+    )

@@ -1,0 +1,133 @@
+"""Numbers of a run, one record per step: JSON lines, TensorBoard, and Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+
+
+class MetricsLogger:
+    """Writes `metrics.jsonl` and `tensorboard/` in the run folder (and to Weights & Biases).
+
+    On resume, what an interrupted run had logged after its last checkpoint is removed, so that no step
+    is there twice.
+    """
+
+    def __init__(self, run_folder: Path, config: Config, resume_step: int | None = None) -> None:
+        """
+        Args:
+            resume_step: step of the checkpoint that the run continues from; None for a new run.
+
+        Raises:
+            UserError: Weights & Biases is asked for and not installed.
+        """
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._path = run_folder / "metrics.jsonl"
+        self._last: dict[str, Any] = {}
+        self._last_at = 0
+        self._truncate(-1 if resume_step is None else resume_step)
+        self._tensorboard = _tensorboard(run_folder, resume_step)
+        self._wandb = _wandb(run_folder, config) if config.logging.wandb else None
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record metrics of a step: numbers (also 0-d arrays and tensors) or texts, by flat name.
+
+        A step has one line in the file: what is logged for the same step right after is added to it.
+        JSON has no NaN: numbers that are not finite are null there.
+        """
+        plain = {name: _plain(value) for name, value in metrics.items()}
+        record = {name: _finite(value) for name, value in plain.items()}
+        with self._path.open("ab") as file:
+            if self._last.get("step") == step:
+                file.truncate(self._last_at)
+                record = self._last | record
+            else:
+                record = {"step": step, "time": round(time.time(), 3)} | record
+            self._last, self._last_at = record, file.seek(0, os.SEEK_END)
+            file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        for name, value in plain.items():
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **plain})
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _truncate(self, last_step: int) -> None:
+        """Remove records after a step, and a last line that a crash cut short."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if step <= last_step:
+                kept.append(line + "\n")
+        beside = self._path.with_name("metrics.jsonl.tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self._path)
+
+
+def _plain(value: Any) -> int | float | str:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    return int(value) if isinstance(value, bool | int) else float(value)
+
+
+def _finite(value: int | float | str) -> int | float | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(run_folder: Path, resume_step: int | None):
+    from torch.utils.tensorboard import SummaryWriter  # here: torch takes seconds to import
+
+    # purge_step hides what was logged from that step on
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge)
+
+
+def _wandb(run_folder: Path, config: Config):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb is true, but the wandb package cannot be imported. Install it (pip install "
+            "wandb), or set logging.wandb to false."
+        ) from error
+    id_file = run_folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+    run = wandb.init(
+        project=config.logging.wandb_project,
+        name=config.run.name,
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(run_folder),
+        config=config.model_dump(mode="json"),
+    )
+    # its own step counter cannot go back, which a resumed run does
+    run.define_metric("*", step_metric="step")
+    return run

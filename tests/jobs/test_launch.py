@@ -1,0 +1,180 @@
+"""`spell launch`: what it makes of a run and a cluster's file, and what it says of faults in them."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spell_megatron.cli import main
+from spell_megatron.config.reading import load_config, read_section
+from spell_megatron.config.schema import Config
+from spell_megatron.jobs.job import steps
+from spell_megatron.jobs.settings import Cluster, cluster_faults
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "slurm" / "cluster.example.yaml"
+QUICKSTART = ("--config", "examples/quickstart.yaml")
+
+
+def run_config(processes: int = 16, replicas: int = 2, tensor: int = 4, **run) -> Config:
+    return Config(
+        model={"path": "/x/policy"},
+        data={"documents": "/x/documents.parquet"},
+        run={"output_dir": "/x/runs", **run},
+        rollout={"replicas": replicas, "tensor_parallel": tensor},
+        training={"parallel": {"processes": processes}},
+    )
+
+
+def cluster_file(folder: Path, **settings) -> Path:
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(folder / "shared"), "gpus_per_node": 0} | settings))
+    return file
+
+
+def test_the_example_is_a_cluster_for_a_run():
+    cluster, faults = read_section(Cluster, EXAMPLE)
+    assert not faults and not cluster_faults(cluster, run_config())
+    planned = steps(cluster, run_config(), resume=False)
+    places = {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned}
+    assert places == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "key", "says"),
+    [
+        ({"time": "a day"}, {}, "time", "HH:MM:SS"),
+        ({"folder": "/my folder"}, {}, "folder", "characters"),
+        ({"folder": "x", "ssh": {"host": "h", "user": "me"}}, {}, "folder", "absolute"),
+        ({"ssh": {"host": "h"}}, {}, "ssh.user", "missing"),
+        ({"env": {"A-B": "1"}}, {}, "env", "A-B"),
+        ({"sbatch": {"--ntasks": 4}}, {}, "sbatch", "training.parallel.processes"),
+        ({"nodes": 1}, {}, "engine_nodes", "leave none for the trainer"),
+        ({"engine_nodes": 0}, {}, "nodes", "of which none runs engines"),
+        ({"engine_nodes": 0, "nodes": 1}, {}, "gpus_per_node", "16 trainer process.* and 8"),
+        ({}, {"processes": 15}, "training.parallel.processes", "spread evenly over 2 nodes"),
+        ({}, {"processes": 32}, "training.parallel.processes", "2 node.* 16. Raise nodes"),
+        ({"nodes": 4, "engine_nodes": 2}, {"replicas": 3}, "rollout.replicas", "spread evenly over 2 nodes"),
+        ({}, {"replicas": 3}, "rollout.replicas", "more than the 8 GPUs"),
+        ({}, {"replicas": 1, "tensor": 16}, "rollout.tensor_parallel", "cannot span nodes"),
+        ({"gpus_per_node": 0}, {"device": "cuda"}, "gpus_per_node", "run.device is cuda"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, config, key, says):
+    cluster, _ = read_section(Cluster, EXAMPLE)
+    cluster = Cluster.model_validate(cluster.model_dump() | change)
+    faults = cluster_faults(cluster, run_config(**config))
+    assert any(key in fault.keys and re.search(says, fault.message) for fault in faults), faults
+
+
+def test_faults_of_the_cluster_file_are_listed(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("nodez: 2\ntime: 12:00:00\ncontainer: {imag: x}\nnodes: 0\n")
+    cluster, faults = read_section(Cluster, file, ["engine_nodes=two"])
+    said = "\n".join(map(str, faults))
+    for part in ("Did you mean nodes?", "in quotes", "Did you mean container.image?", "nodes: ", "engine_nodes"):
+        assert part in said, said
+    assert cluster == Cluster()
+
+
+def test_without_nemo_run_the_remedy_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    assert main(["launch", *QUICKSTART, "--executor=local", "--dry-run"]) == 2
+    assert "make environment-slurm" in capsys.readouterr().err
+
+
+def test_scripts_quote_what_people_write(tmp_path):
+    cluster = Cluster(env={"A": "x 'y' $HOME"}, setup="echo before", modules=["cuda/13.0"], venv="/x/my env")
+    (step,) = steps(cluster, run_config(8, 1, 1, name="a run"), resume=True)
+    script = tmp_path / "script"
+    script.write_text(step.script.replace("exec python", "echo python").replace("source ", "echo source "))
+    output = os.popen(f"module() {{ echo module $*; }}; SPELL_RENDEZVOUS=/m; . {script}; echo $A").read()
+    assert output.splitlines() == [
+        "module load cuda/13.0",
+        "source /x/my env/bin/activate",
+        "before",
+        "python -m spell_megatron train --config /m/config.yaml --rendezvous /m --engine-nodes 0 --resume",
+        "x 'y' $HOME",
+    ]
+
+
+def test_dry_run_shows_the_job_and_submits_nothing(spell_launch, tmp_path):
+    """The overrides reach NeMo-Run's executor, and the steps follow from them."""
+    file = cluster_file(tmp_path, account="me", sbatch={"constraint": "fast", "exclusive": True}, cpus_per_task=2)
+    arguments = ("--run.name=my run", "--training.parallel.processes=4", "--rollout.replicas=2")
+    arguments += ("run.executor.nodes=3", "cluster.engine_nodes=1", "run.executor.qos=high")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    flags = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"account=me", "nodes=3", "ntasks-per-node=2", "constraint=fast", "exclusive", "qos=high"} <= flags
+    trainer, engines = (shlex.split(line) for line in lines if line.startswith("srun"))
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--relative=0", "--cpus-per-task=2"} <= set(trainer)
+    assert {"--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--relative=2", "--cpus-per-task=4"} <= set(engines)
+    assert any(line.startswith("scontrol") and "show node" in line for line in lines)
+    settings = done.stdout.split("END_OF_SPELL_CONFIG\n")[0].split("<<'END_OF_SPELL_CONFIG' || exit 1\n")[1]
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(settings)
+    assert load_config(resolved).training.parallel.processes == 4
+    assert "Memory plan" in done.stdout
+    assert not list((tmp_path / "shared").rglob("*.sh")) and not (tmp_path / "my run").exists()
+
+
+def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
+    """A job on three nodes of two GPUs each; its steps say where they are instead of training."""
+    say = "echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES; sleep 1; exit 0"
+    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, setup=say)
+    arguments = ("--run.device=auto", "--training.parallel.processes=4", "--rollout.replicas=2", "--run.name=places")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert slurm.wait(job, 120)["ExitCode"] == "0:0"
+    said = {log.name: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
+    trainer = ["4 0 n1 0,1", "4 1 n1 0,1", "4 2 n2 0,1", "4 3 n2 0,1"]
+    assert said == {f"log-places.trainer_{job}_0.out": trainer, f"log-places.engines_{job}_0.out": ["1 0 n3 0,1"]}
+
+
+def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, tmp_path):
+    say = "echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $CUDA_VISIBLE_DEVICES; sleep 1; exit 0"
+    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, engine_gpus_per_node=1, setup=say)
+    arguments = ("--run.device=auto", "--training.parallel.processes=4", "--run.name=parts")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert slurm.wait(job, 120)["ExitCode"] == "0:0"
+    said = {log.name.split("_")[0]: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
+    trainer = [f"4 {rank} 0,1" for rank in range(4)]
+    assert said == {"log-parts.trainer": trainer, "log-parts.engines": ["1 0 0"]}
+    logs = tmp_path / "parts" / "logs" / f"job-{job}"
+    assert {log.name.split("_")[0] for log in logs.glob("log-*.out")} == set(said)
+    nodes = next((tmp_path / "parts" / "jobs").glob("*/nodes")).read_text()
+    assert {f"NodeName=n{number} " in nodes for number in (1, 2, 3)} == {True}
+
+
+def test_executors_are_factories_of_nemo_run(nemo_run, tmp_path):
+    """`run.executor=slurm run.executor.nodes=8` on the command line of a program that uses NeMo-Run."""
+    (tmp_path / "cluster.yaml").write_text(EXAMPLE.read_text())
+    code = (
+        "import os, spell_megatron.jobs.executors; from nemo_run.cli.api import RunContext\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "context = RunContext(name='x'); context.parse_args(['executor=slurm', 'executor.nodes=8'])\n"
+        "print(type(context.executor).__name__, context.executor.nodes, context.executor.time)"
+    )
+    done = nemo_run("-c", code)
+    assert done.stdout == "SlurmExecutor 8 24:00:00\n", done.stderr
+
+
+def test_what_slurm_refuses_is_told(slurm, spell_launch, tmp_path):
+    file = cluster_file(tmp_path, partition="nonesuch")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", **slurm.environment)
+    assert done.returncode == 2
+    assert "nonesuch" in done.stderr and "cluster's file" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_field_of_the_executor_is_told(spell_launch, tmp_path):
+    done = spell_launch(*QUICKSTART, "--cluster", cluster_file(tmp_path), "run.executor.nodez=2")
+    assert done.returncode == 2 and "Did you mean run.executor.nodes?" in done.stderr

@@ -1,0 +1,89 @@
+"""metrics.jsonl and TensorBoard: what is written, and what a resumed run leaves of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spell_megatron.config.schema import Config
+from spell_megatron.monitoring.metrics import MetricsLogger
+
+CONFIG = Config.model_validate({"model": {"path": "policy"}, "data": {"documents": "corpus.parquet"}})
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(folder: Path) -> list[dict]:
+    return [{name: value for name, value in record.items() if name != "time"} for record in records(folder)]
+
+
+def test_a_step_is_one_line_that_is_there_at_once(tmp_path):
+    with MetricsLogger(tmp_path, CONFIG) as log:
+        assert not (tmp_path / "metrics.jsonl").exists()  # its presence means that there are results
+        log.log(1, {"a": 1, "b": np.float32(0.5), "c": torch.tensor(2.0), "d": True, "note": "text"})
+        assert without_time(tmp_path) == [{"step": 1, "a": 1, "b": 0.5, "c": 2.0, "d": 1, "note": "text"}]
+        log.log(2, {"a": 3, "long": "x" * 100})  # longer than what replaces it
+        log.log(2, {"validation/pass@1": 0.25, "a": 4, "long": "y"})
+        assert without_time(tmp_path)[1:] == [{"step": 2, "a": 4, "long": "y", "validation/pass@1": 0.25}]
+        log.log(3, {"a": 5})
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    with MetricsLogger(tmp_path, CONFIG) as log:
+        log.log(1, {"grad_norm": float("nan"), "loss": np.inf})
+    assert without_time(tmp_path) == [{"step": 1, "grad_norm": None, "loss": None}]
+
+
+def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
+    with MetricsLogger(tmp_path, CONFIG) as log:
+        for step in range(6):
+            log.log(step, {"a": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "a":')  # a crash cut this line short
+    with MetricsLogger(tmp_path, CONFIG, resume_step=3) as log:
+        assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
+        log.log(4, {"a": 40})
+        log.log(5, {"a": 50})
+    assert without_time(tmp_path)[3:] == [{"step": 3, "a": 3}, {"step": 4, "a": 40}, {"step": 5, "a": 50}]
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [
+        (0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)
+    ]  # fmt: skip
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    MetricsLogger(tmp_path, CONFIG).close()
+    assert records(tmp_path) == []
+
+
+def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = CONFIG.model_copy(deep=True)
+    config.logging.wandb = True
+    with MetricsLogger(tmp_path, config) as log:
+        log.log(1, {"a": 1.0})
+        assert wandb.run.summary["a"] == 1.0 and wandb.run.summary["step"] == 1
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_importing_the_reporting_modules_does_not_import_torch():
+    code = (
+        "import sys; import spell_megatron.monitoring.metrics, spell_megatron.monitoring.progress, "
+        "spell_megatron.monitoring.dumps, spell_megatron.cli; print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,110 @@
+"""What a run tells of itself, and how it is asked to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spell_megatron.errors import UserError
+from spell_megatron.monitoring import status
+from spell_megatron.monitoring.progress import Progress
+from spell_megatron.monitoring.status import Status, StopRequest
+
+
+def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "INTERVAL", 0.05)
+    (tmp_path / "stop").touch()  # of an earlier start
+    rows = '{"step": 0}\n{"step": 1, "time/step": 90.0, "selfplay/reward": 0.25}\n{"st'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    with Status(tmp_path, steps=11) as own:
+        assert not (tmp_path / "stop").exists()
+        own.watch(lambda: [{"url": "http://n1:1", "healthy": False}])
+        own.update(state="running", step=2)
+        with Progress(enabled=False, status=own).stage("rollout", 6) as advance:
+            advance(4)
+            deadline = time.monotonic() + 10
+            while not (told := status.read(tmp_path)).get("engines"):
+                assert time.monotonic() < deadline
+            text = "\n".join(status.describe(tmp_path, told))
+    for part in (": running\n", "1/11, 90 s per step, 15 min to go", "rollout 4/6, for ", "reward 0.250"):
+        assert part in text, text
+    for part in (f"process {os.getpid()} on", "http://n1:1 does not answer", "none yet"):
+        assert part in text, text
+    assert not status.silent(told)
+    assert status.silent(told | {"time": time.time() - 100}) >= 100
+
+
+def test_a_failure_is_told(tmp_path):
+    with pytest.raises(UserError), Status(tmp_path, steps=1):
+        raise UserError("the dog ate it")
+    told = status.read(tmp_path)
+    assert told["state"] == "failed" and status.ended(told)
+    assert "the dog ate it" in "\n".join(status.describe(tmp_path, told))
+    with pytest.raises(UserError, match="has ended already: it is failed"):
+        status.stop(tmp_path)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="has no status.json"):
+        status.read(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        status.read(tmp_path / "nothing")
+
+
+def test_a_request_to_stop_by_file(tmp_path):
+    with StopRequest(tmp_path) as request:
+        assert request.reason() is None
+        (tmp_path / "stop").touch()
+        assert request.reason() == "stop"
+
+
+# A process as a run is: SIGUSR1 blocked before its threads, a child that knows nothing of it, then what argv asks for.
+CHILD = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from spell_megatron.monitoring.status import StopRequest, block_sigusr1
+block_sigusr1()
+helper = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+with StopRequest(Path(sys.argv[1])) as request:
+    request.can_save = sys.argv[2] == "can"
+    for number in sys.argv[3:]:
+        os.kill(helper.pid, signal.SIGUSR1)
+        os.kill(os.getpid(), int(number))
+        time.sleep(0.2)
+    print(request.reason(), helper.poll())
+helper.kill()
+"""
+
+
+@pytest.mark.parametrize(
+    ("can_save", "signals", "code", "said"),
+    [
+        ("can", [signal.SIGUSR1, signal.SIGUSR1], 0, "requeue None\n"),
+        ("can", [signal.SIGTERM, signal.SIGTERM], 0, "terminate None\n"),
+        ("can", [signal.SIGUSR1, signal.SIGTERM], 0, "requeue None\n"),
+        ("cannot", [signal.SIGUSR1], 0, "requeue None\n"),
+        ("cannot", [signal.SIGTERM], 143, ""),
+    ],
+)
+def test_signals(tmp_path, can_save, signals, code, said):
+    arguments = [str(tmp_path), can_save, *(str(int(number)) for number in signals)]
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, said), done.stderr
+
+
+def test_a_second_sigterm_seconds_later_ends_the_process(tmp_path):
+    code = CHILD.replace("time.sleep(0.2)", "request._at -= 10")
+    arguments = [str(tmp_path), "can", "15", "15"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_the_file_is_never_half_written(tmp_path):
+    with Status(tmp_path, steps=3) as own:
+        for step in range(300):
+            own.update(step=step)
+            assert json.loads((tmp_path / "status.json").read_text())["step"] == step
