@@ -116,9 +116,9 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from spell_megatron.planner import search as planner
+    from spell_megatron.planner.memory import counted_memory, head_bytes, stage_activations, step_bytes
     from spell_megatron.training import backend
-    from spell_megatron.training.architecture import load_hf_config
+    from spell_megatron.training.architecture import architecture, load_hf_config
     from spell_megatron.training.model import build_model
     from spell_megatron.training.prefix_tree import Row
     from spell_megatron.training.trainer import Trainer
@@ -146,11 +146,11 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     peak = update_peak(trainer, rows)
     first, layers = model.decoder.layers[0].layer_number - 1, len(model.decoder.layers)
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    arch = planner.architecture(hf_config)
+    arch = architecture(hf_config)
     own = range(first, first + layers)
-    kept, layer = planner.stage_activations(arch, config, own, tokens, stages - stage, gpu=False)
-    head, static = planner.head_bytes(arch, config, tokens) if stage == stages - 1 else 0, static_bytes(trainer)
-    dynamic = max(kept + max(layer, head), planner.step_bytes(config, static[2]))
+    kept, layer = stage_activations(arch, config, own, tokens, stages - stage, gpu=False)
+    head, static = head_bytes(arch, config, tokens) if stage == stages - 1 else 0, static_bytes(trainer)
+    dynamic = max(kept + max(layer, head), step_bytes(config, static[2]))
     mine = {"peak": peak, "predicted": dynamic, "static": static, "rank": dist.get_rank(), "copies": copies}
     everyone: list[dict] = [mine] * dist.get_world_size()
     if len(everyone) > 1:
@@ -161,7 +161,7 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
         fullest = max(everyone, key=lambda m: m["peak"])
         of_layers = zip(*(m.pop("copies") for m in everyone), strict=True)
         fullest["busiest"] = max((max(of) / np.mean(of) for of in of_layers), default=1.0)
-        counted = planner.counted_memory(hf_config, config, fullest["rank"], world)[:3]
+        counted = counted_memory(hf_config, config, fullest["rank"], world)[:3]
         print("RESULT " + json.dumps(fullest | {"counted": counted}))
 
 

@@ -13,8 +13,8 @@
     growth    seconds and peak memory of `tree` and `response logits` as G and P grow (2 layers, hidden size 128)
     long      an update on a tree of 102,400 tokens (a prompt of 98,304 with 8 responses), and the same again with
               recomputed activations and other chunks of logits, which must give the same gradient
-    head      peak memory of the vocabulary head against `planner.head_bytes`, also at 152K tokens of vocabulary and
-              100K tokens of a row, hidden size 2,048, bfloat16
+    head      peak memory of the vocabulary head against `planner.memory.head_bytes`, also at 152K tokens of vocabulary
+              and 100K tokens of a row, hidden size 2,048, bfloat16
     plan      1,400 rows of 16K tokens packed and spread over 8 ranks, on one core
 
 Seconds are of CPU time, the minimum over rounds in which the ways take turns: on a shared machine wall time also
@@ -368,7 +368,7 @@ def long(options: argparse.Namespace) -> dict:
 def head(options: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
-    from spell_megatron.planner.search import Model, head_bytes
+    from spell_megatron.planner.memory import Model, head_bytes
     from spell_megatron.training.logprobs import token_logprobs
 
     # tokens of the row, predicting ones, hidden size, vocabulary, chunk, type

@@ -9,7 +9,17 @@ from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes
 from spell_megatron.cli import main
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import ParallelConfig
-from spell_megatron.planner import search as planner
+from spell_megatron.planner.gpus import GPUS, Assumptions, Gpu
+from spell_megatron.planner.memory import (
+    Model,
+    counted_memory,
+    engine_memory,
+    head_bytes,
+    offloaded_bytes,
+    stage_activations,
+    step_bytes,
+)
+from spell_megatron.planner.search import cheapest, plan_layout
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
@@ -40,7 +50,7 @@ TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(name):
-    assert planner.Model.of(load_hf_config(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
+    assert Model.of(load_hf_config(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +82,13 @@ def test_prediction_against_measured_memory(kind, recompute, offload, checkpoint
         peak, static = update_peak(trainer, rows), static_bytes(trainer)
     finally:
         backend.shutdown()
-    assert static == planner.counted_memory(hf_config, config, 0, 1)[:3]
-    arch = planner.Model.of(hf_config).arch
-    kept, layer = planner.stage_activations(arch, config, range(4), 1024, 1, gpu=False)
+    assert static == counted_memory(hf_config, config, 0, 1)[:3]
+    arch = Model.of(hf_config).arch
+    kept, layer = stage_activations(arch, config, range(4), 1024, 1, gpu=False)
     assert (kept == 0) == offload
-    kept += planner.offloaded_bytes(arch, config, range(4), 1024, 1, gpu=False)  # the same memory on a CPU
-    activations = kept + max(layer, planner.head_bytes(arch, config, 1024))
-    predicted = max(activations, planner.step_bytes(config, static[2]))
+    kept += offloaded_bytes(arch, config, range(4), 1024, 1, gpu=False)  # the same memory on a CPU
+    activations = kept + max(layer, head_bytes(arch, config, 1024))
+    predicted = max(activations, step_bytes(config, static[2]))
     print(f"{kind}, recompute {recompute}, offload {offload}: {predicted / peak - 1:+.1%}")
     assert predicted == pytest.approx(peak, rel=0.15)
 
@@ -95,33 +105,33 @@ def test_ranks_together_hold_the_model_once(kind, layout, checkpoints):
     """The distributed optimizer of all 8 ranks together steps every parameter once (but for padding)."""
     config = make_config(checkpoints / kind, "none", layout, 1024)
     hf_config = load_hf_config(checkpoints / kind)
-    held = sum(planner.counted_memory(hf_config, config, rank, 8)[2] for rank in range(8))
-    whole = 12 * planner.Model.of(hf_config).parameters
+    held = sum(counted_memory(hf_config, config, rank, 8)[2] for rank in range(8))
+    whole = 12 * Model.of(hf_config).parameters
     # Norms and routers are there once for each tensor-parallel rank.
     assert whole <= held <= 1.01 * whole
 
 
 def test_the_proposal_is_the_fastest_that_fits(checkpoints):
     config = make_config(checkpoints / "moe", "full", {}, 1024)
-    model, gpu = planner.Model.of(load_hf_config(checkpoints / "moe")), planner.GPUS["H100-80G"]
-    tried = list(planner.cheapest(model, config, 8, gpu, planner.Assumptions()))
+    model, gpu = Model.of(load_hf_config(checkpoints / "moe")), GPUS["H100-80G"]
+    tried = list(cheapest(model, config, 8, gpu, Assumptions()))
     assert tried[-1].fits and tried[-1].recompute == "none"
-    assert tried[-1].times.update < planner.plan(model, config, 8, gpu, planner.Assumptions()).times.update
-    small = planner.Gpu(2**30, gpu.flops, gpu.bandwidth, gpu.link)
-    assert not list(planner.cheapest(model, config, 8, small, planner.Assumptions()))
+    assert tried[-1].times.update < plan_layout(model, config, 8, gpu, Assumptions()).times.update
+    small = Gpu(2**30, gpu.flops, gpu.bandwidth, gpu.link)
+    assert not list(cheapest(model, config, 8, small, Assumptions()))
 
 
 def test_memory_moves_as_it_must():
     """More context-parallel ranks or recompute: fewer activations; more pipeline stages: fewer parameters."""
     config = load_config(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
-    model = planner.Model.of(load_hf_config(config.model.path))
+    model = Model.of(load_hf_config(config.model.path))
 
     def activations(recompute: str, **layout: int) -> int:
         training = config.training.model_copy(
             update={"parallel": ParallelConfig(processes=32, **layout), "recompute": recompute}
         )
         changed = config.model_copy(update={"training": training})
-        return planner.stage_activations(model.arch, changed, range(48), 100_000, 1, gpu=True)[0]
+        return stage_activations(model.arch, changed, range(48), 100_000, 1, gpu=True)[0]
 
     assert activations("full", context=8) < activations("selective", context=8) < activations("none", context=8)
     assert activations("full", context=8) == pytest.approx(activations("full", context=4) / 2, rel=0.01)
@@ -144,12 +154,12 @@ def test_memory_moves_as_it_must():
 )
 def test_the_recipes_fit(files, gpu, parameters):
     config = load_config([EXAMPLES / file for file in files])
-    model = planner.Model.of(load_hf_config(config.model.path))
+    model = Model.of(load_hf_config(config.model.path))
     processes = config.training.parallel.processes
-    plan = planner.plan(model, config, processes, planner.GPUS[gpu], planner.Assumptions())
+    plan = plan_layout(model, config, processes, GPUS[gpu], Assumptions())
     assert plan.fits
     assert parameters is None or plan.memory.parameters == 2 * parameters
-    assert planner.engine_memory(model, config, planner.GPUS[gpu], planner.Assumptions()).sequences > 1
+    assert engine_memory(model, config, GPUS[gpu], Assumptions()).sequences > 1
 
 
 def test_the_papers_recipes_differ_only_where_the_paper_does():

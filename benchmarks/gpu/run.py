@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from spell_megatron.config.schema import Config, RolloutConfig
-from spell_megatron.planner import search as planner
+from spell_megatron.planner.gpus import GPUS, Assumptions
+from spell_megatron.planner.memory import Model, trainer_memory
 from spell_megatron.training import attention as tree_attention_module
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
@@ -366,12 +367,12 @@ def update(tiny: bool) -> dict:
         line["speedup"] = line["unshared_seconds"] / line["tree_seconds"]
         line["rows_tokens_per_second"] = GROUP * (prompt + response) / line["tree_seconds"]
         if name:
-            line["mfu"] = line["tree_useful_tflops"] * 1e12 / planner.GPUS[name].flops
+            line["mfu"] = line["tree_useful_tflops"] * 1e12 / GPUS[name].flops
         figures[f"prompt_{prompt}"] = line
     if torch.cuda.is_available():
-        assume = planner.Assumptions(reserve=0, fragmentation=0)
+        assume = Assumptions(reserve=0, fragmentation=0)
         config.training.tokens_per_microbatch = longest
-        memory = planner.trainer_memory(planner.Model.of(hf_config), config, 1, assume)
+        memory = trainer_memory(Model.of(hf_config), config, 1, assume)
         figures["planned_gib"] = (memory.total - memory.buffers) / 2**30
     figures["holds"] = not torch.cuda.is_available() or line.get("mfu", 0) >= MFU
     return figures
@@ -422,7 +423,7 @@ def gpu_name() -> str | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_name()
-    return next((name for name in planner.GPUS if name.split("-")[0] in found), None)
+    return next((name for name in GPUS if name.split("-")[0] in found), None)
 
 
 PARTS = {

@@ -35,28 +35,31 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     raise_faults_of_files(faults, arguments.config, overrides)
     quiet_libraries()
     from spell_megatron.monitoring.progress import Progress
-    from spell_megatron.planner import search as planner
+    from spell_megatron.planner.gpus import GPUS, Assumptions
+    from spell_megatron.planner.memory import Model
+    from spell_megatron.planner.search import TRIES, cheapest, plan_layout
+    from spell_megatron.planner.text import describe, plan_text
     from spell_megatron.training.architecture import load_hf_config
 
-    if arguments.gpu not in planner.GPUS:
-        raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(planner.GPUS)}.")
+    if arguments.gpu not in GPUS:
+        raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(GPUS)}.")
     if arguments.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node is {arguments.gpus_per_node}; it must be 1 or more.")
-    model = planner.Model.of(load_hf_config(config.model.path))
+    model = Model.of(load_hf_config(config.model.path))
     processes = config.training.parallel.processes
-    task = model, config, processes, planner.GPUS[arguments.gpu], planner.Assumptions(arguments.gpus_per_node)
-    plan = planner.plan(*task)
-    print("\n".join(planner.report(model, config, plan, arguments.gpu, task[-1])))
+    task = model, config, processes, GPUS[arguments.gpu], Assumptions(arguments.gpus_per_node)
+    plan = plan_layout(*task)
+    print("\n".join(plan_text(model, config, plan, arguments.gpu, task[-1])))
     best = None
     with Progress().stage("other layouts") as advance:
-        for number, tried in enumerate(planner.cheapest(*task)):
-            advance(number + 1, planner.TRIES)
+        for number, tried in enumerate(cheapest(*task)):
+            advance(number + 1, TRIES)
             best = tried if tried.fits else None
     if best is None:
         print(f"proposal  no layout on {processes} GPUs fits: use more of them, or shorter rows")
     elif best.times.update < plan.times.update or not plan.fits:
         print(
-            f"proposal  {planner.describe(best)}: {best.memory.total / 2**30:.2f} GiB, updates "
+            f"proposal  {describe(best)}: {best.memory.total / 2**30:.2f} GiB, updates "
             f"{plan.times.update / best.times.update:.2f} times as fast"
         )
     else:
