@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import platform
 import random
 import shutil
@@ -40,6 +39,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import write_text
 from spell_megatron.processes.lifetime import end_with_parent
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
@@ -90,8 +90,8 @@ class Saver:
             _save_hf(partial / "hf", trainer)
             torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
-                _write(partial / "state.json", json.dumps(state))
-                _write(partial / "config.json", trainer.config.model_dump_json(indent=2))
+                write_text(partial / "state.json", json.dumps(state), sync=True)
+                write_text(partial / "config.json", trainer.config.model_dump_json(indent=2), sync=True)
 
         self._attempt(write)
         if not asynchronous:
@@ -164,8 +164,8 @@ def note_score(run_folder: Path, step: int, score: float) -> None:
     """Rank 0: if the checkpoint of `step` did better than the best one, keep it instead of that one."""
     root = Path(run_folder) / "checkpoints"
     if score > best(run_folder).get("score", -math.inf):
-        _write(root / "best.tmp", json.dumps({"checkpoint": f"step_{step:06d}", "score": score}))
-        os.replace(root / "best.tmp", root / "best.json")
+        record = {"checkpoint": f"step_{step:06d}", "score": score}
+        write_text(root / "best.json", json.dumps(record), sync=True)
 
 
 def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
@@ -429,27 +429,18 @@ def _complete(pending: _Pending, keep: int) -> None:
     """Rank 0: meta.json, then rename, then `latest`, then delete old checkpoints."""
     final, partial = pending.final, pending.partial
     root = final.parent
-    _write(partial / "meta.json", json.dumps(pending.meta, indent=2))
+    write_text(partial / "meta.json", json.dumps(pending.meta, indent=2), sync=True)
     replaced = final.with_name(final.name + ".old")
     if final.exists():  # a step saved again
         final.rename(replaced)
     partial.rename(final)
-    _write(root / "latest.tmp", final.name)
-    os.replace(root / "latest.tmp", root / "latest")
+    write_text(root / "latest", final.name, sync=True)
     shutil.rmtree(replaced, ignore_errors=True)
     kept = sorted(path for path in root.glob("step_*") if path.suffix == "")[-keep:]
     kept += [final, root / str(best(root.parent).get("checkpoint"))]
     for path in root.glob("step_*"):
         if path not in kept:
             shutil.rmtree(path)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk: a rename that follows must not overtake it."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_complete(folder: Path) -> None:

@@ -140,7 +140,7 @@ def test_every_fault_is_reported_at_once_each_on_a_line_with_its_remedy(write):
             "selfplay.verifier.require_rule_agreement",
         ),
         ({"training": {"parallel": {"processes": 3, "tensor": 2}}}, "training.parallel.processes"),
-        ({"training": {"parallel": {"processes": 2, "expert": 4}}}, "training.parallel.expert"),
+        ({"training": {"parallel": {"processes": 2, "expert": 4}}}, "training.parallel.processes"),
         (
             {"training": {"moe_dispatcher": "allgather", "parallel": {"processes": 2, "pipeline": 2}}},
             "training.moe_dispatcher",

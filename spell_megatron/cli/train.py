@@ -123,7 +123,7 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
     arch = architecture(hf_config)
     clusters = load_clusters(config.data.documents)
     processes = launched_processes() or parallel.processes
-    replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
+    replicas = processes // parallel.dense_ranks
     experts = f", {arch.experts} experts" if arch.experts else ""
     lines = [
         "Plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spell_megatron.config.faults import Fault
+from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import Config
 from spell_megatron.ranks import launched_processes
 
@@ -139,23 +140,7 @@ def relation_faults(config: Config) -> list[Fault]:
         "a pipeline. Use alltoall, or pipeline = 1",
     )
 
-    processes = launched_processes() or parallel.processes
-    dense = parallel.tensor * parallel.pipeline * parallel.context
-    check(
-        processes % dense == 0,
-        "training.parallel.processes training.parallel.tensor training.parallel.pipeline training.parallel.context",
-        f"{processes} trainer processes cannot be cut into groups of tensor x pipeline x context = "
-        f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {dense}. Use a multiple of {dense}",
-    )
-    experts = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    check(
-        processes % experts == 0,
-        "training.parallel.expert training.parallel.expert_tensor training.parallel.pipeline "
-        "training.parallel.processes",
-        f"{processes} trainer processes cannot be cut into groups of expert x expert_tensor x pipeline = "
-        f"{parallel.expert} x {parallel.expert_tensor} x {parallel.pipeline} = {experts}. "
-        f"Use a multiple of {experts}",
-    )
+    faults += division_faults(parallel, launched_processes() or parallel.processes)
 
     rollout = config.rollout
     if rollout.base_port is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -198,6 +199,25 @@ class ParallelConfig(Section):
     """Expert-parallel size: processes that share the experts of a mixture-of-experts model."""
     expert_tensor: int = Field(1, ge=1)
     """Tensor-parallel size inside each expert."""
+
+    @property
+    def dense_ranks(self) -> int:
+        """Processes that hold one copy of the dense layers."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_ranks(self) -> int:
+        """Processes that hold one copy of the experts."""
+        return self.expert * self.expert_tensor * self.pipeline
+
+    @property
+    def fewest_processes(self) -> int:
+        """Processes of the smallest run with whole copies of all layers, without context parallelism."""
+        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_tensor)
+
+    def divides(self, processes: int) -> bool:
+        """Whether so many processes hold whole copies of all layers."""
+        return processes % self.dense_ranks == 0 and processes % self.expert_ranks == 0
 
 
 class OptimizerConfig(Section):

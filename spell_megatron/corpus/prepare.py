@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from spell_megatron.corpus.texts import clean, split_text, web_fault, words
 from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
+from spell_megatron.files import appearing_file
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.tokenizer import PolicyTokenizer
@@ -562,17 +562,10 @@ def _write(
             yield row
 
     out = summary.out
-    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in (out, statistics_path(out))]
-    try:
-        _write_table(rows(), partials[0], lines=out.suffix == ".jsonl")
-        statistics = summary.statistics(inputs, options)
-        text = json.dumps(statistics, indent=2, ensure_ascii=False, default=str) + "\n"
-        partials[1].write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
-        os.replace(partials[1], statistics_path(out))
-        os.replace(partials[0], out)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+    with appearing_file(out) as table, appearing_file(statistics_path(out)) as statistics:
+        _write_table(rows(), table, lines=out.suffix == ".jsonl")
+        text = json.dumps(summary.statistics(inputs, options), indent=2, ensure_ascii=False, default=str) + "\n"
+        statistics.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
     return summary
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import json_lines
 
 TEXT_SUFFIXES = {".txt", ".md"}
 TABLE_SUFFIXES = {".jsonl", ".parquet"}
@@ -240,16 +240,9 @@ def _check_columns(path: Path, wanted: Iterable[str], columns: Iterable[str], wh
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, value) of each non-empty line; None for lines that are not JSON."""
+    """(line number, value) of each line that is not blank; None for lines that are not JSON."""
     try:
-        lines = path.open("rb")
+        for number, value, _ in json_lines(path):
+            yield number, value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Make the file readable or leave it out.") from error
-    with lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                yield number, None

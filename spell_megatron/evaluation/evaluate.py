@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from spell_megatron.evaluation.generate import EnginePolicy, ServerPolicy, finge
 from spell_megatron.evaluation.journal import Journal
 from spell_megatron.evaluation.judge import PROMPT, Judge, judge_all, load_prompt, verdicts
 from spell_megatron.evaluation.openai_server import OpenAIServer
+from spell_megatron.files import read_json_objects, write_text
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.rollout.client import Client, GenerationError
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.selfplay.documents import read_json_lines
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
 
@@ -127,7 +126,7 @@ def _read_answers(path: Path, questions: Questions) -> list[dict[str, Any]]:
     wanted = {(q.benchmark, q.id): 0 for members in questions.values() for q in members}
     only = next(iter(questions)) if len(questions) == 1 else None
     rows, faults = [], []
-    for number, row in read_json_lines(path, "file of answers"):
+    for number, row in read_json_objects(path, "file of answers"):
         try:
             key, text, cut = (row.get("benchmark", only), str(row["id"])), row["text"], row.get("cut", False)
             if key not in wanted:
@@ -177,9 +176,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         UserError: they differ.
     """
     if not path.exists():
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, json.dumps(settings, indent=1) + "\n")
         return
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,8 @@ from typing import Any, get_args
 from spell_megatron.config.schema import SamplingConfig, Task
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.scores import middle_truncate, pass_at_k
-from spell_megatron.selfplay.documents import known_answer, read_json_lines, valid_unicode
+from spell_megatron.files import read_json_objects
+from spell_megatron.selfplay.documents import known_answer, valid_unicode
 from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.scoring import rule_score
@@ -37,7 +38,7 @@ def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion
         UserError: naming the first ten faulty lines.
     """
     questions, faults = [], []
-    for number, row in read_json_lines(path, "file of questions"):
+    for number, row in read_json_objects(path, "file of questions"):
         if missing := [name for name in ("task", "question", "answer", "documents") if name not in row]:
             faults.append(f"line {number} has no {', '.join(map(repr, missing))}")
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +15,7 @@ import numpy as np
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.evaluation.judge import UNPARSABLE
 from spell_megatron.evaluation.scores import pass_at_k
+from spell_megatron.files import write_text
 from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.scoring import answer_kind, rule_score
 
@@ -161,9 +161,7 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
         "pass_at_k.svg": plot(results),
     }
     for name, content in contents.items():
-        beside = folder / f"{name}.tmp"
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, folder / name)
+        write_text(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from spell_megatron.files import appearing_file
 from spell_megatron.selfplay.batch import Sample
 
 # Many readers (str.splitlines too) end a line at these, which JSON allows inside a text.
@@ -27,14 +27,13 @@ def write_dump(
     rows = [_row(step, sample) for sample in samples]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.{format}"
-    beside = path.with_name(path.name + ".tmp")
-    if format == "jsonl":
-        with beside.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).translate(LINE_BREAKS) + "\n")
-    else:
-        _write_parquet(rows, beside)
-    os.replace(beside, path)
+    with appearing_file(path) as partial:
+        if format == "jsonl":
+            with partial.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False).translate(LINE_BREAKS) + "\n")
+        else:
+            _write_parquet(rows, partial)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.files import json_lines, write_text
 
 
 class MetricsLogger:
@@ -76,17 +77,9 @@ class MetricsLogger:
         """Remove records after a step, and a last line that a crash cut short."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if step <= last_step:
-                kept.append(line + "\n")
-        beside = self._path.with_name("metrics.jsonl.tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self._path)
+        records = [record for _, record, _ in json_lines(self._path) if isinstance(record, dict)]
+        kept = [json.dumps(record) for record in records if record.get("step", last_step + 1) <= last_step]
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
 
 def _plain(value: Any) -> int | float | str:

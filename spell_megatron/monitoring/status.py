@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import json_lines, write_text
 
 INTERVAL = 5.0
 """Seconds between two heartbeats."""
@@ -129,9 +130,7 @@ class Status:
         """Changes fields and writes the file."""
         with self._lock:
             self._state |= fields
-            temporary = self._path.with_name("status.json.tmp")
-            temporary.write_text(json.dumps(self._state | {"time": time.time()}, indent=1), encoding="utf-8")
-            os.replace(temporary, self._path)
+            write_text(self._path, json.dumps(self._state | {"time": time.time()}, indent=1))
 
     def stage(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """What the run is doing; the next heartbeat tells it."""
@@ -231,12 +230,11 @@ def describe(folder: Path, status: dict[str, Any]) -> list[str]:
 
 
 def _metrics(folder: Path) -> list[dict]:
-    rows = []
-    with suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the last one may be half written
-                rows.append(json.loads(line))
-    return rows
+    try:
+        # the last line may be half written
+        return [row for _, row, fault in json_lines(folder / "metrics.jsonl") if not fault]
+    except FileNotFoundError:
+        return []
 
 
 def _job_state(job: str) -> str:

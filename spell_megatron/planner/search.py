@@ -92,8 +92,7 @@ def _layouts(arch: Architecture, processes: int, assume: Assumptions) -> Iterato
                         )
                         if (
                             tensor <= assume.gpus_per_node
-                            and processes % (tensor * pipeline * context) == 0
-                            and processes % (expert * expert_tensor * pipeline) == 0
+                            and layout.divides(processes)
                             and not any(layout_faults(arch, layout))
                         ):
                             yield layout

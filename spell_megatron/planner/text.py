@@ -21,7 +21,7 @@ def describe(plan: Plan) -> str:
         for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
         if getattr(parallel, name) > 1
     ]
-    replicas = plan.processes // (parallel.tensor * parallel.pipeline * parallel.context)
+    replicas = plan.processes // parallel.dense_ranks
     return ", ".join([*sizes, f"data {replicas}", f"recompute {plan.recompute}", *["offload"] * plan.offload])
 
 

@@ -37,7 +37,7 @@ class Times:
 def step_times(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> Times:
     """Estimated seconds of one step, with prompts and responses of the assumed lengths."""
     arch, training, parallel = model.arch, config.training, config.training.parallel
-    replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
+    replicas = processes // parallel.dense_ranks
     update, tokens = _update_work(config, model.cost, assume)
     again = {"none": 0.0, "selective": _feed_forward_share(arch, model.cost) / 3, "full": 1 / 3}[training.recompute]
     compute = update * (1 + again) / (processes * gpu.flops * assume.matrix_efficiency)
@@ -118,7 +118,7 @@ def _communication(model: Model, config: Config, processes: int, tokens: float, 
     experts = model.expert_parameters
     dense = model.parameters - experts
     copies_of_dense = processes // (tensor * pipeline)
-    copies_of_experts = processes // (expert * expert_tensor * pipeline)
+    copies_of_experts = processes // parallel.expert_ranks
     if config.training.offload:
         total += 2 * own * arch.hidden * size / tensor * layers / assume.host
     total += seconds(dense / tensor / pipeline * (4 + size), copies_of_dense, tensor)

@@ -16,7 +16,6 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
 import time
 from collections import defaultdict
@@ -29,6 +28,7 @@ from typing import Any
 import yaml
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import json_lines, write_text
 from spell_megatron.report.evaluations import columns, is_evaluation, read_evaluation
 from spell_megatron.report.panels import OUTCOMES, sections, table
 
@@ -116,9 +116,7 @@ def write_report(
             run.notes.append("no transcripts: its folder rollouts/ holds none (logging.dump: none)")
     page = render(runs, evaluations, questions, text_chars)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, out)
+    write_text(out, page)
     steps = sum(len(run.steps) for run in runs)
     line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, "
     line += f"{len(questions)} questions with transcripts"
@@ -157,22 +155,20 @@ def read_run(folder: Path, name: str) -> Run:
     if config.is_file():
         run.settings = _settings(config, run.notes)
     records: dict[int, dict[str, Any]] = {}
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
-    unreadable = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    unreadable: list[int] = []
+    last = 0
+    for last, record, _ in json_lines(log) if log.is_file() else ():
         try:
-            record = json.loads(line)
             step = int(record["step"])
         except (ValueError, KeyError, TypeError):
-            unreadable += number < len(lines)  # the last line has no line break yet: it is still being written
+            unreadable.append(last)
             continue
         if records and step <= max(records):
             records = {earlier: kept for earlier, kept in records.items() if earlier < step}
         records[step] = record
-    if unreadable:
-        run.notes.append(f"{unreadable} unreadable line(s) of metrics.jsonl left out")
+    # The last line has no line break while it is being written.
+    if (count := len(unreadable) - (last in unreadable and not log.read_bytes().endswith(b"\n"))) > 0:
+        run.notes.append(f"{count} unreadable line(s) of metrics.jsonl left out")
     run.steps = sorted(records)
     names = {name: None for step in run.steps for name in records[step]}
     for name in names:
@@ -259,7 +255,7 @@ def read_questions(file: Path, count: int, text_chars: int, run: int, notes: lis
     try:
         questions = [_question(list(rows), text_chars, run) for _, rows in groupby(_rows(file), lambda row: row["uid"])]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        notes.append(f"{file.name} cannot be read ({type(error).__name__}) and is left out")
+        notes.append(f"{file.name} cannot be read ({type(error).__name__}: {error}) and is left out")
         return []
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
@@ -276,9 +272,10 @@ def read_questions(file: Path, count: int, text_chars: int, run: int, notes: lis
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+        for number, row, fault in json_lines(file):
+            if fault:
+                raise ValueError(f"line {number} {fault}")
+            yield row
     else:
         import pyarrow.parquet as pq
 

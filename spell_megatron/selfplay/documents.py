@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter, defaultdict
@@ -16,11 +15,11 @@ import pyarrow.parquet
 
 from spell_megatron.config.schema import Task
 from spell_megatron.errors import UserError
+from spell_megatron.files import MAX_FAULTS, read_json_objects
 from spell_megatron.selfplay.history import Entry
 from spell_megatron.selfplay.parsing import LETTERS, format_decimal
 from spell_megatron.selfplay.scoring import parse_number
 
-MAX_FAULTS = 10
 # Our column names, and those of the released SPELL data.
 COLUMNS = {"id": "cluster_id", "documents": "documents", "source": "source"}
 QUESTION_COLUMNS = {"id": "id", "documents": "documents", "source": "source"}
@@ -100,42 +99,8 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"The documents file {path} cannot be read as parquet: {error}. Write it again.") from error
     if path.suffix in (".jsonl", ".json"):
-        return [(f"line {number}", row) for number, row in read_json_lines(path, "documents file")]
+        return [(f"line {number}", row) for number, row in read_json_objects(path, "documents file")]
     raise UserError(f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either.")
-
-
-def read_json_lines(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a file with one JSON object a line, in UTF-8 with or without a byte order mark.
-
-    Raises:
-        UserError: it cannot be read, or naming the first ten lines that are something else; `what` says what it is.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"The {what} {path} cannot be read: {error.strerror}. Correct its name.") from error
-    rows, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            faults.append(f"line {number} is not UTF-8 (byte {error.start + 1})")
-        except (ValueError, RecursionError) as error:
-            faults.append(f"line {number} is not JSON ({error})")
-        else:
-            if isinstance(row, dict):
-                rows.append((number, row))
-            else:
-                faults.append(f"line {number} is not a JSON object")
-    if faults:
-        more = f" (and {len(faults) - MAX_FAULTS} more)" if len(faults) > MAX_FAULTS else ""
-        raise UserError(
-            f"The {what} {path} cannot be read: {'; '.join(faults[:MAX_FAULTS])}{more}. "
-            "Every line must be one JSON object in UTF-8."
-        )
-    return rows
 
 
 def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster | None, list[str]]:

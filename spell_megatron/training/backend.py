@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from spell_megatron.config.faults import raise_faults
+from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import architecture, load_hf_config
@@ -42,7 +44,7 @@ def initialise(config: Config) -> torch.device:
     """
     device = _device(config)
     rank, world_size, local_rank = _ranks()
-    _check_layout(config, world_size)
+    raise_faults(list(division_faults(config.training.parallel, world_size)), "the layout of the trainer")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -163,25 +165,6 @@ def _join(device: torch.device, rank: int, world_size: int) -> None:
         job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ["MASTER_PORT"] = str(20000 + (job * 7 + step) % 10000)
     dist.init_process_group(backend, rank=rank, world_size=world_size)
-
-
-def _check_layout(config: Config, world_size: int) -> None:
-    parallel = config.training.parallel
-    dense = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % dense:
-        raise UserError(
-            f"training.parallel needs tensor x pipeline x context = {parallel.tensor} x "
-            f"{parallel.pipeline} x {parallel.context} = {dense} processes per replica, which does not "
-            f"divide the {world_size} trainer processes. Change the layout or the number of processes."
-        )
-    experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
-    if world_size % experts:
-        raise UserError(
-            f"training.parallel needs expert_tensor x expert x pipeline = {parallel.expert_tensor} x "
-            f"{parallel.expert} x {parallel.pipeline} = {experts} processes per replica of the experts, "
-            f"which does not divide the {world_size} trainer processes. Change the layout or the number of "
-            "processes."
-        )
 
 
 class _NoStream:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -51,10 +50,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from spell_megatron.config.schema import Config, ParallelConfig
 from spell_megatron.errors import UserError
+from spell_megatron.files import appearing_folder
 from spell_megatron.training import backend
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
-from spell_megatron.weights.huggingface import Checkpoint, appearing, copy_side_files, save_checkpoint
+from spell_megatron.weights.huggingface import Checkpoint, copy_side_files, save_checkpoint
 from spell_megatron.weights.names import Rule
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
@@ -92,11 +92,11 @@ def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progre
             the model, the output exists already, or the disk is full.
     """
     hf_config = load_hf_config(hf)
-    with Checkpoint(hf) as source, appearing(_new(Path(megatron))) as partial:
+    with Checkpoint(hf) as source, appearing_folder(_new(Path(megatron))) as partial:
         _check_room(partial, source.nbytes())
         source.check(hf_config, set(source.files))
         dtype = source.dtype()
-        ranks = [_rank(hf, dtype, parallel, rank) for rank in range(_world_size(parallel))]
+        ranks = [_rank(hf, dtype, parallel, rank) for rank in range(parallel.fewest_processes)]
         _write(partial, source, dtype, ranks, on_progress)
         save_config(FORMAT, str(partial))
         torch.save({}, partial / "common.pt")
@@ -160,10 +160,6 @@ def _is_weight(key: str, metadata: object) -> bool:
     return hasattr(metadata, "properties") and not key.startswith("optimizer.")
 
 
-def _world_size(parallel: ParallelConfig) -> int:
-    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
-
-
 def _rank(
     folder: Path, dtype: torch.dtype, parallel: ParallelConfig, rank: int
 ) -> tuple[list[_Parameter], list[ShardedObject]]:
@@ -175,7 +171,7 @@ def _rank(
         training={"parallel": parallel},
     )
     hf_config = load_hf_config(folder)
-    with backend.pretend(config, rank, _world_size(parallel)):
+    with backend.pretend(config, rank, parallel.fewest_processes):
         model = build_model(hf_config, config)
         entries = model.sharded_state_dict()
         names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import appearing_folder
 from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
@@ -193,7 +193,7 @@ def save_checkpoint(
         UserError: the disk is full or the place cannot be written to.
     """
     source = Path(source_folder)
-    with appearing(Path(out_folder)) as partial:
+    with appearing_folder(Path(out_folder)) as partial:
         dtype = _write_shards(stream, partial, hf_shapes(load_hf_config(source)), shard_bytes)
         copy_side_files(source, partial, dtype)
 
@@ -262,30 +262,3 @@ def copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)  # the older name of the same key
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` when the block ends well, and else is removed.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written to.
-    """
-    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise UserError(
-            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. "
-            "Free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -200,8 +200,8 @@ def test_a_dump_that_cannot_be_read_is_left_out(simulated, tmp_path):
     (folder / "rollouts" / "step_000002.jsonl").write_text('{"uid": "2.0", "role"')
     (folder / "rollouts" / "step_000003.jsonl").write_text('{"uid": "3.0"}\n')
     message = write_report([folder], tmp_path / "report.html")
-    assert "step_000002.jsonl cannot be read (JSONDecodeError) and is left out" in message
-    assert "step_000003.jsonl cannot be read (KeyError) and is left out" in message
+    assert "step_000002.jsonl cannot be read (ValueError: line 1 is not JSON (" in message
+    assert "step_000003.jsonl cannot be read (KeyError: 'role') and is left out" in message
 
 
 def test_text_of_a_model_is_data_of_the_page_and_nothing_else(simulated, tmp_path):
