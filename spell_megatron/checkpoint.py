@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import platform
-import random
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -28,11 +27,9 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
@@ -41,6 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.processes.lifetime import end_with_parent
+from spell_megatron.training.state import load_trainer, random_states, set_random_states, sharded_state
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
@@ -88,7 +86,7 @@ class Saver:
             _start_manager()
             pending.start(partial / "trainer", trainer, asynchronous)
             _save_hf(partial / "hf", trainer)
-            torch.save(_random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
+            torch.save(random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
                 write_text(partial / "config.json", trainer.config.model_dump_json(indent=2), sync=True)
@@ -187,7 +185,7 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
             f"model.path has {trainer.hf_config.vocab_size}. Set model.path to the model that the run began with."
         )
     try:
-        _load_trainer(folder / "trainer", trainer, updates)
+        load_trainer(folder / "trainer", trainer, updates)
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise UserError(
             f"The checkpoint {folder} does not load into this model ({type(error).__name__}: {error}). "
@@ -196,58 +194,8 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
         ) from error
     random_states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
     if random_states.exists():
-        _set_random_states(torch.load(random_states, weights_only=True))
+        set_random_states(torch.load(random_states, weights_only=True))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
-    if with_optimizer:
-        for part in _parts(trainer.optimizer):
-            _pad_buckets(part)
-        state["optimizer"] = trainer.optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=metadata
-        )
-    return state
-
-
-def _parts(optimizer) -> list[Any]:
-    """The optimizers that Megatron's optimizer is made of: one, or with expert parallelism two."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _pad_buckets(optimizer) -> None:
-    """Mend how Megatron's distributed optimizer finds parameters in its gathered buckets.
-
-    It joins buckets without their padding, but cuts parameters out at places that count it. The second bucket, which
-    an embedding shared by pipeline stages gets, would be saved from wrong places.
-    """
-    gather = getattr(optimizer, "get_parameter_state_dp_zero", None)
-    if gather is None or hasattr(gather, "pads_buckets"):
-        return
-
-    def gather_padded(**options: Any) -> dict[Any, Any]:
-        state = gather(**options)
-        for number, buffer in enumerate(optimizer.buffers):
-            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
-            if len(sizes) == 1:
-                continue
-            for tensors in state[number].values():
-                for name, tensor in tensors.items():
-                    if torch.is_tensor(tensor):
-                        pieces = tensor.split([size for size, _ in sizes])
-                        padded = [F.pad(piece, (0, whole - size)) for piece, (size, whole) in zip(pieces, sizes)]
-                        tensors[name] = torch.cat(padded)
-        return state
-
-    gather_padded.pads_buckets = True
-    optimizer.get_parameter_state_dp_zero = gather_padded
 
 
 class _Pending:
@@ -267,7 +215,7 @@ class _Pending:
     def start(self, folder: Path, trainer: Trainer, asynchronous: bool) -> None:
         """Write weights and optimizer, or start the process that does."""
         # Before its first step an optimizer has no state, and Megatron cannot save it; a new one is the same.
-        state = _sharded_state(trainer, with_optimizer=trainer.scheduler.num_steps > 0, is_loading=False)
+        state = sharded_state(trainer, with_optimizer=trainer.scheduler.num_steps > 0, is_loading=False)
         if asynchronous:
             self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_STRATEGY)
             self.writer.schedule_async_call(self._request)
@@ -290,92 +238,6 @@ def _save_hf(folder: Path, trainer: Trainer) -> None:
     finally:
         for _ in weights:
             pass
-
-
-def _load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
-    if updates:
-        _allocate_state(trainer.optimizer)
-    wanted = _sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(folder))
-    trainer.model.load_state_dict(loaded["model"])
-    if updates:
-        _load_optimizer(trainer.optimizer, loaded["optimizer"], updates)
-    else:
-        trainer.optimizer.reload_model_params()
-    trainer.scheduler.num_steps = updates
-    trainer.scheduler.step(0)
-    trainer.skipped = loaded["skipped"]
-
-
-def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
-    """Give the optimizer its moments and master weights; everything else it has already.
-
-    The tensors carry names that fit every layout, but the plain values around them (rates, number of steps)
-    are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
-    optimizer, which also is what lets the configuration change rates.
-    """
-    own = _parts(optimizer)
-    parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
-    for part, member in zip(parts, own, strict=True):
-        groups = [
-            {name: value for name, value in group.items() if name != "params"} | {"step": updates}
-            for group in member.param_groups
-        ]
-        if "param_state" in part:
-            part |= {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
-        else:
-            state = part.get("optimizer", part)
-            for group, ours in zip(state["param_groups"], groups, strict=True):
-                group.update(ours)
-            state["state"]["common_step"] = torch.tensor(float(updates))
-    optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
-
-
-def _allocate_state(optimizer) -> None:
-    """Make an optimizer that never stepped hold moments, which Megatron needs before it can load them.
-
-    A step with zero gradients, rate and decay creates them without moving a weight.
-    """
-    for part in _parts(optimizer):
-        inner = part.optimizer
-        if inner is None or len(inner.state):
-            continue
-        kept = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
-        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        for group in inner.param_groups:
-            group["lr"] = group["weight_decay"] = 0.0
-        inner.step()
-        for parameter in parameters:
-            parameter.grad = None
-        for group, (lr, weight_decay) in zip(inner.param_groups, kept):
-            group["lr"], group["weight_decay"] = lr, weight_decay
-
-
-def _random_states() -> dict[str, Any]:
-    """Random states of this rank as plain values and tensors, so that loading executes nothing."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "megatron": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    version_, internal, gauss_next = states["python"]
-    random.setstate((version_, tuple(internal), gauss_next))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:

@@ -1,0 +1,156 @@
+"""The trainer's state as Megatron's distributed checkpoints hold it: weights, optimizer, schedule and random states.
+
+Megatron saves and loads it in any layout.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+
+from spell_megatron.training.trainer import Trainer
+
+
+def sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    """What Megatron's `dist_checkpointing` saves of this rank, or loads into it."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
+    if with_optimizer:
+        for part in optimizer_parts(trainer.optimizer):
+            _pad_buckets(part)
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(
+            state["model"], is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def optimizer_parts(optimizer) -> list[Any]:
+    """The optimizers that a Megatron optimizer is made of: one, or with expert parallelism two."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _pad_buckets(optimizer) -> None:
+    """Correct how Megatron's distributed optimizer finds parameters in its gathered buckets.
+
+    It joins buckets without their padding, but cuts parameters out at places that count it. The second bucket, which
+    an embedding shared by pipeline stages gets, would be saved from wrong places.
+    """
+    gather = getattr(optimizer, "get_parameter_state_dp_zero", None)
+    if gather is None or hasattr(gather, "pads_buckets"):
+        return
+
+    def gather_padded(**options: Any) -> dict[Any, Any]:
+        state = gather(**options)
+        for number, buffer in enumerate(optimizer.buffers):
+            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            if len(sizes) == 1:
+                continue
+            for tensors in state[number].values():
+                for name, tensor in tensors.items():
+                    if torch.is_tensor(tensor):
+                        pieces = tensor.split([size for size, _ in sizes])
+                        padded = [F.pad(piece, (0, whole - size)) for piece, (size, whole) in zip(pieces, sizes)]
+                        tensors[name] = torch.cat(padded)
+        return state
+
+    gather_padded.pads_buckets = True
+    optimizer.get_parameter_state_dp_zero = gather_padded
+
+
+def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
+    """Load weights, optimizer and schedule after `updates` updates into a trainer that has made none."""
+    if updates:
+        _allocate_state(trainer.optimizer)
+    wanted = sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    trainer.model.load_state_dict(loaded["model"])
+    if updates:
+        _load_optimizer(trainer.optimizer, loaded["optimizer"], updates)
+    else:
+        trainer.optimizer.reload_model_params()
+    trainer.scheduler.num_steps = updates
+    trainer.scheduler.step(0)
+    trainer.skipped = loaded["skipped"]
+
+
+def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
+    """Give the optimizer its moments and master weights; everything else it has already.
+
+    The tensors carry names that fit every layout, but the plain values around them (rates, number of steps)
+    are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
+    optimizer, which also is what lets the configuration change rates.
+    """
+    own = optimizer_parts(optimizer)
+    parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
+    for part, member in zip(parts, own, strict=True):
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": updates}
+            for group in member.param_groups
+        ]
+        if "param_state" in part:
+            part |= {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
+        else:
+            state = part.get("optimizer", part)
+            for group, ours in zip(state["param_groups"], groups, strict=True):
+                group.update(ours)
+            state["state"]["common_step"] = torch.tensor(float(updates))
+    optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
+
+
+def _allocate_state(optimizer) -> None:
+    """Make an optimizer that never stepped hold moments, which Megatron needs before it can load them.
+
+    A step with zero gradients, rate and decay creates them without moving a weight.
+    """
+    for part in optimizer_parts(optimizer):
+        inner = part.optimizer
+        if inner is None or len(inner.state):
+            continue
+        kept = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in inner.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        inner.step()
+        for parameter in parameters:
+            parameter.grad = None
+        for group, (lr, weight_decay) in zip(inner.param_groups, kept):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def random_states() -> dict[str, Any]:
+    """Random states of this rank as plain values and tensors, so that loading executes nothing."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "megatron": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the states of `random_states` in place."""
+    version_, internal, gauss_next = states["python"]
+    random.setstate((version_, tuple(internal), gauss_next))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
