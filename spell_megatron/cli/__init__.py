@@ -1,8 +1,6 @@
 """The `spell` command.
 
-Exit status: 0 success, 2 something the user can mend (one message on stderr), 130 interrupted, 1 a
-defect of the program (with a stack trace). Of `spell train` also 75 and 143: stopped with a checkpoint, on SIGUSR1
-(start it again: the limit of time is near) and on SIGTERM. Of `spell status` also 3: failed, or no sign of life.
+`errors.ExitStatus` lists its exit statuses.
 """
 
 # torch, Megatron, vLLM and transformers are imported inside the commands: `spell --help` answers at once.
@@ -17,7 +15,7 @@ from collections.abc import Sequence
 
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.ranks import launched_processes, rank
 
 COMMANDS = (train, launch, engines, status, stop, evaluate, plan, prepare, convert, report)
@@ -39,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = UserError(f"{error}. Make room; a run then goes on from its last checkpoint with --resume.")
         process = f" (process {rank()})" if (launched_processes() or 1) > 1 else ""
         print(f"spell{process}: {error}", file=sys.stderr)
-        return 2
+        return ExitStatus.USER_ERROR
     except KeyboardInterrupt:
         print("spell: interrupted", file=sys.stderr)
-        return 130
+        return ExitStatus.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 from spell_megatron.cli.arguments import add_rendezvous
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.reading import read_config
-from spell_megatron.ranks import rank
+from spell_megatron.errors import ExitStatus
+from spell_megatron.ranks import leave_step, rank
 
 
 def add_parser(commands) -> None:
@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     from spell_megatron.rollout.engines import Engines
 
     # The default action would end this process without the engines' having been stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitStatus.TERMINATED))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
     node = rank()
-    os.environ.pop("SLURM_STEP_ID", None)  # the processes of this step are no trainers
+    leave_step()  # its processes are no trainers
     config, faults = read_config(arguments.config)
     raise_faults(faults, str(arguments.config))
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ from spell_megatron.cli.arguments import add_config, add_rendezvous, overrides_o
 from spell_megatron.config.faults import Fault
 from spell_megatron.config.reading import raise_faults_of_files, read_config, to_yaml
 from spell_megatron.config.schema import Config
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
-from spell_megatron.ranks import launched_processes, rank
+from spell_megatron.ranks import child_of_torchrun, launched_processes, rank, slurm_restarts
 
 
 def add_parser(commands) -> None:
@@ -45,10 +44,10 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.monitoring.status import block_sigusr1
+    from spell_megatron.monitoring.status import Reason, block_sigusr1
 
     block_sigusr1()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher, as `launch_processes` is one
+    if child_of_torchrun():
         from spell_megatron.processes.lifetime import end_with_parent
 
         end_with_parent()
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
         from spell_megatron.preflight import find_faults
 
         known = {key for fault in faults for key in fault.keys}
-        restarted = arguments.rendezvous is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        restarted = arguments.rendezvous is not None and slurm_restarts() > 0
         found, warnings = find_faults(config, resume, known, restarted)
         faults = [*faults, *found]
     raise_faults_of_files(faults, arguments.config or Path(arguments.resume) / "config.yaml", overrides)
@@ -80,9 +79,9 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
     stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
-    if stopped == "requeue" and rendezvous:
+    if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
-    return {None: 0, "stop": 0, "requeue": 75, "terminate": 143}[stopped]
+    return stopped.exit_status if stopped else ExitStatus.SUCCESS
 
 
 def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Config, list[Fault], Path | None]:

@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.files import json_lines, write_text
+from spell_megatron.ranks import slurm_job, slurm_restarts
 
 INTERVAL = 5.0
 """Seconds between two heartbeats."""
@@ -33,7 +35,25 @@ SILENT_AFTER = 60.0
 # One request may reach a process as two signals: from its launcher, and as a member of a group or a job.
 _ONE_REQUEST = 5.0
 
-Reason = Literal["stop", "requeue", "terminate"]
+
+class Reason(StrEnum):
+    """Why a run stops before its last step."""
+
+    STOP = "stop"
+    """`spell stop` asks for it."""
+    REQUEUE = "requeue"
+    """SIGUSR1: the limit of the job's time, or preemption, is near. The job is to be queued again."""
+    TERMINATE = "terminate"
+    """SIGTERM: the end of the job."""
+
+    @property
+    def exit_status(self) -> ExitStatus:
+        """How `spell train` ends after it has saved a checkpoint for this reason."""
+        return {
+            Reason.STOP: ExitStatus.SUCCESS,
+            Reason.REQUEUE: ExitStatus.REQUEUE,
+            Reason.TERMINATE: ExitStatus.TERMINATED,
+        }[self]
 
 
 def block_sigusr1() -> None:
@@ -70,7 +90,7 @@ class StopRequest:
 
     def _wait(self) -> None:
         signal.sigwait({signal.SIGUSR1})
-        self._ask("requeue")
+        self._ask(Reason.REQUEUE)
 
     def _ask(self, reason: Reason) -> None:
         if self._signalled is None:
@@ -79,14 +99,14 @@ class StopRequest:
     def _terminate(self, number: int, _: object) -> None:
         if not self.can_save:
             sys.exit(128 + number)
-        self._ask("terminate")
+        self._ask(Reason.TERMINATE)
         if time.monotonic() - self._at > _ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def reason(self) -> Reason | None:
         """Why the run is to stop; None: it is not."""
-        return self._signalled or ("stop" if self._file.exists() else None)
+        return self._signalled or (Reason.STOP if self._file.exists() else None)
 
 
 class Status:
@@ -105,8 +125,8 @@ class Status:
             "started": time.time(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "job": slurm_job(),
+            "restart": slurm_restarts(),
         }
         self._engines: Callable[[], Iterable[dict]] = tuple
         self._lock, self._ended = threading.Lock(), threading.Event()

@@ -8,7 +8,7 @@ from datetime import timedelta
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.processes.rendezvous import Rendezvous
-from spell_megatron.ranks import launched_processes
+from spell_megatron.ranks import ALONE, launched
 
 _SECONDS = 600.0  # that the processes of a step may differ in their start
 _STORE = "trainer"
@@ -23,13 +23,13 @@ def join(config: Config, rendezvous: Rendezvous) -> None:
     Raises:
         UserError: rank 0 does not publish its address, or cannot be reached at it.
     """
-    world_size = launched_processes() or 1
+    rank, world_size, _ = launched() or ALONE
     if world_size == 1:
         return
     import torch
     import torch.distributed as dist
 
-    rank, limit = int(os.environ["SLURM_PROCID"]), timedelta(seconds=_SECONDS)
+    limit = timedelta(seconds=_SECONDS)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
     if interface := _interface(rendezvous.address()):
         # gloo would take the address that this host's name resolves to, which the others may not reach.

@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 import requests
 
 import spell_megatron
+from spell_megatron import ranks
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.processes.rendezvous import Rendezvous
@@ -173,7 +174,7 @@ class Engines:
                 engines.engines = [Engine(url, engines.api_key) for url in config.rollout.urls]
             else:
                 if trainers is None:
-                    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", config.training.parallel.processes))
+                    trainers = ranks.local_processes() or config.training.parallel.processes
                 engines._start_all(range(config.rollout.replicas), trainers)
             engines._check_fit(config)
         except BaseException:
@@ -582,8 +583,7 @@ def _environment(config: Config, key: str, gpus: list[str], weight_transfer: str
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    # Set by torchrun or srun for the trainer's processes; vLLM would take them for its own.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ranks.TORCHRUN_VARIABLES:
         environment.pop(name, None)
     if weight_transfer == "gloo":
         environment |= {

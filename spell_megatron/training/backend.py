@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from spell_megatron import ranks
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import Config
@@ -43,7 +44,7 @@ def initialise(config: Config) -> torch.device:
             or the address of rank 0 is unknown.
     """
     device = _device(config)
-    rank, world_size, local_rank = _ranks()
+    rank, world_size, local_rank = ranks.launched() or ranks.ALONE
     raise_faults(list(division_faults(config.training.parallel, world_size)), "the layout of the trainer")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
@@ -132,17 +133,6 @@ def _device(config: Config) -> torch.device:
     return torch.device(wanted)
 
 
-def _ranks() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun, srun or neither says."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # set by srun, but not in a bare batch script
-        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-        return int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
-
-
 def _join(device: torch.device, rank: int, world_size: int) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
@@ -153,7 +143,7 @@ def _join(device: torch.device, rank: int, world_size: int) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     if "MASTER_ADDR" not in os.environ:
-        if int(os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))) > 1:
+        if ranks.on_several_nodes():
             raise UserError(
                 "This process is one of several on several nodes, but MASTER_ADDR is not set, so that it "
                 "cannot find rank 0. Export MASTER_ADDR (address of the first trainer node) and MASTER_PORT "
@@ -162,8 +152,8 @@ def _join(device: torch.device, rank: int, world_size: int) -> None:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
         # Every rank must name the same port, so it follows from the job; several steps do not meet.
-        job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + step) % 10000)
+        job = int(ranks.slurm_job() or 0)
+        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + ranks.slurm_step()) % 10000)
     dist.init_process_group(backend, rank=rank, world_size=world_size)
 
 

@@ -290,21 +290,3 @@ def test_processes_must_fit_the_layout():
             backend.initialise(config)
     finally:
         backend.initialise(cpu_config("unused"))
-
-
-def test_ranks_come_from_torchrun_or_srun_or_nowhere(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    assert backend._ranks() == (0, 1, 0)
-    # In a batch script, outside srun, Slurm announces the job's tasks, but this process is not one of them.
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert backend._ranks() == (0, 1, 0)
-    monkeypatch.setenv("SLURM_STEP_ID", "2")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert backend._ranks() == (3, 4, 1)
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    assert backend._ranks() == (5, 6, 0)
