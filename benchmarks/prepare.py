@@ -45,6 +45,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from spell_megatron.corpus import duplicates
 from spell_megatron.corpus.texts import words
+from spell_megatron.corpus.word_sequences import sequences, word_hashes
 from spell_megatron.selfplay.documents import load_clusters
 
 DOCUMENTS_OF_A_TOPIC = 50
@@ -188,9 +189,9 @@ def datasketch_duplicates(texts: list[list[str]]) -> set[int]:
 
 
 def our_duplicates(texts: list[list[str]]) -> set[int]:
-    signatures = np.stack([duplicates.signature(duplicates.word_hashes(text)) for text in texts])
+    signatures = np.stack([duplicates.signature(word_hashes(text)) for text in texts])
     original = duplicates.near_duplicates(
-        signatures, THRESHOLD, lambda number: duplicates.sequences(duplicates.word_hashes(texts[number]), 5)
+        signatures, THRESHOLD, lambda number: sequences(word_hashes(texts[number]), 5)
     )
     return set(np.flatnonzero(original != np.arange(len(original))).tolist())
 

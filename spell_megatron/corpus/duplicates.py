@@ -1,26 +1,21 @@
-"""Texts that repeat others: near-duplicates by MinHash, and overlap with evaluation sets by word sequences."""
+"""Documents that nearly repeat others, found by MinHash."""
 
 from __future__ import annotations
 
 import functools
-import json
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 
-from spell_megatron.corpus.reading import table_rows
+from spell_megatron.corpus.pieces import Pieces
 from spell_megatron.corpus.texts import words
-from spell_megatron.errors import UserError
+from spell_megatron.corpus.word_sequences import fold, sequences, word_hashes
 
 PERMUTATIONS = 128
 """As in the paper."""
 SHINGLE_WORDS = 5
 """Two documents are compared by their sets of five-word sequences."""
-EVALUATION_SUFFIXES = {".jsonl", ".json", ".parquet", ".zip"}
 
 # Odd numbers: x -> a x mod 2^64 is a permutation, whose upper bits order the shingles (multiply-shift).
 _FACTORS = np.random.default_rng(1).integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
@@ -28,30 +23,6 @@ _CHUNK = 4096
 _NEAR = 8
 # Three standard errors of an estimate at 0.8.
 _DOUBT = 0.11
-
-
-def word_hashes(of: Sequence[str]) -> np.ndarray:
-    """One number per word [words], uint64."""
-    return np.fromiter(map(crc32, map(str.encode, of)), np.uint64, len(of))
-
-
-def sequences(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Hashes of all sequences of n words, in order [max(0, words - n + 1)], uint64.
-
-    Args:
-        hashes: the text's `word_hashes`.
-    """
-    count = max(0, len(hashes) - n + 1)
-    return _fold([hashes[i : i + count] for i in range(n)])
-
-
-def _fold(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One hash of several numbers, elementwise; their order counts."""
-    result = np.zeros(len(parts[0]), np.uint64)
-    for part in parts:
-        result = (result ^ part) * np.uint64(0x9E3779B97F4A7C15)
-        result ^= result >> np.uint64(29)
-    return result
 
 
 def signature(hashes: np.ndarray) -> np.ndarray:
@@ -69,6 +40,27 @@ def signature(hashes: np.ndarray) -> np.ndarray:
         permuted = shingles[start : start + _CHUNK, None] * _FACTORS
         np.minimum(least, permuted.min(axis=0), out=least)
     return (least >> np.uint64(32)).astype(np.uint32)
+
+
+def find_near_duplicates(folder: Path, pieces: Pieces, signatures: Path, threshold: float) -> None:
+    """Write for each document the one that it repeats (`original.npy`), and the pieces that stay (`kept.npy`).
+
+    Args:
+        signatures: file of the documents' `signature`s, one after another.
+        threshold: least similarity; 1: documents that are not equal stay.
+    """
+    matrix = np.fromfile(signatures, np.uint32).reshape(-1, PERMUTATIONS)
+    document = pieces.column("document")  # in rising order
+    original = np.arange(len(matrix))
+
+    def shingles(number: int) -> np.ndarray:
+        rows = range(*np.searchsorted(document, [number, number + 1]))
+        return sequences(word_hashes(words(" ".join(pieces.values("text", rows)))), SHINGLE_WORDS)
+
+    if threshold < 1:
+        original = near_duplicates(matrix, threshold, shingles)
+    np.save(folder / "original.npy", original)
+    np.save(folder / "kept.npy", np.flatnonzero(original[document] == document))
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float, shingles: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -112,7 +104,7 @@ def _candidates(signatures: np.ndarray, threshold: float) -> tuple[np.ndarray, n
     rows = _band_rows(threshold)
     pairs = np.zeros(0, np.int64)
     for start in range(0, PERMUTATIONS, rows):
-        keys = _fold(np.asarray(signatures[:, start : start + rows], np.uint64).T)
+        keys = fold(list(np.asarray(signatures[:, start : start + rows], np.uint64).T))
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         opens = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
@@ -139,78 +131,3 @@ def _band_rows(threshold: float) -> int:
         if 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= 0.9:
             return rows
     return 1
-
-
-# ------------------------------------------------------------------------------------ evaluation sets
-
-
-def evaluation_sequences(files: Sequence[Path], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences of n words in evaluation sets: sorted hashes [sequences], and the number of each one's file.
-
-    All strings count, wherever they stand in a row: questions, answers, contexts.
-
-    Args:
-        files: .jsonl, .json (a list of rows, or one a line), .parquet, or a .zip archive of such files.
-
-    Raises:
-        UserError: if a file cannot be read, or holds no text of n words.
-    """
-    hashes = np.zeros(0, np.uint64)
-    owners = np.zeros(0, np.uint16)
-    for number, path in enumerate(files):
-        parts = [sequences(word_hashes(words(text)), n) for row in _evaluation_rows(path) for text in _strings(row)]
-        own = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
-        if not len(own):
-            raise UserError(
-                f"{path}: no text of {n} words is in this evaluation set, so nothing can overlap with it. Give a file "
-                "with questions or contexts, or a smaller --overlap-words."
-            )
-        hashes, where = np.unique(np.concatenate([hashes, own]), return_index=True)
-        owners = np.concatenate([owners, np.full(len(own), number, np.uint16)])[where]
-    return hashes, owners
-
-
-def shared_sequence(hashes: np.ndarray, n: int, known: np.ndarray) -> int | None:
-    """Place in `known` of the first sequence of n words that a text shares with it; None: there is none.
-
-    Args:
-        hashes: the text's `word_hashes`.
-        known: sorted hashes, from `evaluation_sequences`.
-    """
-    own = sequences(hashes, n)
-    places = np.minimum(np.searchsorted(known, own), len(known) - 1)
-    shared = np.flatnonzero(known[places] == own)
-    return int(places[shared[0]]) if len(shared) else None
-
-
-def _evaluation_rows(path: Path) -> Iterator[object]:
-    if path.suffix.lower() == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-                for name in archive.namelist():
-                    if Path(name).suffix.lower() in EVALUATION_SUFFIXES - {".zip"}:
-                        yield from _evaluation_rows(Path(archive.extract(name, folder)))
-        except (zipfile.BadZipFile, OSError, RuntimeError, UserError) as error:  # RuntimeError: it has a password
-            raise UserError(f"{path}: not a readable archive ({error}).") from error
-        return
-    if path.suffix.lower() == ".json":
-        try:
-            data = path.read_bytes()
-            yield json.loads(data)
-            return
-        except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, OSError) or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-                raise UserError(f"{path}: not a readable JSON file ({error}).") from error
-            # else it may have one row a line
-    for number, row in table_rows(path):
-        if row is None:
-            raise UserError(f"{path}: line {number} is not JSON. Mend the evaluation set, or leave it out.")
-        yield row
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)

@@ -15,8 +15,8 @@ import requests
 from requests.adapters import HTTPAdapter, Retry
 from scipy.sparse import csr_matrix, vstack
 
-from spell_megatron.corpus.duplicates import word_hashes
 from spell_megatron.corpus.texts import words
+from spell_megatron.corpus.word_sequences import word_hashes
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
 

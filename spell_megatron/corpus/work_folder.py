@@ -22,9 +22,12 @@ class WorkFolder:
     @classmethod
     @contextmanager
     def open(cls, out: Path, fingerprint: str, progress: Progress) -> Iterator[WorkFolder]:
-        """The folder of this output, emptied if it was made of something else; it goes when the work is finished.
+        """The folder for this output, emptied if its inputs or options were others.
 
-        It also goes after a failure in the first stage, when there is nothing to keep.
+        It is removed when the work is finished, and after a failure in the first stage, when there is nothing to keep.
+
+        Raises:
+            UserError: another process is at work on this output, or the folder cannot be written.
         """
         self = cls(out.with_name(f".{out.name}.work"), progress)
         try:
@@ -33,7 +36,7 @@ class WorkFolder:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise UserError(f"Another `spell prepare` is at work on {out}. Wait for it, or end it.") from error
+                    raise UserError(f"Another `spell prepare` is at work on {out}. Wait for it, or stop it.") from error
                 try:
                     self._clear_unless(fingerprint)
                     yield self
@@ -42,8 +45,8 @@ class WorkFolder:
                         shutil.rmtree(self._folder)
         except OSError as error:
             raise UserError(
-                f"Cannot write {out}: {error.strerror or error} ({error.filename or self._folder}). Make room, or name "
-                "another --out; what is finished is not repeated."
+                f"Cannot write {out}: {error.strerror or error} ({error.filename or self._folder}). Free some space, "
+                "or name another --out; what is finished is not repeated."
             ) from error
 
     def _done(self) -> list[Path]:
@@ -54,7 +57,7 @@ class WorkFolder:
         if key.exists() and key.read_text() == fingerprint:
             return
         if self._done():
-            self._progress.line("inputs or options are not those of the run that was stopped: starting anew")
+            self._progress.line("inputs or options have changed since the run that was stopped: starting over")
         for path in self._folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

@@ -39,7 +39,7 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "A worker process has died, most likely for lack of memory. Run the same command again with fewer "
+                "A worker process died, most likely for lack of memory. Run the same command again with fewer "
                 "--workers: what is finished is not repeated."
             ) from error
         finally:
@@ -48,11 +48,13 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
 
 
 def _leave_with_parent() -> None:
-    """Ctrl-C is the parent's business; and a parent that is killed must not leave its workers behind."""
+    """Ignore Ctrl-C, which the parent handles, and end when the parent ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

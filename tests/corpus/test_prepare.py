@@ -23,7 +23,8 @@ from spell_megatron.cli import main
 from spell_megatron.corpus.embedding import embed_words
 from spell_megatron.corpus.grouping import group_similar
 from spell_megatron.corpus.options import Options
-from spell_megatron.corpus.prepare import SCHEMA, prepare
+from spell_megatron.corpus.prepare import prepare
+from spell_megatron.corpus.table import SCHEMA
 from spell_megatron.corpus.texts import split_text
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.documents import Cluster, load_clusters
@@ -595,12 +596,10 @@ def test_statistics_stand_beside_the_output(tmp_path):
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
-    from spell_megatron.corpus import prepare as stages
-
-    monkeypatch.setattr(stages, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(stages, "PARALLEL_TEXTS", 0)
-    monkeypatch.setattr(stages, "_BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(stages, "_EMBED_TEXTS", 8)
+    monkeypatch.setattr("spell_megatron.corpus.examine.PARALLEL_BYTES", 0)
+    monkeypatch.setattr("spell_megatron.corpus.examine._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("spell_megatron.corpus.vectors.PARALLEL_TEXTS", 0)
+    monkeypatch.setattr("spell_megatron.corpus.vectors._PART", 8)
     rows = [{"text": article(topic, number)} for number in range(20) for topic in TOPICS]
     path = table(tmp_path / "a.jsonl", rows + rows[:10])
     for workers in (1, 2):

@@ -80,9 +80,8 @@ def test_killed_at_every_stage_it_goes_on_to_the_same_bytes(tmp_path):
 def test_a_part_of_the_vectors_is_not_made_again(tmp_path, monkeypatch):
     """What a killed run has left of an unfinished stage is used, and ends in the same bytes."""
     from spell_megatron.corpus import embedding
-    from spell_megatron.corpus import prepare as stages
 
-    monkeypatch.setattr(stages, "_EMBED_TEXTS", 16)
+    monkeypatch.setattr("spell_megatron.corpus.vectors._PART", 16)
     make_corpus(tmp_path / "corpus.jsonl", 80)
     prepare([tmp_path / "corpus.jsonl"], tmp_path / "whole.parquet")
     whole, asked = embedding.embed_words, []
@@ -108,7 +107,7 @@ def test_a_part_of_the_vectors_is_not_made_again(tmp_path, monkeypatch):
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
-def test_other_inputs_or_options_begin_anew(tmp_path, monkeypatch, capsys):
+def test_other_inputs_or_options_start_over(tmp_path, monkeypatch, capsys):
     from spell_megatron.corpus import prepare as stages
 
     make_corpus(tmp_path / "corpus.jsonl", 40)
@@ -117,14 +116,14 @@ def test_other_inputs_or_options_begin_anew(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_write", interrupted)
+        patch.setattr(stages, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare([tmp_path / "corpus.jsonl"], tmp_path / "out.parquet")
     assert (tmp_path / ".out.parquet.work" / "grouping").is_dir()
     make_corpus(tmp_path / "corpus.jsonl", 60)
     summary = prepare([tmp_path / "corpus.jsonl"], tmp_path / "out.parquet")
     said = capsys.readouterr().err
-    assert "starting anew" in said and "finished before" not in said
+    assert "starting over" in said and "finished before" not in said
     assert sum(summary.cluster_documents) == 60
 
 
@@ -132,15 +131,15 @@ def test_two_at_work_on_one_output_are_kept_apart(tmp_path, monkeypatch):
     from spell_megatron.corpus import prepare as stages
 
     make_corpus(tmp_path / "corpus.jsonl", 20)
-    write, out = stages._write, tmp_path / "out.parquet"
+    write, out = stages.write, tmp_path / "out.parquet"
 
     def second(*arguments):
-        monkeypatch.setattr(stages, "_write", write)
+        monkeypatch.setattr(stages, "write", write)
         with pytest.raises(UserError, match="Another `spell prepare` is at work on"):
             prepare([tmp_path / "corpus.jsonl"], out)
         return write(*arguments)
 
-    monkeypatch.setattr(stages, "_write", second)
+    monkeypatch.setattr(stages, "write", second)
     prepare([tmp_path / "corpus.jsonl"], out)
     assert out.exists()
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from spell_megatron.corpus.texts import split_text, web_fault, words
+from spell_megatron.corpus.texts import split_text, words
+from spell_megatron.corpus.web_text import web_fault
 
 # Different sentences of ordinary English.
 PEOPLE = "farmer teacher sailor doctor painter baker miller lawyer singer printer".split()
