@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from spell_megatron import checkpoint
@@ -22,6 +19,7 @@ from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Reason, Status, StopRequest
 from spell_megatron.processes import joining as processes
+from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
@@ -31,9 +29,8 @@ from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.trainer import Trainer
+from spell_megatron.weights.engine_weights import EngineWeights, Order
 from spell_megatron.weights.huggingface import load_weights
-from spell_megatron.weights.push import WeightPusher
-from spell_megatron.weights.reshard import export
 
 # A gradient that is not finite skips its update, and so does a step without a mixed group; this many of
 # either in a row end the run.
@@ -84,7 +81,14 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             step, state = _restore(folder, trainer) if resume else (0, {})
         if first and (why := _no_replay(config, trainer, engines)):
             progress.line(f"Routing replay is off: {why}.")
-        weights = _EngineWeights(config, trainer, engines, progress, stop)
+        weights = EngineWeights(
+            trainer.model,
+            trainer.hf_config,
+            engines,
+            verify=config.rollout.verify_weights,
+            say=progress.line,
+            stop=stop.reason,
+        )
         stack.callback(weights.close)
         director = stack.enter_context(Director(config, engines, weights.revive, stop.reason)) if first else None
         resume_step = step if resume else None
@@ -104,7 +108,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         before, skipped, empty, saved = metrics, 0, 0, step if resume else None
         stopped = None
         while step < steps and not stopped:
-            rows, metrics, started, order = None, {}, time.monotonic(), "stop"
+            rows, metrics, started, order = None, {}, time.monotonic(), Order.STOP
             if director:
                 status.update(state="running", step=step + 1)
                 with progress.stage("rollout", config.selfplay.groups) as advance:
@@ -115,7 +119,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                     metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
                     rows = [_row(sample, config) for sample in rollout.batch]
                     write_dump(rollout.samples, folder / "rollouts", step + 1, config.logging.dump)
-                    order = "update" if rows else "skip"
+                    order = Order.UPDATE if rows else Order.SKIP
                     del rollout  # the routings of its samples are large
                     empty = 0 if rows else empty + 1
                     if empty:
@@ -125,14 +129,14 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                             raise UserError(
                                 f"{empty} steps in a row had nothing to train on, so the run stops; the last: {why}"
                             )
-            if engines and order != "stop":
+            if engines and order is not Order.STOP:
                 engines.sleep()
             order = weights.wait_for_order(order)
-            if order == "stop":  # the rollout was given up
-                stopped = _from_rank_0(stop.reason())
+            if order is Order.STOP:  # the rollout was given up
+                stopped = from_rank_0(stop.reason())
                 break
             step += 1
-            if order == "update":
+            if order is Order.UPDATE:
                 metrics |= _update(trainer, rows, progress)
             else:
                 metrics["train/empty"] = 1.0
@@ -145,7 +149,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 )
             if engines:
                 engines.new_step()
-            stopped = _from_rank_0(stop.reason())
+            stopped = from_rank_0(stop.reason())
             if not stopped:
                 with progress.stage("push"):
                     metrics |= weights.push(step)
@@ -161,7 +165,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 progress.summary(step, steps, metrics)
         if step < steps and saved != step:
             _save(saver, step, director, progress)
-        weights.wait_for_order("end")  # until the last validation has ended
+        weights.wait_for_order(Order.END)  # until the last validation has ended
         saver.finish()
         if step < steps:
             progress.line(f"{folder}: stopped after step {step} of {steps} ({stopped}); go on with --resume")
@@ -220,89 +224,6 @@ def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
         text += f" ({metrics['selfplay/clusters']:.0f} tried: {shares})"
     remedy = REMEDIES.get(ends[0][1], "Look into {dump}.") if ends else ""
     return f"{text}. {remedy.format(dump=dumps)}".strip()
-
-
-class _EngineWeights:
-    """The trainer's weights on the engines, and on engines that were started again after a failure.
-
-    All trainer ranks call `push` and `wait_for_order`. While the others are in the latter, rank 0 may `revive` engines.
-    """
-
-    def __init__(
-        self, config: Config, trainer: Trainer, engines: Engines | None, progress: Progress, stop: StopRequest
-    ) -> None:
-        self._config, self._trainer, self._engines = config, trainer, engines
-        self._progress, self._stop = progress, stop
-        self._pusher = WeightPusher(engines)
-        self._step = 0
-
-    def close(self) -> None:
-        self._pusher.close()
-
-    def push(self, step: int) -> dict[str, float]:
-        """Send the weights to the engines, which are version `step` from then on; the metrics of it.
-
-        Engines that have ended or hang are started again before, and all of them if a push fails, so that none ever
-        serves a mixture. If the run is asked to stop, a push that fails is not repeated: the end of a job ends engines.
-
-        Raises:
-            UserError: they failed too often, or were not started by this run and did not take the weights.
-        """
-        self._step = step
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # engines may share this GPU
-        self._mend(self._engines.failed() if self._engines else ())
-        while True:
-            fault, push = "", None
-            if self._engines:
-                self._engines.wake("weights")
-            stream = export(self._trainer.model, self._trainer.hf_config, everywhere=self._pusher.everywhere)
-            try:
-                push = self._pusher.push(stream, str(step), verify=self._config.rollout.verify_weights)
-            except UserError as error:
-                if not self._engines.restartable:
-                    raise
-                fault = str(error)
-                for _ in stream:  # the other ranks go on sending
-                    pass
-            if not _from_rank_0(fault and not self._stop.reason()):
-                break
-            self._mend(range(len(self._engines.engines)) if self._engines else (), fault)
-        if push is None:
-            return {}
-        self._engines.wake("kv_cache")
-        return {"time/push": push.seconds, "push/bytes": push.bytes, "push/verified": push.verified}
-
-    def revive(self) -> list[str]:
-        """Mend the engines, none of which answers, and give them the weights they had; their addresses. On rank 0."""
-        _from_rank_0("push")
-        self._mend(self._engines.failed(), "none answers")
-        self.push(self._step)
-        return self._engines.urls
-
-    def wait_for_order(self, order: str) -> str:
-        """Rank 0's order, on all ranks; until it comes the others push whenever rank 0 revives engines."""
-        while (order := _from_rank_0(order)) == "push":
-            self._mend(())
-            self.push(self._step)
-        return order
-
-    def _mend(self, broken: Sequence[int], why: str = "") -> None:
-        """Restart these engines, which rank 0 knows, and connect all of them anew if it did or gives a reason."""
-        if broken or why:
-            urls = ", ".join(self._engines.urls[number] for number in broken)
-            self._progress.line(f"Waiting for engines to be started again ({urls}): {why or 'ended'}.")
-            self._engines.restart(broken)
-        if _from_rank_0(bool(broken or why)):
-            self._pusher.close()
-            self._pusher = WeightPusher(self._engines)
-
-
-def _from_rank_0(value: Any) -> Any:
-    """The value of rank 0 on all ranks."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _validate(director: Director, step: int, progress: Progress) -> dict[str, float]:

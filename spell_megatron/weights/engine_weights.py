@@ -1,0 +1,137 @@
+"""The trainer's weights on the engines, pushed again whenever engines had to be restarted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+import torch
+from transformers import PretrainedConfig
+
+from spell_megatron.errors import UserError
+from spell_megatron.processes.collective import from_rank_0
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.weights.push import Push, WeightPusher
+from spell_megatron.weights.reshard import export
+
+
+class Order(Enum):
+    """What rank 0 tells the other ranks to do next."""
+
+    UPDATE = auto()
+    """Train on the batch, then push."""
+    SKIP = auto()
+    """Push without an update: the step has nothing to train on."""
+    STOP = auto()
+    """End the run before its last step."""
+    END = auto()
+    """End the run: all steps are done."""
+    PUSH = auto()
+    """Push the same weights again, to engines that were restarted, and wait for the next order."""
+
+
+class EngineWeights:
+    """Keeps the engines at the trainer's weights, and restarts engines that fail.
+
+    All trainer ranks call `push` and `wait_for_order`. While the others are in the latter, rank 0 may `revive` engines.
+
+    Args:
+        model: the policy on this rank, as built or wrapped (DDP).
+        hf_config: the configuration of its Hugging Face checkpoint.
+        engines: the engines on rank 0, None on the others.
+        verify: compare a checksum of each tensor on both sides of a push.
+        say: prints a line for the user.
+        stop: why the run is asked to stop, or None. Once it is, a push that fails is not repeated, because the end of
+            a job ends the engines too.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        hf_config: PretrainedConfig,
+        engines: Engines | None,
+        *,
+        verify: bool,
+        say: Callable[[str], None],
+        stop: Callable[[], object | None],
+    ) -> None:
+        self._model, self._hf_config, self._engines = model, hf_config, engines
+        self._verify, self._say, self._stop = verify, say, stop
+        self._pusher = WeightPusher(engines)
+        self._step = 0
+
+    def close(self) -> None:
+        """Ends the connection; the engines keep serving what they have."""
+        self._pusher.close()
+
+    def push(self, step: int) -> dict[str, float]:
+        """Sends the weights to the engines, which serve version `step` from then on.
+
+        Engines that have ended or hang are restarted first. If a push fails, all engines are restarted and the push is
+        repeated, so that no engine ever serves a mixture of weights.
+
+        Returns:
+            Metrics of the push on rank 0, {} on the others.
+
+        Raises:
+            UserError: engines failed too often; or they were not started by this run and did not take the weights.
+        """
+        self._step = step
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # engines may share this GPU
+        self._restart(self._engines.failed() if self._engines else ())
+        while True:
+            done, fault = self._try_push()
+            if not from_rank_0(fault and not self._stop()):
+                break
+            self._restart(range(len(self._engines.engines)) if self._engines else (), fault)
+        if self._engines is None or done is None:
+            return {}
+        self._engines.wake("kv_cache")
+        return {"time/push": done.seconds, "push/bytes": done.bytes, "push/verified": done.verified}
+
+    def _try_push(self) -> tuple[Push | None, str]:
+        """Pushes once; returns what was sent (None: nothing, or not by this rank) and what went wrong ("": nothing)."""
+        if self._engines:
+            self._engines.wake("weights")
+        stream = export(self._model, self._hf_config, everywhere=self._pusher.everywhere)
+        try:
+            return self._pusher.push(stream, str(self._step), verify=self._verify), ""
+        except UserError as error:
+            if self._engines is None or not self._engines.restartable:
+                raise
+            for _ in stream:  # the other ranks go on sending
+                pass
+            return None, str(error)
+
+    def revive(self) -> list[str]:
+        """Restarts the engines, none of which answers, and gives them the weights they had. Called on rank 0.
+
+        Returns:
+            The engines' addresses, which are new.
+        """
+        assert self._engines is not None, "rank 0 has the engines"
+        from_rank_0(Order.PUSH)
+        self._restart(self._engines.failed(), "none answers")
+        self.push(self._step)
+        return self._engines.urls
+
+    def wait_for_order(self, order: Order) -> Order:
+        """Rank 0's order, on all ranks; until it comes the others push whenever rank 0 revives engines."""
+        while (order := from_rank_0(order)) is Order.PUSH:
+            self._restart(())
+            self.push(self._step)
+        return order
+
+    def _restart(self, broken: Sequence[int], why: str = "") -> None:
+        """Restarts these engines, which rank 0 names, and then connects to all of them again.
+
+        Without broken engines and a reason nothing happens. With a reason alone the engines are only connected again.
+        """
+        if self._engines and (broken or why):
+            urls = ", ".join(self._engines.urls[number] for number in broken)
+            self._say(f"Waiting for engines to be started again ({urls}): {why or 'ended'}.")
+            self._engines.restart(broken)
+        if from_rank_0(bool(broken or why)):
+            self._pusher.close()
+            self._pusher = WeightPusher(self._engines)
