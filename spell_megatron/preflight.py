@@ -255,8 +255,7 @@ class _Preflight:
         from spell_megatron.training.layout import layout_faults
 
         parallel, rollout = self.config.training.parallel, self.config.rollout
-        for name, message in layout_faults(arch, parallel):
-            self.fault(f"training.parallel.{name} model.path", message)
+        self.faults += layout_faults(arch, parallel)
         if not rollout.urls and arch.heads % rollout.tensor_parallel:
             self.fault(
                 "rollout.tensor_parallel model.path",

@@ -17,7 +17,7 @@ from engine_fixtures import save_policy
 
 from spell_megatron import __version__
 from spell_megatron.cli import main
-from spell_megatron.config.help import settings
+from spell_megatron.config.help import all_settings
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_help_is_good_reading(spell):
     assert status == 0 and "train " in text and "prepare " in text
     status, text, _ = spell("train", "--help")
     assert status == 0
-    for setting in settings():
+    for setting in all_settings():
         assert f"\n  {setting.key}  (" in text
     assert "(number; default 0.7)\n      Sampling temperature of all roles" in text
     assert spell("--version")[1] == f"spell_megatron {__version__}\n"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from spell_megatron.config.help import settings
+from spell_megatron.config.help import all_settings
 from spell_megatron.config.reading import load_config, read_config, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
@@ -266,7 +266,7 @@ def test_what_is_written_reads_back_the_same(write):
 
 
 def test_every_setting_is_explained():
-    listed = list(settings())
+    listed = list(all_settings())
     assert len(listed) > 80
     assert [setting.key for setting in listed if not setting.help] == []
     assert [setting.key for setting in listed if setting.default is None] == ["model.path", "data.documents"]
@@ -288,7 +288,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 SECTIONS = ["selfplay", "rollout.sampling", "training.optimizer", "x.y"]
-KEYS = st.sampled_from([setting.key for setting in settings()] + SECTIONS)
+KEYS = st.sampled_from([setting.key for setting in all_settings()] + SECTIONS)
 
 
 @hypothesis.settings(deadline=None)
@@ -305,7 +305,7 @@ def test_no_content_of_a_file_raises_anything_but_user_errors(tmp_path_factory, 
         inner[leaf] = value
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
-    config, faults = read_config(path)
-    assert isinstance(config, Config)
-    for fault in faults:
+    reading = read_config(path)
+    assert isinstance(reading.settings, Config)
+    for fault in reading.faults:
         assert str(fault).isprintable()

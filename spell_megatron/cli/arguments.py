@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from spell_megatron.config.help import settings
+from spell_megatron.config.help import all_settings
 from spell_megatron.config.schema import Config, Section
 from spell_megatron.errors import UserError
 
@@ -45,7 +45,7 @@ RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values a
 
 def settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) -> str:
     lines = [title]
-    for setting in settings(schema):
+    for setting in all_settings(schema):
         default = "required" if setting.default is None else f"default {setting.default}"
         lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
         lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spell_megatron.cli.arguments import add_rendezvous
-from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.reading import read_config
+from spell_megatron.config.reading import load_config
 from spell_megatron.errors import ExitStatus
 from spell_megatron.ranks import leave_step, rank
 
@@ -39,8 +38,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
     node = rank()
     leave_step()  # its processes are no trainers
-    config, faults = read_config(arguments.config)
-    raise_faults(faults, str(arguments.config))
+    config = load_config(arguments.config)
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     logs = config.run.output_dir / config.run.name / "logs"
     Engines.serve(config, logs, rendezvous, node, arguments.colocated)

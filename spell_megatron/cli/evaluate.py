@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spell_megatron.cli.arguments import add_config, overrides_of, positive, quiet_libraries
-from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.reading import read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
@@ -144,8 +143,8 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
         "rollout.sampling.max_verdict_tokens=null",
         "rollout.sampling.max_no_context_tokens=null",
     ]
-    config, faults = read_config(arguments.config or [], overrides)
+    reading = read_config(arguments.config, overrides)
     # what only training needs may be missing
-    faults = [fault for fault in faults if fault.keys[0].partition(".")[0] in ("model", "rollout", "run", "selfplay")]
-    raise_faults(faults, " and ".join(map(str, arguments.config or ["the command line"])))
-    return config
+    needed = ("model", "rollout", "run", "selfplay")
+    reading.faults = [fault for fault in reading.faults if fault.keys[0].partition(".")[0] in needed]
+    return reading.checked()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from spell_megatron.cli.arguments import add_config, overrides_of, quiet_libraries, settings_help
-from spell_megatron.config.reading import raise_faults_of_files, read_config
+from spell_megatron.config.reading import load_config
 from spell_megatron.errors import UserError
 
 
@@ -30,9 +30,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    overrides = overrides_of(rest)
-    config, faults = read_config(arguments.config, overrides)
-    raise_faults_of_files(faults, arguments.config, overrides)
+    config = load_config(arguments.config, overrides_of(rest))
     quiet_libraries()
     from spell_megatron.monitoring.progress import Progress
     from spell_megatron.planner.gpus import GPUS, Assumptions

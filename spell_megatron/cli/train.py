@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spell_megatron.cli.arguments import add_config, add_rendezvous, overrides_of, quiet_libraries, settings_help
 from spell_megatron.config.faults import Fault
-from spell_megatron.config.reading import raise_faults_of_files, read_config, to_yaml
+from spell_megatron.config.reading import Reading, read_config, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
@@ -51,17 +51,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
         from spell_megatron.processes.lifetime import end_with_parent
 
         end_with_parent()
-    overrides = overrides_of(rest)
-    config, faults, resume = _read(arguments, overrides)
+    reading, resume = _read(arguments, overrides_of(rest))
+    found: list[Fault] = []
     warnings: list[str] = []
     if rank() == 0:
         from spell_megatron.preflight import find_faults
 
-        known = {key for fault in faults for key in fault.keys}
+        known = {key for fault in reading.faults for key in fault.keys}
         restarted = arguments.rendezvous is not None and slurm_restarts() > 0
-        found, warnings = find_faults(config, resume, known, restarted)
-        faults = [*faults, *found]
-    raise_faults_of_files(faults, arguments.config or Path(arguments.resume) / "config.yaml", overrides)
+        found, warnings = find_faults(reading.settings, resume, known, restarted)
+    config = reading.checked(found)
     if arguments.dry_run:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
         return 0
@@ -84,8 +83,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     return stopped.exit_status if stopped else ExitStatus.SUCCESS
 
 
-def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Config, list[Fault], Path | None]:
-    """Settings, their faults, and the folder of the run to be continued, if any."""
+def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Reading[Config], Path | None]:
+    """The settings, and the folder of the run to be continued, if any."""
     if arguments.resume:
         folder = Path(arguments.resume)
         own = folder / "config.yaml"
@@ -95,16 +94,18 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Conf
                 "the YAML file with --config."
             )
         location = folder.absolute()
-        config, faults = read_config(arguments.config or own, overrides)
-        config.run.output_dir, config.run.name = location.parent, location.name
-        return config, faults, folder
+        reading = read_config(arguments.config or own, overrides)
+        run = reading.settings.run
+        run.output_dir, run.name = location.parent, location.name
+        return reading, folder
     if arguments.config is None:
         raise UserError(
             "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
             "RUN_FOLDER. `spell train --help` lists all settings."
         )
-    config, faults = read_config(arguments.config, overrides)
-    return config, faults, None if arguments.resume is None else config.run.output_dir / config.run.name
+    reading = read_config(arguments.config, overrides)
+    run = reading.settings.run
+    return reading, None if arguments.resume is None else run.output_dir / run.name
 
 
 def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:

@@ -13,34 +13,41 @@ from typing import Any, Literal
 import yaml
 from pydantic_core import PydanticUndefined
 
-from spell_megatron.config.schema import Config, Section
+from spell_megatron.config.schema import Config, Section, subsection
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One leaf of the schema, for help texts and suggestions."""
+    """One setting of a schema."""
 
     key: str
+    """Dotted, such as `selfplay.questioner.mu`."""
     type: str
     default: str | None
     """As YAML; None: required."""
     help: str
 
 
-def settings(section: type[Section] | None = None, prefix: str = "") -> Iterator[Setting]:
-    """Every setting a configuration may hold, in the order of the schema."""
-    for name, field in (section or Config).model_fields.items():
-        key = prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from settings(field.annotation, key + ".")
-            continue
-        default = None
-        if field.default is not PydanticUndefined:
-            value = list(field.default) if isinstance(field.default, tuple) else field.default
-            value = str(value) if isinstance(value, Path) else value
-            default = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
-            default = default.removesuffix("\n").removesuffix("\n...")
-        yield Setting(key, _type_name(field.annotation), default, " ".join((field.description or "").split()))
+def all_settings(schema: type[Section] = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every setting of a schema, in its order. Keys begin with `prefix`."""
+    for name, field in schema.model_fields.items():
+        if section := subsection(schema, name):
+            yield from all_settings(section, f"{prefix}{name}.")
+        else:
+            default = None if field.default is PydanticUndefined else _as_yaml(field.default)
+            yield Setting(
+                prefix + name, _type_name(field.annotation), default, " ".join((field.description or "").split())
+            )
+
+
+def _as_yaml(value: Any) -> str:
+    """A default value on one line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, Path):
+        value = str(value)
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _type_name(annotation: Any) -> str:

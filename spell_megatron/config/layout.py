@@ -1,4 +1,4 @@
-"""How the trainer's processes are cut into groups. Whether a model can be cut so is said by `training.layout`."""
+"""How the trainer's processes are divided into groups. `training.layout` tells whether a model fits a layout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ EXPERT = ("expert", "expert_tensor", "pipeline")
 
 
 def division_faults(parallel: ParallelConfig, processes: int) -> Iterator[Fault]:
-    """Why so many processes do not hold whole copies of the dense layers, or of the experts."""
+    """Why this number of processes does not hold whole copies of the dense layers, or of the experts."""
     for names, ranks in ((DENSE, parallel.dense_ranks), (EXPERT, parallel.expert_ranks)):
         if processes % ranks:
             sizes = " x ".join(str(getattr(parallel, name)) for name in names)
             yield Fault(
                 tuple(f"training.parallel.{name}" for name in ("processes", *names)),
-                f"{processes} trainer processes cannot be cut into groups of {' x '.join(names)} = {sizes} = {ranks}. "
-                f"Use a multiple of {ranks} processes, or another layout",
+                f"{processes} trainer processes cannot be divided into groups of {' x '.join(names)} = {sizes} = "
+                f"{ranks}. Use a multiple of {ranks} processes, or another layout",
             )

@@ -1,119 +1,98 @@
-"""From YAML files and overrides on the command line to a checked configuration.
+"""From YAML files and overrides on the command line to checked settings.
 
-`load_config` reports all faults at once. What depends on the machine (files, ports, GPUs) is checked by
-`spell_megatron.preflight`.
+All faults are reported at once. `spell_megatron.preflight` checks what depends on the machine (files, ports, GPUs).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import yaml
 
 from spell_megatron.config.faults import Fault, involves, raise_faults
 from spell_megatron.config.relations import relation_faults
-from spell_megatron.config.schema import Config, Schema, Section
+from spell_megatron.config.schema import Config, Schema, Section, subsection
 from spell_megatron.config.schema_faults import kind_of, validate
 from spell_megatron.errors import UserError
 
-Files = str | Path | Sequence[str | Path]
-"""One YAML file, or several: the settings of later ones replace those of earlier ones."""
+Files = str | Path | Sequence[str | Path] | None
+"""One YAML file, or several, or none. The settings of later files replace the settings of earlier ones."""
+
+
+@dataclass
+class Reading(Generic[Schema]):
+    """Settings that were read, and what is wrong with them."""
+
+    settings: Schema
+    """Settings without faults: a faulty one has its default, and a required one is empty."""
+    faults: list[Fault]
+    files: dict[Path, dict[str, Any]]
+    """The content of each file."""
+    overridden: list[str]
+    """Dotted keys given on the command line."""
+
+    def checked(self, found: Iterable[Fault] = ()) -> Schema:
+        """The settings, if they have no fault and none was `found` elsewhere.
+
+        Raises UserError that lists every fault, one a line. If there are several files, a line names the one that
+        sets its key.
+        """
+        faults = [*self.faults, *found]
+        if len(self.files) > 1:
+            faults = [replace(fault, place=self._place(fault)) for fault in faults]
+        raise_faults(faults, " and ".join(map(str, self.files)) or "the command line")
+        return self.settings
+
+    def holder(self, key: str) -> Path | None:
+        """The last of the files that sets a dotted key."""
+        return next((file for file in reversed(self.files) if _sets(self.files[file], key.split("."))), None)
+
+    def _place(self, fault: Fault) -> str:
+        if any(involves(fault, [key]) for key in self.overridden):
+            return "command line"
+        return next((str(file) for key in fault.keys if (file := self.holder(key))), "")
 
 
 def load_config(files: Files, overrides: Sequence[str] = ()) -> Config:
-    """Read YAML files, apply dotted overrides and validate the result.
+    """The settings of a run; raises UserError that lists every fault, one a line. Arguments: see `read_config`."""
+    return read_config(files, overrides).checked()
 
-    `overrides` are strings such as `selfplay.groups=16` (leading dashes allowed) whose values are
-    parsed as YAML. A relative input path is taken from the current directory if it exists there,
-    else from the folder of the YAML file that holds it; input paths come out absolute.
 
-    Raises UserError that lists every fault, one a line.
+def read_config(files: Files, overrides: Sequence[str] = ()) -> Reading[Config]:
+    """Read the settings of a run from YAML files, apply dotted overrides and look for faults.
+
+    `overrides` are strings such as `selfplay.groups=16` (leading dashes allowed) whose values are parsed as YAML. A
+    relative input path is taken from the current directory if it exists there, else from the folder of the YAML file
+    that holds it; input paths come out absolute.
+
+    Raises UserError only if a YAML file cannot be read at all.
     """
-    config, faults = read_config(files, overrides)
-    raise_faults_of_files(faults, files, overrides)
-    return config
+    reading = read_section(Config, files, overrides)
+    faulty = {key for fault in reading.faults for key in fault.keys}
+    reading.faults += [fault for fault in relation_faults(reading.settings) if not involves(fault, faulty)]
+    first = next(iter(reading.files), Path())
+    _resolve_paths(reading.settings, lambda key: (reading.holder(key) or first).parent)
+    return reading
 
 
-def read_config(files: Files, overrides: Sequence[str] = ()) -> tuple[Config, list[Fault]]:
-    """Like `load_config`, but returns the faults beside a configuration without them.
+def read_section(schema: type[Schema], files: Files, overrides: Sequence[str] = ()) -> Reading[Schema]:
+    """Read settings of any schema from YAML files, apply dotted overrides and look for faults in each setting.
 
-    In the configuration returned, faulty settings have their defaults (a required one is empty),
-    so that the caller can go on looking for faults elsewhere. Raises UserError only if a YAML
-    file cannot be read at all.
+    Raises UserError only if a YAML file cannot be read at all.
     """
-    raws = {path: _read_yaml(path) for path in _paths(files)}
+    paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files or ()]
+    contents = {path: _read_yaml(path) for path in paths}
     raw: dict[str, Any] = {}
-    for other in raws.values():
-        _merge(raw, other, Config)
-    config, faults = _read(Config, raw, overrides)
-    faulty = {key for fault in faults for key in fault.keys}
-    faults += [fault for fault in relation_faults(config) if not involves(fault, faulty)]
-    _resolve_paths(config, lambda key: (_holder(raws, key) or next(iter(raws), Path())).parent)
-    return config, faults
-
-
-def read_section(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> tuple[Schema, list[Fault]]:
-    """A YAML file (or none) of any schema, with overrides, and its faults by field; otherwise like `read_config`."""
-    return _read(schema, _read_yaml(path) if path else {}, overrides)
-
-
-def _read(schema: type[Schema], raw: dict[str, Any], overrides: Sequence[str]) -> tuple[Schema, list[Fault]]:
-    faults: list[Fault] = []
-    for override in overrides:
-        fault = _apply_override(raw, override)
-        if fault:
-            faults.append(fault)
-    section, schema_faults = validate(schema, raw)
-    return section, faults + schema_faults
-
-
-def raise_faults_of_files(faults: Sequence[Fault], files: Files, overrides: Sequence[str] = ()) -> None:
-    """`raise_faults` for what `read_config` was given: of several files, a line names the one that sets its key."""
-    paths = _paths(files)
-    if faults and len(paths) > 1:
-        raws = {path: _read_yaml(path) for path in paths}
-        given = [_split_override(override)[0] for override in overrides]
-
-        def place(fault: Fault) -> str:
-            if any(involves(fault, [key]) for key in given):
-                return "command line"
-            return next((str(holder) for key in fault.keys if (holder := _holder(raws, key))), "")
-
-        faults = [replace(fault, place=place(fault)) for fault in faults]
-    raise_faults(faults, " and ".join(map(str, paths)))
-
-
-def _paths(files: Files) -> list[Path]:
-    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
-
-
-def _merge(raw: dict[str, Any], other: dict[str, Any], section: type[Section]) -> None:
-    """Put the settings of `other` into `raw`; one that is a mapping (`selfplay.tasks`) replaces the earlier one."""
-    for name, value in other.items():
-        field = section.model_fields.get(name)
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            if isinstance(value, dict) and isinstance(raw.get(name), dict):
-                _merge(raw[name], value, field.annotation)
-                continue
-            if value is None:  # `selfplay:` with nothing under it
-                raw.setdefault(name, None)
-                continue
-        raw[name] = copy.deepcopy(value)
-
-
-def _holder(raws: Mapping[Path, dict[str, Any]], key: str) -> Path | None:
-    """The last of the files that sets a dotted key."""
-
-    def sets(raw: Any, sections: Sequence[str]) -> bool:
-        if not isinstance(raw, dict):  # the value of a section, or the list that the key is in
-            return raw is not None
-        return not sections or (sections[0] in raw and sets(raw[sections[0]], sections[1:]))
-
-    return next((path for path in reversed(raws) if sets(raws[path], key.split("."))), None)
+    for content in contents.values():
+        _merge(raw, content, schema)
+    override_faults = [fault for override in overrides if (fault := _apply_override(raw, override))]
+    settings, faults = validate(schema, raw)
+    overridden = [_split_override(override)[0] for override in overrides]
+    return Reading(settings, override_faults + faults, contents, overridden)
 
 
 def to_yaml(config: Config) -> str:
@@ -121,18 +100,36 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here they are an error."""
+def _merge(raw: dict[str, Any], other: dict[str, Any], schema: type[Section]) -> None:
+    """Put the settings of `other` into `raw`. A mapping that is one setting (`selfplay.tasks`) is replaced whole."""
+    for name, value in other.items():
+        section = subsection(schema, name)
+        if section and isinstance(value, dict) and isinstance(raw.get(name), dict):
+            _merge(raw[name], value, section)
+        elif section and value is None:  # `selfplay:` with nothing under it
+            raw.setdefault(name, None)
+        else:
+            raw[name] = copy.deepcopy(value)
 
-    def construct_mapping(self, node, deep=False):
+
+def _sets(content: Any, parts: Sequence[str]) -> bool:
+    """Whether the content of a file sets a key, given in its parts."""
+    if not isinstance(content, dict):  # the value of a section, or the list that the key is in
+        return content is not None
+    return not parts or (parts[0] in content and _sets(content[parts[0]], parts[1:]))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses equal keys in a mapping, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} occurs twice", key_node.start_mark
+                    None, None, f"the key {key.value!r} occurs twice", key.start_mark
                 )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -140,13 +137,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"There is no configuration file {path}. Check the path given to --config.") from None
+        raise UserError(f"There is no configuration file {path}. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The configuration file {path} cannot be read: {error}. Use UTF-8 YAML.") from None
     try:
         raw = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}. Mend that line.") from None
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}. Correct that line.") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -155,11 +152,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _split_override(override: str) -> tuple[str, str, str]:
-    """(key, "=" or nothing, value) of `--key=value`."""
+    """`--key=value` as (key, "=", value); without a value as (key, "", "")."""
     return override.lstrip("-").partition("=")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> Fault | None:
+    """Set one key in `raw`; returns what is wrong with the override, if anything."""
     key, equals, text = _split_override(override)
     if not equals or not key:
         return Fault((key or override,), "an override needs a value. Write --section.key=value")
@@ -186,7 +184,7 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _resolve_paths(config: Config, folder: Callable[[str], Path]) -> None:
-    """Make input paths absolute; `folder` gives that of the YAML file with a key."""
+    """Make input paths absolute; `folder(key)` is the folder of the YAML file that sets a key."""
     config.model.path = _resolve(config.model.path, folder("model.path"))
     config.data.documents = _resolve(config.data.documents, folder("data.documents"))
     if config.validation.questions is not None:

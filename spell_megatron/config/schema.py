@@ -27,6 +27,13 @@ class Section(BaseModel):
 Schema = TypeVar("Schema", bound=Section)
 
 
+def subsection(schema: type[Section], name: object) -> type[Section] | None:
+    """The schema of the section `name` of a schema; None if that is a single setting or unknown."""
+    field = schema.model_fields.get(name) if isinstance(name, str) else None
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
 class RunConfig(Section):
     name: str = "spell"
     """Name of the run; its folder is `output_dir/name`."""

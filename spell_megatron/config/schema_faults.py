@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings, said so that a user can correct it."""
+"""What pydantic finds wrong with settings, in words that tell a user how to correct it."""
 
 from __future__ import annotations
 
@@ -10,71 +10,82 @@ from typing import Any
 from pydantic import ValidationError
 
 from spell_megatron.config.faults import Fault, involves
-from spell_megatron.config.help import settings
-from spell_megatron.config.schema import Schema, Section
+from spell_megatron.config.help import Setting, all_settings
+from spell_megatron.config.schema import Schema, Section, subsection
 
-
-def kind_of(value: Any) -> str:
-    names = {dict: "mapping", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), type(value).__name__)
+# What pydantic's ErrorDetails hold: "type", "loc" (a path of keys and list indices), "msg", "input", "ctx".
+Details = Mapping[str, Any]
 
 
 def validate(schema: type[Schema], raw: dict[str, Any]) -> tuple[Schema, list[Fault]]:
-    """Validate; take faulty values out and validate again until nothing is wrong."""
+    """Validate the content of a file against a schema.
+
+    Returns settings without faults (a faulty one has its default, and a required one is empty) and all faults.
+    """
     raw = copy.deepcopy(raw)
     _fill_empty_sections(raw, schema)
     faults: list[Fault] = []
-    while True:
+    while True:  # pydantic checks some things only after others hold
         try:
             return schema.model_validate(raw), faults
         except ValidationError as error:
             for details in error.errors(include_url=False):
-                faults += _schema_fault(schema, details, faults)
+                faults += _faults(schema, details, faults)
                 _remove(schema, raw, details)
 
 
-def _fill_empty_sections(raw: dict[str, Any], section: type[Section]) -> None:
-    """`selfplay:` with every line under it commented out reads as null; it means the defaults."""
-    for name, field in section.model_fields.items():
-        if name in raw and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+def kind_of(value: Any) -> str:
+    """The kind of a YAML value, for messages."""
+    names = {dict: "mapping", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _fill_empty_sections(raw: dict[str, Any], schema: type[Section]) -> None:
+    """Replace sections that are null by empty ones: `selfplay:` may have all its lines commented out."""
+    for name in raw:
+        if section := subsection(schema, name):
             if raw[name] is None:
                 raw[name] = {}
             if isinstance(raw[name], dict):
-                _fill_empty_sections(raw[name], field.annotation)
+                _fill_empty_sections(raw[name], section)
 
 
-def _schema_fault(schema: type[Section], details: Mapping[str, Any], earlier: Sequence[Fault]) -> list[Fault]:
-    location = tuple(str(part) for part in details["loc"] if part != "[key]")
+def _faults(schema: type[Section], details: Details, earlier: Sequence[Fault]) -> list[Fault]:
+    """The faults that one error of pydantic's means. What `earlier` faults say already is left out."""
+    location = [str(part) for part in details["loc"] if part != "[key]"]
     key, kind, value = ".".join(location), details["type"], details["input"]
     if kind == "missing" and isinstance(details["loc"][-1], str):
-        if len(location) == 1:  # a whole required section: name what must stand in it
-            required = [s for s in settings(schema) if f"{s.key}.".startswith(key + ".") and s.default is None]
-        else:
-            required = [s for s in settings(schema) if s.key == key]
         return [
-            Fault((s.key,), f"is missing: {_sentence(s.help)} Set it, or pass --{s.key}=…")
-            for s in required
-            if not any(involves(fault, [s.key]) for fault in earlier)
+            Fault((setting.key,), f"is missing: {_sentence(setting.help)} Set it, or pass --{setting.key}=…")
+            for setting in _required(schema, key)
+            if not any(involves(fault, [setting.key]) for fault in earlier)
         ]
     if kind == "extra_forbidden":
-        return [Fault((key,), f"unknown key. {_suggestion(schema, location)}")]
-    about = next((s for s in settings(schema) if s.key == key or key.startswith(s.key + ".")), None)
-    if about is None:
-        return [
-            Fault(
-                (key,),
-                f"must be a section with keys of its own, not a {kind_of(value)}. "
-                f"Indent its settings under `{location[-1]}:`",
-            )
-        ]
-    if kind == "literal_error":
+        message = f"unknown key. {_suggestion(schema, location)}"
+    elif (setting := _setting(schema, key)) is None:
+        message = (
+            f"must be a section with keys of its own, not a {kind_of(value)}. Indent its settings under "
+            f"`{location[-1]}:`"
+        )
+    elif kind == "literal_error":
         allowed = [part.strip(" '") for part in details["ctx"]["expected"].replace(" or ", ", ").split(",")]
         close = difflib.get_close_matches(str(value), allowed, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return [Fault((key,), f"{value!r} is not one of {', '.join(allowed)}.{hint}")]
-    reason = details["msg"].removeprefix("Input ").rstrip(".")
-    reason = reason[0].lower() + reason[1:]
-    return [Fault((key,), f"{reason}, got {value!r}. Expected {about.type}: {_sentence(about.help)}")]
+        message = f"{value!r} is not one of {', '.join(allowed)}." + (f" Did you mean {close[0]}?" if close else "")
+    else:
+        reason = details["msg"].removeprefix("Input ").rstrip(".")
+        reason = reason[0].lower() + reason[1:]
+        message = f"{reason}, got {value!r}. Expected {setting.type}: {_sentence(setting.help)}"
+    return [Fault((key,), message)]
+
+
+def _required(schema: type[Section], key: str) -> list[Setting]:
+    """The setting of a key; if the key is a whole section, the settings that must stand in it."""
+    return [s for s in all_settings(schema) if s.default is None and (s.key == key or s.key.startswith(key + "."))]
+
+
+def _setting(schema: type[Section], key: str) -> Setting | None:
+    """The setting that a key is, or is a part of; None if it is a section."""
+    return next((s for s in all_settings(schema) if s.key == key or key.startswith(s.key + ".")), None)
 
 
 def _sentence(text: str) -> str:
@@ -82,30 +93,28 @@ def _sentence(text: str) -> str:
 
 
 def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
-    keys = [setting.key for setting in settings(schema)]
+    """What an unknown key may have been meant to be."""
+    keys = [setting.key for setting in all_settings(schema)]
     *parents, leaf = location
     prefix = "".join(part + "." for part in parents)
     siblings = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
     if close := difflib.get_close_matches(leaf, siblings, 1):
         return f"Did you mean {prefix}{close[0]}?"
     leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75) or difflib.get_close_matches(
-        ".".join(location), keys, 1
-    )
-    if close:
-        return f"Did you mean {leaves.get(close[0], close[0])}?"
+    if close := difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75):
+        return f"Did you mean {leaves[close[0]]}?"
+    if close := difflib.get_close_matches(".".join(location), keys, 1):
+        return f"Did you mean {close[0]}?"
     if siblings:
         return f"Known here: {', '.join(sorted(siblings))}."
     return "`spell train --help` lists all keys."
 
 
-def _remove(schema: type[Section], raw: dict[str, Any], details: Mapping[str, Any]) -> None:
-    """Take the value that an error is about out of the raw mapping (or fill in what is missing)."""
+def _remove(schema: type[Section], raw: dict[str, Any], details: Details) -> None:
+    """Remove the value that an error is about from the raw mapping, or fill in what is missing."""
     location = [part for part in details["loc"] if part != "[key]"]
     if details["type"] == "missing" and isinstance(location[-1], str):
-        parent = _descend(raw, location[:-1])
-        annotation = schema.model_fields[location[-1]].annotation if location[-1] in schema.model_fields else None
-        parent[location[-1]] = {} if isinstance(annotation, type) and issubclass(annotation, Section) else ""
+        _descend(raw, location[:-1])[location[-1]] = {} if subsection(schema, location[-1]) else ""
         return
     # a fault inside a list removes the list: another length would be another fault
     while len(location) > 1 and not isinstance(_descend(raw, location[:-1]), dict):

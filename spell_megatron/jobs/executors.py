@@ -22,7 +22,6 @@ from nemo_run.cli.cli_parser import CLIException, parse_cli_args
 from nemo_run.core.execution.slurm import SlurmJobDetails
 from torchx.specs import parse_app_handle
 
-from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.reading import read_section
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.job import Step
@@ -35,8 +34,7 @@ HOME = "nemo-run"
 @run.cli.factory
 def slurm(cluster: str = "cluster.yaml") -> run.Config[run.SlurmExecutor]:
     """The executor that a cluster's file describes; for one node and one task until a run is known."""
-    settings, faults = read_section(Cluster, Path(cluster))
-    raise_faults(faults, cluster)
+    settings = read_section(Cluster, cluster).checked()
     return slurm_executor(settings)
 
 

@@ -1,8 +1,9 @@
-"""The file that describes a cluster: what it may hold, and what in it does not suit a run."""
+"""The file that describes a cluster: its settings, and what in it does not suit a run."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -104,129 +105,150 @@ class Cluster(Section):
 
 
 def cluster_faults(cluster: Cluster, config: Config) -> list[Fault]:
-    """What in a cluster's file is wrong by itself, or with a run. Checks no files."""
-    faults: list[Fault] = []
+    """What in a cluster's file is wrong by itself, or does not suit a run. Checks no files."""
+    return [*_file_faults(cluster), *_placement_faults(cluster, config)]
 
-    def check(holds: bool, keys: str, message: str) -> None:
-        if not holds:
-            faults.append(Fault(tuple(keys.split()), message))
 
+def _file_faults(cluster: Cluster) -> Iterator[Fault]:
+    """What is wrong with a cluster's file, whatever the run."""
     limit = _seconds(cluster.time)
-    check(
-        limit is not None,
-        "time",
-        f'{cluster.time!r} is no time for Slurm. Write "HH:MM:SS" or "D-HH:MM:SS", in quotes',
-    )
-    check(
-        limit is None or limit > cluster.save_seconds + 60,
-        "time save_seconds",
-        f"of {cluster.time}, the last {cluster.save_seconds} s and up to a minute more are for the last checkpoint: "
-        "nothing is left to train in. Raise time, or lower save_seconds",
-    )
-    check(
-        not cluster.heterogeneous or cluster.engine_nodes > 0,
-        "engine_nodes engine_gpus_per_node engine_gpu_type",
-        "there are no engine nodes whose GPUs could differ. Set engine_nodes, or leave out the other two",
-    )
+    if limit is None:
+        yield Fault.of("time", f'{cluster.time!r} is no time for Slurm. Write "HH:MM:SS" or "D-HH:MM:SS", in quotes')
+    elif limit <= cluster.save_seconds + 60:
+        yield Fault.of(
+            "time save_seconds",
+            f"the last {cluster.save_seconds} s of {cluster.time}, and up to one minute more, are kept for the last "
+            "checkpoint. No time is left to train. Raise time, or lower save_seconds",
+        )
+    if cluster.heterogeneous and not cluster.engine_nodes:
+        yield Fault.of(
+            "engine_nodes engine_gpus_per_node engine_gpu_type",
+            "`engine_gpus_per_node` and `engine_gpu_type` describe engine nodes, and there are none. Set engine_nodes, "
+            "or leave out the other two",
+        )
     # NeMo-Run writes paths into the batch script as they are.
-    check(
-        re.fullmatch(r"[\w./+@:=~-]+", str(cluster.folder)) is not None,
-        "folder",
-        f"{str(cluster.folder)!r} has characters that cannot stand in a batch script. Use letters, digits and ./_-",
-    )
-    check(
-        not cluster.ssh.host or cluster.folder.is_absolute(),
-        "folder ssh.host",
-        f"{str(cluster.folder)!r} must be an absolute path, for it is one of {cluster.ssh.host}",
-    )
-    check(not cluster.ssh.host or bool(cluster.ssh.user), "ssh.user", "is missing: your user name on the login node")
+    if not re.fullmatch(r"[\w./+@:=~-]+", str(cluster.folder)):
+        yield Fault.of(
+            "folder",
+            f"{str(cluster.folder)!r} has characters that cannot stand in a batch script. Use letters, digits and ./_-",
+        )
+    if cluster.ssh.host and not cluster.folder.is_absolute():
+        yield Fault.of("folder ssh.host", f"{str(cluster.folder)!r} on {cluster.ssh.host} must be an absolute path")
+    if cluster.ssh.host and not cluster.ssh.user:
+        yield Fault.of("ssh.user", "is missing: your user name on the login node")
     for name in cluster.env:
-        check(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "env", f"{name!r} cannot name a variable. Correct it")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield Fault.of("env", f"{name!r} cannot name a variable. Correct it")
     for option in cluster.sbatch:
-        name = option.strip("-").replace("-", "_")
-        check(name not in _OURS, "sbatch", f"{option} follows from {_OURS.get(name)}. Set that instead")
+        if (name := option.strip("-").replace("-", "_")) in _OURS:
+            yield Fault.of("sbatch", f"{option} follows from {_OURS[name]}. Set that instead")
 
-    processes, replicas, each = (
-        config.training.parallel.processes,
-        config.rollout.replicas,
-        config.rollout.tensor_parallel,
-    )
-    gpus = cluster.gpus_per_node if config.run.device != "cpu" else 0
-    engine_gpus = gpus if cluster.engine_gpus_per_node is None else cluster.engine_gpus_per_node
-    check(
-        cluster.gpus_per_node > 0 or config.run.device != "cuda",
-        "gpus_per_node run.device",
-        "is 0, but run.device is cuda. Give the number of GPUs, or train with --run.device=cpu",
-    )
+
+def _placement_faults(cluster: Cluster, config: Config) -> Iterator[Fault]:
+    """Why trainer and engines of a run do not fit the cluster's nodes and GPUs."""
+    if not cluster.gpus_per_node and config.run.device == "cuda":
+        yield Fault.of(
+            "gpus_per_node run.device",
+            "is 0, but run.device is cuda. Give the number of GPUs, or train with --run.device=cpu",
+        )
     if cluster.engine_nodes >= cluster.nodes:
-        check(
-            False,
+        yield Fault.of(
             "engine_nodes nodes",
             f"{cluster.engine_nodes} of {cluster.nodes} node(s) leave none for the trainer. Raise nodes, which counts "
-            "those of the engines too",
+            "the engines' nodes too",
         )
-        return faults
-    if cluster.colocated:
-        check(
-            not cluster.engine_nodes and not config.rollout.urls,
-            "colocated engine_nodes rollout.urls",
-            "the engines are to be on the nodes of the trainer, and elsewhere too. Leave out engine_nodes and "
-            "rollout.urls, or colocated",
-        )
-        check(
-            not gpus or processes == replicas * each == gpus * cluster.nodes,
-            "colocated training.parallel.processes rollout.replicas rollout.tensor_parallel",
-            f"each of the {gpus * cluster.nodes} GPUs must have one trainer process (they are {processes}) and belong "
-            f"to an engine (they need {replicas * each})",
-        )
-    elif not cluster.engine_nodes:
-        check(
-            cluster.nodes == 1,
+    elif not cluster.colocated and not cluster.engine_nodes:
+        yield from _one_node_faults(cluster, config)
+    else:
+        if cluster.colocated:
+            yield from _colocation_faults(cluster, config)
+        yield from _trainer_node_faults(cluster, config)
+        yield from _engine_node_faults(cluster, config)
+
+
+def _gpus_per_node(cluster: Cluster, config: Config) -> int:
+    """GPUs that the run uses on each of the trainer's nodes; 0 on CPUs."""
+    return cluster.gpus_per_node if config.run.device != "cpu" else 0
+
+
+def _one_node_faults(cluster: Cluster, config: Config) -> Iterator[Fault]:
+    """Trainer and engines share one node, each on GPUs of its own."""
+    if cluster.nodes != 1:
+        yield Fault.of(
             "nodes engine_nodes",
             f"{cluster.nodes} nodes, of which none runs engines. Say with engine_nodes how many of them do, or use one",
         )
-        engines = 0 if config.rollout.urls else replicas * each
-        check(
-            not gpus or processes + engines <= gpus or processes == engines == gpus,
+    gpus, processes, rollout = _gpus_per_node(cluster, config), config.training.parallel.processes, config.rollout
+    engines = 0 if rollout.urls else rollout.replicas * rollout.tensor_parallel
+    if gpus and processes + engines > gpus and not processes == engines == gpus:
+        yield Fault.of(
             "gpus_per_node training.parallel.processes rollout.replicas",
             f"a node of {cluster.gpus_per_node} GPUs is too small for {processes} trainer process(es) and {engines} "
             "GPU(s) of engines. Give the engines nodes of their own (engine_nodes), or make either smaller",
         )
-        return faults
-    check(
-        not config.rollout.urls,
-        "engine_nodes rollout.urls",
-        "the run is to use engines that run already, and to start its own. Set engine_nodes to 0, or leave out urls",
-    )
-    check(
-        processes % cluster.trainer_nodes == 0,
-        "training.parallel.processes nodes",
-        f"{processes} trainer processes cannot be spread evenly over {cluster.trainer_nodes} nodes",
-    )
-    check(
-        not gpus or processes <= gpus * cluster.trainer_nodes,
-        "training.parallel.processes nodes gpus_per_node",
-        f"{processes} trainer processes need a GPU each, and {cluster.trainer_nodes} node(s) have "
-        f"{gpus * cluster.trainer_nodes}. Raise nodes",
-    )
+
+
+def _colocation_faults(cluster: Cluster, config: Config) -> Iterator[Fault]:
+    """Engines and trainer share the GPUs of all nodes."""
+    if cluster.engine_nodes or config.rollout.urls:
+        yield Fault.of(
+            "colocated engine_nodes rollout.urls",
+            "`colocated` cannot be combined with `engine_nodes` or `rollout.urls`. Leave out either",
+        )
+    gpus = _gpus_per_node(cluster, config) * cluster.nodes
+    processes = config.training.parallel.processes
+    engines = config.rollout.replicas * config.rollout.tensor_parallel
+    if gpus and not processes == engines == gpus:
+        yield Fault.of(
+            "colocated training.parallel.processes rollout.replicas rollout.tensor_parallel",
+            f"with `colocated` each of the {gpus} GPUs must have one trainer process and belong to an engine. There "
+            f"are {processes} trainer processes, and the engines need {engines} GPUs",
+        )
+
+
+def _trainer_node_faults(cluster: Cluster, config: Config) -> Iterator[Fault]:
+    """The trainer's processes are spread over its nodes."""
+    processes, nodes = config.training.parallel.processes, cluster.trainer_nodes
+    gpus = _gpus_per_node(cluster, config) * nodes
+    if processes % nodes:
+        yield Fault.of(
+            "training.parallel.processes nodes",
+            f"{processes} trainer processes cannot be spread evenly over {nodes} nodes",
+        )
+    if gpus and processes > gpus:
+        yield Fault.of(
+            "training.parallel.processes nodes gpus_per_node",
+            f"{processes} trainer processes need a GPU each, and {nodes} node(s) have {gpus}. Raise nodes",
+        )
+
+
+def _engine_node_faults(cluster: Cluster, config: Config) -> Iterator[Fault]:
+    """The engines are spread over their nodes; none spans nodes."""
+    replicas, each = config.rollout.replicas, config.rollout.tensor_parallel
     nodes = cluster.engine_nodes or cluster.nodes
-    check(
-        replicas % nodes == 0,
-        "rollout.replicas engine_nodes",
-        f"{replicas} engines cannot be spread evenly over {nodes} nodes",
-    )
-    check(
-        not gpus or replicas * each <= engine_gpus * nodes,
-        "rollout.replicas rollout.tensor_parallel engine_nodes",
-        f"{replicas} engines of {each} GPU(s) need more than the {engine_gpus * nodes} GPUs of "
-        f"{nodes} node(s). Raise engine_nodes (an engine cannot span nodes)",
-    )
-    check(
-        not gpus or each <= engine_gpus,
-        "rollout.tensor_parallel gpus_per_node",
-        f"an engine of {each} GPUs does not fit a node of {engine_gpus}: engines cannot span nodes. Lower it",
-    )
-    return faults
+    gpus = _gpus_per_node(cluster, config)
+    engine_gpus = gpus if cluster.engine_gpus_per_node is None else cluster.engine_gpus_per_node
+    if config.rollout.urls and not cluster.colocated:
+        yield Fault.of(
+            "engine_nodes rollout.urls",
+            "engine_nodes starts engines, and rollout.urls names engines that run already. Set engine_nodes to 0, or "
+            "leave out urls",
+        )
+    if replicas % nodes:
+        yield Fault.of(
+            "rollout.replicas engine_nodes", f"{replicas} engines cannot be spread evenly over {nodes} nodes"
+        )
+    if gpus and replicas * each > engine_gpus * nodes:
+        yield Fault.of(
+            "rollout.replicas rollout.tensor_parallel engine_nodes",
+            f"{replicas} engines of {each} GPU(s) need more than the {engine_gpus * nodes} GPUs of {nodes} node(s). "
+            "Raise engine_nodes (an engine cannot span nodes)",
+        )
+    if gpus and each > engine_gpus:
+        yield Fault.of(
+            "rollout.tensor_parallel gpus_per_node",
+            f"an engine of {each} GPUs does not fit a node of {engine_gpus}: an engine cannot span nodes. Lower it",
+        )
 
 
 def _seconds(time: str) -> int | None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from spell_megatron.config.faults import Fault, raise_faults
-from spell_megatron.config.reading import raise_faults_of_files, read_config, read_section, to_yaml
+from spell_megatron.config.reading import load_config, read_section, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.job import local_script, prologue, steps
@@ -44,7 +44,7 @@ def launch(
     # Of an interactive job around this one: they would tell NeMo-Run, sbatch and our settings the wrong things.
     for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
         del os.environ[name]
-    ours = {"cluster.": [], "run.executor.": [], "": []}
+    ours: dict[str, list[str]] = {"cluster.": [], "run.executor.": [], "": []}
     for word in words:
         prefix = next(prefix for prefix in ours if word.startswith(prefix))
         ours[prefix].append(word.removeprefix(prefix))
@@ -53,10 +53,8 @@ def launch(
             "A job needs to know its cluster: give the file with --cluster. slurm/cluster.example.yaml is one to "
             "start from. To run on this machine without Slurm, say --executor local."
         )
-    config, faults = read_config(config_files, ours[""])
-    raise_faults_of_files(faults, config_files, ours[""])
-    cluster, faults = read_section(Cluster, cluster_file, ours["cluster."])
-    raise_faults(faults, str(cluster_file or "the command line"))
+    config = load_config(config_files, ours[""])
+    cluster = read_section(Cluster, cluster_file, ours["cluster."]).checked()
     if not cluster.ssh.host:
         cluster.folder = cluster.folder.expanduser().absolute()
         cluster.venv = cluster.venv and cluster.venv.expanduser().absolute()

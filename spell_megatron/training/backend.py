@@ -45,7 +45,7 @@ def initialise(config: Config) -> torch.device:
     """
     device = _device(config)
     rank, world_size, local_rank = ranks.launched() or ranks.ALONE
-    raise_faults(list(division_faults(config.training.parallel, world_size)), "the layout of the trainer")
+    raise_faults(division_faults(config.training.parallel, world_size), "the layout of the trainer")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

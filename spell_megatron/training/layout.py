@@ -1,4 +1,7 @@
-"""Which parallel layouts a model can be trained in. Does not import Megatron, which takes seconds."""
+"""Parallel layouts: which of them suit a model, and which tokens a context-parallel rank holds.
+
+Does not import Megatron, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,48 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from spell_megatron.config.faults import Fault
 from spell_megatron.config.schema import ParallelConfig
-from spell_megatron.errors import UserError
 from spell_megatron.training.architecture import Architecture
 
-LayoutFault = tuple[str, str]
-"""(name under training.parallel, what is wrong with it and the remedy)."""
 
-
-def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[LayoutFault]:
-    """Why the model cannot be cut so."""
-    tensor = parallel.tensor
+def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Why a model cannot be trained in a layout."""
+    tensor, experts = parallel.tensor, parallel.expert_tensor
     if arch.heads % tensor:
-        yield "tensor", f"{tensor} does not divide the model's {arch.heads} attention heads. Choose a divisor"
+        yield _fault("tensor", f"{tensor} does not divide the model's {arch.heads} attention heads. Choose a divisor")
     elif arch.groups % tensor and tensor % arch.groups:
-        yield (
+        yield _fault(
             "tensor",
             f"{tensor} does not divide the model's {arch.groups} key-value heads, and is no multiple of them. "
             "Choose a divisor",
         )
     elif (rows := (arch.heads + 2 * arch.groups) * arch.head_dim) % tensor:
         # Key-value heads fewer than ranks: Megatron cuts the joined projection evenly all the same.
-        yield "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
+        yield _fault(
+            "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
+        )
     if not all(arch.moe_layers) and arch.ffn % tensor:
-        yield "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
-    if arch.experts and arch.expert_ffn % parallel.expert_tensor:
-        yield (
+        yield _fault(
+            "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
+        )
+    if arch.experts and arch.expert_ffn % experts:
+        yield _fault(
             "expert_tensor",
-            f"{parallel.expert_tensor} does not divide the width {arch.expert_ffn} of the model's experts. Choose a "
-            "divisor",
+            f"{experts} does not divide the width {arch.expert_ffn} of the model's experts. Choose a divisor",
         )
     if arch.layers < parallel.pipeline:
-        yield "pipeline", f"{parallel.pipeline} is more than the model's {arch.layers} layers. Lower it"
+        yield _fault("pipeline", f"{parallel.pipeline} is more than the model's {arch.layers} layers. Lower it")
     if arch.experts and arch.experts % parallel.expert:
-        yield "expert", f"{parallel.expert} does not divide the model's {arch.experts} experts. Choose a divisor"
-    if not arch.experts and parallel.expert * parallel.expert_tensor > 1:
-        yield "expert" if parallel.expert > 1 else "expert_tensor", "the model has no experts. Set it to 1"
+        yield _fault(
+            "expert", f"{parallel.expert} does not divide the model's {arch.experts} experts. Choose a divisor"
+        )
+    if not arch.experts and parallel.expert * experts > 1:
+        yield _fault("expert" if parallel.expert > 1 else "expert_tensor", "the model has no experts. Set it to 1")
 
 
-def refuse(faults: Iterator[LayoutFault]) -> None:
-    """Raise UserError for the first fault, if there is one."""
-    for name, message in faults:
-        raise UserError(f"training.parallel.{name}: {message}.")
+def _fault(name: str, message: str) -> Fault:
+    return Fault.of(f"training.parallel.{name} model.path", message)
 
 
 def context_split(arch: Architecture, parallel: ParallelConfig) -> tuple[int, int]:

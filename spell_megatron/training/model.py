@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
+from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import Config
 from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
 from spell_megatron.training.attention import TreeAttention
-from spell_megatron.training.layout import context_levels, layout_faults, refuse
+from spell_megatron.training.layout import context_levels, layout_faults
 from spell_megatron.training.moe import GroupedExperts, Router, routers
 
 
@@ -133,7 +134,7 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
         UserError: the model or the layout is not supported, or they do not fit each other.
     """
     arch = architecture(hf_config)
-    refuse(layout_faults(arch, config.training.parallel))
+    raise_faults(layout_faults(arch, config.training.parallel), "the layout of the trainer")
     use_te = _has_transformer_engine()
     parallel = config.training.parallel
     transformer_config = _transformer_config(hf_config, arch, config, use_te)

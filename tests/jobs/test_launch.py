@@ -37,8 +37,8 @@ def cluster_file(folder: Path, **settings) -> Path:
 
 
 def test_the_example_is_a_cluster_for_a_run():
-    cluster, faults = read_section(Cluster, EXAMPLE)
-    assert not faults and not cluster_faults(cluster, run_config())
+    cluster = read_section(Cluster, EXAMPLE).checked()
+    assert not cluster_faults(cluster, run_config())
     planned = steps(cluster, run_config(), resume=False)
     places = {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned}
     assert places == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
@@ -65,7 +65,7 @@ def test_the_example_is_a_cluster_for_a_run():
     ],
 )
 def test_what_does_not_fit_is_named(change, config, key, says):
-    cluster, _ = read_section(Cluster, EXAMPLE)
+    cluster = read_section(Cluster, EXAMPLE).settings
     cluster = Cluster.model_validate(cluster.model_dump() | change)
     faults = cluster_faults(cluster, run_config(**config))
     assert any(key in fault.keys and re.search(says, fault.message) for fault in faults), faults
@@ -74,11 +74,11 @@ def test_what_does_not_fit_is_named(change, config, key, says):
 def test_faults_of_the_cluster_file_are_listed(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("nodez: 2\ntime: 12:00:00\ncontainer: {imag: x}\nnodes: 0\n")
-    cluster, faults = read_section(Cluster, file, ["engine_nodes=two"])
-    said = "\n".join(map(str, faults))
+    reading = read_section(Cluster, file, ["engine_nodes=two"])
+    said = "\n".join(map(str, reading.faults))
     for part in ("Did you mean nodes?", "in quotes", "Did you mean container.image?", "nodes: ", "engine_nodes"):
         assert part in said, said
-    assert cluster == Cluster()
+    assert reading.settings == Cluster()
 
 
 def test_without_nemo_run_the_remedy_is_named(monkeypatch, capsys):

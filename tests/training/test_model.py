@@ -282,7 +282,7 @@ def test_unsupported_layouts_are_refused(tmp_path):
 def test_processes_must_fit_the_layout():
     backend.shutdown()
     try:
-        with pytest.raises(UserError, match="1 trainer processes cannot be cut into groups"):
+        with pytest.raises(UserError, match="1 trainer processes cannot be divided into groups"):
             backend.initialise(cpu_config("unused", parallel={"tensor": 2}))
         with pytest.raises(UserError, match="no GPU"):
             config = cpu_config("unused")
