@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.evaluation.heldout import load_questions, validate
+from spell_megatron.evaluation.questions import load_questions
+from spell_megatron.evaluation.validation import validate
 from spell_megatron.rollout.client import Client, GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.documents import ClusterSampler, load_clusters

@@ -187,7 +187,7 @@ class _Preflight:
     def validation(self) -> None:
         questions = self.config.validation.questions
         if questions is not None:
-            from spell_megatron.evaluation.heldout import load_questions
+            from spell_megatron.evaluation.questions import load_questions
 
             self.attempt("validation.questions", lambda: load_questions(questions))
 

@@ -20,6 +20,7 @@ from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
+from spell_megatron.evaluation.evaluate import write_scores
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.rollout.client import Completion
@@ -199,7 +200,7 @@ def make_evaluation(
     settings = {"model": f"runs/{folder.name}", "max_input": 16384, "max_output": 4096, "temperature": 0.7}
     settings |= {"top_p": 0.95, "seed": 0, "samples": samples} | ({"judge": judge} if judge else {})
     folder.mkdir(parents=True)
-    results.write(results.summarise(answered, settings), folder)
+    write_scores(results.summarise(answered, settings), folder)
     return folder
 
 

@@ -17,7 +17,7 @@ import get_policy  # noqa: E402
 import make_data  # noqa: E402
 
 from spell_megatron.config.reading import load_config  # noqa: E402
-from spell_megatron.evaluation.heldout import load_questions  # noqa: E402
+from spell_megatron.evaluation.questions import load_questions  # noqa: E402
 from spell_megatron.selfplay.documents import load_clusters  # noqa: E402
 from spell_megatron.selfplay.history import Entry  # noqa: E402
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict  # noqa: E402

@@ -26,15 +26,16 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any, NamedTuple
 
 from spell_megatron.config.schema import QuestionerConfig, SelfPlayConfig, VerifierConfig
-from spell_megatron.evaluation import scores
+from spell_megatron.evaluation.pass_at_k import pass_at_k
+from spell_megatron.evaluation.prompt_cut import middle_truncate
 from spell_megatron.selfplay import batch, documents, parsing, prompts, rewards, scoring
 from spell_megatron.selfplay.advantages import assign_advantages
 from spell_megatron.selfplay.history import Entry, History
@@ -330,9 +331,25 @@ def _(input: dict) -> Any:
     return scoring.cover_exact_match(input["prediction"], input["ground_truth"])
 
 
+def token_f1(prediction: str, reference: str) -> tuple[float, float, float]:
+    """F1, precision and recall of the normalised words, as LongBench reports them. `spell evaluate` does not.
+
+    All are 0 when one side is yes, no or noanswer and the other is not the same.
+    """
+    predicted, expected = scoring.normalize_text(prediction), scoring.normalize_text(reference)
+    if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
+        return 0.0, 0.0, 0.0
+    found, reference_words = predicted.split(), expected.split()
+    common = (Counter(found) & Counter(reference_words)).total()
+    if not common:
+        return 0.0, 0.0, 0.0
+    precision, recall = common / len(found), common / len(reference_words)
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
 @function("docqa.f1_score")
 def _(input: dict) -> Any:
-    return scores.token_f1(input["prediction"], input["ground_truth"])
+    return token_f1(input["prediction"], input["ground_truth"])
 
 
 @function("docqa.extract_solution")
@@ -364,7 +381,7 @@ def decide_text_score(input: dict, expected: dict) -> dict:
 def _(input: dict) -> Any:
     result = compute_score(TEXT, input)
     both = result["pred"] is not None and result["gt"] is not None
-    result["weight"] = scores.token_f1(result["pred"], result["gt"])[0] if both else 0
+    result["weight"] = token_f1(result["pred"], result["gt"])[0] if both else 0
     return result
 
 
@@ -829,7 +846,7 @@ def _(input: dict) -> Any:
 
 @function("eval.pass_at_k_unbiased")
 def _(input: dict) -> Any:
-    return scores.pass_at_k(input["n"], input["c"], input["k"])
+    return pass_at_k(input["n"], input["c"], input["k"])
 
 
 def decide_best_at_k(input: dict, expected: dict) -> dict:
@@ -846,23 +863,47 @@ def decide_best_at_k(input: dict, expected: dict) -> dict:
 def _(input: dict) -> Any:
     n, right = len(input["scores"]), sum(input["scores"])
     ks = [*(k for k in (2, 4, 8, 16, 32, 64) if k < n), n]  # those that the reference reports
-    best = {f"best@{k}/mean": scores.pass_at_k(n, right, k) for k in ks}
-    return {f"mean@{n}": scores.pass_at_k(n, right, 1), **best}
+    best = {f"best@{k}/mean": pass_at_k(n, right, k) for k in ks}
+    return {f"mean@{n}": pass_at_k(n, right, 1), **best}
 
 
 @function("eval.middle_truncate")
 def _(input: dict) -> Any:
-    return scores.middle_truncate(input["tokens"], input["max_len"])
+    return middle_truncate(input["tokens"], input["max_len"])
+
+
+def average_over_tasks(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Mean score of every task, and their unweighted mean as `overall`.
+
+    `scores[task][question]` are the scores of the question's samples.
+    """
+    means = {task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()}
+    return {**means, "overall": fmean(means.values())}
+
+
+def average_over_questions(rows: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """Mean score of every task, and the mean over all questions as `overall`.
+
+    `rows` are (task, question, score), one for each sample.
+    """
+    samples: dict[tuple[str, str], list[float]] = {}
+    for task, question, score in rows:
+        samples.setdefault((task, question), []).append(score)
+    tasks: dict[str, list[float]] = {}
+    for (task, _), scores in samples.items():
+        tasks.setdefault(task, []).append(fmean(scores))
+    means = {task: fmean(scores) for task, scores in tasks.items()}
+    return {**means, "overall": fmean(score for scores in tasks.values() for score in scores)}
 
 
 @function("eval.aggregate")
 def _(input: dict) -> Any:
-    return scores.average_over_tasks(input["task_question_scores"])
+    return average_over_tasks(input["task_question_scores"])
 
 
 @function("train_validation.aggregate")
 def _(input: dict) -> Any:
-    return scores.average_over_questions(input["rows"])
+    return average_over_questions(input["rows"])
 
 
 EVALUATION_NAMES = {name: f"longbench-{name}" for name in ("2wikimqa", "hotpotqa", "musique")}
@@ -894,7 +935,7 @@ def _(input: dict) -> Any:
     score = scoring.rule_score(task, prediction, reference)
     result = {"pred": prediction, "judge": score, "em_score": None, "f1_score": None}
     if scoring.answer_kind(task) == "text":
-        f1 = 0.0 if prediction is None else scores.token_f1(prediction, reference)[0]
+        f1 = 0.0 if prediction is None else token_f1(prediction, reference)[0]
         result.update(em_score=score, f1_score=f1)
     return result
 

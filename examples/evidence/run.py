@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from fictional_world import questions  # noqa: E402
 from make_quickstart_corpus import training_clusters, training_questions  # noqa: E402
 
-from spell_megatron.evaluation.scores import pass_at_k  # noqa: E402
+from spell_megatron.evaluation.pass_at_k import pass_at_k  # noqa: E402
 from spell_megatron.selfplay.parsing import parse_answer  # noqa: E402
 from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
 

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     from spell_megatron.evaluation import evaluate
     from spell_megatron.evaluation.benchmarks import BENCHMARKS
     from spell_megatron.evaluation.judge import PROMPT
-    from spell_megatron.evaluation.results import markdown
+    from spell_megatron.evaluation.markdown import markdown
     from spell_megatron.monitoring.progress import Progress
 
     def endpoint(name: str) -> evaluate.Endpoint | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ from typing import Any
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation import results
-from spell_megatron.evaluation.benchmarks import BenchmarkQuestion, load_benchmark
-from spell_megatron.evaluation.generate import EnginePolicy, ServerPolicy, fingerprint, generate, missing
+from spell_megatron.evaluation.answers import read_answers
+from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
+from spell_megatron.evaluation.generate import fingerprint, generate, missing
 from spell_megatron.evaluation.journal import Journal
 from spell_megatron.evaluation.judge import PROMPT, Judge, judge_all, load_prompt, verdicts
+from spell_megatron.evaluation.load_benchmark import load_benchmark
+from spell_megatron.evaluation.markdown import markdown
 from spell_megatron.evaluation.openai_server import OpenAIServer
-from spell_megatron.files import read_json_objects, write_text
+from spell_megatron.evaluation.plot import plot
+from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
+from spell_megatron.files import write_text
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.rollout.client import Client, GenerationError
+from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
@@ -41,11 +47,11 @@ class Evaluation:
     Attributes:
         config: model.path, the engines (rollout), sampling with the input and output limits (rollout.sampling), the
             prompt set (selfplay.prompts) and the seed (run.seed).
-        benchmarks: name -> file or folder, None: from the hub (see `benchmarks.load_benchmark`).
+        benchmarks: name -> file or folder, None: from the hub (see `load_benchmark`).
         folder: where everything is kept. Called again with the same folder, it goes on where it was.
         samples: answers per question.
         limit: only the first questions of each benchmark.
-        answers: JSONL file of answers from elsewhere to score, instead of generating any (see `_read_answers`).
+        answers: JSONL file of answers from elsewhere to score, instead of generating any (see `answers.read_answers`).
         server: answer with this server instead of engines; model.path is then only the tokenizer's folder.
         chat: use the server's chat route.
         judge: who judges what the rule calls wrong; None: rule alone.
@@ -68,36 +74,53 @@ class Evaluation:
     judge_everything: bool = False
 
 
+Questions = Mapping[str, Sequence[BenchmarkQuestion]]
+"""Benchmark -> its questions."""
+
+
 def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     """Run an evaluation and write scores.json, scores.md and pass_at_k.svg; returns the numbers.
 
     Raises:
-        UserError: for whatever the user can mend. What was generated and judged before stays.
+        UserError: for whatever the user can correct. What was generated and judged before stays.
     """
     template = load_prompt(evaluation.judge_prompt)
-    questions: dict[str, list[BenchmarkQuestion]] = {}
-    for name, path in evaluation.benchmarks.items():
-        with progress.stage(f"reading {name}"):
-            questions[name] = load_benchmark(name, path, evaluation.limit)
-        progress.line(f"{name}: {len(questions[name]):,} questions")
-    folder = evaluation.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    questions = _questions(evaluation, progress)
+    evaluation.folder.mkdir(parents=True, exist_ok=True)
     if evaluation.answers:
-        answered = _score(questions, _read_answers(evaluation.answers, questions))
-        settings = {"model": str(evaluation.answers)}
+        every = [question for members in questions.values() for question in members]
+        answered = _score(questions, read_answers(evaluation.answers, every))
+        settings: dict[str, Any] = {"model": str(evaluation.answers)}
     else:
         answered = _score(questions, _answer(evaluation, questions, progress))
         settings = _settings(evaluation) | {"samples": evaluation.samples}
     if evaluation.judge:
         settings |= {"judge": evaluation.judge.model, "judge_prompt": fingerprint(template)}
-        with Journal(folder / "judgments.jsonl") as judgments:
-            _judge(evaluation, Judge(evaluation.judge.model, template), answered, judgments, progress)
+        _judge(evaluation, evaluation.judge, template, answered, progress)
     numbers = results.summarise(answered, settings)
-    results.write(numbers, folder)
+    write_scores(numbers, evaluation.folder)
     return numbers
 
 
-Questions = Mapping[str, Sequence[BenchmarkQuestion]]
+def write_scores(numbers: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write scores.json, scores.md and pass_at_k.svg; each appears when it is complete. Returns the files."""
+    contents = {
+        "scores.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
+        "scores.md": markdown(numbers),
+        "pass_at_k.svg": plot(numbers),
+    }
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _questions(evaluation: Evaluation, progress: Progress) -> dict[str, list[BenchmarkQuestion]]:
+    questions = {}
+    for name, path in evaluation.benchmarks.items():
+        with progress.stage(f"reading {name}"):
+            questions[name] = load_benchmark(name, path, evaluation.limit)
+        progress.line(f"{name}: {len(questions[name]):,} questions")
+    return questions
 
 
 def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
@@ -113,45 +136,6 @@ def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) ->
             with progress.stage("generating", total) as advance:
                 _generate(evaluation, prompts, tokenizer, wanted, journal, lambda n: advance(total - len(wanted) + n))
     return (row for row in journal.rows() if row["sample"] < evaluation.samples)  # one at a time: they are long
-
-
-def _read_answers(path: Path, questions: Questions) -> list[dict[str, Any]]:
-    """Answers from elsewhere: lines with `id`, `text` and, if there are several benchmarks, `benchmark`.
-
-    `cut`: true says that an answer ended at its limit. Several lines of a question are its samples.
-
-    Raises:
-        UserError: lines that are not of this form, of no question, or not equally many of each question.
-    """
-    wanted = {(q.benchmark, q.id): 0 for members in questions.values() for q in members}
-    only = next(iter(questions)) if len(questions) == 1 else None
-    rows, faults = [], []
-    for number, row in read_json_objects(path, "file of answers"):
-        try:
-            key, text, cut = (row.get("benchmark", only), str(row["id"])), row["text"], row.get("cut", False)
-            if key not in wanted:
-                raise ValueError(f"there is no question {key[1]!r} of {key[0]!r}")
-            if not isinstance(text, str) or not isinstance(cut, bool):
-                raise ValueError("text must be a string, and cut true or false")
-        except KeyError as error:
-            faults.append(f"line {number} has no {error}")
-        except (ValueError, TypeError) as error:
-            faults.append(f"line {number}: {error}")
-        else:
-            rows.append({"benchmark": key[0], "id": key[1], "text": text, "cut": cut})
-            wanted[key] += 1
-    counts = {count for (name, _), count in wanted.items()}
-    if not faults and (len(counts) > 1 or 0 in counts):
-        fewest = min(wanted, key=wanted.get)
-        faults.append(
-            f"it has {wanted[fewest]} answers to question {fewest[1]!r} of {fewest[0]!r}, and {max(counts)} to others"
-        )
-    if faults:
-        raise UserError(
-            f"The answers in {path} cannot be used: {'; '.join(faults[:10])}. Each line must be a JSON object with id, "
-            "text and, if there are several benchmarks, benchmark; every question must have equally many."
-        )
-    return rows
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
@@ -199,44 +183,24 @@ def _generate(
     on_progress: Callable[[int], None],
 ) -> None:
     """Make the missing samples with engines, which are started for it and stopped after it, or with the server."""
-    config, server = evaluation.config, evaluation.server
-    rollout = config.rollout
+    rollout, seed, server = evaluation.config.rollout, evaluation.config.run.seed, evaluation.server
 
-    async def with_server(endpoint: Endpoint) -> None:
-        async with OpenAIServer(
-            endpoint.url, endpoint.model, endpoint.key, rollout.request_timeout, "server (--server)"
-        ) as server:
-            policy = ServerPolicy(server, tokenizer, rollout.sampling, evaluation.chat)
-            await generate(policy, prompts, wanted, config.run.seed, journal, rollout.concurrency, on_progress)
-
-    async def with_engines(engines: Engines) -> None:
-        def revive() -> list[str]:
-            engines.restart(engines.failed())
-            return engines.urls
-
-        async with Client(
-            engines.urls,
-            engines.api_key,
-            rollout.sampling,
-            stop_token_ids=sorted(tokenizer.eos_ids),
-            request_timeout=rollout.request_timeout,
-            hang_timeout=rollout.hang_timeout,
-            concurrency=rollout.concurrency,
-            revive=revive,
-        ) as client:
-            policy, at_once = EnginePolicy(client, tokenizer, rollout.sampling), rollout.concurrency * len(engines.urls)
-            await generate(policy, prompts, wanted, config.run.seed, journal, at_once, on_progress)
+    async def make(opened: AbstractAsyncContextManager[Policy], at_once: int) -> None:
+        async with opened as policy:
+            await generate(policy, prompts, wanted, seed, journal, at_once, on_progress)
 
     if server:
-        asyncio.run(with_server(server))
+        api = OpenAIServer(server.url, server.model, server.key, rollout.request_timeout, "server (--server)")
+        asyncio.run(make(server_policy(api, tokenizer, rollout.sampling, evaluation.chat), rollout.concurrency))
         return
-    with Engines.open(config, evaluation.folder / "logs", trainers=0) as engines:
+    logs = evaluation.folder / "logs"
+    with Engines.open(evaluation.config, logs, trainers=0) as engines:
         try:
-            asyncio.run(with_engines(engines))
+            asyncio.run(make(engine_policy(engines, tokenizer, rollout), rollout.concurrency * len(engines.urls)))
         except GenerationError as error:
             raise UserError(
-                f"An engine cannot serve this evaluation: {error}. Look into its log (of those started here in "
-                f"{evaluation.folder / 'logs'}), and run the same command again: what is done stays done."
+                f"An engine cannot serve this evaluation: {error}. Look into its log ({logs} has the logs of engines "
+                "started here), and run the same command again: what is done stays done."
             ) from error
 
 
@@ -252,34 +216,35 @@ def _score(questions: Questions, rows: Iterable[Mapping[str, Any]]) -> dict[str,
 
 def _judge(
     evaluation: Evaluation,
-    judge: Judge,
+    endpoint: Endpoint,
+    template: str,
     answered: Mapping[str, Sequence[results.Answered]],
-    journal: Journal,
     progress: Progress,
 ) -> None:
-    """Give the samples their verdicts; those that the journal does not have are asked for."""
-    endpoint, rollout = evaluation.judge, evaluation.config.rollout
+    """Give the samples their verdicts; those that judgments.jsonl does not have are asked for."""
+    rollout, judge = evaluation.config.rollout, Judge(endpoint.model, template)
     keys: list[tuple[results.Sample, str]] = []
-    wanted: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for one in (one for members in answered.values() for one in members):
         for sample in one.samples:
-            if results.needs_judgment(one.question, sample, evaluation.judge_everything):
+            if sample.prediction is not None and results.needs_judgment(
+                one.question, sample, evaluation.judge_everything
+            ):
                 prompt = judge.prompt(one.question.question, sample.prediction, one.question.answer)
                 keys.append((sample, judge.key(prompt)))
-                wanted[judge.key(prompt)] = prompt
-    total = len(wanted)
-    have = verdicts(journal)
-    wanted = {key: prompt for key, prompt in wanted.items() if key not in have}
+                prompts[judge.key(prompt)] = prompt
+    with Journal(evaluation.folder / "judgments.jsonl") as journal:
+        have = verdicts(journal)
+        wanted = {key: prompt for key, prompt in prompts.items() if key not in have}
 
-    async def ask(advance: Callable[[int], None]) -> None:
-        async with OpenAIServer(
-            endpoint.url, endpoint.model, endpoint.key, rollout.request_timeout, "judge (--judge)"
-        ) as server:
-            await judge_all(judge, server, wanted, evaluation.judge_tokens, journal, rollout.concurrency, advance)
+        async def ask(advance: Callable[[int], None]) -> None:
+            timeout, at_once = rollout.request_timeout, rollout.concurrency
+            async with OpenAIServer(endpoint.url, endpoint.model, endpoint.key, timeout, "judge (--judge)") as server:
+                await judge_all(judge, server, wanted, evaluation.judge_tokens, journal, at_once, advance)
 
-    if wanted:
-        with progress.stage("judging", total) as advance:
-            asyncio.run(ask(lambda count: advance(total - len(wanted) + count)))
-    verdict_of = verdicts(journal)
+        if wanted:
+            with progress.stage("judging", len(prompts)) as advance:
+                asyncio.run(ask(lambda count: advance(len(prompts) - len(wanted) + count)))
+        verdict_of = verdicts(journal)
     for sample, key in keys:
         sample.verdict = verdict_of[key]

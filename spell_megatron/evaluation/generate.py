@@ -1,4 +1,4 @@
-"""Samples of a policy for evaluation questions: prompts, seeds, and a journal of what was generated."""
+"""Samples of a policy for evaluation questions: their prompts and seeds, and those that the journal lacks."""
 
 from __future__ import annotations
 
@@ -6,100 +6,14 @@ import asyncio
 import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
-from spell_megatron.evaluation.journal import Journal, run_all
-from spell_megatron.evaluation.openai_server import OpenAIServer, Reply
-from spell_megatron.evaluation.scores import middle_truncate
-from spell_megatron.rollout.client import Client
+from spell_megatron.evaluation.concurrency import run_all
+from spell_megatron.evaluation.journal import Journal
+from spell_megatron.evaluation.policies import Policy
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.tokenizer import PolicyTokenizer
-
-
-class Policy(Protocol):
-    """What answers: engines, or a server with OpenAI's API."""
-
-    def prompt(self, text: str) -> tuple[Any, int, bool]:
-        """(what `sample` takes, its tokens, whether its middle was taken out to fit)."""
-
-    async def sample(self, prompt: Any, seed: int, affinity: str) -> Reply:
-        """One answer to a prompt."""
-
-
-class EnginePolicy:
-    """The engines of a run. Prompts are token ids from end to end: their cut is exact, and never tokenised again."""
-
-    def __init__(self, client: Client, tokenizer: PolicyTokenizer, sampling: SamplingConfig) -> None:
-        self._client, self._tokenizer, self._sampling = client, tokenizer, sampling
-
-    def prompt(self, text: str) -> tuple[list[int], int, bool]:
-        return _cut_ids(self._tokenizer, text, self._sampling.max_prompt_tokens)
-
-    async def sample(self, prompt: list[int], seed: int, affinity: str) -> Reply:
-        completion = (
-            await self._client.generate(
-                prompt,
-                n=1,
-                seed=seed,
-                max_tokens=self._sampling.max_response_tokens,
-                affinity=affinity,
-                prompt_routing=False,
-            )
-        )[0]
-        text = self._tokenizer.decode(completion.token_ids)
-        return Reply(text, completion.finish_reason == "length", len(completion.token_ids))
-
-
-class ServerPolicy:
-    """A model behind OpenAI's API.
-
-    Args:
-        chat: send text to /chat/completions, where the server applies its template; the limit then holds for the text
-            of the prompt, counted by this tokenizer. Otherwise token ids go to /completions, exactly as to engines.
-    """
-
-    def __init__(self, server: OpenAIServer, tokenizer: PolicyTokenizer, sampling: SamplingConfig, chat: bool) -> None:
-        self._server, self._tokenizer, self._sampling, self._chat = server, tokenizer, sampling, chat
-
-    def prompt(self, text: str) -> tuple[list[int] | str, int, bool]:
-        limit = self._sampling.max_prompt_tokens
-        return cut_text(self._tokenizer, text, limit) if self._chat else _cut_ids(self._tokenizer, text, limit)
-
-    async def sample(self, prompt: list[int] | str, seed: int, affinity: str) -> Reply:
-        sampling = {
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-            "max_tokens": self._sampling.max_response_tokens,
-            "seed": seed,
-        }
-        return await (self._server.chat if self._chat else self._server.complete)(prompt, **sampling)
-
-
-def _cut_ids(tokenizer: PolicyTokenizer, text: str, limit: int) -> tuple[list[int], int, bool]:
-    ids = tokenizer.prompt_ids(text)
-    cut = middle_truncate(ids, limit)
-    return cut, len(cut), len(cut) < len(ids)
-
-
-def cut_text(tokenizer: PolicyTokenizer, text: str, limit: int) -> tuple[str, int, bool]:
-    """(text of at most `limit` tokens, its tokens, whether its middle was taken out).
-
-    Where the two ends meet, the text may take more tokens than were kept; then some more are left out.
-    """
-    ids = tokenizer.encode(text)
-    if len(ids) <= limit:
-        return text, len(ids), False
-    kept = limit
-    while True:
-        head = kept // 2
-        short = tokenizer.decode(ids[:head]) + tokenizer.decode(ids[len(ids) - (kept - head) :])
-        count = tokenizer.count(short)
-        if count <= limit:
-            return short, count, True
-        kept -= max(1, (count - limit) // 2)  # fewer than too many: the join may come out shorter next time
 
 
 def sample_seed(seed: int, question: BenchmarkQuestion, index: int) -> int:

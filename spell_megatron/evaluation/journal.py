@@ -1,13 +1,12 @@
-"""Paid work is kept: an append-only file of results, and many jobs at a time that end together."""
+"""An append-only file of results, so that paid work is not lost."""
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +71,3 @@ class Journal:
                         f"Line {number} of {self.path} is damaged ({error}). Remove that line, and what it held is "
                         "made again."
                     ) from error
-
-
-async def run_all(jobs: AsyncIterator[Coroutine[Any, Any, None]], at_once: int) -> None:
-    """Run jobs, as many at once as allowed; the iterator is asked for the next one when there is room for it.
-
-    The first error ends all jobs and is raised.
-    """
-    room = asyncio.Semaphore(at_once)
-    try:
-        async with asyncio.TaskGroup() as group:
-            async for job in jobs:
-                await room.acquire()
-                group.create_task(job).add_done_callback(lambda _: room.release())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None

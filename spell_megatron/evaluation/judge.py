@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
-from spell_megatron.evaluation.journal import Journal, run_all
+from spell_megatron.evaluation.concurrency import run_all
+from spell_megatron.evaluation.journal import Journal
 from spell_megatron.evaluation.openai_server import OpenAIServer
 from spell_megatron.selfplay.parsing import parse_verdict
 from spell_megatron.selfplay.prompts import fill
 
 PROMPT = Path(__file__).parent / "judge_prompt.md"
-UNPARSABLE = -1
 
 
 def load_prompt(path: Path = PROMPT) -> str:

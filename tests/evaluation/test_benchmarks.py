@@ -13,7 +13,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from spell_megatron.errors import UserError
-from spell_megatron.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from spell_megatron.evaluation.benchmarks import BENCHMARKS
+from spell_megatron.evaluation.load_benchmark import load_benchmark
 from spell_megatron.selfplay.prompts import PromptSet
 
 DATA = Path(__file__).parents[1] / "data" / "benchmarks"
@@ -167,7 +168,7 @@ def test_questions_of_ones_own(tmp_path):
     first, second = load_benchmark("mine", path)
     assert (first.id, second.id) == ("x", "x#2")  # an id twice does not mix two questions' answers
     assert (first.benchmark, first.documents, second.answer) == ("mine", ("Text.",), "A")
-    with pytest.raises(UserError, match="is no benchmark that is known here"):
+    with pytest.raises(UserError, match="There is no benchmark 'mine'"):
         load_benchmark("mine")
 
 
@@ -331,7 +332,7 @@ def test_own_questions_in_another_encoding(tmp_path):
 
 def test_without_a_hub_it_is_said_what_to_do(tmp_path):
     code = (
-        "from spell_megatron.evaluation.benchmarks import load_benchmark\n"
+        "from spell_megatron.evaluation.load_benchmark import load_benchmark\n"
         "from spell_megatron.errors import UserError\n"
         "try: load_benchmark('frames')\n"
         "except UserError as error: print(error)\n"
@@ -348,7 +349,7 @@ def test_files_in_the_hubs_cache_are_used_without_network(tmp_path):
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
     shutil.copytree(folder("frames"), cache / "snapshots" / "abc")
-    code = "from spell_megatron.evaluation.benchmarks import load_benchmark\nprint(len(load_benchmark('frames')))"
+    code = "from spell_megatron.evaluation.load_benchmark import load_benchmark\nprint(len(load_benchmark('frames')))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "2", result.stderr

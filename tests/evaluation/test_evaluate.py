@@ -17,9 +17,11 @@ from openai_stub import serve
 from spell_megatron.cli import main
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation import openai_server
-from spell_megatron.evaluation.benchmarks import BenchmarkQuestion, load_benchmark
-from spell_megatron.evaluation.generate import cut_text, sample_seed
+from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
+from spell_megatron.evaluation.generate import sample_seed
 from spell_megatron.evaluation.journal import Journal
+from spell_megatron.evaluation.load_benchmark import load_benchmark
+from spell_megatron.evaluation.prompt_cut import cut_text
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
 
@@ -336,7 +338,7 @@ def test_a_journal_has_whole_lines_and_one_writer(tmp_path):
         (["--judge", "http://x"], "--judge and --judge-model belong together"),
         (["--benchmark", "mine=other"], "is given twice"),
         (["--benchmark", "paper=folder"], "`paper` takes no path"),
-        (["--benchmark", "unknown"], "'unknown' is no benchmark that is known here"),
+        (["--benchmark", "unknown"], "There is no benchmark 'unknown'"),
         (["--judge-prompt", "nowhere.md"], "cannot be read"),
         (["--judge-prompt", __file__], "must have the placeholders"),
         (["--rollout.concurency=3"], "rollout.concurency"),

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
-from spell_megatron.evaluation.scores import pass_at_k
+from spell_megatron.evaluation.evaluate import write_scores
+from spell_megatron.evaluation.markdown import markdown
+from spell_megatron.evaluation.pass_at_k import pass_at_k
+from spell_megatron.evaluation.plot import plot
 from spell_megatron.selfplay.parsing import parse_verdict
 
 SETTINGS = {"model": "m", "max_input": 16384, "max_output": 4096, "temperature": 0.7, "top_p": 0.95, "samples": 4}
@@ -186,7 +189,7 @@ def test_the_published_averages_are_means_of_four_columns():
 
 def test_the_files_say_the_same(tmp_path):
     numbers = results.summarise(everything(), SETTINGS | {"judge": "gpt-oss-120b"})
-    results.write(numbers, tmp_path)
+    write_scores(numbers, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pass_at_k.svg", "scores.json", "scores.md"]
     assert json.loads((tmp_path / "scores.json").read_text()) == numbers
     text = (tmp_path / "scores.md").read_text()
@@ -206,6 +209,6 @@ def test_a_missing_column_leaves_the_average_out():
     some = {name: members for name, members in everything().items() if name not in ("frames", "musique")}
     numbers = results.summarise(some, SETTINGS)
     assert list(numbers["columns"]) == ["DocMath", "LB-V2"] and numbers["average"] is None
-    assert "missing: Frames, LB-MQA." in results.markdown(numbers)
+    assert "missing: Frames, LB-MQA." in markdown(numbers)
     own = results.summarise({"mine": answered([1], 1)}, SETTINGS)
-    assert own["columns"] == {} and "mine" in results.markdown(own) and "mine" in results.plot(own)
+    assert own["columns"] == {} and "mine" in markdown(own) and "mine" in plot(own)

@@ -21,7 +21,7 @@ import fictional_world as world  # noqa: E402
 import make_quickstart_corpus as corpus  # noqa: E402
 import make_seed_policy as seed_policy  # noqa: E402
 
-from spell_megatron.evaluation.heldout import load_questions  # noqa: E402
+from spell_megatron.evaluation.questions import load_questions  # noqa: E402
 from spell_megatron.selfplay.documents import load_clusters  # noqa: E402
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict  # noqa: E402
 from spell_megatron.selfplay.prompts import PromptSet  # noqa: E402

@@ -1,0 +1,62 @@
+"""Questions with known answers over documents that training never sees, and the JSONL files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from spell_megatron.config.schema import Task
+from spell_megatron.errors import UserError
+from spell_megatron.files import MAX_FAULTS, read_json_objects
+from spell_megatron.selfplay.documents import known_answer, valid_unicode
+
+
+@dataclass(frozen=True)
+class HeldOutQuestion:
+    """A question over documents that training never sees."""
+
+    id: str
+    task: str
+    question: str
+    answer: str
+    documents: tuple[str, ...]
+
+
+def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion]:
+    """Read questions from a JSONL file: task, question, answer, documents and optionally id.
+
+    Raises:
+        UserError: naming the first ten faulty lines.
+    """
+    questions, faults = [], []
+    for number, row in read_json_objects(path, "file of questions"):
+        if missing := [name for name in ("task", "question", "answer", "documents") if name not in row]:
+            faults.append(f"line {number} has no {', '.join(map(repr, missing))}")
+            continue
+        try:
+            questions.append(_question(row, number))
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if faults or not questions:
+        detail = "; ".join(faults[:MAX_FAULTS]) or "it holds no questions"
+        raise UserError(
+            f"The questions in {path} cannot be used: {detail}. Each line must be a JSON object with task, question, "
+            "answer and documents."
+        )
+    return questions[:limit]
+
+
+def _question(row: Mapping[str, Any], number: int) -> HeldOutQuestion:
+    """The question of a row that has all fields. ValueError: one of them cannot be used."""
+    task, question, documents = row["task"], row["question"], row["documents"]
+    if task not in get_args(Task):
+        raise ValueError(f"task {task!r} is none of {', '.join(get_args(Task))}")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text, not {question!r}")
+    if not isinstance(documents, list) or not documents or not all(isinstance(d, str) and d for d in documents):
+        raise ValueError("documents must be a list of texts that are not empty")
+    answer = known_answer(task, row["answer"])
+    key = number if row.get("id") is None else row["id"]
+    return HeldOutQuestion(str(key), task, valid_unicode(question), answer, tuple(map(valid_unicode, documents)))

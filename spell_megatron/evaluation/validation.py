@@ -1,0 +1,65 @@
+"""Validation in a run: accuracy on held-out questions with known answers, scored by rule."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.evaluation.pass_at_k import pass_at_k
+from spell_megatron.evaluation.prompt_cut import middle_truncate
+from spell_megatron.evaluation.questions import HeldOutQuestion
+from spell_megatron.selfplay.parsing import parse_answer
+from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.scoring import rule_score
+from spell_megatron.selfplay.stream import Client, Tokenizer, derive_seed
+
+
+async def validate(
+    client: Client,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    sampling: SamplingConfig,
+    questions: Sequence[HeldOutQuestion],
+    samples: int,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, float]:
+    """Answer every question `samples` times and score the answers by rule.
+
+    The sampling temperature is the rollout's. Prompts over the limit lose tokens in the middle, so
+    that the question at the end survives. Returns pass@1 and pass@samples (unbiased estimate, paper
+    Eq. 11) over all questions and per task, and the standard error of pass@1 over questions.
+    """
+    done = 0
+
+    async def correct(question: HeldOutQuestion) -> int:
+        nonlocal done
+        prompt = prompts.responder(question.task, question.question, question.documents)
+        ids = middle_truncate(tokenizer.prompt_ids(prompt), sampling.max_prompt_tokens)
+        completions = await client.generate(
+            ids,
+            n=samples,
+            seed=derive_seed(seed, "held-out", question.id),
+            max_tokens=sampling.max_response_tokens,
+            affinity=question.documents[0],
+            prompt_routing=False,
+        )
+        predictions = [
+            parse_answer(question.task, tokenizer.decode(c.token_ids), c.finish_reason == "length") for c in completions
+        ]
+        done += 1
+        on_progress(done)
+        return sum(rule_score(question.task, prediction, question.answer) for prediction in predictions)
+
+    counts = await asyncio.gather(*(correct(question) for question in questions))
+    metrics: dict[str, float] = {}
+    tasks = sorted({question.task for question in questions})
+    of_task = {t: [c for c, q in zip(counts, questions, strict=True) if q.task == t] for t in tasks}
+    for name, members in [("", counts), *((f"{t}/", some) for t, some in of_task.items())]:
+        for k in sorted({1, samples}):
+            metrics[f"validation/{name}pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in members)
+    if len(counts) > 1:
+        metrics["validation/standard_error"] = stdev(c / samples for c in counts) / len(counts) ** 0.5
+    return metrics
