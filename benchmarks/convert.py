@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeConfig
 
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.names import hf_shapes
 
@@ -51,7 +51,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     layers = max(2, round((gigabytes * 1e9 - heads) / per_layer))
     folder.mkdir()
     Qwen3MoeConfig(**sizes, num_hidden_layers=layers).save_pretrained(folder)
-    shapes = hf_shapes(load_hf_config(folder))
+    shapes = hf_shapes(PolicyModel.load(folder))
     torch.manual_seed(0)
     noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()), dtype=torch.bfloat16)
     stream = ((name, noise[: torch.Size(shape).numel()].view(shape)) for name, shape in shapes.items())

@@ -118,17 +118,18 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
 
     from spell_megatron.planner.memory import counted_memory, head_bytes, stage_activations, step_bytes
     from spell_megatron.training import backend
-    from spell_megatron.training.architecture import architecture, load_hf_config
     from spell_megatron.training.model import build_model
+    from spell_megatron.training.policy import PolicyModel
     from spell_megatron.training.prefix_tree import Row
     from spell_megatron.training.trainer import Trainer
     from spell_megatron.weights.huggingface import load_weights
 
-    config, hf_config = make_config(folder, recompute, layout, tokens), load_hf_config(folder)
-    backend.initialise(config)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, folder)
-    trainer = Trainer(config, hf_config, model)
+    config = make_config(folder, recompute, layout, tokens)
+    policy = PolicyModel.load(folder, config.model.dtype)
+    backend.initialise(policy, config.training, config.run.device)
+    model = build_model(policy, config.training)
+    load_weights(model, folder)
+    trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
     rng, rows = np.random.default_rng(0), []
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     for _ in range(parallel_state.get_data_parallel_world_size() * stages):
@@ -146,7 +147,7 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     peak = update_peak(trainer, rows)
     first, layers = model.decoder.layers[0].layer_number - 1, len(model.decoder.layers)
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    arch = architecture(hf_config)
+    arch = policy.arch
     own = range(first, first + layers)
     kept, layer = stage_activations(arch, config, own, tokens, stages - stage, gpu=False)
     head, static = head_bytes(arch, config, tokens) if stage == stages - 1 else 0, static_bytes(trainer)
@@ -161,7 +162,7 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
         fullest = max(everyone, key=lambda m: m["peak"])
         of_layers = zip(*(m.pop("copies") for m in everyone), strict=True)
         fullest["busiest"] = max((max(of) / np.mean(of) for of in of_layers), default=1.0)
-        counted = counted_memory(hf_config, config, fullest["rank"], world)[:3]
+        counted = counted_memory(policy, config, fullest["rank"], world)[:3]
         print("RESULT " + json.dumps(fullest | {"counted": counted}))
 
 

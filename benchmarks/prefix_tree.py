@@ -46,8 +46,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.planner_memory import allocated_peak, update_peak
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import Config, TrainingConfig
 from spell_megatron.training import backend
+from spell_megatron.training.policy import PolicyModel
 
 GOALS = {"response logits": 5.5, "all logits": 8.0, "SPELL reference": 12.0}
 """Least ratios of time at P:R = 25:1 and G = 8."""
@@ -69,6 +70,10 @@ def hf_config(**changes) -> transformers.PretrainedConfig:
     return transformers.Qwen3MoeConfig(**sizes)
 
 
+def described(**changes) -> PolicyModel:
+    return PolicyModel.of(hf_config(**changes), "float32")
+
+
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 576}
 SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"intermediate_size": 384, "vocab_size": 1024}
@@ -85,16 +90,16 @@ def make_config(threads: int, **training) -> Config:
     )
 
 
-def make_trainer(config: Config, hf: transformers.PretrainedConfig):
+def make_trainer(config: Config, policy: PolicyModel):
     from spell_megatron.training.model import build_model
     from spell_megatron.training.trainer import Trainer
 
-    model = build_model(hf, config)
+    model = build_model(policy, config.training)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
-    return Trainer(config, hf, model)
+    return Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
 
 
 def make_rows(groups: int, size: int, prompt: int, response: int, vocabulary: int = VOCABULARY) -> list:
@@ -211,11 +216,12 @@ class Case:
         self.budget = prompt + size * response
         still = {"lr": 1e-30, "weight_decay": 0.0, "clip_grad": 0.0}
         config = make_config(threads, tokens_per_microbatch=self.budget, optimizer=still)
-        hf = hf_config(**model)
-        self.trainer = make_trainer(config, hf)
-        self.rows = make_rows(groups, size, prompt, response, hf.vocab_size)
+        policy = described(**model)
+        self.trainer = make_trainer(config, policy)
+        vocabulary = policy.arch.vocabulary
+        self.rows = make_rows(groups, size, prompt, response, vocabulary)
         self.group = self.rows[:size]
-        self.trainer.update(make_rows(1, 1, 8, 2, hf.vocab_size))  # makes the optimizer's state
+        self.trainer.update(make_rows(1, 1, 8, 2, vocabulary))  # makes the optimizer's state
 
     def update(self, way: str) -> None:
         with way_of(way, self.rows):
@@ -342,7 +348,7 @@ def long(options: argparse.Namespace) -> dict:
     losses, gradients, steps, figures = [], [], [], {}
     for recompute, chunk in (("none", 512), ("full", 100)):
         config = make_config(options.threads, tokens_per_microbatch=tokens, recompute=recompute, logprob_chunk=chunk)
-        recorded = Recorded(make_trainer(config, hf_config(**TINY)))
+        recorded = Recorded(make_trainer(config, described(**TINY)))
         parameters = list(recorded.trainer.model.parameters())
         before = torch.cat([p.detach().flatten() for p in parameters])
         peak = update_peak(recorded, rows)
@@ -368,7 +374,7 @@ def long(options: argparse.Namespace) -> dict:
 def head(options: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
-    from spell_megatron.planner.memory import Model, head_bytes
+    from spell_megatron.planner.memory import head_bytes
     from spell_megatron.training.logprobs import token_logprobs
 
     # tokens of the row, predicting ones, hidden size, vocabulary, chunk, type
@@ -387,7 +393,7 @@ def head(options: argparse.Namespace) -> dict:
             torch.autograd.grad(token_logprobs(states, weight, source, target, 1.0, chunk).logprob.sum(), states)
         peak = allocated_peak(profiler)
         sizes = {"hidden_size": hidden, "vocab_size": vocabulary}
-        arch, config = Model.of(hf_config(**sizes)).arch, make_config(options.threads, logprob_chunk=chunk)
+        arch, config = described(**sizes).arch, make_config(options.threads, logprob_chunk=chunk)
         config.model.dtype = dtype
         formula = head_bytes(arch, config, tokens)
         error = formula / peak - 1
@@ -401,7 +407,7 @@ def head(options: argparse.Namespace) -> dict:
         holds &= abs(error) <= HEAD_ERROR
     config = make_config(options.threads)
     config.model.dtype = "bfloat16"
-    arch = Model.of(hf_config(hidden_size=2048, vocab_size=151_936)).arch
+    arch = described(hidden_size=2048, vocab_size=151_936).arch
     goal = head_bytes(arch, config, 100_000)
     chunk = config.training.logprob_chunk
     print(f"  100,000 tokens, hidden size 2,048, vocabulary 151,936, chunks of {chunk} (default): {goal / 1e9:.2f} GB")
@@ -437,7 +443,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot and find_spec("matplotlib") is None:
         parser.error('--plot needs matplotlib: pip install -e ".[bench]"')
-    backend.initialise(make_config(options.threads))
+    backend.initialise(described(), TrainingConfig(threads=options.threads), "cpu")
     print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}", flush=True)
     figures = {part: PARTS[part](options) for part in options.only}
     backend.shutdown()

@@ -40,8 +40,8 @@ from spell_megatron.config.schema import Config
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transfer import broadcast, gloo_group, listen
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.push import BUCKET_BYTES, WeightPusher
 from spell_megatron.weights.reshard import export
 
@@ -123,7 +123,7 @@ def pack(folder: str, repeats: int) -> None:
     """Prints the median seconds in which vLLM packs the matrices of a model for one worker's kernels."""
     from vllm._custom_ops import cpu_prepack_moe_weight, create_onednn_mm
 
-    config = load_hf_config(Path(folder))
+    config = PolicyModel.load(folder).hf_config
     hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     shapes = [(width + 2 * keys, hidden), (hidden, width)]
@@ -191,11 +191,11 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         },
     )
     with ExitStack() as stack:
-        backend.initialise(config)
+        policy = PolicyModel.load(folder, config.model.dtype)
+        backend.initialise(policy, config.training, config.run.device)
         stack.callback(backend.shutdown)
-        hf_config = load_hf_config(folder)
-        model = build_model(hf_config, config)
-        sizes = [tensor.nbytes for _, tensor in export(model, hf_config)]
+        model = build_model(policy, config.training)
+        sizes = [tensor.nbytes for _, tensor in export(model)]
         size = sum(sizes)
         engines = stack.enter_context(Engines.open(config, root / "logs"))
         pusher = WeightPusher(engines)
@@ -205,11 +205,11 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
 
         def push(verify: bool = False) -> None:
-            done = pusher.push(export(model, hf_config), "benchmark", verify=verify)
+            done = pusher.push(export(model), "benchmark", verify=verify)
             assert done.bytes == size
 
         def exported() -> None:
-            for _ in export(model, hf_config):
+            for _ in export(model):
                 pass
 
         push(verify=True)

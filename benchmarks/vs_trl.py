@@ -39,7 +39,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.prefix_tree import clock, hf_config, make_rows
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import OptimizerConfig, TrainingConfig
 from spell_megatron.training import backend
 
 GOAL, GRADIENT = 5.0, 1e-5
@@ -63,26 +63,21 @@ def ours(connection: Connection, folder: Path, rows: list, threads: int) -> None
     """The project's trainer, in a process of its own: an update for each message, answered by its seconds. The
     first answer also has the gradient by Hugging Face name (the export's cuts and joins are linear)."""
     from spell_megatron.training.model import build_model
+    from spell_megatron.training.policy import PolicyModel
     from spell_megatron.training.trainer import Trainer
     from spell_megatron.weights.huggingface import load_weights
     from spell_megatron.weights.reshard import export
 
-    config = Config(
-        model={"path": folder, "dtype": "float32"},
-        data={"documents": Path(".")},
-        run={"device": "cpu"},
-        rollout={"sampling": {"temperature": 1.0}},
-        training={
-            "threads": threads,
-            "tokens_per_microbatch": PROMPT + GROUP * RESPONSE,
-            "optimizer": {**ADAMW, "clip_grad": 0.0},
-        },
+    training = TrainingConfig(
+        threads=threads,
+        tokens_per_microbatch=PROMPT + GROUP * RESPONSE,
+        optimizer=OptimizerConfig(**ADAMW, clip_grad=0.0),
     )
-    backend.initialise(config)
-    hf = transformers.AutoConfig.from_pretrained(folder)
-    model = build_model(hf, config)
-    load_weights(model, hf, folder)
-    trainer = Trainer(config, hf, model)
+    policy = PolicyModel.load(folder, "float32")
+    backend.initialise(policy, training, "cpu")
+    model = build_model(policy, training)
+    load_weights(model, folder)
+    trainer = Trainer(model, training, temperature=1.0, steps=1)
     gradient = None
     while connection.recv():
         seconds = clock(lambda: trainer.update(rows))
@@ -91,7 +86,7 @@ def ours(connection: Connection, folder: Path, rows: list, threads: int) -> None
             kept = [parameter.data for parameter in parameters]
             for parameter in parameters:
                 parameter.data = parameter.main_grad
-            gradient = {name: tensor.clone().numpy() for name, tensor in export(model, hf)}
+            gradient = {name: tensor.clone().numpy() for name, tensor in export(model)}
             for parameter, data in zip(parameters, kept, strict=True):
                 parameter.data = data
             connection.send((seconds, gradient))

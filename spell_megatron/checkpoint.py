@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
+from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.processes.lifetime import end_with_parent
@@ -57,8 +58,16 @@ class Saver:
     processes; what they wrote is removed by the next save.
     """
 
-    def __init__(self, run_folder: Path, trainer: Trainer) -> None:
+    def __init__(
+        self, run_folder: Path, trainer: Trainer, settings: CheckpointConfig, source: Path, configuration: str
+    ) -> None:
+        """
+        Args:
+            source: Hugging Face checkpoint that the run began with; its tokenizer is copied into each checkpoint.
+            configuration: of the run, as JSON.
+        """
         self._root, self._trainer = Path(run_folder) / "checkpoints", trainer
+        self._settings, self._source, self._configuration = settings, source, configuration
         self._pending: _Pending | None = None
 
     def __enter__(self) -> Saver:
@@ -75,7 +84,7 @@ class Saver:
         cannot be written; the checkpoints before stay as they are.
         """
         self.finish()
-        trainer, asynchronous = self._trainer, self._trainer.config.checkpoint.asynchronous
+        trainer, asynchronous = self._trainer, self._settings.asynchronous
         final = self._root / f"step_{step:06d}"
         pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer))
         partial = pending.partial
@@ -85,11 +94,11 @@ class Saver:
         def write() -> None:
             _start_manager()
             pending.start(partial / "trainer", trainer, asynchronous)
-            _save_hf(partial / "hf", trainer)
+            _save_hf(partial / "hf", trainer, self._source)
             torch.save(random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
-                write_text(partial / "config.json", trainer.config.model_dump_json(indent=2), sync=True)
+                write_text(partial / "config.json", self._configuration, sync=True)
 
         self._attempt(write)
         if not asynchronous:
@@ -110,7 +119,7 @@ class Saver:
             return
         self._attempt(pending.wait)
         self._pending = None
-        _on_rank_0(lambda: _complete(pending, self._trainer.config.checkpoint.keep), self._root)
+        _on_rank_0(lambda: _complete(pending, self._settings.keep), self._root)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """A part of saving; if it fails on any rank, the checkpoint is given up on all."""
@@ -131,14 +140,6 @@ class Saver:
             pending.writer.close(abort=True)
             _on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True), self._root)
             raise UserError(next(filter(None, failures)))
-
-
-def save(run_folder: Path, step: int, trainer: Trainer, state: dict[str, Any]) -> Path:
-    """Write one checkpoint and wait until it is complete (see `Saver.save`); returns its folder."""
-    with Saver(run_folder, trainer) as saver:
-        saver.save(step, state)
-        saver.finish()
-    return Path(run_folder) / "checkpoints" / f"step_{step:06d}"
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -179,10 +180,10 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     updates = meta["updates"]
     # Megatron loads a vocabulary of another size without a word, because its padding may differ.
-    if meta["vocabulary"] != trainer.hf_config.vocab_size:
+    if meta["vocabulary"] != trainer.policy.arch.vocabulary:
         raise UserError(
             f"The checkpoint {folder} was made with a vocabulary of {meta['vocabulary']} tokens, but the model of "
-            f"model.path has {trainer.hf_config.vocab_size}. Set model.path to the model that the run began with."
+            f"model.path has {trainer.policy.arch.vocabulary}. Set model.path to the model that the run began with."
         )
     try:
         load_trainer(folder / "trainer", trainer, updates)
@@ -229,12 +230,12 @@ class _Pending:
             finalize()
 
 
-def _save_hf(folder: Path, trainer: Trainer) -> None:
+def _save_hf(folder: Path, trainer: Trainer, source: Path) -> None:
     """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
-    weights = export(trainer.model, trainer.hf_config)
+    weights = export(trainer.model)
     try:
         if dist.get_rank() == 0:
-            save_checkpoint(weights, trainer.config.model.path, folder)
+            save_checkpoint(weights, source, folder)
     finally:
         for _ in weights:
             pass
@@ -273,7 +274,7 @@ def _meta(step: int, trainer: Trainer) -> dict[str, Any]:
         "step": step,
         "updates": trainer.scheduler.num_steps,
         "ranks": dist.get_world_size(),
-        "vocabulary": trainer.hf_config.vocab_size,
+        "vocabulary": trainer.policy.arch.vocabulary,
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},
     }

@@ -206,16 +206,16 @@ class _Preflight:
 
         # transformers takes seconds to import: not before the folder is known to exist
         from spell_megatron.tokenizer import PolicyTokenizer
-        from spell_megatron.training.architecture import architecture, load_hf_config, rotary_frequencies
+        from spell_megatron.training.policy import PolicyModel
 
-        hf_config = self.attempt("model.path", lambda: load_hf_config(path))
+        policy = self.attempt("model.path", lambda: PolicyModel.load(path, config.model.dtype))
         tokenizer = None
-        if hf_config is not None or not (path / "config.json").exists():  # it reads that file too
+        if policy is not None or not (path / "config.json").exists():  # it reads that file too
             tokenizer = self.attempt("model.path", lambda: PolicyTokenizer(path))
-        if hf_config is None:
+        if policy is None:
             return
-        self.attempt("model.path", lambda: rotary_frequencies(hf_config))
-        arch = architecture(hf_config)
+        self.attempt("model.path", lambda: policy.rotary)
+        arch = policy.arch
         if tokenizer is not None and tokenizer.vocab_size > arch.vocabulary:
             self.fault(
                 "model.path",
@@ -228,7 +228,7 @@ class _Preflight:
                 f"the model's attention heads have {arch.head_dim} dimensions, and vLLM's engines on CPUs "
                 f"serve only {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU",
             )
-        self.lengths(hf_config)
+        self.lengths(policy.hf_config)
         self.layout(arch)
 
     def lengths(self, hf_config) -> None:

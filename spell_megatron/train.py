@@ -25,8 +25,8 @@ from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.stream import OUTCOMES
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights, Order
@@ -65,7 +65,8 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         stack.callback(backend.shutdown)
         if rendezvous:
             processes.join(config, rendezvous)
-        backend.initialise(config)
+        policy = PolicyModel.load(config.model.path, config.model.dtype)
+        backend.initialise(policy, config.training, config.run.device, config.run.seed)
         first = dist.get_rank() == 0
         folder.mkdir(parents=True, exist_ok=True)
         status = stack.enter_context(Status(folder, steps)) if first else None
@@ -77,13 +78,12 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                 engines = stack.enter_context(Engines.open(config, folder / "logs", rendezvous))
             status.watch(engines.health)
         with progress.stage("loading the policy"):
-            trainer = _make_trainer(config)
+            trainer = _make_trainer(policy, config)
             step, state = _restore(folder, trainer) if resume else (0, {})
         if first and (why := _no_replay(config, trainer, engines)):
             progress.line(f"Routing replay is off: {why}.")
         weights = EngineWeights(
             trainer.model,
-            trainer.hf_config,
             engines,
             verify=config.rollout.verify_weights,
             say=progress.line,
@@ -93,7 +93,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         director = stack.enter_context(Director(config, engines, weights.revive, stop.reason)) if first else None
         resume_step = step if resume else None
         log = stack.enter_context(MetricsLogger(folder, config, resume_step=resume_step)) if first else None
-        saver = stack.enter_context(checkpoint.Saver(folder, trainer))
+        saver = stack.enter_context(_saver(folder, trainer, config))
         if director and resume:
             director.selfplay.load_state_dict(state["selfplay"])
 
@@ -184,11 +184,14 @@ def _save(saver: checkpoint.Saver, step: int, director: Director | None, progres
     return time.monotonic() - started
 
 
-def _make_trainer(config: Config) -> Trainer:
-    hf_config = load_hf_config(config.model.path)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, config.model.path)
-    return Trainer(config, hf_config, model)
+def _make_trainer(policy: PolicyModel, config: Config) -> Trainer:
+    model = build_model(policy, config.training)
+    load_weights(model, config.model.path)
+    return Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
+
+
+def _saver(folder: Path, trainer: Trainer, config: Config) -> checkpoint.Saver:
+    return checkpoint.Saver(folder, trainer, config.checkpoint, config.model.path, config.model_dump_json(indent=2))
 
 
 def _no_replay(config: Config, trainer: Trainer, engines: Engines) -> str:

@@ -20,11 +20,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def process_group():
     """Megatron's process groups of this process alone, on the CPU."""
-    from hf_models import cpu_config
+    from transformers import LlamaConfig
 
+    from spell_megatron.config.schema import TrainingConfig
     from spell_megatron.training import backend
+    from spell_megatron.training.policy import PolicyModel
 
-    backend.initialise(cpu_config("unused"))
+    backend.initialise(PolicyModel.of(LlamaConfig()), TrainingConfig(), "cpu")
     yield
     backend.shutdown()
 

@@ -16,9 +16,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from spell_megatron.config.schema import Config
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training.model import TreeGPTModel, build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights
 
 COMMON = {
@@ -93,21 +93,10 @@ def make(config_class: type, options: dict, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def cpu_config(folder: str | Path, dtype: str = "float32", **training) -> Config:
-    """A configuration with the policy in this folder, on the CPU."""
-    return Config(
-        model={"path": folder, "dtype": dtype},
-        data={"documents": "unused.parquet"},
-        run={"device": "cpu"},
-        training=training,
-    )
-
-
 def load(folder: Path, dtype: str = "float32", **training) -> TreeGPTModel:
     """The Megatron model with the weights of this folder; there must be process groups."""
-    hf_config = load_hf_config(folder)
-    model = build_model(hf_config, cpu_config(folder, dtype, **training))
-    load_weights(model, hf_config, folder)
+    model = build_model(PolicyModel.load(folder, dtype), TrainingConfig(**training))
+    load_weights(model, folder)
     return model
 
 

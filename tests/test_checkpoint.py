@@ -18,7 +18,17 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
+from trainer_cases import (
+    difference,
+    initialise,
+    make_config,
+    make_policy,
+    make_rows,
+    make_trainer,
+    save,
+    saver,
+    weights,
+)
 
 from spell_megatron import checkpoint
 from spell_megatron.errors import UserError
@@ -29,7 +39,7 @@ from spell_megatron.training import backend
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     make_policy("qwen3", folder)
-    backend.initialise(make_config(folder))
+    initialise(make_config(folder))
     yield folder
     backend.shutdown()
 
@@ -38,11 +48,12 @@ def policy(tmp_path_factory):
 def saved(policy, tmp_path_factory):
     """A run with checkpoints of steps 1, 2 and 3 of which the newest two are kept."""
     run = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(make_config(policy, checkpoint__keep=2))
+    config = make_config(policy, checkpoint__keep=2)
+    trainer = make_trainer(config)
     for step in (1, 2, 3):
         trainer.update(make_rows(step))
-        checkpoint.save(run, step, trainer, {"step": step, "history": {"a": [1, "ü"]}})
-    return run, trainer
+        save(run, step, trainer, config, {"step": step, "history": {"a": [1, "ü"]}})
+    return run, trainer, config
 
 
 def names(run):
@@ -50,7 +61,7 @@ def names(run):
 
 
 def test_layout_and_retention(saved):
-    run, trainer = saved
+    run, trainer, _ = saved
     assert names(run) == ["latest", "step_000002", "step_000003"]
     assert checkpoint.latest(run) == run / "checkpoints" / "step_000003"
     folder = checkpoint.latest(run)
@@ -69,9 +80,10 @@ def test_layout_and_retention(saved):
 
 
 def test_the_best_checkpoint_is_kept(policy, tmp_path):
-    trainer = make_trainer(make_config(policy, checkpoint__keep=1))
+    config = make_config(policy, checkpoint__keep=1)
+    trainer = make_trainer(config)
     for step, score in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.3)):
-        checkpoint.save(tmp_path, step, trainer, {})
+        save(tmp_path, step, trainer, config, {})
         checkpoint.note_score(tmp_path, step, score)
     assert checkpoint.best(tmp_path) == {"checkpoint": "step_000002", "score": 0.5}
     assert names(tmp_path) == ["best.json", "latest", "step_000002", "step_000004"]
@@ -103,7 +115,7 @@ def test_resume_continues_exactly(distributed, policy, tmp_path):
     config = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__warmup_steps=4)
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
-    checkpoint.save(tmp_path, 1, trainer, {"step": 1})
+    save(tmp_path, 1, trainer, config, {"step": 1})
 
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -127,7 +139,7 @@ def test_resume_before_the_first_update(distributed, policy, tmp_path):
     config = make_config(policy, training__optimizer__distributed=distributed)
     trainer = make_trainer(config)
     plain = make_trainer(config)
-    checkpoint.save(tmp_path, 0, trainer, {})
+    save(tmp_path, 0, trainer, config, {})
     assert difference(weights(trainer), weights(plain)) == 0
     resumed = make_trainer(config)
     checkpoint.load(checkpoint.latest(tmp_path), resumed)
@@ -143,7 +155,7 @@ def test_optimizer_settings_come_from_the_configuration(distributed, policy, tmp
     config = make_config(policy, training__optimizer__distributed=distributed)
     trainer = make_trainer(config)
     trainer.update(make_rows())
-    checkpoint.save(tmp_path, 1, trainer, {})
+    save(tmp_path, 1, trainer, config, {})
     changed = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__lr=5e-5)
     other = make_trainer(changed)
     checkpoint.load(checkpoint.latest(tmp_path), other)
@@ -156,7 +168,7 @@ def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):
     )
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
-    checkpoint.save(tmp_path, 1, trainer, {})
+    save(tmp_path, 1, trainer, config, {})
     other = make_trainer(config)
     checkpoint.load(checkpoint.latest(tmp_path), other)
     for seed in (1, 2, 3):
@@ -195,43 +207,44 @@ def test_asynchronous_save_holds_what_was_there_when_it_began(distributed, polic
     run = tmp_path / "run"
     trainer = make_trainer(config)
     trainer.update(make_rows(0))
-    with checkpoint.Saver(run, trainer) as saver:
-        saver.save(1, {"step": 1})
+    with saver(run, trainer, config) as saving:
+        saving.save(1, {"step": 1})
         expected = [trainer.update(make_rows(seed))["grad_norm"] for seed in (1, 2)]
-        saver.poll()
+        saving.poll()
         assert names(run) == ["step_000001.tmp"] and checkpoint.latest(run) is None
         held.go.touch()
-        saver.save(2, {"step": 2})  # completes the one before
+        saving.save(2, {"step": 2})  # completes the one before
         assert checkpoint.latest(run).name == "step_000001"
         resumed = make_trainer(config)
         assert checkpoint.load(checkpoint.latest(run), resumed) == {"step": 1}
         assert [resumed.update(make_rows(seed))["grad_norm"] for seed in (1, 2)] == expected
         assert difference(weights(resumed), weights(trainer)) == 0
         while "step_000002" not in names(run):
-            saver.poll()
+            saving.poll()
     assert names(run) == ["latest", "step_000001", "step_000002"]
 
 
 def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
     run = tmp_path / "run"
-    trainer = make_trainer(make_config(policy, checkpoint__asynchronous=True))
+    config = make_config(policy, checkpoint__asynchronous=True)
+    trainer = make_trainer(config)
     trainer.update(make_rows(0))
 
     def full_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    with checkpoint.Saver(run, trainer) as saver:
-        saver.save(1, {})
+    with saver(run, trainer, config) as saving:
+        saving.save(1, {})
         held.go.touch()
-        saver.finish()
+        saving.finish()
         held.first = full_disk
-        saver.save(2, {})
+        saving.save(2, {})
         with pytest.raises(UserError, match="Writing a checkpoint to .* failed: rank 0: .*(File too large|OSError)"):
-            saver.finish()
+            saving.finish()
         assert names(run) == ["latest", "step_000001"]
         held.go.unlink()
-        saver.save(3, {})
+        saving.save(3, {})
         (writer,) = [process for process in active_children() if "Manager" not in process.name]
     writer.join(timeout=600)
     assert writer.exitcode == -signal.SIGKILL
@@ -242,7 +255,7 @@ def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
 def test_incomplete_and_missing_folders(saved, tmp_path):
     import shutil
 
-    run, trainer = saved
+    run, trainer, _ = saved
     shutil.copytree(run, tmp_path / "run")
     root = tmp_path / "run" / "checkpoints"
     (root / "step_000003" / "meta.json").unlink()
@@ -256,14 +269,14 @@ def test_incomplete_and_missing_folders(saved, tmp_path):
 
 
 def test_another_model_is_refused(saved, tmp_path):
-    run, _ = saved
+    run, *_ = saved
     make_policy("llama3", tmp_path / "other")
     with pytest.raises(UserError, match="model.path"):
         checkpoint.load(checkpoint.latest(run), make_trainer(make_config(tmp_path / "other")))
 
 
 def test_another_vocabulary_is_refused(saved, tmp_path):
-    run, trainer = saved
+    run, trainer, _ = saved
     folder = tmp_path / "step_000003"
     shutil.copytree(checkpoint.latest(run), folder)
     meta = json.loads((folder / "meta.json").read_text())
@@ -276,23 +289,24 @@ def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
     left = tmp_path / "checkpoints" / "step_000001.tmp"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    trainer = make_trainer(make_config(policy))
-    checkpoint.save(tmp_path, 2, trainer, {"n": 1})
-    checkpoint.save(tmp_path, 2, trainer, {"n": 2})  # the same step again replaces it
+    config = make_config(policy)
+    trainer = make_trainer(config)
+    save(tmp_path, 2, trainer, config, {"n": 1})
+    save(tmp_path, 2, trainer, config, {"n": 2})  # the same step again replaces it
     assert names(tmp_path) == ["latest", "step_000002"]
     assert checkpoint.load(checkpoint.latest(tmp_path), trainer) == {"n": 2}
 
 
 def test_full_disk(saved, policy):
     """A limit on file sizes makes real writes fail as a full disk does: nothing is half-written."""
-    run, trainer = saved
+    run, trainer, config = saved
     before = names(run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(UserError, match="Writing a checkpoint to .* failed"):
-            checkpoint.save(run, 4, trainer, {})
+            save(run, 4, trainer, config, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
@@ -301,11 +315,11 @@ def test_full_disk(saved, policy):
 
 
 def test_too_little_space_is_found_before_writing(saved, monkeypatch):
-    run, trainer = saved
+    run, trainer, config = saved
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     before = names(run)
     with pytest.raises(UserError, match="has 0.0 GB left"):
-        checkpoint.save(run, 5, trainer, {})
+        save(run, 5, trainer, config, {})
     assert names(run) == before
 
 
@@ -319,15 +333,14 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
         from pathlib import Path
 
         def main():
-            from trainer_cases import make_config, make_trainer
+            from trainer_cases import initialise, make_config, make_trainer, save
             from spell_megatron import checkpoint
-            from spell_megatron.training import backend
             config = make_config(Path(sys.argv[1]), checkpoint__asynchronous=sys.argv[3] == "True")
-            backend.initialise(config)
+            initialise(config)
             trainer = make_trainer(config)
-            checkpoint.save(Path(sys.argv[2]), 1, trainer, {"step": 1})
+            save(Path(sys.argv[2]), 1, trainer, config, {"step": 1})
             checkpoint._save_hf = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-            checkpoint.save(Path(sys.argv[2]), 2, trainer, {"step": 2})
+            save(Path(sys.argv[2]), 2, trainer, config, {"step": 2})
 
         if __name__ == "__main__":
             main()
@@ -349,7 +362,8 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Megatron's writer processes outlive a killed parent
     assert "step_000002.tmp" in names(run)
-    trainer = make_trainer(make_config(policy))
+    config = make_config(policy)
+    trainer = make_trainer(config)
     assert checkpoint.load(checkpoint.latest(run), trainer) == {"step": 1}
-    checkpoint.save(run, 2, trainer, {"step": 2})
+    save(run, 2, trainer, config, {"step": 2})
     assert names(run) == ["latest", "step_000001", "step_000002"]

@@ -21,8 +21,8 @@ from spell_megatron.planner.memory import (
 )
 from spell_megatron.planner.search import cheapest, plan_layout
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
@@ -50,7 +50,7 @@ TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(name):
-    assert Model.of(load_hf_config(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
+    assert Model.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,14 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_prediction_against_measured_memory(kind, recompute, offload, checkpoints):
     """Parameters, gradients and optimizer state equal; the peak of an update within 15 %."""
-    config, hf_config = make_config(checkpoints / kind, recompute, {}, 1024), load_hf_config(checkpoints / kind)
+    config = make_config(checkpoints / kind, recompute, {}, 1024)
+    policy = PolicyModel.load(checkpoints / kind, config.model.dtype)
     config.training.offload = offload
-    backend.initialise(config)
+    backend.initialise(policy, config.training, "cpu")
     try:
-        model = build_model(hf_config, config)
-        load_weights(model, hf_config, checkpoints / kind)
-        trainer = Trainer(config, hf_config, model)
+        model = build_model(policy, config.training)
+        load_weights(model, checkpoints / kind)
+        trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
         rng = np.random.default_rng(0)
         tokens, ones = rng.integers(0, 4096, (2, 768)), np.ones(256, np.float32)
         tokens[1, :512] = tokens[0, :512]
@@ -82,8 +83,8 @@ def test_prediction_against_measured_memory(kind, recompute, offload, checkpoint
         peak, static = update_peak(trainer, rows), static_bytes(trainer)
     finally:
         backend.shutdown()
-    assert static == counted_memory(hf_config, config, 0, 1)[:3]
-    arch = Model.of(hf_config).arch
+    assert static == counted_memory(policy, config, 0, 1)[:3]
+    arch = policy.arch
     kept, layer = stage_activations(arch, config, range(4), 1024, 1, gpu=False)
     assert (kept == 0) == offload
     kept += offloaded_bytes(arch, config, range(4), 1024, 1, gpu=False)  # the same memory on a CPU
@@ -104,16 +105,16 @@ def test_prediction_against_measured_memory(kind, recompute, offload, checkpoint
 def test_ranks_together_hold_the_model_once(kind, layout, checkpoints):
     """The distributed optimizer of all 8 ranks together steps every parameter once (but for padding)."""
     config = make_config(checkpoints / kind, "none", layout, 1024)
-    hf_config = load_hf_config(checkpoints / kind)
-    held = sum(counted_memory(hf_config, config, rank, 8)[2] for rank in range(8))
-    whole = 12 * Model.of(hf_config).parameters
+    policy = PolicyModel.load(checkpoints / kind, config.model.dtype)
+    held = sum(counted_memory(policy, config, rank, 8)[2] for rank in range(8))
+    whole = 12 * Model.of(policy).parameters
     # Norms and routers are there once for each tensor-parallel rank.
     assert whole <= held <= 1.01 * whole
 
 
 def test_the_proposal_is_the_fastest_that_fits(checkpoints):
     config = make_config(checkpoints / "moe", "full", {}, 1024)
-    model, gpu = Model.of(load_hf_config(checkpoints / "moe")), GPUS["H100-80G"]
+    model, gpu = Model.of(PolicyModel.load(checkpoints / "moe", config.model.dtype)), GPUS["H100-80G"]
     tried = list(cheapest(model, config, 8, gpu, Assumptions()))
     assert tried[-1].fits and tried[-1].recompute == "none"
     assert tried[-1].times.update < plan_layout(model, config, 8, gpu, Assumptions()).times.update
@@ -124,7 +125,7 @@ def test_the_proposal_is_the_fastest_that_fits(checkpoints):
 def test_memory_moves_as_it_must():
     """More context-parallel ranks or recompute: fewer activations; more pipeline stages: fewer parameters."""
     config = load_config(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
-    model = Model.of(load_hf_config(config.model.path))
+    model = Model.of(PolicyModel.load(config.model.path, config.model.dtype))
 
     def activations(recompute: str, **layout: int) -> int:
         training = config.training.model_copy(
@@ -154,7 +155,7 @@ def test_memory_moves_as_it_must():
 )
 def test_the_recipes_fit(files, gpu, parameters):
     config = load_config([EXAMPLES / file for file in files])
-    model = Model.of(load_hf_config(config.model.path))
+    model = Model.of(PolicyModel.load(config.model.path, config.model.dtype))
     processes = config.training.parallel.processes
     plan = plan_layout(model, config, processes, GPUS[gpu], Assumptions())
     assert plan.fits

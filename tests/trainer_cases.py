@@ -7,8 +7,18 @@ import numpy as np
 import torch
 import transformers
 
-from spell_megatron.config.schema import Config
+from spell_megatron import checkpoint
+from spell_megatron.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    TrainingConfig,
+)
+from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
@@ -124,12 +134,21 @@ def make_routed_rows(seed: int = 0) -> list[Row]:
     return [replace(row, weights=abs(row.weights), rollout_logprobs=x) for row, x in zip(rows, logprobs, strict=True)]
 
 
-def make_config(folder: Path, **overrides) -> Config:
+class Settings(Section):
+    """The settings that trainers and their checkpoints read."""
+
+    model: ModelConfig
+    run: RunConfig = RunConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def make_config(folder: Path, **overrides) -> Settings:
     """`overrides`: dotted names with `__` for the dot."""
     values = {
         "run": {"device": "cpu", "steps": 10},
         "model": {"path": str(folder), "dtype": "float32"},
-        "data": {"documents": "none.parquet"},
         "training": {
             "tokens_per_microbatch": 100,
             "logprob_chunk": 16,
@@ -142,18 +161,35 @@ def make_config(folder: Path, **overrides) -> Config:
         for key in path:
             node = node.setdefault(key, {})
         node[last] = value
-    return Config(**values)
+    return Settings(**values)
 
 
-def make_trainer(config: Config) -> Trainer:
-    hf_config = transformers.AutoConfig.from_pretrained(config.model.path)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, config.model.path)
-    return Trainer(config, hf_config, model)
+def initialise(config: Settings) -> None:
+    """Process groups of the layout, on CPUs."""
+    policy = PolicyModel.load(config.model.path, config.model.dtype)
+    backend.initialise(policy, config.training, config.run.device, config.run.seed)
+
+
+def make_trainer(config: Settings) -> Trainer:
+    model = build_model(PolicyModel.load(config.model.path, config.model.dtype), config.training)
+    load_weights(model, config.model.path)
+    return Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
+
+
+def saver(run: Path, trainer: Trainer, config: Settings) -> checkpoint.Saver:
+    return checkpoint.Saver(run, trainer, config.checkpoint, config.model.path, config.model_dump_json())
+
+
+def save(run: Path, step: int, trainer: Trainer, config: Settings, state: dict) -> Path:
+    """Write one checkpoint and wait until it is complete; returns its folder."""
+    with saver(run, trainer, config) as saving:
+        saving.save(step, state)
+        saving.finish()
+    return run / "checkpoints" / f"step_{step:06d}"
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().float().clone() for name, tensor in export(trainer.model, trainer.hf_config)}
+    return {name: tensor.detach().float().clone() for name, tensor in export(trainer.model)}
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.rollout.engines import Engine, Engines
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.check import compare, read_checkpoint, side_files
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.push import WeightPusher
@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     folder = side_files(options.checkpoint)
-    hf_config = load_hf_config(folder)
+    policy = PolicyModel.load(folder)
     progress = Progress()
     with ExitStack() as stack:
         if options.start:
             engines = _pushed(options, folder, stack, progress)
         else:
             engines = [Engine(url, os.environ.get(KEY, "")) for url in options.urls]
-        with progress.stage("comparing", len(hf_shapes(hf_config))) as advance:
+        with progress.stage("comparing", len(hf_shapes(policy))) as advance:
             count, differences = compare(read_checkpoint(options.checkpoint), engines, advance)
     for engine in engines:
         wrong = [difference for difference in differences if difference.engine == engine.url]

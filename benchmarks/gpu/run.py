@@ -44,17 +44,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from spell_megatron.config.schema import Config, RolloutConfig
+from spell_megatron.config.schema import Config, RolloutConfig, TrainingConfig
 from spell_megatron.planner.gpus import GPUS, Assumptions
 from spell_megatron.planner.memory import Model, trainer_memory
 from spell_megatron.training import attention as tree_attention_module
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.attention import tree_attention
+from spell_megatron.training.cost import training_cost
 from spell_megatron.training.logprobs import token_logprobs
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row, pack
-from spell_megatron.training.trainer import Trainer, training_cost
+from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
 
 GROUP = 8
@@ -291,10 +292,9 @@ def run_config(folder: Path, dtype: str, tokens: int, response: int) -> Config:
 
 
 def load(folder: Path, config: Config):
-    hf_config = load_hf_config(folder)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, folder)
-    return hf_config, model
+    model = build_model(PolicyModel.load(folder, config.model.dtype), config.training)
+    load_weights(model, folder)
+    return model
 
 
 def experts(tiny: bool) -> dict:
@@ -304,7 +304,7 @@ def experts(tiny: bool) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), tiny, num_hidden_layers=1, vocab_size=1024)
-        _, model = load(Path(folder), run_config(Path(folder), "bfloat16", 4096, 64))
+        model = load(Path(folder), run_config(Path(folder), "bfloat16", 4096, 64))
     layer = next(m for m in model.modules() if isinstance(m, SequentialMLP))
     count, tokens = layer.num_local_experts, 64 if tiny else 65536
     generator = torch.Generator(device()).manual_seed(0)
@@ -330,7 +330,7 @@ def parity(tiny: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), True, num_hidden_layers=3, dtype=torch.float32)
         config = run_config(Path(folder), "float32", 256, 64)
-        _, model = load(Path(folder), config)
+        model = load(Path(folder), config)
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device())
     tokens = torch.randint(0, 1024, (1, 200), device=device(), generator=torch.Generator(device()).manual_seed(0))
     places, end = torch.arange(200, device=device())[None], torch.full((200,), 200, device=device())
@@ -347,13 +347,13 @@ def update(tiny: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), tiny, num_hidden_layers=4)
         config = run_config(Path(folder), "bfloat16", longest, response)
-        hf_config, model = load(Path(folder), config)
-    trainer = Trainer(config, hf_config, model)
+        model = load(Path(folder), config)
+    trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
     trainer.update(tree(prompts[0], response))
     figures: dict[str, object] = {}
     for prompt in prompts:
         rows, (packed,) = tree(prompt, response), pack(tree(prompt, response), longest)
-        useful, line = training_cost(hf_config).of(packed), {}
+        useful, line = training_cost(model.policy.arch).of(packed), {}
         # As many tokens as one row has: each row is computed on its own.
         for kind, budget in (("tree", longest), ("unshared", prompt + response)):
             config.training.tokens_per_microbatch = budget
@@ -372,7 +372,7 @@ def update(tiny: bool) -> dict:
     if torch.cuda.is_available():
         assume = Assumptions(reserve=0, fragmentation=0)
         config.training.tokens_per_microbatch = longest
-        memory = trainer_memory(Model.of(hf_config), config, 1, assume)
+        memory = trainer_memory(Model.of(model.policy), config, 1, assume)
         figures["planned_gib"] = (memory.total - memory.buffers) / 2**30
     figures["holds"] = not torch.cuda.is_available() or line.get("mfu", 0) >= MFU
     return figures
@@ -404,13 +404,13 @@ def transfer(tiny: bool) -> dict:
                 cpu_kv_cache_gib=0.25,
                 extra_args=["--load-format", "dummy", "--enforce-eager"],
             )
-            hf_config, model = load(folder, config)
+            model = load(folder, config)
             engines = stack.enter_context(Engines.open(config, folder / "logs"))
             assert engines.weight_transfer == way, engines.weight_transfer
             pusher = WeightPusher(engines)
             stack.callback(pusher.close)
-            first = pusher.push(export(model, hf_config), "1", verify=True)
-            pushes = [pusher.push(export(model, hf_config), str(version)).seconds for version in range(2, 5)]
+            first = pusher.push(export(model), "1", verify=True)
+            pushes = [pusher.push(export(model), str(version)).seconds for version in range(2, 5)]
             source = torch.zeros(first.bytes, dtype=torch.uint8, device=device())
             copy = seconds(lambda: source.clone())
         line = {"gigabytes": first.bytes / 1e9, "checksums_compared": first.verified, "push_seconds": min(pushes)}
@@ -451,7 +451,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.tiny:
         parser.exit(3, "skipped: torch sees no GPU (--tiny runs the script on a CPU)\n")
-    backend.initialise(run_config(Path("none"), "bfloat16", 1, 1))
+    backend.initialise(PolicyModel.of(Qwen3MoeConfig()), TrainingConfig())
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, tiny sizes"
     printed: list[str] = []
 

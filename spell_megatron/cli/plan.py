@@ -37,13 +37,13 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
     from spell_megatron.planner.memory import Model
     from spell_megatron.planner.search import TRIES, cheapest, plan_layout
     from spell_megatron.planner.text import describe, plan_text
-    from spell_megatron.training.architecture import load_hf_config
+    from spell_megatron.training.policy import PolicyModel
 
     if arguments.gpu not in GPUS:
         raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(GPUS)}.")
     if arguments.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node is {arguments.gpus_per_node}; it must be 1 or more.")
-    model = Model.of(load_hf_config(config.model.path))
+    model = Model.of(PolicyModel.load(config.model.path, config.model.dtype))
     processes = config.training.parallel.processes
     task = model, config, processes, GPUS[arguments.gpu], Assumptions(arguments.gpus_per_node)
     plan = plan_layout(*task)

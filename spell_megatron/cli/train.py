@@ -115,12 +115,12 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
     from spell_megatron.preflight import checkpoint_bytes
     from spell_megatron.rollout.engines import server_command
     from spell_megatron.selfplay.documents import load_clusters
-    from spell_megatron.training.architecture import architecture, load_hf_config
+    from spell_megatron.training.policy import PolicyModel
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
     cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    hf_config = load_hf_config(config.model.path)
-    arch = architecture(hf_config)
+    policy = PolicyModel.load(config.model.path, config.model.dtype)
+    arch = policy.arch
     clusters = load_clusters(config.data.documents)
     processes = launched_processes() or parallel.processes
     replicas = processes // parallel.dense_ranks
@@ -128,7 +128,7 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
     lines = [
         "Plan",
         f"run folder   {config.run.output_dir / config.run.name} ({'continued' if resume else 'new'})",
-        f"policy       {hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
+        f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",
         f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
         f"trainer      {'CPU' if cpu else 'CUDA'}, {processes} process(es), {replicas} data-parallel",

@@ -13,18 +13,18 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig
 
 from spell_megatron.config.schema import Config
 from spell_megatron.planner.gpus import Assumptions, Gpu
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import Architecture, architecture
+from spell_megatron.training.cost import training_cost
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.logprobs import VOCABULARY_BLOCK
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import Architecture, PolicyModel
 from spell_megatron.training.prefix_tree import Cost
-from spell_megatron.training.trainer import build_optimizer, training_cost
-from spell_megatron.weights.names import hf_shapes
+from spell_megatron.training.trainer import build_optimizer
+from spell_megatron.weights.names import rules
 from spell_megatron.weights.reshard import BUCKET_BYTES
 
 
@@ -69,8 +69,7 @@ class Engine:
 class Model:
     """What the plans of a model have in common."""
 
-    hf_config: PretrainedConfig
-    arch: Architecture
+    policy: PolicyModel
     cost: Cost
     parameters: int
     expert_parameters: int
@@ -78,16 +77,19 @@ class Model:
     """Parameters of the largest Hugging Face tensor."""
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> Model:
-        sizes = {name: math.prod(shape) for name, shape in hf_shapes(hf_config).items()}
+    def of(cls, policy: PolicyModel) -> Model:
+        sizes = [(rule.expert, math.prod(shape)) for rule in rules(policy).values() for shape in rule.shapes]
         return cls(
-            hf_config,
-            architecture(hf_config),
-            training_cost(hf_config),
-            sum(sizes.values()),
-            sum(size for name, size in sizes.items() if ".mlp.experts." in name),
-            max(sizes.values()),
+            policy,
+            training_cost(policy.arch),
+            sum(size for _, size in sizes),
+            sum(size for expert, size in sizes if expert),
+            max(size for _, size in sizes),
         )
+
+    @property
+    def arch(self) -> Architecture:
+        return self.policy.arch
 
 
 def row_tokens(config: Config) -> int:
@@ -106,7 +108,7 @@ def trainer_memory(model: Model, config: Config, processes: int, assume: Assumpt
 
 def _rank_memory(model: Model, config: Config, rank: int, processes: int, assume: Assumptions) -> Memory:
     arch, stages = model.arch, config.training.parallel.pipeline
-    parameters, gradients, optimizer, layers = counted_memory(model.hf_config, config, rank, processes)
+    parameters, gradients, optimizer, layers = counted_memory(model.policy, config, rank, processes)
     stage = rank * stages // processes
     tokens = row_tokens(config)
     kept, layer = stage_activations(arch, config, layers, tokens, stages - stage, gpu=True)
@@ -124,9 +126,7 @@ def _rank_memory(model: Model, config: Config, rank: int, processes: int, assume
     )
 
 
-def counted_memory(
-    hf_config: PretrainedConfig, config: Config, rank: int, processes: int
-) -> tuple[int, int, int, range]:
+def counted_memory(policy: PolicyModel, config: Config, rank: int, processes: int) -> tuple[int, int, int, range]:
     """Bytes of parameters, gradients and optimizer state of one rank, and the layers that it holds.
 
     Megatron builds them on a device without memory. The optimizer's two moments, which it makes at the first
@@ -134,9 +134,9 @@ def counted_memory(
     """
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    with backend.pretend(config, rank, processes), torch.device("meta"):
-        model = build_model(hf_config, config)
-        ddp, optimizer = build_optimizer(config, model, gloo=False)
+    with backend.pretend(policy, config.training.parallel, rank, processes), torch.device("meta"):
+        model = build_model(policy, config.training)
+        ddp, optimizer = build_optimizer(model, config.training.optimizer, gloo=False)
         parameters = sum(p.nbytes for p in model.parameters())
         gradients = sum(b.grad_data.nbytes for b in ddp.buffers + ddp.expert_parallel_buffers)
         stepped = [

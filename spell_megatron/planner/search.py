@@ -9,8 +9,8 @@ from spell_megatron.config.schema import Config, ParallelConfig
 from spell_megatron.planner.gpus import Assumptions, Gpu
 from spell_megatron.planner.memory import Memory, Model, element_bytes, row_tokens, stage_activations, trainer_memory
 from spell_megatron.planner.times import Times, step_times
-from spell_megatron.training.architecture import Architecture
 from spell_megatron.training.layout import layout_faults
+from spell_megatron.training.policy import Architecture
 
 TRIES = 12
 """Layouts that `cheapest` builds."""

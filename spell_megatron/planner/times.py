@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from spell_megatron.config.schema import Config
 from spell_megatron.planner.gpus import Assumptions, Gpu
 from spell_megatron.planner.memory import Model, element_bytes, engine_memory, row_tokens
-from spell_megatron.training.architecture import Architecture
 from spell_megatron.training.layout import context_split
+from spell_megatron.training.policy import Architecture
 from spell_megatron.training.prefix_tree import Cost
 
 

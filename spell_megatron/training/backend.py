@@ -23,18 +23,24 @@ from torch.optim import Optimizer
 from spell_megatron import ranks
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.layout import division_faults
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
-from spell_megatron.training.architecture import architecture, load_hf_config
 from spell_megatron.training.layout import context_levels
+from spell_megatron.training.policy import PolicyModel
 
 
-def initialise(config: Config) -> torch.device:
+def initialise(policy: PolicyModel, training: TrainingConfig, device: str = "auto", seed: int = 0) -> torch.device:
     """Join the process group, lay out Megatron's parallel groups and seed this process.
 
     Ranks and addresses come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...), from `srun` (SLURM_PROCID,
     ...), or, with neither, this is a single process. The default process group is gloo on CPUs and nccl
     on GPUs; one that exists already is used as it is.
+
+    Args:
+        policy: the model that is to be trained; it decides how context-parallel ranks are grouped.
+        training: `parallel` and `threads` of it are read.
+        device: "cpu", "cuda" or "auto", which takes CUDA where there is a GPU.
+        seed: of the random states of Python, NumPy, torch and Megatron.
 
     Returns:
         The device that this rank's model and batches live on.
@@ -43,28 +49,28 @@ def initialise(config: Config) -> torch.device:
         UserError: CUDA was asked for and there is none, the layout does not fit the number of processes,
             or the address of rank 0 is unknown.
     """
-    device = _device(config)
+    own = _device(device)
     rank, world_size, local_rank = ranks.launched() or ranks.ALONE
-    raise_faults(division_faults(config.training.parallel, world_size), "the layout of the trainer")
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    raise_faults(division_faults(training.parallel, world_size), "the layout of the trainer")
+    if own.type == "cuda":
+        own = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own)
         # Overlap of communication and computation with tensor parallelism relies on one hardware queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
-        torch.set_num_threads(config.training.threads)
+        torch.set_num_threads(training.threads)
         _redirect_to_cpu()
     if not dist.is_initialized():
-        _join(device, rank, world_size)
+        _join(own, rank, world_size)
 
     from megatron.core import tensor_parallel
 
-    _make_groups(config)
-    random.seed(config.run.seed)
-    np.random.seed(config.run.seed)
-    torch.manual_seed(config.run.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
-    return device
+    _make_groups(policy, training.parallel)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return own
 
 
 def shutdown() -> None:
@@ -77,19 +83,15 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
-def _make_groups(config: Config, **options: bool) -> None:
+def _make_groups(policy: PolicyModel, parallel: ParallelConfig, **options: bool) -> None:
     """Megatron's process groups of a layout."""
     from megatron.core import parallel_state
 
-    parallel = config.training.parallel
-    levels = None
-    if parallel.context > 1:
-        levels = context_levels(architecture(load_hf_config(config.model.path)), parallel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
-        hierarchical_context_parallel_sizes=levels,
+        hierarchical_context_parallel_sizes=context_levels(policy.arch, parallel) if parallel.context > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         **options,
@@ -97,8 +99,8 @@ def _make_groups(config: Config, **options: bool) -> None:
 
 
 @contextmanager
-def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
-    """One rank of `config.training.parallel` on a process group that is not there.
+def pretend(policy: PolicyModel, parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
+    """One rank of a layout on a process group that is not there.
 
     Models built inside have the shapes and shardings of that rank, and no memory (device "meta"). Nothing may
     be computed with them.
@@ -110,7 +112,7 @@ def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
     device, hook = torch.cuda.current_device, sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        _make_groups(config, create_gloo_process_groups=False)
+        _make_groups(policy, parallel, create_gloo_process_groups=False)
         with torch.random.fork_rng(devices=()):
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
             torch.cuda.current_device = lambda: torch.device("meta")
@@ -121,8 +123,7 @@ def pretend(config: Config, rank: int, world_size: int) -> Iterator[None]:
         sys.excepthook = hook  # torch prefixes every line of an error with a rank, once more for each group
 
 
-def _device(config: Config) -> torch.device:
-    wanted = config.run.device
+def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "run.device is cuda, but torch sees no GPU on this machine. Set run.device to cpu or auto, or "

@@ -12,7 +12,7 @@ import numpy as np
 
 from spell_megatron.config.faults import Fault
 from spell_megatron.config.schema import ParallelConfig
-from spell_megatron.training.architecture import Architecture
+from spell_megatron.training.policy import Architecture
 
 
 def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Fault]:

@@ -12,20 +12,19 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PretrainedConfig
 
 from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.schema import Config
-from spell_megatron.training.architecture import Architecture, architecture, rotary_frequencies
+from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.layout import context_levels, layout_faults
 from spell_megatron.training.moe import GroupedExperts, Router, routers
+from spell_megatron.training.policy import Architecture, PolicyModel
 
 
 class TreeGPTModel(GPTModel):
@@ -33,17 +32,15 @@ class TreeGPTModel(GPTModel):
 
     `output_layer` and `output_weight` make logits of chosen hidden states:
     `model.output_layer(hidden, weight=model.output_weight)[0]`. With a vocabulary that the tensor-parallel
-    size does not divide, the last columns (from `vocabulary` on) are padding and belong in no softmax.
+    size does not divide, the last columns (from `policy.arch.vocabulary` on) are padding and belong in no softmax.
     """
 
-    def __init__(
-        self, config: TransformerConfig, hf_config: PretrainedConfig, offload: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, policy: PolicyModel, offload: bool = False, **kwargs: Any) -> None:
         """offload: keep what the decoder saves for the backward pass in host memory (`training.offload`)."""
         super().__init__(config=config, position_embedding_type="none", **kwargs)
-        self.vocabulary: int = hf_config.vocab_size
+        self.policy = policy
         # Neither a parameter nor a buffer: it must stay float32 and out of checkpoints.
-        self._frequencies = rotary_frequencies(hf_config)[0].to(torch.cuda.current_device())
+        self._frequencies = policy.rotary[0].to(torch.cuda.current_device())
         self._routers = routers(self)
         self._offload = offload
 
@@ -124,7 +121,7 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
+def build_model(policy: PolicyModel, training: TrainingConfig) -> TreeGPTModel:
     """Build this rank's part of the model, on its device, with uninitialised weights.
 
     `backend.initialise` must have been called. Weights come from `weights.huggingface.load_weights` or a
@@ -133,18 +130,17 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
     Raises:
         UserError: the model or the layout is not supported, or they do not fit each other.
     """
-    arch = architecture(hf_config)
-    raise_faults(layout_faults(arch, config.training.parallel), "the layout of the trainer")
+    arch, parallel = policy.arch, training.parallel
+    raise_faults(layout_faults(arch, parallel), "the layout of the trainer")
     use_te = _has_transformer_engine()
-    parallel = config.training.parallel
-    transformer_config = _transformer_config(hf_config, arch, config, use_te)
+    transformer_config = _transformer_config(policy, training, use_te)
     model = TreeGPTModel(
         config=transformer_config,
-        hf_config=hf_config,
-        offload=config.training.offload,
+        policy=policy,
+        offload=training.offload,
         transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
         vocab_size=arch.vocabulary + -arch.vocabulary % parallel.tensor,
-        max_sequence_length=hf_config.max_position_embeddings,
+        max_sequence_length=policy.hf_config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
@@ -153,8 +149,8 @@ def build_model(hf_config: PretrainedConfig, config: Config) -> TreeGPTModel:
     # is another one, and sums gradients of different shards. The mark sends them to the experts' process groups; 0.19
     # sets it itself.
     if parallel.expert_tensor != parallel.tensor:
-        for name, parameter in model.named_parameters():
-            if ".mlp.experts." in name:
+        for layer in model.modules():
+            for parameter in layer.experts.parameters() if isinstance(layer, MoELayer) else ():
                 parameter.allreduce = False
     return model
 
@@ -169,13 +165,10 @@ def _wants_grouped_experts(use_te: bool) -> bool:
     return torch.cuda.is_available() and not use_te
 
 
-def _transformer_config(
-    hf_config: PretrainedConfig, arch: Architecture, config: Config, use_te: bool
-) -> TransformerConfig:
-    training, parallel = config.training, config.training.parallel
-    dtype = getattr(torch, config.model.dtype)
+def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: bool) -> TransformerConfig:
+    arch, dtype, parallel = policy.arch, policy.dtype, training.parallel
     # cos and sin are both scaled by `factor`, hence every score by its square.
-    factor = rotary_frequencies(hf_config)[1]
+    factor = policy.rotary[1]
     options: dict[str, Any] = {}
     if arch.experts:
         options |= {
@@ -209,7 +202,7 @@ def _transformer_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn,
         normalization="RMSNorm",
-        layernorm_epsilon=hf_config.rms_norm_eps,
+        layernorm_epsilon=policy.hf_config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,  # biases are given per layer by the spec

@@ -17,18 +17,20 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from spell_megatron.config.schema import Config
-from spell_megatron.training.architecture import architecture
+from spell_megatron.config.schema import OptimizerConfig, TrainingConfig
+from spell_megatron.training.cost import training_cost
 from spell_megatron.training.layout import context_positions, context_split
 from spell_megatron.training.logprobs import token_logprobs
+from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.moe import expert_metrics, routers
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, importance_weight, policy_loss
-from spell_megatron.training.prefix_tree import Cost, Row, Tree, plan
+from spell_megatron.training.prefix_tree import Row, Tree, plan
 
 Progress = Callable[[int, int], None]
 """Called after each microbatch of this rank with (microbatches done, microbatches in all)."""
@@ -53,32 +55,39 @@ _MEANS = (
 class Trainer:
     """The policy's Megatron model with its gradients, optimizer and learning rate schedule.
 
-    The weights must be in `model` before the trainer is made: the optimizer copies them. `config.model`,
-    `config.training` and the temperature of `config.rollout.sampling` are read; `config.run.steps` ends the
-    decay of the learning rate. Every rank of the process group makes one and calls `update` together.
+    The weights must be in `model` before the trainer is made: the optimizer copies them. Every rank of the process
+    group makes one and calls `update` together.
 
     Attributes:
         model: this rank's part of the policy.
+        policy: what its config.json says.
         optimizer, scheduler: Megatron's; the learning rate of update i (from 1) is the schedule's value at i.
         skipped: updates left out so far because their gradient was not finite.
     """
 
-    def __init__(self, config: Config, hf_config, model: torch.nn.Module) -> None:
-        self._arch = architecture(hf_config)
-        options = config.training.optimizer
-        self.config, self.hf_config, self.model = config, hf_config, model
+    def __init__(self, model: TreeGPTModel, training: TrainingConfig, temperature: float, steps: int) -> None:
+        """
+        Args:
+            model: with its weights.
+            training: the settings of that name.
+            temperature: of the engines' sampling; logits are divided by it.
+            steps: updates of the whole run, after which the learning rate has decayed.
+        """
+        options = training.optimizer
+        self.model, self.policy = model, model.policy
         self.skipped = 0
+        self._arch, self._training, self._temperature = model.policy.arch, training, temperature
         self._device = next(model.parameters()).device
-        self._cost = training_cost(hf_config)
+        self._cost = training_cost(self._arch)
         model.config.finalize_model_grads_func = finalize_model_grads
-        self._ddp, self.optimizer = build_optimizer(config, model)
+        self._ddp, self.optimizer = build_optimizer(model, options)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=options.lr,
             min_lr=min(options.min_lr, options.lr),
             lr_warmup_steps=options.warmup_steps,
-            lr_decay_steps=max(config.run.steps, options.warmup_steps + 1),
+            lr_decay_steps=max(steps, options.warmup_steps + 1),
             lr_decay_style=options.decay,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,
@@ -117,10 +126,10 @@ class Trainer:
         start = time.perf_counter()
         rows = self._broadcast(rows)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        plans = plan(rows, self.config.training.tokens_per_microbatch, ranks, self._cost)
+        plans = plan(rows, self._training.tokens_per_microbatch, ranks, self._cost)
         trees = plans[rank]
         lengths = [len(tree.tokens) for tree in trees]
-        if self._arch.experts and self.config.training.moe_dispatcher == "allgather":
+        if self._arch.experts and self._training.moe_dispatcher == "allgather":
             # Expert-parallel ranks gather each other's tokens, which takes equal lengths.
             lengths = [max(len(tree.tokens) for tree in together) for together in zip(*plans)]
         count = sum(len(row.weights) for row in rows)
@@ -175,7 +184,7 @@ class Trainer:
         """The rows of rank 0 on every rank, checked. Only rank 0 has their routings, others have arrays of zeros
         without memory in their place: see `_Routings`."""
         rows = list(rows) if rows is not None else []
-        if not (self._arch.experts and self.config.training.routing_replay):
+        if not (self._arch.experts and self._training.routing_replay):
             rows = [replace(row, routing=None) for row in rows]
         if dist.get_world_size() > 1:
             shapes = [None if row.routing is None else (row.routing.dtype, row.routing.shape) for row in rows]
@@ -189,7 +198,7 @@ class Trainer:
         rows = [row for row in rows if len(row.weights)]
         if not rows:
             raise ValueError("the update batch holds no row with a response; there is nothing to train on")
-        vocab = self.hf_config.vocab_size
+        vocab = self._arch.vocabulary
         for number, row in enumerate(rows):
             if not (row.tokens.min() >= 0 and row.tokens.max() < vocab):
                 raise ValueError(
@@ -210,7 +219,7 @@ class Trainer:
         """Megatron's forward_step_func: hidden states of the next tree, laid out in at least so many tokens,
         and the loss on them."""
         tree, length = next(trees)
-        swapping, groups = context_split(self._arch, self.config.training.parallel)
+        swapping, groups = context_split(self._arch, self._training.parallel)
         shards = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
         length += -length % (shards * swapping * groups * (2 if groups > 1 else 1))
         tokens, position_ids, end, uncounted = _pad(tree, length)
@@ -232,7 +241,7 @@ class Trainer:
             # token_logprobs returns the whole gradient on every rank, so its backward is a split.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
         weight = model.output_layer.weight if model.output_weight is None else model.output_weight
-        training = self.config.training
+        training = self._training
         place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)
         edges = np.flatnonzero(mine[place] == tree.source)
         logprob, entropy, top_probability, is_top = token_logprobs(
@@ -240,9 +249,9 @@ class Trainer:
             weight,
             self._tensor(place[edges]),
             self._tensor(tree.target[edges]),
-            self.config.rollout.sampling.temperature,
+            self._temperature,
             training.logprob_chunk,
-            self.hf_config.vocab_size,
+            self._arch.vocabulary,
             group,
         )
         advantage, rollout = (self._tensor(x[edges]) for x in values.at_edges(tree))
@@ -325,13 +334,12 @@ class Trainer:
 
 
 def build_optimizer(
-    config: Config, model: torch.nn.Module, gloo: bool = True
+    model: TreeGPTModel, options: OptimizerConfig, gloo: bool = True
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """The model with its gradient buffers, and Megatron's optimizer of them.
 
     gloo: False on a process group that is not there (`backend.pretend`), which has no gloo groups beside it.
     """
-    options = config.training.optimizer
     # Gradients are reduced after the last microbatch, not during the backward pass: the vocabulary
     # head adds to its gradient buffer itself, unseen by the hooks that an overlap relies on.
     ddp = DistributedDataParallel(
@@ -339,9 +347,9 @@ def build_optimizer(
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=options.distributed),
         model,
     )
-    dtype = getattr(torch, config.model.dtype)
+    dtype = model.policy.dtype
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+        MegatronOptimizerConfig(
             optimizer="adam",
             lr=options.lr,
             min_lr=options.min_lr,
@@ -358,24 +366,6 @@ def build_optimizer(
         use_gloo_process_groups=gloo,
     )
     return ddp, optimizer
-
-
-def training_cost(hf_config) -> Cost:
-    """FLOPs of forward and backward of one token, one attended pair and one predicting position.
-
-    Linear layers take 6 FLOPs per parameter that a token meets; attention 12 per pair, layer and query
-    channel (q k and p v, each 2 forward and 4 backward).
-    """
-    arch = architecture(hf_config)
-    attention = arch.hidden * arch.head_dim * (2 * arch.heads + 2 * arch.groups)
-    moe = arch.hidden * (3 * arch.expert_ffn * arch.experts_per_token + arch.experts)
-    sparse = sum(arch.moe_layers)
-    feed_forwards = sparse * moe + (arch.layers - sparse) * 3 * arch.hidden * arch.ffn
-    return Cost(
-        token=6.0 * (arch.layers * attention + feed_forwards),
-        pair=12.0 * arch.layers * arch.heads * arch.head_dim,
-        source=6.0 * arch.hidden * arch.vocabulary,
-    )
 
 
 class _ResponseValues:

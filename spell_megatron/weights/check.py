@@ -14,7 +14,7 @@ from torch import Tensor
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.engines import Engine
 from spell_megatron.rollout.transfer import checksum
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.convert import locate, read_megatron
 from spell_megatron.weights.huggingface import INDEX, SINGLE, Checkpoint
 from spell_megatron.weights.names import hf_shapes
@@ -44,10 +44,10 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if not _has_safetensors(folder):
         yield from read_megatron(folder)
         return
-    hf_config = load_hf_config(folder)
+    policy = PolicyModel.load(folder)
     with Checkpoint(folder) as checkpoint:
-        checkpoint.check(hf_config, set(checkpoint.files))
-        for name in hf_shapes(hf_config):
+        checkpoint.check(policy, set(checkpoint.files))
+        for name in hf_shapes(policy):
             yield name, checkpoint.tensor(name)
 
 

@@ -48,12 +48,12 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from spell_megatron.config.schema import Config, ParallelConfig
+from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_folder
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import Checkpoint, copy_side_files, save_checkpoint
 from spell_megatron.weights.names import Rule
 from spell_megatron.weights.reshard import local_parameters, shard_place
@@ -91,12 +91,13 @@ def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progre
         UserError: the architecture is unknown, a file or tensor is missing or damaged, the layout does not fit
             the model, the output exists already, or the disk is full.
     """
-    hf_config = load_hf_config(hf)
+    described = PolicyModel.load(hf)
     with Checkpoint(hf) as source, appearing_folder(_new(Path(megatron))) as partial:
         _check_room(partial, source.nbytes())
-        source.check(hf_config, set(source.files))
+        source.check(described, set(source.files))
         dtype = source.dtype()
-        ranks = [_rank(hf, dtype, parallel, rank) for rank in range(parallel.fewest_processes)]
+        policy = replace(described, dtype=dtype)
+        ranks = [_rank(policy, parallel, rank) for rank in range(parallel.fewest_processes)]
         _write(partial, source, dtype, ranks, on_progress)
         save_config(FORMAT, str(partial))
         torch.save({}, partial / "common.pt")
@@ -123,7 +124,7 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
     if len(dtypes) != 1:
         raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")
     dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
-    parameters, _ = _rank(side_files, dtype, ParallelConfig(), 0)
+    parameters, _ = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
     stored = _Stored(reader, metadata, folder)
     for number, parameter in enumerate(parameters):
         values = torch.empty(parameter.shape, dtype=dtype)
@@ -160,24 +161,16 @@ def _is_weight(key: str, metadata: object) -> bool:
     return hasattr(metadata, "properties") and not key.startswith("optimizer.")
 
 
-def _rank(
-    folder: Path, dtype: torch.dtype, parallel: ParallelConfig, rank: int
-) -> tuple[list[_Parameter], list[ShardedObject]]:
-    """What rank `rank` of the layout holds of the model whose config.json is in `folder`: parameters, and the
-    objects that Megatron stores beside them (empty ones, which it wants to find again)."""
-    config = Config(
-        model={"path": folder, "dtype": str(dtype).removeprefix("torch.")},
-        data={"documents": folder},
-        training={"parallel": parallel},
-    )
-    hf_config = load_hf_config(folder)
-    with backend.pretend(config, rank, parallel.fewest_processes):
-        model = build_model(hf_config, config)
+def _rank(policy: PolicyModel, parallel: ParallelConfig, rank: int) -> tuple[list[_Parameter], list[ShardedObject]]:
+    """What rank `rank` of the layout holds of the model: parameters, and the objects that Megatron stores beside
+    them (empty ones, which it wants to find again)."""
+    with backend.pretend(policy, parallel, rank, parallel.fewest_processes):
+        model = build_model(policy, TrainingConfig(parallel=parallel))
         entries = model.sharded_state_dict()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         parameters = [
             _Parameter(rule, *shard_place(rule), parameter.shape, entries[names[id(parameter)]])
-            for rule, parameter in local_parameters(model, hf_config)
+            for rule, parameter in local_parameters(model)
         ]
         return parameters, [entry for entry in nested_values(entries) if isinstance(entry, ShardedObject)]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 import torch
-from transformers import PretrainedConfig
 
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engines import Engines
+from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.weights.push import Push, WeightPusher
 from spell_megatron.weights.reshard import export
 
@@ -36,8 +36,7 @@ class EngineWeights:
     All trainer ranks call `push` and `wait_for_order`. While the others are in the latter, rank 0 may `revive` engines.
 
     Args:
-        model: the policy on this rank, as built or wrapped (DDP).
-        hf_config: the configuration of its Hugging Face checkpoint.
+        model: the policy on this rank.
         engines: the engines on rank 0, None on the others.
         verify: compare a checksum of each tensor on both sides of a push.
         say: prints a line for the user.
@@ -47,15 +46,14 @@ class EngineWeights:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        hf_config: PretrainedConfig,
+        model: TreeGPTModel,
         engines: Engines | None,
         *,
         verify: bool,
         say: Callable[[str], None],
         stop: Callable[[], object | None],
     ) -> None:
-        self._model, self._hf_config, self._engines = model, hf_config, engines
+        self._model, self._engines = model, engines
         self._verify, self._say, self._stop = verify, say, stop
         self._pusher = WeightPusher(engines)
         self._step = 0
@@ -94,7 +92,7 @@ class EngineWeights:
         """Pushes once; returns what was sent (None: nothing, or not by this rank) and what went wrong ("": nothing)."""
         if self._engines:
             self._engines.wake("weights")
-        stream = export(self._model, self._hf_config, everywhere=self._pusher.everywhere)
+        stream = export(self._model, everywhere=self._pusher.everywhere)
         try:
             return self._pusher.push(stream, str(self._step), verify=self._verify), ""
         except UserError as error:

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_folder
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.model import TreeGPTModel
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
@@ -114,16 +114,16 @@ class Checkpoint:
         """Size of the files."""
         return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
 
-    def check(self, hf_config: PretrainedConfig, own: set[str]) -> None:
+    def check(self, policy: PolicyModel, own: set[str]) -> None:
         """All tensors of the model are there, no others are, and those named in `own` have their shapes."""
-        shapes = hf_shapes(hf_config)
+        shapes = hf_shapes(policy)
         missing = [name for name in shapes if name not in self.files]
         if missing:
             raise UserError(
                 f"{self.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
                 f"{missing[0]}. Copy the whole checkpoint, or mend config.json."
             )
-        ignored = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+        ignored = {"lm_head.weight"} if policy.arch.tied else set()
         unexpected = [
             name
             for name in self.files
@@ -154,7 +154,7 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, hf_config: PretrainedConfig, folder: Path | str) -> None:
+def load_weights(model: TreeGPTModel, folder: Path | str) -> None:
     """Fill this rank's part of `model` from a Hugging Face checkpoint, one parameter at a time.
 
     Names and shapes are checked against the configuration before the first parameter changes. Values are
@@ -165,8 +165,8 @@ def load_weights(model: torch.nn.Module, hf_config: PretrainedConfig, folder: Pa
     """
     folder = Path(folder)
     with Checkpoint(folder) as checkpoint:
-        parameters = local_parameters(model, hf_config, tied_head=True)
-        checkpoint.check(hf_config, {n for rule, _ in parameters for n in rule.names})
+        parameters = local_parameters(model, tied_head=True)
+        checkpoint.check(model.policy, {n for rule, _ in parameters for n in rule.names})
         for rule, parameter in parameters:
             parameter.copy_(rule.shard([checkpoint.tensor(name) for name in rule.names], *shard_place(rule)))
 
@@ -194,7 +194,7 @@ def save_checkpoint(
     """
     source = Path(source_folder)
     with appearing_folder(Path(out_folder)) as partial:
-        dtype = _write_shards(stream, partial, hf_shapes(load_hf_config(source)), shard_bytes)
+        dtype = _write_shards(stream, partial, hf_shapes(PolicyModel.load(source)), shard_bytes)
         copy_side_files(source, partial, dtype)
 
 

@@ -12,9 +12,8 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from spell_megatron.training.architecture import Architecture, architecture
+from spell_megatron.training.policy import Architecture, PolicyModel
 
 
 class Layout(Enum):
@@ -79,12 +78,12 @@ def _joined(shards: list[Tensor], dim: int = 0) -> Tensor:
     return shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
 
 
-def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
+def rules(policy: PolicyModel) -> dict[str, Rule]:
     """Every parameter of the model by its global Megatron name, in the order of the Hugging Face model.
 
     A tied vocabulary head is not listed: it is the embedding.
     """
-    arch = architecture(hf_config)
+    arch = policy.arch
     table = {"embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)}
     for layer in range(arch.layers):
         table |= _layer_rules(arch, layer)
@@ -94,11 +93,9 @@ def rules(hf_config: PretrainedConfig) -> dict[str, Rule]:
     return table
 
 
-def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(policy: PolicyModel) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor, in order."""
-    return {
-        name: shape for rule in rules(hf_config).values() for name, shape in zip(rule.names, rule.shapes, strict=True)
-    }
+    return {name: shape for rule in rules(policy).values() for name, shape in zip(rule.names, rule.shapes, strict=True)}
 
 
 def _layer_rules(arch: Architecture, layer: int) -> dict[str, Rule]:

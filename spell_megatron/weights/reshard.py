@@ -11,26 +11,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
-from transformers import PretrainedConfig
 
+from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.weights.names import Layout, Rule, global_name, rules
 
 BUCKET_BYTES = 64 << 20
 
 
-def local_parameters(
-    model: torch.nn.Module, hf_config: PretrainedConfig, tied_head: bool = False
-) -> list[tuple[Rule, Tensor]]:
+def local_parameters(model: TreeGPTModel, tied_head: bool = False) -> list[tuple[Rule, Tensor]]:
     """This rank's parameters and what they are made of, in Hugging Face order.
 
     Args:
-        model: as built, or wrapped (DDP).
-        hf_config: the model's configuration.
+        model: as `build_model` has built it.
         tied_head: also list the copy of the embedding that the last of several pipeline stages holds as its
             vocabulary head.
     """
-    model = _unwrapped(model)
-    table = rules(hf_config)
+    table = rules(model.policy)
     own = _own_parameters(model)
     head = own.pop("output_layer.weight", None) if model.share_embeddings_and_output_weights else None
     unknown = own.keys() - table.keys()
@@ -55,13 +51,7 @@ def shard_place(rule: Rule) -> tuple[int, int]:
     )
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
-def _own_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+def _own_parameters(model: TreeGPTModel) -> dict[str, Tensor]:
     """This rank's parameters by their names in `rules`."""
     first_layer = get_transformer_layer_offset(model.config)
     experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
@@ -71,10 +61,7 @@ def _own_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def export(
-    model: torch.nn.Module,
-    hf_config: PretrainedConfig,
-    bucket_bytes: int = BUCKET_BYTES,
-    everywhere: bool = False,
+    model: TreeGPTModel, bucket_bytes: int = BUCKET_BYTES, everywhere: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream every (Hugging Face name, whole tensor) of the model on rank 0, or on every rank.
 
@@ -85,11 +72,10 @@ def export(
     Each shard goes straight from one rank that holds it to those that yield, which put the shards together.
     Ranks hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
     """
-    model = _unwrapped(model)
     own, me = _own_parameters(model), dist.get_rank()
     if len({parameter.dtype for parameter in own.values()}) > 1:
         raise RuntimeError("the model's parameters have several types; buckets are of one")
-    buckets = _buckets(model, rules(hf_config), bucket_bytes)
+    buckets = _buckets(model, rules(model.policy), bucket_bytes)
     if everywhere or me == 0:
         incoming = _receive(buckets[0], own, everywhere) if buckets else None
         for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
@@ -168,7 +154,7 @@ def _shard_shape(rule: Rule, size: int) -> torch.Size:
     return rule.shard([torch.empty(shape, device="meta") for shape in rule.shapes], size, 0).shape
 
 
-def _buckets(model: torch.nn.Module, table: dict[str, Rule], bucket_bytes: int) -> list[_Bucket]:
+def _buckets(model: TreeGPTModel, table: dict[str, Rule], bucket_bytes: int) -> list[_Bucket]:
     """The whole model in order, the same on every rank."""
     places = _places(model)
     experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
@@ -217,7 +203,7 @@ class _Place:
     expert_shard: int
 
 
-def _places(model: torch.nn.Module) -> list[_Place]:
+def _places(model: TreeGPTModel) -> list[_Place]:
     """The places of all ranks, in the order of the ranks."""
     first_layer = get_transformer_layer_offset(model.config)
     mine = _Place(

@@ -14,35 +14,29 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torchrun import end_layout
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights
 from spell_megatron.weights.reshard import export
 
 
 def check(folder: str, parallel: dict) -> None:
-    config = Config(
-        model={"path": folder, "dtype": "float32"},
-        data={"documents": "unused.parquet"},
-        run={"device": "cpu"},
-        training={"parallel": parallel},
-    )
-    backend.initialise(config)
-    hf_config = load_hf_config(folder)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, folder)
+    policy, training = PolicyModel.load(folder, "float32"), TrainingConfig(parallel=parallel)
+    backend.initialise(policy, training, "cpu")
+    model = build_model(policy, training)
+    load_weights(model, folder)
     saved = load_file(f"{folder}/model.safetensors")
     # Small buckets, so that several are on their way.
-    exported = {n: tensor.clone() for n, tensor in export(model, hf_config, bucket_bytes=20_000)}
+    exported = {n: tensor.clone() for n, tensor in export(model, bucket_bytes=20_000)}
     if dist.get_rank():
         assert not exported
         wrong = []
     else:
         wrong = [n for n in exported if n not in saved or not torch.equal(exported[n], saved[n])]
         wrong += saved.keys() - exported.keys()
-    everywhere = {n: t.clone() for n, t in export(model, hf_config, bucket_bytes=20_000, everywhere=True)}
+    everywhere = {n: t.clone() for n, t in export(model, bucket_bytes=20_000, everywhere=True)}
     assert everywhere.keys() == saved.keys()
     wrong += [f"{n} on rank {dist.get_rank()}" for n in saved if not torch.equal(everywhere[n], saved[n])]
 
@@ -56,7 +50,7 @@ def check(folder: str, parallel: dict) -> None:
         def loss(hidden):
             logits = model.output_layer(hidden, weight=model.output_weight)[0]
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-            found.append(logits[:, 0, : model.vocabulary].detach())
+            found.append(logits[:, 0, : policy.arch.vocabulary].detach())
             return logits.square().sum(), torch.tensor(1, dtype=torch.int), {}
 
         return hidden, loss

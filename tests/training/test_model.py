@@ -4,14 +4,14 @@ import random
 
 import pytest
 import torch
-from hf_models import CASES, COMMON, MOE, YARN_ROPE, cpu_config, load, make
+from hf_models import CASES, COMMON, MOE, YARN_ROPE, load, make
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config, rotary_frequencies
 from spell_megatron.training.model import build_model
-from spell_megatron.weights.huggingface import load_weights
+from spell_megatron.training.policy import PolicyModel
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -77,7 +77,7 @@ def test_scaled_rotary_matters_in_these_tests(name, hf_checkpoint):
     with torch.no_grad():
         right = logits(model, tokens)
         plain = type(hf.config)(**{**hf.config.to_dict(), "rope_parameters": None})
-        model._frequencies = rotary_frequencies(plain)[0]
+        model._frequencies = PolicyModel.of(plain).rotary[0]
         assert (logits(model, tokens) - right).abs().max() > 1e-2
 
 
@@ -211,11 +211,7 @@ def test_deep_positions_beyond_the_row(hf_checkpoint):
 
 def test_bfloat16_model_runs(hf_checkpoint):
     hf, folder = hf_checkpoint("qwen3")
-    hf_config = load_hf_config(folder)
-    config = cpu_config(folder)
-    config.model.dtype = "bfloat16"
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, folder)
+    model = load(folder, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     tokens = torch.arange(60)
     with torch.no_grad():
@@ -235,7 +231,7 @@ def rejected(folder, config_class, options, **training) -> str:
     config = config_class(**COMMON | options)
     config.save_pretrained(folder)
     with pytest.raises(UserError) as caught:
-        build_model(load_hf_config(folder), cpu_config(folder, **training))
+        build_model(PolicyModel.load(folder), TrainingConfig(**training))
     return str(caught.value)
 
 
@@ -244,17 +240,17 @@ def test_unsupported_models_are_refused(tmp_path):
 
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="gpt2.*Qwen3 mixture of experts"):
-        load_hf_config(tmp_path / "gpt2")
+        PolicyModel.load(tmp_path / "gpt2")
     with pytest.raises(UserError, match="no config.json"):
-        load_hf_config(tmp_path / "absent")
+        PolicyModel.load(tmp_path / "absent")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        load_hf_config(tmp_path / "bad")
+        PolicyModel.load(tmp_path / "bad")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json").write_text('{"model_type": "from-next-year"}')
     with pytest.raises(UserError, match="Supported are Llama"):
-        load_hf_config(tmp_path / "new")
+        PolicyModel.load(tmp_path / "new")
     assert "hidden_act" in rejected(tmp_path / "a", LlamaConfig, {"hidden_act": "gelu"})
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "sliding-window" in rejected(tmp_path / "b", Qwen2Config, window)
@@ -281,12 +277,11 @@ def test_unsupported_layouts_are_refused(tmp_path):
 
 def test_processes_must_fit_the_layout():
     backend.shutdown()
+    policy = PolicyModel.of(LlamaConfig())
     try:
         with pytest.raises(UserError, match="1 trainer processes cannot be divided into groups"):
-            backend.initialise(cpu_config("unused", parallel={"tensor": 2}))
+            backend.initialise(policy, TrainingConfig(parallel={"tensor": 2}), "cpu")
         with pytest.raises(UserError, match="no GPU"):
-            config = cpu_config("unused")
-            config.run.device = "cuda"
-            backend.initialise(config)
+            backend.initialise(policy, TrainingConfig(), "cuda")
     finally:
-        backend.initialise(cpu_config("unused"))
+        backend.initialise(policy, TrainingConfig(), "cpu")

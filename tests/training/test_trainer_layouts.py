@@ -10,6 +10,7 @@ from torchrun import torchrun
 from trainer_cases import (
     FAMILIES,
     difference,
+    initialise,
     make_config,
     make_policy,
     make_routed_rows,
@@ -129,7 +130,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policies")
     for policy in FAMILIES:
         make_policy(policy, folder / policy)
-    backend.initialise(make_config(folder / "qwen3"))
+    initialise(make_config(folder / "qwen3"))
     results = {}
 
     def get(policy: str, **settings):

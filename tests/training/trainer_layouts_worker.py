@@ -14,16 +14,16 @@ from pathlib import Path
 def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str, Path]) -> None:
     import torch
     import torch.distributed as dist
-    from trainer_cases import make_config, make_routed_rows, make_rows, make_trainer, weights
+    from trainer_cases import initialise, make_config, make_routed_rows, make_rows, make_trainer, save, weights
 
     from spell_megatron import checkpoint
-    from spell_megatron.training import backend, model
+    from spell_megatron.training import model
 
     grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
     model._wants_grouped_experts = lambda use_te: grouped
     rows = make_routed_rows if settings.pop("routed", False) else make_rows
     config = make_config(folder / policy, **settings)
-    backend.initialise(config)
+    initialise(config)
     trainer = make_trainer(config)
 
     def update(trainer, seed):
@@ -40,7 +40,7 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     training = config.training
     key = f"{policy} {training.optimizer.distributed} {training.moe_aux_loss} {training.importance_sampling}"
     before = saved.get(key)
-    saved[key] = checkpoint.save(folder / name, 2, trainer, {})
+    saved[key] = save(folder / name, 2, trainer, config, {})
     resumed = make_trainer(config)
     checkpoint.load(before or saved[key], resumed)
     result["resumed"] = update(resumed, 2), weights(resumed)

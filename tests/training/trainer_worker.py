@@ -10,12 +10,12 @@ from pathlib import Path
 def main(folder: Path) -> None:
     import torch
     import torch.distributed as dist
-    from trainer_cases import make_config, make_rows, make_trainer, weights
+    from trainer_cases import initialise, make_config, make_rows, make_trainer, saver, weights
 
     from spell_megatron import checkpoint
     from spell_megatron.training import backend
 
-    backend.initialise(make_config(folder / "qwen3"))
+    initialise(make_config(folder / "qwen3"))
     rank = dist.get_rank()
 
     def update(trainer, seed):
@@ -23,14 +23,13 @@ def main(folder: Path) -> None:
 
     for family in ("qwen3", "qwen3_moe"):
         for distributed in (False, True):
-            trainer = make_trainer(
-                make_config(
-                    folder / family,
-                    training__optimizer__distributed=distributed,
-                    checkpoint__keep=1,
-                    checkpoint__asynchronous=family == "qwen3",
-                )
+            config = make_config(
+                folder / family,
+                training__optimizer__distributed=distributed,
+                checkpoint__keep=1,
+                checkpoint__asynchronous=family == "qwen3",
             )
+            trainer = make_trainer(config)
             metrics = [update(trainer, seed) for seed in range(2)]
             everywhere = [None, None]
             dist.all_gather_object(everywhere, metrics)
@@ -40,15 +39,15 @@ def main(folder: Path) -> None:
                 "weights": weights(trainer),
             }
             run = folder / f"run_{family}_{distributed}"
-            with checkpoint.Saver(run, trainer) as saver:
-                saver.save(2, {"rank": rank})
+            with saver(run, trainer, config) as saving:
+                saving.save(2, {"rank": rank})
                 result["next"] = []
                 for seed in (2, 3, 4):
                     result["next"].append(update(trainer, seed))
-                    saver.poll()
-                saver.finish()
+                    saving.poll()
+                saving.finish()
             result["next_weights"] = weights(trainer)
-            resumed = make_trainer(trainer.config)
+            resumed = make_trainer(config)
             result["state"] = checkpoint.load(checkpoint.latest(run), resumed)
             result["resumed"] = [update(resumed, seed) for seed in (2, 3, 4)]
             result["resumed_weights"] = weights(resumed)

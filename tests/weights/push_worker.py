@@ -12,8 +12,8 @@ from torchrun import end_layout
 from spell_megatron.config.schema import Config
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.check import compare, read_checkpoint
 from spell_megatron.weights.huggingface import load_weights
 from spell_megatron.weights.push import WeightPusher
@@ -28,13 +28,13 @@ def push(urls: list[str], folder: str, parallel: dict) -> None:
         rollout={"urls": urls, "sampling": {"max_prompt_tokens": 256, "max_response_tokens": 256}},
         training={"parallel": parallel},
     )
-    backend.initialise(config)
-    hf_config = load_hf_config(config.model.path)
-    model = build_model(hf_config, config)
-    load_weights(model, hf_config, config.model.path)
+    policy = PolicyModel.load(folder, "float32")
+    backend.initialise(policy, config.training, "cpu")
+    model = build_model(policy, config.training)
+    load_weights(model, folder)
     engines = None if dist.get_rank() else Engines.open(config, config.model.path)
     pusher = WeightPusher(engines, bucket_bytes=1 << 15)
-    done = pusher.push(export(model, hf_config, bucket_bytes=1 << 14), str(parallel), verify=True)
+    done = pusher.push(export(model, bucket_bytes=1 << 14), str(parallel), verify=True)
     if engines:
         count, differences = compare(read_checkpoint(config.model.path), engines.engines)
         print(f"RESULT {done.tensors} sent, {count} compared, {differences} differ", flush=True)

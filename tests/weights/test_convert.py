@@ -12,11 +12,11 @@ from hf_models import CASES, edit, make
 from safetensors.torch import load_file
 
 from spell_megatron.cli import main
-from spell_megatron.config.schema import Config, ParallelConfig
+from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
-from spell_megatron.training.architecture import load_hf_config
 from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.convert import compare, hf_to_megatron, megatron_to_hf
 from spell_megatron.weights.huggingface import load_weights
 
@@ -76,12 +76,11 @@ def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
 
     source, out = checkpoint(case), tmp_path / "out"
     hf_to_megatron(source, out, ParallelConfig(tensor=2, pipeline=3))
-    config = Config(model={"path": source, "dtype": "bfloat16"}, data={"documents": "none"}, run={"device": "cpu"})
-    backend.initialise(config)
+    policy, training = PolicyModel.load(source), TrainingConfig()
+    backend.initialise(policy, training, "cpu")
     try:
-        hf_config = load_hf_config(source)
-        expected, found = build_model(hf_config, config), build_model(hf_config, config)
-        load_weights(expected, hf_config, source)
+        expected, found = build_model(policy, training), build_model(policy, training)
+        load_weights(expected, source)
         found.load_state_dict(dist_checkpointing.load({"model": found.sharded_state_dict()}, str(out))["model"])
         for (name, one), (_, two) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
             assert torch.equal(one, two), name

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.errors import UserError
-from spell_megatron.training.architecture import load_hf_config
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights, save_checkpoint
 from spell_megatron.weights.names import rules
 from spell_megatron.weights.reshard import export
@@ -28,27 +28,27 @@ def same(left, right) -> bool:
 def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
     """Hugging Face -> Megatron -> Hugging Face: equal bits and names, and transformers loads it."""
     hf, folder = hf_checkpoint(case)
-    model, hf_config = load(folder), load_hf_config(folder)
-    stream = dict(export(model, hf_config))
+    model = load(folder)
+    stream = dict(export(model))
     assert same(stream, load_file(folder / "model.safetensors"))
-    assert list(stream) == [name for rule in rules(hf_config).values() for name in rule.names]
-    save_checkpoint(export(model, hf_config), folder, tmp_path / "out")
+    assert list(stream) == [name for rule in rules(model.policy).values() for name in rule.names]
+    save_checkpoint(export(model), folder, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same(again.state_dict(), hf.state_dict())
 
 
 def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3-moe-normalised")
-    model, hf_config = load(folder), load_hf_config(folder)
-    save_checkpoint(export(model, hf_config), folder, tmp_path / "out", shard_bytes=50_000)
+    model = load(folder)
+    save_checkpoint(export(model), folder, tmp_path / "out", shard_bytes=50_000)
     files = sorted(tmp_path.glob("out/*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in export(model, hf_config))
-    largest = max(t.nbytes for _, t in export(model, hf_config))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in export(model))
+    largest = max(t.nbytes for _, t in export(model))
     assert all(sum(t.nbytes for t in load_file(file).values()) <= max(50_000, largest) for file in files)
     again = load(tmp_path / "out")
-    assert same(dict(export(again, hf_config)), dict(export(model, hf_config)))
+    assert same(dict(export(again)), dict(export(model)))
 
 
 def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
@@ -63,25 +63,25 @@ def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
         "modeling.py",
     ):
         (source / name).write_text("{}")
-    model, hf_config = load(source, "bfloat16"), load_hf_config(source)
-    save_checkpoint(export(model, hf_config), source, tmp_path / "out")
+    model = load(source, "bfloat16")
+    save_checkpoint(export(model), source, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         *("model.safetensors", "config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
     }
-    assert load_hf_config(tmp_path / "out").dtype == torch.bfloat16
+    assert PolicyModel.load(tmp_path / "out").dtype == torch.bfloat16
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_saving_replaces_only_when_complete(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = load(folder), load_hf_config(folder)
+    model = load(folder)
     out = tmp_path / "out"
-    save_checkpoint(export(model, hf_config), folder, out)
+    save_checkpoint(export(model), folder, out)
     before = load_file(out / "model.safetensors")
 
     def breaks():
-        yield from list(export(model, hf_config))[:5]
+        yield from list(export(model))[:5]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -90,9 +90,9 @@ def test_saving_replaces_only_when_complete(hf_checkpoint, tmp_path):
     assert same(load_file(out / "model.safetensors"), before)
     with torch.no_grad():
         model.decoder.final_layernorm.weight.add_(1)
-    save_checkpoint(export(model, hf_config), folder, out)
+    save_checkpoint(export(model), folder, out)
     assert os.listdir(tmp_path) == ["out"]
-    assert same(load_file(out / "model.safetensors"), dict(export(model, hf_config)))
+    assert same(load_file(out / "model.safetensors"), dict(export(model)))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
@@ -102,7 +102,7 @@ def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
 
     real_open = Path.open
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = load(folder), load_hf_config(folder)
+    model = load(folder)
 
     def open_full_disk(path, mode="r", *arguments, **options):
         full = mode == "wb" and path.name == "model.safetensors"
@@ -110,7 +110,7 @@ def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface.Path, "open", open_full_disk)
     with pytest.raises(UserError, match="disk is full"):
-        save_checkpoint(export(model, hf_config), folder, tmp_path / "out")
+        save_checkpoint(export(model), folder, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -138,8 +138,8 @@ def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(copy)
-    model, hf_config = load(copy), load_hf_config(copy)
-    assert "lm_head.weight" not in dict(export(model, hf_config))
+    model = load(copy)
+    assert "lm_head.weight" not in dict(export(model))
 
 
 def test_wrong_shape(hf_checkpoint, tmp_path):
@@ -164,9 +164,9 @@ def test_missing_weights(hf_checkpoint, tmp_path):
 
 def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = load(folder), load_hf_config(folder)
+    model = load(folder)
     sharded = tmp_path / "sharded"
-    save_checkpoint(export(model, hf_config), folder, sharded, shard_bytes=50_000)
+    save_checkpoint(export(model), folder, sharded, shard_bytes=50_000)
     index = sharded / "model.safetensors.index.json"
 
     def unlink(copy):
@@ -186,10 +186,10 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):
     """The check comes first: a fault in the last tensor leaves the first one alone."""
     _, folder = hf_checkpoint("qwen3")
-    model, hf_config = load(folder), load_hf_config(folder)
+    model = load(folder)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     edit(lambda t: [x.add_(1) for x in t.values()] and t.update({"lm_head.weight": torch.ones(2, 2)}))(copy)
     with pytest.raises(UserError):
-        load_weights(model, hf_config, copy)
-    assert same(dict(export(model, hf_config)), load_file(folder / "model.safetensors"))
+        load_weights(model, copy)
+    assert same(dict(export(model)), load_file(folder / "model.safetensors"))

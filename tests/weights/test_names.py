@@ -4,6 +4,7 @@ import pytest
 import torch
 from hf_models import CASES
 
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.names import global_name, rules
 
 
@@ -15,7 +16,7 @@ def test_rules_name_every_tensor_of_the_checkpoint(case, hf_checkpoint):
     hf, folder = hf_checkpoint(case)
     with safe_open(folder / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    described = {n: s for rule in rules(hf.config).values() for n, s in zip(rule.names, rule.shapes)}
+    described = {n: s for rule in rules(PolicyModel.of(hf.config)).values() for n, s in zip(rule.names, rule.shapes)}
     assert described == saved
 
 
@@ -25,7 +26,7 @@ def test_shards_make_the_whole_again(case, size, hf_checkpoint):
     """Bit by bit, with a vocabulary (131) that the size does not divide, and with fewer groups than ranks."""
     hf, _ = hf_checkpoint(case)
     generator = torch.Generator().manual_seed(0)
-    for name, rule in rules(hf.config).items():
+    for name, rule in rules(PolicyModel.of(hf.config)).items():
         tensors = [torch.randn(shape, generator=generator) for shape in rule.shapes]
         shards = [rule.shard(tensors, size, rank) for rank in range(size)]
         assert len({shard.shape for shard in shards}) == 1, name
@@ -38,7 +39,7 @@ def test_shards_compute_the_same_projection():
     rank's gate beside its up."""
     from transformers import Qwen3Config
 
-    table = rules(Qwen3Config(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=3))
+    table = rules(PolicyModel.of(Qwen3Config(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=3)))
     q, k, v = torch.randn(12, 8), torch.randn(6, 8), torch.randn(6, 8)
     rule = table["decoder.layers.0.self_attention.linear_qkv.weight"]
     second = rule.shard([q, k, v], size=2, rank=1)

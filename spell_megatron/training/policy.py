@@ -1,8 +1,9 @@
-"""What a Hugging Face configuration says about a model, in one vocabulary for all supported families."""
+"""What config.json says about the policy, worked out once and in one vocabulary for all supported families."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -51,29 +52,70 @@ class Architecture:
     """Per layer: is its feed-forward a mixture of experts?"""
 
 
-def load_hf_config(folder: Path | str) -> PretrainedConfig:
-    """Read config.json of a local checkpoint folder, without running code from it.
+@dataclass(frozen=True)
+class PolicyModel:
+    """The policy as its config.json describes it, and the type of its parameters."""
 
-    Raises:
-        UserError: there is no such folder or file, it does not parse, or the family is not supported.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is not a Hugging Face checkpoint: it has no config.json. Set model.path to a local "
-            "folder with config.json, safetensors weights and a tokenizer."
-        )
-    try:
-        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a bad file
-        raise UserError(
-            f"{path} cannot be read as a model configuration ({error}). Supported are {_supported()}."
-        ) from error
-    architecture(hf_config)
-    return hf_config
+    hf_config: PretrainedConfig
+    arch: Architecture
+    dtype: torch.dtype
+
+    @classmethod
+    def load(cls, folder: Path | str, dtype: str | None = None) -> PolicyModel:
+        """Read config.json of a local checkpoint folder, without running code from it.
+
+        Args:
+            dtype: type of the parameters, as torch names it; None: the one that config.json names.
+
+        Raises:
+            UserError: there is no such folder or file, it does not parse, or the model is not supported.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{folder} is not a Hugging Face checkpoint: it has no config.json. Set model.path to a local "
+                "folder with config.json, safetensors weights and a tokenizer."
+            )
+        try:
+            hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many types for a bad file
+            raise UserError(
+                f"{path} cannot be read as a model configuration ({error}). Supported are {_supported()}."
+            ) from error
+        return cls.of(hf_config, dtype)
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig, dtype: str | None = None) -> PolicyModel:
+        """The policy of a configuration that is read already. UserError if the model is not supported."""
+        named = getattr(torch, dtype) if dtype else hf_config.dtype
+        return cls(hf_config, _architecture(hf_config), named or torch.float32)
+
+    @cached_property
+    def rotary(self) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [head_dim / 2] in float32 and the factor on cosine and sine, as transformers
+        defines them for the configured scaling (default, linear, llama3, yarn).
+
+        Raises:
+            UserError: a scaling whose frequencies depend on the length of each sequence.
+        """
+        parameters = self.hf_config.rope_parameters
+        kind = parameters["rope_type"]
+        # Models may be built on a device without memory, and transformers does not name the device everywhere.
+        with torch.device("cpu"):
+            if kind == "default":
+                dim = self.arch.head_dim
+                return 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+            if kind not in ("linear", "llama3", "yarn"):
+                raise UserError(
+                    f"config.json asks for rotary embeddings of type {kind!r}. Supported are default, linear, llama3 "
+                    "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
+                    "sequences of several lengths share a prefix."
+                )
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](self.hf_config, device="cpu")
+        return frequencies.float(), float(factor)
 
 
-def architecture(hf_config: PretrainedConfig) -> Architecture:
+def _architecture(hf_config: PretrainedConfig) -> Architecture:
     """Sizes and traits of the model that `hf_config` describes.
 
     Raises:
@@ -128,30 +170,6 @@ def architecture(hf_config: PretrainedConfig) -> Architecture:
         normalise_router=bool(experts and hf_config.norm_topk_prob),
         moe_layers=moe_layers,
     )
-
-
-def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [head_dim / 2] in float32 and the factor on cosine and sine, as transformers
-    defines them for the configured scaling (default, linear, llama3, yarn).
-
-    Raises:
-        UserError: a scaling whose frequencies depend on the length of each sequence.
-    """
-    parameters = hf_config.rope_parameters
-    kind = parameters["rope_type"]
-    if kind == "default":
-        dim = architecture(hf_config).head_dim
-        return 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(
-            f"config.json asks for rotary embeddings of type {kind!r}. Supported are default, linear, llama3 "
-            "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
-            "sequences of several lengths share a prefix."
-        )
-    # Models may be built on a device without memory, and transformers does not name the device everywhere.
-    with torch.device("cpu"):
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, device="cpu")
-    return frequencies.float(), float(factor)
 
 
 def _supported() -> str:
