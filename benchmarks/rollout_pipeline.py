@@ -39,7 +39,8 @@ from spell_megatron.config.schema import Config
 from spell_megatron.leader import Director
 from spell_megatron.rollout.client import Client, Completion
 from spell_megatron.rollout.engines import Engine, Engines
-from spell_megatron.selfplay import stream
+from spell_megatron.selfplay import selfplay
+from spell_megatron.selfplay.step_client import StepClient
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 ROLES = ("questioner", "no_context", "responder", "verifier")
@@ -74,12 +75,12 @@ class Recorder:
         return completions
 
 
-class RecordedStep(stream._StepClient):
+class RecordedStep(StepClient):
     """Tells the recorder whose request comes next."""
 
-    async def generate(self, attempt, role, *args, **arguments):
-        self.client.calling = (attempt.index, role)
-        return await super().generate(attempt, role, *args, **arguments)
+    async def generate(self, attempt, purpose, *args, **arguments):
+        self.client.calling = (attempt.index, purpose)
+        return await super().generate(attempt, purpose, *args, **arguments)
 
 
 def tokens_of(completions: Iterable[Completion]) -> int:
@@ -179,7 +180,7 @@ def main() -> None:
         f"{config.rollout.concurrency} sequences; {os.cpu_count()} cores, load before "
         f"{os.getloadavg()[0]:.1f}"
     )
-    stream._StepClient = RecordedStep
+    selfplay.StepClient = RecordedStep
     with tempfile.TemporaryDirectory() as folder, Engines.open(config, Path(folder)) as engines:
         results = asyncio.run(measure(config, engines, steps))
     print(f"load after {os.getloadavg()[0]:.1f}; medians of {len(results)} step(s):")

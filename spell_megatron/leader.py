@@ -12,10 +12,11 @@ from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.evaluation.validation import validate
 from spell_megatron.rollout.client import Client, GenerationError
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
+from spell_megatron.selfplay.documents import load_clusters
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.stream import SelfPlay, StepRollout
+from spell_megatron.selfplay.sampler import ClusterSampler
+from spell_megatron.selfplay.selfplay import SelfPlay, StepRollout
 from spell_megatron.tokenizer import PolicyTokenizer
 
 Result = TypeVar("Result")

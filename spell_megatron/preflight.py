@@ -25,8 +25,9 @@ from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.ranks import launched_processes
-from spell_megatron.selfplay.documents import ClusterSampler, load_clusters
+from spell_megatron.selfplay.documents import load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.sampler import ClusterSampler
 
 Result = TypeVar("Result")
 

@@ -23,7 +23,7 @@ from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Sample
-from spell_megatron.selfplay.stream import OUTCOMES
+from spell_megatron.selfplay.outcomes import why_empty
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
@@ -35,14 +35,6 @@ from spell_megatron.weights.huggingface import load_weights
 # A gradient that is not finite skips its update, and so does a step without a mixed group; this many of
 # either in a row end the run.
 MAX_SKIPPED_IN_A_ROW = 5
-
-# What to do when most attempts at a question end like this.
-REMEDIES = {
-    "questioner_prompt_too_long": "Raise rollout.sampling.max_prompt_tokens, or prepare shorter documents.",
-    "responder_prompt_too_long": "Raise rollout.sampling.max_prompt_tokens, or prepare smaller clusters.",
-    "truncated": "Raise rollout.sampling.max_response_tokens.",
-    "bad_format": "The model does not follow the prompts of selfplay.prompts: read its questions in {dump}.",
-}
 
 
 def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = None) -> Reason | None:
@@ -123,7 +115,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
                     del rollout  # the routings of its samples are large
                     empty = 0 if rows else empty + 1
                     if empty:
-                        why = _why_empty(metrics, folder / "rollouts")
+                        why = why_empty(metrics, folder / "rollouts")
                         progress.line(f"step {step + 1}: {why}")
                         if empty >= MAX_SKIPPED_IN_A_ROW:
                             raise UserError(
@@ -215,18 +207,6 @@ def _update(trainer: Trainer, rows: list[Row] | None, progress: Progress) -> dic
     with progress.stage("update") as advance:
         metrics = trainer.update(rows, advance)
     return {f"train/{name}": value for name, value in metrics.items()}
-
-
-def _why_empty(metrics: dict[str, float], dumps: Path) -> str:
-    """Why a step has nothing to train on: how its attempts at a question ended, and what to do about it."""
-    rates = {outcome: metrics.get(f"selfplay/rate/{outcome}", 0.0) for outcome in OUTCOMES}
-    ends = sorted((rate, outcome) for outcome, rate in rates.items() if rate)[::-1]
-    text = "no question had both right and wrong answers: nothing to train on, the update is left out"
-    if ends:
-        shares = ", ".join(f"{rate:.0%} {outcome.replace('_', ' ')}" for rate, outcome in ends[:3])
-        text += f" ({metrics['selfplay/clusters']:.0f} tried: {shares})"
-    remedy = REMEDIES.get(ends[0][1], "Look into {dump}.") if ends else ""
-    return f"{text}. {remedy.format(dump=dumps)}".strip()
 
 
 def _validate(director: Director, step: int, progress: Progress) -> dict[str, float]:

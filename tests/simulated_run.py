@@ -24,10 +24,11 @@ from spell_megatron.evaluation.evaluate import write_scores
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.rollout.client import Completion
-from spell_megatron.selfplay.documents import Cluster, ClusterSampler
+from spell_megatron.selfplay.documents import Cluster
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.stream import SelfPlay
+from spell_megatron.selfplay.sampler import ClusterSampler
+from spell_megatron.selfplay.selfplay import SelfPlay
 
 PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
 

@@ -296,7 +296,7 @@ def test_random_weights_end_without_an_update(tmp_path):
         rows = dump(run, step)
         assert len(rows) == 12
         finished = [row for row in rows if not row["truncated"]]
-        assert {(row["kind"], row["reward"]) for row in finished} == {("bad_format", -1.0)}
+        assert {(row["outcome"], row["reward"]) for row in finished} == {("bad_format", -1.0)}
     source = load_file(tmp_path / "policy" / "model.safetensors")
     saved = load_file(run / "checkpoints" / "step_000002" / "hf" / "model.safetensors")
     assert source.keys() == saved.keys()

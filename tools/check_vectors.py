@@ -20,25 +20,27 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import math
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from statistics import fmean, mean, stdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from spell_megatron.config.schema import QuestionerConfig, SelfPlayConfig, VerifierConfig
 from spell_megatron.evaluation.pass_at_k import pass_at_k
 from spell_megatron.evaluation.prompt_cut import middle_truncate
-from spell_megatron.selfplay import batch, documents, parsing, prompts, rewards, scoring
+from spell_megatron.selfplay import batch, context, parsing, prompts, rewards, sampler, scoring
 from spell_megatron.selfplay.advantages import assign_advantages
 from spell_megatron.selfplay.history import Entry, History
+from spell_megatron.selfplay.outcomes import Outcome
 
 NUMBER, TEXT, LETTER = "docmath_qa", "doc_general_qa", "doc_mc"
 
@@ -63,6 +65,83 @@ def function(name: str, decide: Callable[[Any, Any], Any] = as_reference, ignore
         return run
 
     return register
+
+
+# ---------------------------------------------------------------- what only the reference computes
+# This project has no use for these functions: rule checks decide instead of token F1, engines end a response at
+# its first end of sequence, the trainer divides a sum over all tokens, and evaluations have averages of their own.
+# They stand here so that every vector can be run.
+
+
+def token_f1(prediction: str, reference: str) -> tuple[float, float, float]:
+    """F1, precision and recall of the normalised words, as LongBench reports them.
+
+    All are 0 when one side is yes, no or noanswer and the other is not the same.
+    """
+    predicted, expected = scoring.normalize_text(prediction), scoring.normalize_text(reference)
+    if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
+        return 0.0, 0.0, 0.0
+    found, wanted = predicted.split(), expected.split()
+    common = (Counter(found) & Counter(wanted)).total()
+    if not common:
+        return 0.0, 0.0, 0.0
+    precision, recall = common / len(found), common / len(wanted)
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
+@function("docqa.f1_score")
+def _(input: dict) -> Any:
+    return token_f1(input["prediction"], input["ground_truth"])
+
+
+@function("response_mask")
+def _(input: dict) -> Any:
+    """1 up to and including the first end of sequence."""
+    ends = {input["eos"]} if isinstance(input["eos"], int) else set(input["eos"])
+    masks = []
+    for ids in input["response_ids"]:
+        length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        masks.append([int(i < length) for i in range(len(ids))])
+    return masks
+
+
+@function("agg_loss")
+def _(input: dict) -> Any:
+    """Padded losses of tokens, as one number."""
+    rows = zip(input["loss"], input["mask"], strict=True)
+    sums = [sum(x * m for x, m in zip(loss, mask, strict=True)) for loss, mask in rows]
+    counts = [sum(mask) for mask in input["mask"]]
+    match input["mode"]:
+        case "token-mean":
+            return sum(sums) / sum(counts)
+        case "seq-mean-token-sum":
+            return mean(sums)
+        case "seq-mean-token-mean":
+            return mean(total / count for total, count in zip(sums, counts, strict=True))
+    raise ValueError(f"unknown mode {input['mode']!r}")
+
+
+@function("eval.aggregate")
+def _(input: dict) -> Any:
+    """Mean score of every task over its questions, and the mean of the tasks."""
+    tasks = {
+        task: mean(mean(samples) for samples in questions.values())
+        for task, questions in input["task_question_scores"].items()
+    }
+    return {**tasks, "overall": mean(tasks.values())}
+
+
+@function("train_validation.aggregate")
+def _(input: dict) -> Any:
+    """Mean score of every task over its questions, and the mean of all questions."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for task, question, score in input["rows"]:
+        samples.setdefault((task, question), []).append(score)
+    tasks: dict[str, list[float]] = {}
+    for (task, _), values in samples.items():
+        tasks.setdefault(task, []).append(mean(values))
+    means = {task: mean(values) for task, values in tasks.items()}
+    return {**means, "overall": mean(itertools.chain(*tasks.values()))}
 
 
 # ---------------------------------------------------------------- numbers
@@ -331,27 +410,6 @@ def _(input: dict) -> Any:
     return scoring.cover_exact_match(input["prediction"], input["ground_truth"])
 
 
-def token_f1(prediction: str, reference: str) -> tuple[float, float, float]:
-    """F1, precision and recall of the normalised words, as LongBench reports them. `spell evaluate` does not.
-
-    All are 0 when one side is yes, no or noanswer and the other is not the same.
-    """
-    predicted, expected = scoring.normalize_text(prediction), scoring.normalize_text(reference)
-    if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
-        return 0.0, 0.0, 0.0
-    found, reference_words = predicted.split(), expected.split()
-    common = (Counter(found) & Counter(reference_words)).total()
-    if not common:
-        return 0.0, 0.0, 0.0
-    precision, recall = common / len(found), common / len(reference_words)
-    return 2 * precision * recall / (precision + recall), precision, recall
-
-
-@function("docqa.f1_score")
-def _(input: dict) -> Any:
-    return token_f1(input["prediction"], input["ground_truth"])
-
-
 @function("docqa.extract_solution")
 def _(input: dict) -> Any:
     region = parsing.answer_region(TEXT, input["text"])
@@ -428,8 +486,8 @@ def _(input: dict) -> Any:
 
 def parse_record(task: str, record: dict) -> Any:
     question = parsing.question_from_record(task, record, lambda text: len(text.split()), 40)
-    if isinstance(question, parsing.Rejection):
-        return -1 if question.penalised else 0
+    if isinstance(question, Outcome):
+        return -1 if question is Outcome.BAD_FORMAT else 0
     return question
 
 
@@ -509,14 +567,14 @@ def _(input: dict) -> Any:
 @function("questioner.context")
 def _(input: dict) -> Any:
     entries = [Entry(tuple(indices), question, answer) for indices, question, answer in input["history"]]
-    context = documents.choose_context(random.Random(0), input["n_docs"], input["m"], entries)
-    texts = [f"<document number {i}>" for i in context]
+    chosen = context.choose_context(random.Random(0), input["n_docs"], input["m"], entries)
+    texts = [f"<document number {i}>" for i in chosen]
     prompt = prompts.PromptSet.load("full").questioner(TEXT, texts, entries, None)
     n_examples = sum(f"Question: {entry.question}\nAnswer: {entry.answer}" in prompt for entry in entries)
     return {
-        "n_evidence": len(context),
-        "sorted": list(context) == sorted(set(context)),
-        "contains_history": all(set(entry.documents) <= set(context) for entry in entries),
+        "n_evidence": len(chosen),
+        "sorted": list(chosen) == sorted(set(chosen)),
+        "contains_history": all(set(entry.documents) <= set(chosen) for entry in entries),
         "n_examples": n_examples,
         "from_history": n_examples > 0,
         "n_docs_in_prompt": sum(text in prompt for text in texts),
@@ -661,13 +719,26 @@ def _(input: dict) -> Any:
     }
 
 
-def sample(uid: str, role: str, task: str, kind: str = "good", reward: float = 0.0, group: str = "") -> batch.Sample:
+KINDS = {
+    "good": Outcome.MIXED,
+    "bad_format": Outcome.BAD_FORMAT,
+    "bad_ground": Outcome.UNGROUNDED,
+    "zero_variance": Outcome.ALL_0,
+}
+"""The reference's kinds of questions, and how the attempts at them end here."""
+
+
+def kind_of(sample: batch.Sample) -> str:
+    return next(kind for kind, outcome in KINDS.items() if outcome is sample.outcome)
+
+
+def sample(uid: str, role: batch.Role, task: str, kind: str = "good", reward: float = 0.0) -> batch.Sample:
     return batch.Sample(
         uid=uid,
-        group=group or uid,
+        group=uid,
         role=role,
         task=task,
-        kind=kind,
+        outcome=KINDS[kind],
         cluster_id=uid,
         prompt_ids=[],
         response_ids=[],
@@ -745,7 +816,7 @@ def run_batch(input: dict) -> dict:
         "ready": len(groups) >= config.groups,
         "total": len(rows),
         "by_role": dict(Counter(row.role for row in rows)),
-        "by_role_type": dict(Counter(f"{row.role}/{row.kind}" for row in rows)),
+        "by_role_type": dict(Counter(f"{row.role}/{kind_of(row)}" for row in rows)),
     }
 
 
@@ -761,25 +832,18 @@ function("batch_composition", decide_batch)(run_batch)
 def row_rewards(input: dict) -> list[float]:
     """Rewards of rows: given for responder and verifier, the mapped ones for the questioner."""
     config = QuestionerConfig(reward=REWARDS[input["questioner_reward"]])
-    penalties = {
-        "bad_format": config.bad_format_reward,
-        "bad_ground": config.ungrounded_reward,
-        "zero_variance": 0.0,
-    }
     result = []
     for row in input["rows"]:
         if row["role"] != "questioner":
             result.append(float(row["score"]))
-        elif row["type"] in penalties:
-            result.append(penalties[row["type"]])
         else:
             answers = [r["score"] for r in input["rows"] if r["uid"] == row["uid"] and r["role"] == "responder"]
-            result.append(rewards.questioner_reward(mean(answers), config))
+            result.append(rewards.question_reward(KINDS[row["type"]], mean(answers or [0]), config))
     return result
 
 
 def decide_advantages(input: dict, expected: dict) -> dict:
-    """Ours are the reference's but for questioner rows, which are normalised anew per task."""
+    """Ours are the reference's but for questioner rows, which are normalised per task."""
     decided = list(expected["advantage"])
     for task in {row["task"] for row in input["rows"]}:
         members = [i for i, r in enumerate(input["rows"]) if r["role"] == "questioner" and r["task"] == task]
@@ -803,26 +867,10 @@ def _(input: dict) -> Any:
 
 @function("domain_sampler.counts")
 def _(input: dict) -> Any:
-    return documents.round_counts(input["sizes"], input["weights"], input["batch"])
+    return sampler.round_counts(input["sizes"], input["weights"], input["batch"])
 
 
 # ---------------------------------------------------------------- loss (needs torch)
-
-
-@function("response_mask")
-def _(input: dict) -> Any:
-    eos = {input["eos"]} if isinstance(input["eos"], int) else set(input["eos"])
-    lengths = [batch.response_length(ids, eos) for ids in input["response_ids"]]
-    return [[int(i < n) for i in range(len(ids))] for n, ids in zip(lengths, input["response_ids"], strict=True)]
-
-
-@function("agg_loss")
-def _(input: dict) -> Any:
-    import torch
-
-    from spell_megatron.training.objective import agg_loss
-
-    return agg_loss(torch.tensor(input["loss"]), torch.tensor(input["mask"]), input["mode"]).item()
 
 
 @function("policy_loss")
@@ -870,40 +918,6 @@ def _(input: dict) -> Any:
 @function("eval.middle_truncate")
 def _(input: dict) -> Any:
     return middle_truncate(input["tokens"], input["max_len"])
-
-
-def average_over_tasks(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Mean score of every task, and their unweighted mean as `overall`.
-
-    `scores[task][question]` are the scores of the question's samples.
-    """
-    means = {task: fmean(fmean(samples) for samples in questions.values()) for task, questions in scores.items()}
-    return {**means, "overall": fmean(means.values())}
-
-
-def average_over_questions(rows: Iterable[tuple[str, str, float]]) -> dict[str, float]:
-    """Mean score of every task, and the mean over all questions as `overall`.
-
-    `rows` are (task, question, score), one for each sample.
-    """
-    samples: dict[tuple[str, str], list[float]] = {}
-    for task, question, score in rows:
-        samples.setdefault((task, question), []).append(score)
-    tasks: dict[str, list[float]] = {}
-    for (task, _), scores in samples.items():
-        tasks.setdefault(task, []).append(fmean(scores))
-    means = {task: fmean(scores) for task, scores in tasks.items()}
-    return {**means, "overall": fmean(score for scores in tasks.values() for score in scores)}
-
-
-@function("eval.aggregate")
-def _(input: dict) -> Any:
-    return average_over_tasks(input["task_question_scores"])
-
-
-@function("train_validation.aggregate")
-def _(input: dict) -> Any:
-    return average_over_questions(input["rows"])
 
 
 EVALUATION_NAMES = {name: f"longbench-{name}" for name in ("2wikimqa", "hotpotqa", "musique")}

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from spell_megatron.evaluation.questions import HeldOutQuestion
-from spell_megatron.selfplay.documents import answer_text, valid_unicode
 from spell_megatron.selfplay.parsing import LETTERS, choice_text
+from spell_megatron.selfplay.references import answer_text, valid_unicode
 
 
 @dataclass(frozen=True)

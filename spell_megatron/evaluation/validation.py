@@ -10,10 +10,11 @@ from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.evaluation.pass_at_k import pass_at_k
 from spell_megatron.evaluation.prompt_cut import middle_truncate
 from spell_megatron.evaluation.questions import HeldOutQuestion
+from spell_megatron.selfplay.interfaces import Client, Tokenizer
 from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.scoring import rule_score
-from spell_megatron.selfplay.stream import Client, Tokenizer, derive_seed
+from spell_megatron.selfplay.seeds import derive_seed
 
 
 async def validate(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from spell_megatron.files import appearing_file
 from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.outcomes import Outcome
 
 # Many readers (str.splitlines too) end a line at these, which JSON allows inside a text.
 LINE_BREAKS = {ord(character): json.dumps(character)[1:-1] for character in "\x85\u2028\u2029"}
@@ -44,7 +45,8 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "role": sample.role,
         "task": sample.task,
-        "kind": sample.kind,
+        "kind": _kind(sample),
+        "outcome": sample.outcome,
         "reward": float(sample.reward),
         "advantage": float(sample.advantage),
         "reference": _text(sample.reference),
@@ -62,6 +64,13 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
     }
 
 
+def _kind(sample: Sample) -> str:
+    """Why a question's reward is not positive, in the words of the released code; `good` for all other samples."""
+    if sample.role != "questioner" or sample.outcome is None or not sample.outcome.negative:
+        return "good"
+    return {Outcome.BAD_FORMAT: "bad_format", Outcome.UNGROUNDED: "bad_ground"}.get(sample.outcome, "zero_variance")
+
+
 def _text(text: str | None) -> str | None:
     """JSON that a model wrote can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
     return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -75,7 +84,7 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     real = dict.fromkeys(("reward", "advantage", "rule_score", "verdict"), pa.float64())
     other = {"document_ids": pa.list_(pa.string()), "truncated": pa.bool_()}
     types = {**whole, **real, **other}
-    empty = Sample("", "", "responder", "", "good", "", [], [], [], "", 0.0)
+    empty = Sample("", "", "responder", "", "", [], [], [], "", 0.0)
     # an explicit schema: a column that is empty in this step must have the type it has in the others
     schema = pa.schema([(name, types.get(name, pa.string())) for name in _row(0, empty)])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

@@ -9,31 +9,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spell_megatron.selfplay.outcomes import Outcome
+
 Unit = Literal["share", "number", "tokens", "seconds"]
 
 ROLES = {"questioner": "questions", "responder": "answers", "verifier": "judgments"}
 
-OUTCOMES = {
-    "mixed": ("mixed: right and wrong answers", "green", ("mixed",)),
-    "all_1": ("all answers right", "blue", ("all_1",)),
-    "all_0": ("all answers wrong", "orange", ("all_0",)),
-    "ungrounded": ("answered without documents", "purple", ("ungrounded",)),
-    "bad_format": ("bad format", "red", ("bad_format",)),
-    "dropped": (
-        "dropped without penalty",
-        "grey",
-        (
-            "truncated",
-            "zero_answer",
-            "unparsable_number",
-            "long_reference",
-            "questioner_prompt_too_long",
-            "responder_prompt_too_long",
-            "error",
-        ),
-    ),
+OUTCOME_COLOURS = {
+    Outcome.MIXED: "green",
+    Outcome.ALL_1: "blue",
+    Outcome.ALL_0: "orange",
+    Outcome.UNGROUNDED: "purple",
+    Outcome.BAD_FORMAT: "red",
 }
-"""How an attempt at a question ends: what the page calls it, its colour, and the outcomes of the pipeline in it."""
+"""Outcomes with a curve of their own; the others are shown together."""
+
+DROPPED = ("dropped without penalty", "grey")
+"""Label and colour of all other outcomes."""
 
 COLOURS = ("blue", "orange", "green", "purple", "red", "teal", "pink", "brown")
 
@@ -106,11 +98,17 @@ def _all_and_tasks(tasks: Sequence[str], curves: dict[str, str]) -> dict[str, li
     return over_all | {t: _lines(*((label, f"selfplay/{t}/{name}") for label, name in curves.items())) for t in tasks}
 
 
+def outcome_labels() -> dict[str, dict[str, str]]:
+    """What the page calls an outcome, and its colour; `dropped` where a file does not tell which of several it was."""
+    label, colour = DROPPED
+    labels = {str(o): {"label": o.meaning, "colour": OUTCOME_COLOURS.get(o, colour)} for o in Outcome}
+    return labels | {"dropped": {"label": label, "colour": colour}}
+
+
 def _outcomes(prefix: str) -> list[Series]:
-    return [
-        Series(label, tuple(f"{prefix}rate/{name}" for name in names), colour)
-        for label, colour, names in OUTCOMES.values()
-    ]
+    own = [Series(o.meaning, (f"{prefix}rate/{o}",), colour) for o, colour in OUTCOME_COLOURS.items()]
+    dropped = tuple(f"{prefix}rate/{outcome}" for outcome in Outcome if outcome.dropped)
+    return [*own, Series(DROPPED[0], dropped, DROPPED[1])]
 
 
 def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
@@ -191,15 +189,7 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
                     "share",
                     _all_and_tasks(
                         tasks,
-                        {
-                            "cut off": "rate/truncated",
-                            "reference is zero": "rate/zero_answer",
-                            "reference is no number": "rate/unparsable_number",
-                            "reference too long": "rate/long_reference",
-                            "questioner's prompt too long": "rate/questioner_prompt_too_long",
-                            "responder's prompt too long": "rate/responder_prompt_too_long",
-                            "internal error": "rate/error",
-                        },
+                        {outcome.meaning: f"rate/{outcome}" for outcome in Outcome if outcome.dropped},
                     ),
                 ),
                 Panel(

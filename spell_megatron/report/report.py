@@ -30,7 +30,7 @@ import yaml
 from spell_megatron.errors import UserError
 from spell_megatron.files import json_lines, write_text
 from spell_megatron.report.evaluations import columns, is_evaluation, read_evaluation
-from spell_megatron.report.panels import OUTCOMES, sections, table
+from spell_megatron.report.panels import outcome_labels, sections, table
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = (
@@ -305,7 +305,7 @@ def _question(rows: Iterable[dict[str, Any]], text_chars: int, run: int) -> dict
         "uid": first["uid"],
         "task": first["task"],
         "cluster": first["cluster_id"],
-        "outcome": _outcome(question, answers),
+        "outcome": first.get("outcome") or _older_outcome(question, answers),
         "reference": first["reference"],
         "question": asked,
         "documents": answers[0]["document_ids"] if answers else [],
@@ -338,8 +338,8 @@ def _sample(row: dict[str, Any], text_chars: int) -> dict[str, Any]:
     }
 
 
-def _outcome(question: dict[str, Any] | None, answers: Sequence[dict[str, Any]]) -> str:
-    """How an attempt ended, one of OUTCOMES, as far as its rows tell."""
+def _older_outcome(question: dict[str, Any] | None, answers: Sequence[dict[str, Any]]) -> str:
+    """How an attempt ended, as far as the rows of files tell that were written before rows had an `outcome`."""
     kind = question["kind"] if question else "good"
     if kind in ("bad_format", "bad_ground"):
         return "ungrounded" if kind == "bad_ground" else kind
@@ -393,7 +393,7 @@ def render(
         "sections": [asdict(section) for section in sections(tasks, names)],
         "table": [asdict(row) for row in table(names)],
         "settings": _differences(runs),
-        "outcomes": {key: {"label": label, "colour": colour} for key, (label, colour, _) in OUTCOMES.items()},
+        "outcomes": outcome_labels(),
         "text_chars": text_chars,
         "judgment_chars": text_chars // MAX_JUDGMENT_SHARE,
         "written": time.time(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Literal
 
-from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.batch import ROLES, Sample
 
 EPSILON = 1e-6
 
@@ -33,3 +34,12 @@ def assign_advantages(samples: Sequence[Sample], questioner_group: Literal["task
             mean, deviation = (rewards[0], 0.0) if role == "questioner" else (0.0, 1.0)
         for sample in members:
             sample.advantage = (sample.reward - mean) / (deviation + EPSILON)
+
+
+def shuffle_advantages(samples: Sequence[Sample], rng: random.Random) -> None:
+    """Exchange the advantages at random among the samples of each role: a control that teaches nothing."""
+    for role in ROLES:
+        rows = [sample for sample in samples if sample.role == role]
+        advantages = rng.sample([row.advantage for row in rows], len(rows))
+        for row, advantage in zip(rows, advantages, strict=True):
+            row.advantage = advantage

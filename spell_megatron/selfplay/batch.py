@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from spell_megatron.config.schema import SelfPlayConfig
+from spell_megatron.selfplay.outcomes import Outcome
 
 Role = Literal["questioner", "responder", "verifier"]
-Kind = Literal["good", "bad_format", "bad_ground", "zero_variance"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass
 class Sample:
     """One completion of one role: what the trainer needs, then what people want to read.
 
-    `uid` names the question the sample belongs to, `group` the samples it is compared with. `logprobs`
-    are the engine's log-probabilities of `response_ids`, `routing` the experts to which it sent the tokens before
-    the last (as many as it has: integers [tokens, layers, experts per token]), or None. `kind` tells why a question's
-    reward is not positive; it is `good` for all other samples.
+    Attributes:
+        uid: names the attempt at a question that the sample belongs to.
+        group: names the samples that it is compared with.
+        logprobs: the engine's log-probabilities of `response_ids`.
+        outcome: how the attempt ended; None while it is under way.
+        routing: the experts to which the engine sent the tokens before the last, as many as it returned: integers
+            [tokens, layers, experts per token]. None without experts.
     """
 
     uid: str
     group: str
     role: Role
     task: str
-    kind: Kind
     cluster_id: str
     prompt_ids: list[int]
     response_ids: list[int]
@@ -38,6 +41,7 @@ class Sample:
     weight_version: str
     reward: float
     advantage: float = 0.0
+    outcome: Outcome | None = None
     prompt: str = ""
     response: str = ""
     reference: str | None = None
@@ -59,11 +63,6 @@ class Group:
     answers: list[Sample]
 
 
-def response_length(response_ids: Sequence[int], eos_ids: Collection[int]) -> int:
-    """Number of tokens to train on: all up to and including the first end of sequence."""
-    return next((i + 1 for i, token in enumerate(response_ids) if token in eos_ids), len(response_ids))
-
-
 def compose(
     groups: Sequence[Group],
     negatives: Sequence[Sample],
@@ -73,8 +72,8 @@ def compose(
 ) -> list[Sample]:
     """Put an update batch together.
 
-    It holds the answers of the first N groups and their questions; as many questions without a
-    positive reward (times `negatives_per_positive`), drawn task by task; and verifier groups, drawn
+    It holds the answers of the first N groups and their questions; as many negatives, which are questions without a
+    positive reward (times `negatives_per_positive`), drawn task by task; and groups of judgments, drawn
     at random, until they make up `verifier.share` of the answers' rows or there are no more.
     """
     groups = groups[: config.groups]

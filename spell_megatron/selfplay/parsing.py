@@ -10,26 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from enum import StrEnum
 from typing import Any
 
+from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.scoring import answer_kind, drop_thousands_separators, parse_number
 
 LETTERS = "ABCD"
-
-
-class Rejection(StrEnum):
-    """Why the questioner's text is no question. Only a bad format is penalised; the rest is dropped."""
-
-    BAD_FORMAT = "bad_format"
-    TRUNCATED = "truncated"
-    ZERO_ANSWER = "zero_answer"
-    UNPARSABLE_NUMBER = "unparsable_number"
-    LONG_REFERENCE = "long_reference"
-
-    @property
-    def penalised(self) -> bool:
-        return self is Rejection.BAD_FORMAT
 
 
 @dataclass(frozen=True)
@@ -174,10 +160,10 @@ def parse_verdict(text: str, truncated: bool) -> int:
 
     `[[YES]]` and `[[NO]]` decide; only without either do the bare words, in capitals.
     """
-    text = None if truncated else after_thinking(text)
-    if text is None:
+    judgment = None if truncated else after_thinking(text)
+    if judgment is None:
         return -1
-    votes = set(re.findall(r"\[\[(YES|NO)\]\]", text)) or set(re.findall(r"\b(YES|NO)\b", text))
+    votes = set(re.findall(r"\[\[(YES|NO)\]\]", judgment)) or set(re.findall(r"\b(YES|NO)\b", judgment))
     return {frozenset({"YES"}): 1, frozenset({"NO"}): 0}.get(frozenset(votes), -1)
 
 
@@ -190,15 +176,15 @@ _JSON_BLOCK = re.compile(r"```json(.*?)```", re.DOTALL)
 
 def parse_question(
     task: str, text: str, truncated: bool, count_tokens: Callable[[str], int], max_reference_tokens: int
-) -> Question | Rejection:
-    """The question in the questioner's text, or why there is none.
+) -> Question | Outcome:
+    """The question in the questioner's text, or the outcome of an attempt without one.
 
     `truncated`: the engine stopped at the length limit. `count_tokens` measures text references, which
     may have `max_reference_tokens` tokens.
     """
     answer = None if truncated else after_thinking(text)
     if answer is None:
-        return Rejection.TRUNCATED
+        return Outcome.TRUNCATED
     return question_from_record(task, read_record(answer), count_tokens, max_reference_tokens)
 
 
@@ -216,51 +202,51 @@ def read_record(text: str) -> dict[str, Any]:
 
 def question_from_record(
     task: str, record: dict[str, Any], count_tokens: Callable[[str], int], max_reference_tokens: int
-) -> Question | Rejection:
-    """Check a record of the questioner and make a question of it."""
+) -> Question | Outcome:
+    """The question in a record of the questioner, or the outcome of an attempt without one."""
     text, answer = _clean(record.get("question")), record.get("answer")
     if not text:
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     kind = answer_kind(task)
     if kind == "number":
         return _number_question(task, text, answer)
     answer = _clean(answer)
     if not answer:
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     if kind == "letter":
         return _choice_question(task, text, record.get("options"), answer)
     stated = extract_answer(task, answer)
     reference = answer if stated is None else stated
     if not reference:
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     if count_tokens(reference) > max_reference_tokens:
-        return Rejection.LONG_REFERENCE
+        return Outcome.LONG_REFERENCE
     return Question(task, text, reference)
 
 
-def _number_question(task: str, text: str, answer: object) -> Question | Rejection:
+def _number_question(task: str, text: str, answer: object) -> Question | Outcome:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     try:
         stated = str(answer)
     except ValueError:  # an integer of more digits than Python prints
-        return Rejection.UNPARSABLE_NUMBER
+        return Outcome.UNPARSABLE_NUMBER
     value = parse_number(extract_answer(task, stated) or stated)
     if value is None:
-        return Rejection.UNPARSABLE_NUMBER
+        return Outcome.UNPARSABLE_NUMBER
     if value == 0:
-        return Rejection.ZERO_ANSWER
+        return Outcome.ZERO_ANSWER
     return Question(task, text, format_decimal(value))
 
 
-def _choice_question(task: str, stem: str, options: object, answer: str) -> Question | Rejection:
+def _choice_question(task: str, stem: str, options: object, answer: str) -> Question | Outcome:
     if not isinstance(options, dict):
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     values = [options.get(letter) for letter in LETTERS]
     texts = tuple(_clean(str(value)) if isinstance(value, int | float) else _clean(value) for value in values)
     letter = extract_answer(task, answer) or answer
     if not all(texts) or letter not in tuple(LETTERS):
-        return Rejection.BAD_FORMAT
+        return Outcome.BAD_FORMAT
     return Question(task, choice_text(stem, texts), letter, stem, texts)
 
 

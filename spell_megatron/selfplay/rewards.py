@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from spell_megatron.config.schema import QuestionerConfig, VerifierConfig
+from spell_megatron.selfplay.outcomes import Outcome
 
 
 def majority(votes: Sequence[int]) -> int | None:
@@ -61,6 +62,15 @@ def questioner_reward(mean: float, config: QuestionerConfig) -> float:
     if config.reward == "r_zero":
         return 1 - 2 * abs(mean - 0.5)
     return math.exp(-((mean - config.mu) ** 2) / (2 * config.sigma**2))
+
+
+def question_reward(outcome: Outcome, mean: float, config: QuestionerConfig) -> float:
+    """Reward of a question whose attempt ended so; `mean` is the mean reward of its answers, if it has any."""
+    if outcome is Outcome.BAD_FORMAT:
+        return config.bad_format_reward
+    if outcome is Outcome.UNGROUNDED:
+        return config.ungrounded_reward
+    return questioner_reward(mean, config) if outcome.answered else 0.0
 
 
 def admissible(mean: float, config: QuestionerConfig) -> bool:

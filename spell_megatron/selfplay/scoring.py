@@ -112,6 +112,7 @@ def parse_number(text: str) -> float | None:
     text = _DELETED.sub("", text.partition(" or ")[0])
     text = " ".join(text.replace(" x ", " * ").split()).rstrip(". ")
     quantity = _QUANTITY.fullmatch(text)
+    value: float | None
     if quantity:
         number = drop_thousands_separators(quantity["plain"] or quantity["unit_after"] or quantity["unit_before"])
         if "," in number:

@@ -10,14 +10,15 @@ import pytest
 
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.outcomes import Outcome
 
 
 def sample(**changes) -> Sample:
     values = dict(
-        uid="3.0", group="3.0/answers", role="responder", task="doc_general_qa", kind="good", cluster_id="c1",
+        uid="3.0", group="3.0/answers", role="responder", task="doc_general_qa", cluster_id="c1",
         prompt_ids=[1, 2, 3], response_ids=[4, 5], logprobs=[-0.1, -0.2], weight_version="2", reward=1.0,
         advantage=0.5, prompt="Who?", response="Ada", reference="Ada", prediction="Ada", rule_score=1.0,
-        verdict=1.0, document_ids=["d1", "d2"],
+        verdict=1.0, outcome=Outcome.ALL_0, document_ids=["d1", "d2"],
     )  # fmt: skip
     return Sample(**values | changes)
 
@@ -40,9 +41,9 @@ def test_rows_hold_what_the_samples_held(tmp_path, format):
         "kind": "good", "reward": 1.0, "advantage": 0.5, "reference": "Ada", "prediction": "Ada",
         "rule_score": 1.0, "verdict": 1.0, "output": "Ada", "prompt": "Who?", "cluster_id": "c1",
         "document_ids": ["d1", "d2"], "prompt_tokens": 3, "response_tokens": 2, "truncated": False,
-        "weight_version": "2",
+        "weight_version": "2", "outcome": "all_0",
     }  # fmt: skip
-    assert question_row == answer_row | unknown | {"role": "questioner", "reward": -1.0}
+    assert question_row == answer_row | unknown | {"role": "questioner", "reward": -1.0, "kind": "zero_variance"}
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
 
 

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spell_megatron.selfplay import scoring
+from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.parsing import (
     Question,
-    Rejection,
     extract_answer,
     parse_answer,
     parse_question,
@@ -98,7 +98,7 @@ def count_tokens(text):
 def check_everything(text, other="7"):
     for task in TASKS:
         question = parse_question(task, text, False, count_tokens, 40)
-        assert isinstance(question, Question | Rejection)
+        assert isinstance(question, Question | Outcome)
         if isinstance(question, Question):
             question.text.encode(), question.reference.encode()
             assert question.text.strip() and question.reference.strip()
@@ -125,7 +125,7 @@ def test_hostile_text_has_an_outcome(text, other):
 @example("docmath_qa", {"question": "q", "answer": float("inf")})
 def test_any_json_record_has_an_outcome(task, record):
     direct = question_from_record(task, record, count_tokens, 40)
-    assert isinstance(direct, Question | Rejection)
+    assert isinstance(direct, Question | Outcome)
     try:
         text = f"```json\n{json.dumps(record)}\n```"
     except ValueError:  # Python does not print integers of more than 4,300 digits

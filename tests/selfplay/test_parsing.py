@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.parsing import (
     Question,
-    Rejection,
     answer_region,
     parse_answer,
     parse_question,
@@ -65,31 +65,31 @@ def test_permuted_options_take_the_reference_along():
 
 
 @pytest.mark.parametrize(
-    ("task", "record", "rejection"),
+    ("task", "record", "outcome"),
     [
-        ("doc_general_qa", {"question": "q"}, Rejection.BAD_FORMAT),
-        ("doc_general_qa", {"question": "q", "answer": ""}, Rejection.BAD_FORMAT),
-        ("doc_general_qa", {"question": " ", "answer": "x"}, Rejection.BAD_FORMAT),
-        ("doc_general_qa", {"question": "q", "answer": 5}, Rejection.BAD_FORMAT),
-        ("doc_general_qa", {"question": "q", "answer": "w " * 41}, Rejection.LONG_REFERENCE),
-        ("doc_general_qa", '{"question": "q", "answer": "a",}', Rejection.BAD_FORMAT),
-        ("doc_general_qa", "[1]", Rejection.BAD_FORMAT),
-        ("docmath_qa", {"question": "q", "answer": True}, Rejection.BAD_FORMAT),
-        ("docmath_qa", {"question": "q", "answer": None}, Rejection.BAD_FORMAT),
-        ("docmath_qa", {"question": "q", "answer": "0.0"}, Rejection.ZERO_ANSWER),
-        ("docmath_qa", {"question": "q", "answer": "abc"}, Rejection.UNPARSABLE_NUMBER),
-        ("docmath_qa", {"question": "q", "answer": "1, 2"}, Rejection.UNPARSABLE_NUMBER),
-        ("docmath_qa", '{"question": "q", "answer": 1e999}', Rejection.UNPARSABLE_NUMBER),
-        ("docmath_qa", '{"question": "q", "answer": NaN}', Rejection.UNPARSABLE_NUMBER),
-        ("doc_mc", {"question": "q", "options": OPTIONS, "answer": "b"}, Rejection.BAD_FORMAT),
-        ("doc_mc", {"question": "q", "options": OPTIONS, "answer": "AB"}, Rejection.BAD_FORMAT),
-        ("doc_mc", {"question": "q", "options": {"A": "x"}, "answer": "A"}, Rejection.BAD_FORMAT),
-        ("doc_mc", {"question": "q", "options": {**OPTIONS, "B": None}, "answer": "A"}, Rejection.BAD_FORMAT),
+        ("doc_general_qa", {"question": "q"}, Outcome.BAD_FORMAT),
+        ("doc_general_qa", {"question": "q", "answer": ""}, Outcome.BAD_FORMAT),
+        ("doc_general_qa", {"question": " ", "answer": "x"}, Outcome.BAD_FORMAT),
+        ("doc_general_qa", {"question": "q", "answer": 5}, Outcome.BAD_FORMAT),
+        ("doc_general_qa", {"question": "q", "answer": "w " * 41}, Outcome.LONG_REFERENCE),
+        ("doc_general_qa", '{"question": "q", "answer": "a",}', Outcome.BAD_FORMAT),
+        ("doc_general_qa", "[1]", Outcome.BAD_FORMAT),
+        ("docmath_qa", {"question": "q", "answer": True}, Outcome.BAD_FORMAT),
+        ("docmath_qa", {"question": "q", "answer": None}, Outcome.BAD_FORMAT),
+        ("docmath_qa", {"question": "q", "answer": "0.0"}, Outcome.ZERO_ANSWER),
+        ("docmath_qa", {"question": "q", "answer": "abc"}, Outcome.UNPARSABLE_NUMBER),
+        ("docmath_qa", {"question": "q", "answer": "1, 2"}, Outcome.UNPARSABLE_NUMBER),
+        ("docmath_qa", '{"question": "q", "answer": 1e999}', Outcome.UNPARSABLE_NUMBER),
+        ("docmath_qa", '{"question": "q", "answer": NaN}', Outcome.UNPARSABLE_NUMBER),
+        ("doc_mc", {"question": "q", "options": OPTIONS, "answer": "b"}, Outcome.BAD_FORMAT),
+        ("doc_mc", {"question": "q", "options": OPTIONS, "answer": "AB"}, Outcome.BAD_FORMAT),
+        ("doc_mc", {"question": "q", "options": {"A": "x"}, "answer": "A"}, Outcome.BAD_FORMAT),
+        ("doc_mc", {"question": "q", "options": {**OPTIONS, "B": None}, "answer": "A"}, Outcome.BAD_FORMAT),
     ],
 )
-def test_rejections(task, record, rejection):
-    assert question(task, record) is rejection
-    assert rejection.penalised == (rejection is Rejection.BAD_FORMAT)
+def test_outcomes(task, record, outcome):
+    assert question(task, record) is outcome
+    assert outcome.negative == (outcome is Outcome.BAD_FORMAT)
 
 
 def test_exactly_forty_tokens_are_allowed():
@@ -98,9 +98,9 @@ def test_exactly_forty_tokens_are_allowed():
 
 def test_truncation_comes_from_the_engine_and_is_not_penalised():
     record = {"question": "q", "answer": "a"}
-    assert question("doc_general_qa", record, truncated=True) is Rejection.TRUNCATED
-    assert question("doc_general_qa", record, text="<think>```json\n{}\n```") is Rejection.TRUNCATED
-    assert not Rejection.TRUNCATED.penalised
+    assert question("doc_general_qa", record, truncated=True) is Outcome.TRUNCATED
+    assert question("doc_general_qa", record, text="<think>```json\n{}\n```") is Outcome.TRUNCATED
+    assert Outcome.TRUNCATED.dropped and not Outcome.TRUNCATED.negative
 
 
 def test_record_is_the_last_block_that_parses():

@@ -15,10 +15,12 @@ from simulated_run import Bytes
 from spell_megatron.config.schema import SamplingConfig, SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Completion
-from spell_megatron.selfplay.documents import Cluster, ClusterSampler
+from spell_megatron.selfplay.documents import Cluster
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.stream import SelfPlay, derive_seed
+from spell_megatron.selfplay.sampler import ClusterSampler
+from spell_megatron.selfplay.seeds import derive_seed
+from spell_megatron.selfplay.selfplay import SelfPlay
 
 TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
 KINDS = ("mixed", "mixed", "right", "wrong", "format", "zero", "known", "long")
@@ -119,7 +121,7 @@ def roll(selfplay, policy, step=1, version="1"):
 
 
 def summary(rollout):
-    return [(s.uid, s.role, s.group, s.kind, s.prompt, s.response, s.reward, s.advantage) for s in rollout.batch]
+    return [(s.uid, s.role, s.group, s.outcome, s.prompt, s.response, s.reward, s.advantage) for s in rollout.batch]
 
 
 def test_two_timings_give_the_same_batches_history_and_sampler(prompts):
@@ -204,10 +206,10 @@ def test_every_kind_of_outcome_is_counted_and_rewarded(prompts):
     assert sum(rates[name] for name in outcomes) == pytest.approx(1)
     for task in TASKS:
         assert f"selfplay/{task}/rate/mixed" in rollout.metrics
-    rewards = {"bad_format": -1.0, "bad_ground": -0.5, "zero_variance": 0.0}
+    rewards = {"bad_format": -1.0, "ungrounded": -0.5, "all_0": 0.0, "all_1": 0.0}
     questions = [s for s in rollout.samples if s.role == "questioner"]
-    for kind, reward in rewards.items():
-        assert {s.reward for s in questions if s.kind == kind} == {reward}
+    for outcome, reward in rewards.items():
+        assert {s.reward for s in questions if s.outcome == outcome} == {reward}
     assert rollout.metrics["selfplay/rate/invalid_votes"] > 0
 
 
@@ -328,7 +330,12 @@ def test_without_the_grounding_check_known_questions_are_put_to_the_responder(pr
     assert not asked(policy, "grounding")
     assert rollout.metrics["selfplay/rate/ungrounded"] == 0 and "selfplay/rate/no_context_right" not in rollout.metrics
     known = [s for s in rollout.samples if s.cluster_id.endswith("-known")]
-    assert rows_of(known, "responder") and {s.kind for s in rows_of(known, "questioner")} <= {"zero_variance", "good"}
+    assert rows_of(known, "responder")
+    assert {s.outcome for s in rows_of(known, "questioner")} <= {
+        "all_0",
+        "all_1",
+        "mixed",
+    }
 
 
 def test_one_grounding_answer_for_multiple_choice(prompts):
@@ -347,11 +354,11 @@ def test_questions_that_do_not_parse_lose_against_others_with_and_without_a_pena
     kinds = ("mixed", "mixed", "format")
     selfplay = make_selfplay(prompts, kinds=kinds, groups=20, questioner={"bad_format_reward": reward})
     questions = rows_of(roll(selfplay, ScriptedPolicy()).batch, "questioner")
-    bad = [s for s in questions if s.kind == "bad_format"]
+    bad = [s for s in questions if s.outcome == "bad_format"]
     assert bad and {s.reward for s in bad} == {reward}
     assert all(s.advantage < 0 for s in bad)
     ratio = make_selfplay(prompts, kinds=kinds, groups=20, negatives_per_positive=0.0)
-    assert {s.kind for s in rows_of(roll(ratio, ScriptedPolicy()).batch, "questioner")} == {"good"}
+    assert {s.outcome for s in rows_of(roll(ratio, ScriptedPolicy()).batch, "questioner")} == {"mixed"}
 
 
 def test_no_verifier_share_judges_but_does_not_train(prompts):
@@ -419,10 +426,10 @@ def test_rewards_of_questions(prompts, settings, value):
     means = set()
     for question in rows_of(rollout.samples, "questioner"):
         mean = np.mean(answers.get(question.uid, [0]))
-        if question.kind == "good" and 0 < mean < 1:
+        if question.outcome == "mixed":
             assert question.reward == pytest.approx(value(mean))
             means.add(mean)
-        elif question.kind in ("good", "zero_variance"):  # no question without a penalty has less than 0
+        elif question.outcome not in ("bad_format", "ungrounded"):  # no question without a penalty has less than 0
             assert question.reward == 0
     assert means == {0.25, 0.5, 0.75}
 
@@ -477,27 +484,27 @@ def test_no_mixed_group_at_all_gives_a_batch_without_answers(prompts):
 
 
 def test_a_bad_sample_is_an_outcome_not_the_end(prompts, monkeypatch):
-    from spell_megatron.selfplay import stream
+    from spell_megatron.selfplay import roles
 
-    real = stream.rule_score
+    real = roles.rule_score
 
     def fragile(task, prediction, reference):
         if task == "doc_mc" and prediction == "A":
             raise ZeroDivisionError("scorer broke")
         return real(task, prediction, reference)
 
-    monkeypatch.setattr(stream, "rule_score", fragile)
+    monkeypatch.setattr(roles, "rule_score", fragile)
     rollout = roll(make_selfplay(prompts, groups=12), ScriptedPolicy())
     assert rollout.metrics["selfplay/mixed_groups"] == 12
 
 
 def test_a_broken_program_ends_the_step(prompts, monkeypatch):
-    from spell_megatron.selfplay import stream
+    from spell_megatron.selfplay import roles
 
     def broken(*_):
         raise ZeroDivisionError("always")
 
-    monkeypatch.setattr(stream, "parse_verdict", broken)
+    monkeypatch.setattr(roles, "parse_verdict", broken)
     with pytest.raises(UserError, match="internal error"):
         roll(make_selfplay(prompts, kinds=("mixed",), groups=60), ScriptedPolicy())
 

@@ -73,7 +73,7 @@ def test_unknown_functions_fail_and_unreadable_files_are_reported(tmp_path):
 
 def test_the_algorithm_imports_no_model_library():
     code = (
-        "import sys, spell_megatron.selfplay.stream\n"
+        "import sys, spell_megatron.selfplay.selfplay\n"
         "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -1,0 +1,36 @@
+"""Which documents of a cluster the questioner is shown."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from spell_megatron.selfplay.history import Entry
+
+
+def choose_context(
+    rng: random.Random, n_documents: int, new_documents: int, entries: Sequence[Entry]
+) -> tuple[int, ...]:
+    """Indices, in document order, of the documents that the questioner is shown.
+
+    All documents of remembered questions, and up to `new_documents` of the others, chosen at random:
+    a cluster's context grows with every question that enters the history.
+    """
+    seen = {index for entry in entries for index in entry.documents if index < n_documents}
+    unseen = [index for index in range(n_documents) if index not in seen]
+    return tuple(sorted(seen | set(rng.sample(unseen, min(new_documents, len(unseen))))))
+
+
+def shorten_context(
+    context: Sequence[int], entries: Sequence[Entry], excess: int, count_tokens: Callable[[int], int]
+) -> tuple[int, ...]:
+    """The context without so many documents that `excess` tokens or more are saved, if it has as many.
+
+    Documents that no remembered question shows go first, then the others, always from the end. `count_tokens` gives
+    the tokens of a document by its index.
+    """
+    seen = {index for entry in entries for index in entry.documents}
+    droppable = [index for index in context if index in seen] + [index for index in context if index not in seen]
+    while excess > 0 and droppable:
+        excess -= count_tokens(droppable.pop())
+    return tuple(sorted(droppable))

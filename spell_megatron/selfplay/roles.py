@@ -1,0 +1,237 @@
+"""One cluster's way through the roles: ask, check that the question needs its documents, answer, judge."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from spell_megatron.config.schema import SamplingConfig, SelfPlayConfig
+from spell_megatron.errors import UserError
+from spell_megatron.selfplay.attempt import Attempt
+from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.context import choose_context, shorten_context
+from spell_megatron.selfplay.history import Entry, History
+from spell_megatron.selfplay.metrics import vote_counts
+from spell_megatron.selfplay.outcomes import Outcome
+from spell_megatron.selfplay.parsing import LETTERS, Question, parse_answer, parse_question, parse_verdict
+from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.rewards import (
+    admissible,
+    judgment_rewards,
+    majority,
+    mixed,
+    question_reward,
+    responder_reward,
+    trainable,
+)
+from spell_megatron.selfplay.scoring import rule_score
+from spell_megatron.selfplay.step_client import Prompt, StepClient
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Roles:
+    """Takes the attempts of one step through all roles.
+
+    The history is only read. Limits of tokens are those of `sampling`.
+    """
+
+    def __init__(
+        self,
+        config: SelfPlayConfig,
+        sampling: SamplingConfig,
+        prompts: PromptSet,
+        history: History,
+        client: StepClient,
+    ) -> None:
+        self._config = config
+        self._sampling = sampling
+        self._prompts = prompts
+        self._history = history
+        self._client = client
+        self._tokenizer = client.tokenizer
+
+    async def play(self, attempt: Attempt) -> None:
+        """Take an attempt from its question to the judgments of its answers.
+
+        An error of our own code is the attempt's outcome; the run goes on.
+
+        Raises:
+            UserError: the engines failed, or answered with other weights.
+        """
+        try:
+            attempt.end(await self._play(attempt))
+        except (UserError, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("cluster %s (%s) failed and is left out", attempt.cluster.id, attempt.task)
+            attempt.end(Outcome.ERROR)
+
+    async def _play(self, attempt: Attempt) -> Outcome:
+        question = await self._question(attempt)
+        outcome = question if isinstance(question, Outcome) else await self._answers(attempt, question)
+        if attempt.question:
+            attempt.question.reward = question_reward(outcome, attempt.mean_reward, self._config.questioner)
+        return outcome
+
+    # The questioner
+
+    async def _question(self, attempt: Attempt) -> Question | Outcome:
+        """A question that can be put to the responder; otherwise how the attempt ends."""
+        if not self._config.questioner.enabled:
+            return Question(attempt.task, attempt.cluster.question, attempt.cluster.answer)
+        question = await self._ask(attempt)
+        if isinstance(question, Outcome) or not self._config.grounding.enabled:
+            return question
+        return Outcome.UNGROUNDED if await self._answered_without_documents(attempt, question) else question
+
+    async def _ask(self, attempt: Attempt) -> Question | Outcome:
+        """The questioner's question, if its text is one; otherwise how the attempt ends."""
+        task, cluster, config = attempt.task, attempt.cluster, self._config.questioner
+        rng = random.Random(self._client.seed(attempt, "context", 0))
+        entries = self._history.entries(task, cluster.id)
+        attempt.remembered = len(entries)
+        context = choose_context(rng, len(cluster.documents), config.new_documents, entries)
+        letter = rng.choice(LETTERS) if task == "doc_mc" else None
+        prompt = self._questioner_prompt(attempt, context, entries, letter)
+        if prompt is None:
+            return Outcome.QUESTIONER_PROMPT_TOO_LONG
+        (reply,) = await self._client.generate(attempt, "questioner", prompt, self._sampling.max_response_tokens)
+        question = parse_question(task, reply.text, reply.truncated, self._tokenizer.count, config.max_reference_tokens)
+        attempt.question = row = self._client.sample(attempt, "questioner", task, prompt, reply, attempt.context)
+        if isinstance(question, Question):
+            row.prediction, row.reference = question.text, question.reference
+        return question
+
+    def _questioner_prompt(
+        self, attempt: Attempt, context: Sequence[int], entries: Sequence[Entry], letter: str | None
+    ) -> Prompt | None:
+        """The questioner's prompt over as many of the chosen documents as fit; None if not even one does.
+
+        The documents that are shown become the attempt's context.
+        """
+        documents = attempt.cluster.documents
+        while context:
+            shown = [documents[index] for index in context]
+            prompt = self._client.prompt(self._prompts.questioner(attempt.task, shown, entries, letter))
+            if self._fits(prompt):
+                attempt.context = context
+                return prompt
+            excess = len(prompt.ids) - self._sampling.max_prompt_tokens
+            kept = shorten_context(context, entries, excess, lambda index: self._tokenizer.count(documents[index]))
+            attempt.counts["context_documents_cut"] += len(context) - len(kept)
+            context = kept
+        return None
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(prompt.ids) <= self._sampling.max_prompt_tokens
+
+    # The check that a question needs its documents
+
+    async def _answered_without_documents(self, attempt: Attempt, question: Question) -> bool:
+        """Whether the policy answers the question right with no documents before it.
+
+        One right answer of a multiple-choice question proves nothing (a guess is right one time in
+        four), so there the options are shown in several orders and most answers must be right.
+        """
+        config = self._config.grounding
+        if attempt.task == "doc_mc":
+            rng = random.Random(self._client.seed(attempt, "permutation", 0))
+            variants = [question.permuted(rng.sample(range(4), 4)) for _ in range(config.mc_samples)]
+        else:
+            variants = [question] * config.samples
+        right = await _gather(self._no_context_score(attempt, variant, i) for i, variant in enumerate(variants))
+        attempt.counts["no_context_answers"] += len(right)
+        attempt.counts["no_context_right"] += sum(right)
+        return sum(right) > (config.mc_threshold * len(right) if attempt.task == "doc_mc" else 0.1)
+
+    async def _no_context_score(self, attempt: Attempt, question: Question, index: int) -> int:
+        limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
+        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
+        (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
+        prediction = parse_answer(attempt.task, reply.text, reply.truncated)
+        return rule_score(attempt.task, prediction, question.reference)
+
+    # The responder
+
+    async def _answers(self, attempt: Attempt, question: Question) -> Outcome:
+        """The answers to a question, each with its judgments; how the attempt ends."""
+        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, attempt.cluster.documents))
+        if not self._fits(prompt):
+            return Outcome.RESPONDER_PROMPT_TOO_LONG
+        attempt.stage = "answers"
+        # One request per answer, so that each is judged as soon as it ends.
+        attempt.answers = await _gather(
+            self._answer(attempt, question, prompt, i) for i in range(self._config.group_size)
+        )
+        mean = attempt.mean_reward
+        if attempt.question and admissible(mean, self._config.questioner):
+            attempt.entry = Entry(tuple(attempt.context), question.text, question.reference)
+        if mixed([answer.reward for answer in attempt.answers]):
+            return Outcome.MIXED
+        for answer in attempt.answers:
+            answer.routing = None  # nobody trains on them, and routings are large
+        return Outcome.ALL_1 if mean > 0.5 else Outcome.ALL_0
+
+    async def _answer(self, attempt: Attempt, question: Question, prompt: Prompt, index: int) -> Sample:
+        """One answer over all documents, and its judgments."""
+        # All answers share the prompt, so its routing is needed only once.
+        (reply,) = await self._client.generate(
+            attempt,
+            "responder",
+            prompt,
+            self._sampling.max_response_tokens,
+            index=index,
+            prompt_routing=index == 0,
+        )
+        everything = range(len(attempt.cluster.documents))
+        answer = self._client.sample(attempt, "responder", "", prompt, reply, everything)
+        answer.reference = question.reference
+        answer.prediction = prediction = parse_answer(attempt.task, reply.text, reply.truncated)
+        answer.rule_score = rule = rule_score(attempt.task, prediction, question.reference)
+        verdict = None
+        if self._config.verifier.enabled and prediction is not None:
+            verdict = await self._judge(attempt, question, prediction, rule, index)
+        answer.verdict = verdict
+        answer.reward = responder_reward(rule, verdict)
+        return answer
+
+    # The verifier
+
+    async def _judge(self, attempt: Attempt, question: Question, prediction: str, rule: int, index: int) -> int | None:
+        """Judge one answer several times; returns the majority (None when too few judgments are valid)."""
+        prompt = self._client.prompt(self._prompts.verifier(question.text, prediction, question.reference))
+        if not self._fits(prompt):
+            attempt.counts["verifier_prompt_too_long"] += 1
+            return None
+        limit = self._sampling.max_verdict_tokens or self._sampling.max_response_tokens
+        replies = await self._client.generate(attempt, "verifier", prompt, limit, index=index, n=self._config.votes)
+        votes = [parse_verdict(reply.text, reply.truncated) for reply in replies]
+        verdict = majority(votes)
+        rows = []
+        for reply, vote, reward in zip(replies, votes, judgment_rewards(votes, verdict), strict=True):
+            row = self._client.sample(attempt, "verifier", f"/{index}", prompt, reply)
+            row.reward, row.verdict, row.rule_score = reward, vote, rule
+            row.reference, row.prediction = question.reference, prediction
+            rows.append(row)
+        attempt.judgments.append(rows)
+        attempt.counts.update(vote_counts(votes, verdict, rule))
+        if trainable(votes, verdict, rule, self._config.verifier):
+            attempt.trainable_judgments.append(rows)
+        return verdict
+
+
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines together; when one fails, cancel the others and raise its error as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as failed:
+        user_errors = [error for error in failed.exceptions if isinstance(error, UserError)]
+        raise (user_errors or failed.exceptions)[0] from None
+    return [task.result() for task in tasks]
