@@ -1,4 +1,7 @@
-"""The settings of a run, with their defaults and their meaning: what a YAML file may hold."""
+"""The settings of a run: what its YAML file may hold, with defaults and meaning.
+
+The text under each setting is its help (`spell train --help`). Checks between settings are in `config.relations`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Task = Literal["docmath_qa", "doc_general_qa", "doc_mc"]
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are errors; attribute docstrings are the help."""
+    """A group of settings. Unknown keys are errors. The docstring of an attribute is its help text."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -35,104 +38,120 @@ def subsection(schema: type[Section], name: object) -> type[Section] | None:
 
 
 class RunConfig(Section):
+    """The run as a whole."""
+
     name: str = "spell"
-    """Name of the run; its folder is `output_dir/name`."""
+    """Name of the run. Its folder is `output_dir/name`."""
     output_dir: Path = Path("runs")
     """Folder that holds the folders of all runs."""
     seed: int = 0
-    """Seed from which every random choice of the run is derived."""
+    """Every random choice of the run follows from this seed."""
     steps: int = Field(70, ge=0)
-    """Number of updates (the paper's runs stop at about 70)."""
+    """Number of updates. The paper's runs stop at about 70."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the trainer runs; `auto` takes CUDA when there is a GPU."""
+    """Where the trainer runs. `auto` chooses CUDA if there is a GPU."""
 
 
 class ModelConfig(Section):
+    """The policy."""
+
     path: Path
-    """Folder of the policy as a Hugging Face checkpoint (config.json, safetensors, tokenizer)."""
+    """Folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of trainer and engines. Use float32 on CPUs: bfloat16 is slow there."""
+    """Type of the weights in trainer and engines. Use float32 on CPUs, where bfloat16 is slow."""
 
 
 class DataConfig(Section):
+    """The documents that questions are asked about."""
+
     documents: Path
-    """Parquet (or .jsonl) file of document clusters, as `spell prepare` writes it."""
+    """Parquet (or .jsonl) file of document clusters. `spell prepare` writes it."""
     sources: dict[str, list[Task]] = {}
-    """Tasks of each value of the `source` column. Sources not named here serve every task of
-    `selfplay.tasks`. A source of several tasks is cut into as many near-equal parts, so that a
-    cluster belongs to one task for the whole run."""
+    """Tasks of each value of the `source` column. A source not named here serves all tasks of `selfplay.tasks`. The
+    clusters of a source are divided evenly among its tasks: a cluster keeps its task for the whole run."""
 
 
 class QuestionerConfig(Section):
+    """The role that asks questions about documents."""
+
     enabled: bool = True
-    """Off: the questions are those of the documents file, whose rows then have task, question and answer too (RLVR, the
-    paper's baseline). There is neither a grounding filter nor a history then."""
+    """Ask questions. If false, the questions come from the documents file, whose rows then also have task, question
+    and answer (RLVR, the paper's baseline). The grounding filter and the history are then off."""
     new_documents: int = Field(5, ge=1)
-    """m: new documents shown to the questioner per attempt."""
+    """m: number of new documents that the questioner sees per attempt."""
     history: int = Field(3, ge=0)
-    """L: solved questions remembered per (task, cluster); 0 switches the memory off."""
+    """L: number of solved questions remembered per task and cluster. 0 turns the history off."""
     history_low: float = 0.0
     """A question enters the history only if its mean responder reward is above this."""
     history_high: float = 1.0
-    """... and below this: the paper's 0 < mean < 1. The released code also admits 1: set 1.01 for that."""
+    """A question enters the history only if its mean responder reward is below this. The paper asks for 0 < mean < 1. The
+    released code also admits 1; set 1.01 to do the same."""
     max_reference_tokens: int = Field(40, ge=1)
-    """General-QA references longer than this many tokens are dropped."""
+    """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
     reward: Literal["gaussian", "azr", "r_zero"] = "gaussian"
-    """Map from mean responder reward to questioner reward."""
+    """How the questioner's reward follows from the mean responder reward."""
     mu: float = 0.5
-    """Centre of the Gaussian reward."""
+    """Mean responder reward at which the Gaussian reward is highest."""
     sigma: float = Field(1 / 6, gt=0)
-    """Width of the Gaussian reward."""
+    """Standard deviation of the Gaussian reward."""
     bad_format_reward: float = -1.0
     """Reward of a question that does not parse."""
     ungrounded_reward: float = -0.5
-    """Reward of a question that is answered right without its documents."""
+    """Reward of a question that the policy answers correctly without its documents."""
     advantage_group: Literal["task", "batch"] = "task"
-    """Rows over which questioner rewards are normalised."""
+    """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
 
 
 class GroundingConfig(Section):
+    """The filter of questions that need no documents."""
+
     enabled: bool = True
-    """Drop questions that the policy answers right without documents."""
+    """Drop questions that the policy answers correctly without documents."""
     samples: int = Field(1, ge=1)
-    """No-context answers per question."""
+    """Number of answers without documents per question."""
     mc_samples: int = Field(4, ge=1)
-    """No-context answers per multiple-choice question, each with its options in another order."""
+    """Number of answers without documents per multiple-choice question. Each sees the options in another order."""
     mc_threshold: float = Field(0.5, gt=0, le=1)
-    """A multiple-choice question is ungrounded if more than this share of them is right."""
+    """A multiple-choice question is dropped if more than this share of these answers is correct."""
 
 
 class VerifierConfig(Section):
+    """The role that judges answers."""
+
     enabled: bool = True
-    """Judge answers by the policy itself; off: rule rewards only."""
+    """Let the policy judge answers. If false, rewards come from the rule check alone."""
     votes: int | None = Field(None, ge=1)
-    """Judgments per answer; default: selfplay.group_size. 1 is the paper's ablation without a vote: the verifier then
-    learns to agree with the rule check."""
+    """Number of judgments per answer. null: selfplay.group_size. With 1, the paper's ablation without a vote, the
+    verifier learns to agree with the rule check."""
     agreement_low: float = 0.51
-    """Verifier groups are trained on if the share of valid votes for the majority is at least this"""
+    """Judgments of an answer are trained on if at least this share of the valid ones agrees with the majority."""
     agreement_high: float = 0.99
-    """... and at most this (a single judgment always agrees with itself, so that this is not asked of it)"""
+    """Judgments of an answer are trained on if at most this share of the valid ones agrees with the majority. A single
+    judgment always agrees with itself, so this limit does not apply to it."""
     require_rule_agreement: bool = True
-    """... and if the majority equals the rule score."""
+    """Judgments of an answer are trained on only if the majority agrees with the rule check."""
     share: float = Field(0.125, ge=0)
-    """Verifier rows per responder row in the update batch."""
+    """Number of verifier rows per responder row in an update."""
 
 
 class SelfPlayConfig(Section):
+    """How a step asks, answers and judges questions."""
+
     tasks: dict[Task, float] = {"docmath_qa": 1.0, "doc_general_qa": 1.0, "doc_mc": 1.0}
-    """Share of each task among the clusters drawn."""
+    """Share of each task among the clusters that are drawn. Only the ratios count."""
     prompts: str = "full"
-    """Prompt set: the name of a folder in spell_megatron/selfplay/prompt_sets, or a path."""
+    """Prompt set: name of a folder in spell_megatron/selfplay/prompt_sets, or path of a folder."""
     groups: int = Field(128, ge=1)
-    """N: question groups with mixed outcomes per update."""
+    """N: number of mixed groups per update. A group is the answers to one question; it is mixed if some of them are
+    right and some wrong."""
     group_size: int = Field(8, ge=2)
-    """G: answers per question, and (unless verifier.votes says otherwise) judgments per answer."""
+    """G: number of answers per question, and of judgments per answer unless verifier.votes is set."""
     clusters_per_round: int = Field(480, ge=1)
-    """Clusters drawn at a time by the sampler; shares of the tasks hold within a round."""
+    """Number of clusters in a round. The shares of the tasks hold within each round."""
     max_rounds: int = Field(10, ge=1)
-    """After this many rounds without `groups` mixed groups, update with what there is."""
+    """Largest number of rounds in a step. After them the step updates with fewer than `groups` mixed groups."""
     negatives_per_positive: float = Field(1.0, ge=0)
-    """Questioner rows with a non-positive reward per row with a positive one."""
+    """Number of questioner rows with a reward of 0 or less per row with a positive reward."""
     questioner: QuestionerConfig = QuestionerConfig()
     grounding: GroundingConfig = GroundingConfig()
     verifier: VerifierConfig = VerifierConfig()
@@ -146,181 +165,203 @@ class SelfPlayConfig(Section):
 
 
 class SamplingConfig(Section):
+    """How the engines sample, and how long prompts and responses may be."""
+
     temperature: float = Field(0.7, gt=0, le=2)
-    """Sampling temperature of all roles; the trainer divides logits by it too."""
+    """Sampling temperature of all roles. The trainer divides its logits by it, too."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus sampling."""
+    """Nucleus sampling: only the most probable tokens with this total probability are sampled."""
     max_prompt_tokens: int = Field(18000, ge=1)
-    """Longer prompts are dropped (responder) or lose documents (questioner)."""
+    """Longest prompt, in tokens. A longer prompt of the responder is dropped; one of the questioner loses documents."""
     max_response_tokens: int = Field(4096, ge=1)
-    """Longest response of the questioner and the responder."""
+    """Longest response of the questioner and the responder, in tokens."""
     max_verdict_tokens: int | None = Field(None, ge=1)
-    """Longest response of the verifier; default: max_response_tokens."""
+    """Longest response of the verifier, in tokens. null: max_response_tokens."""
     max_no_context_tokens: int | None = Field(None, ge=1)
-    """Longest answer of the grounding check; default: max_response_tokens."""
+    """Longest answer without documents (selfplay.grounding), in tokens. null: max_response_tokens."""
 
 
 class RolloutConfig(Section):
+    """The engines: vLLM servers that generate."""
+
     urls: list[str] = []
-    """Addresses of running vLLM servers. Empty: the run starts `replicas` servers itself."""
+    """Addresses of running vLLM servers, such as http://host:8000. If empty, the run starts `replicas` servers."""
     replicas: int = Field(1, ge=1)
-    """Servers to start on this machine."""
+    """Number of servers that the run starts."""
     tensor_parallel: int = Field(1, ge=1)
-    """GPUs (or CPU ranks) per server."""
+    """Number of GPUs (on CPUs: processes) per server."""
     concurrency: int = Field(256, ge=1)
-    """Sequences generated at a time by each server (vLLM's --max-num-seqs)."""
+    """Number of sequences that a server generates at the same time (vLLM's --max-num-seqs)."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of GPU memory a server may use."""
+    """Share of a GPU's memory that a server may use."""
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache of a CPU server in GiB."""
+    """KV cache of a server on CPUs, in GiB."""
     threads: int = Field(1, ge=1)
-    """Threads of a CPU server."""
+    """Number of threads of a server on CPUs."""
     base_port: int | None = Field(None, ge=1, le=65535)
-    """Port of the first server; default: free ports."""
+    """Port of the first server; the others follow it. null: the run chooses free ports."""
     start_timeout: float = Field(600.0, gt=0)
-    """Seconds a server may take to become healthy."""
+    """Longest time that a server may take to start, in seconds."""
     request_timeout: float = Field(3600.0, gt=0)
-    """Seconds a request may take."""
+    """Longest time that a request may take, in seconds."""
     hang_timeout: float = Field(300.0, gt=0)
-    """Seconds after which an engine that has requests is asked whether it is alive, and that its answer may take. One
-    that does not answer is started again."""
+    """Time in seconds after which the run asks an engine that has requests whether it is alive, and in which the engine
+    must answer. An engine that does not answer is restarted."""
     verify_weights: bool = False
-    """Compare a checksum of every tensor on both sides of each push; pushes take longer by it."""
+    """After each push of weights, compare a checksum of every tensor on both sides. Pushes then take longer."""
     api_key_env: str = "SPELL_API_KEY"
-    """Environment variable that holds the servers' key; unset: a random key per run."""
+    """Environment variable that holds the servers' API key. If it is not set, each run makes a random key."""
     extra_args: list[str] = []
-    """More arguments for `vllm serve`, appended as they are."""
+    """Further arguments of `vllm serve`, appended unchanged."""
     sampling: SamplingConfig = SamplingConfig()
 
 
 class ParallelConfig(Section):
+    """The layout: how the trainer's processes share the model and the tokens."""
+
     processes: int = Field(1, ge=1)
-    """Trainer processes (GPUs). They are started on this machine unless torchrun or srun has started them."""
+    """Number of trainer processes, each with its own GPU. The run starts them on this machine unless torchrun or srun
+    has started them."""
     tensor: int = Field(1, ge=1)
-    """Tensor-parallel size: processes that share each layer's matrices."""
+    """Tensor-parallel size: number of processes that share each layer's matrices."""
     pipeline: int = Field(1, ge=1)
-    """Pipeline-parallel size: processes that share the layers."""
+    """Pipeline-parallel size: number of processes that share the layers."""
     context: int = Field(1, ge=1)
-    """Context-parallel size: processes that share the tokens of a row."""
+    """Context-parallel size: number of processes that share the tokens of a row."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel size: processes that share the experts of a mixture-of-experts model."""
+    """Expert-parallel size: number of processes that share the experts of a mixture-of-experts model."""
     expert_tensor: int = Field(1, ge=1)
-    """Tensor-parallel size inside each expert."""
+    """Tensor-parallel size within an expert: number of processes that share its matrices."""
 
     @property
     def dense_ranks(self) -> int:
-        """Processes that hold one copy of the dense layers."""
+        """Number of processes that hold one copy of the dense layers."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def expert_ranks(self) -> int:
-        """Processes that hold one copy of the experts."""
+        """Number of processes that hold one copy of the experts."""
         return self.expert * self.expert_tensor * self.pipeline
 
     @property
     def fewest_processes(self) -> int:
-        """Processes of the smallest run with whole copies of all layers, without context parallelism."""
+        """Number of processes of the smallest run with whole copies of all layers, without context parallelism."""
         return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_tensor)
 
     def divides(self, processes: int) -> bool:
-        """Whether so many processes hold whole copies of all layers."""
+        """Whether this number of processes holds whole copies of all layers."""
         return processes % self.dense_ranks == 0 and processes % self.expert_ranks == 0
 
 
 class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: float = Field(2e-6, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
-    """Updates over which the rate rises linearly from zero."""
+    """Number of updates over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the rate after warm-up."""
+    """How the learning rate falls after the warm-up."""
     min_lr: float = Field(0.0, ge=0)
-    """Rate at the last update when it decays."""
+    """Learning rate at the last update if it decays."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's first and second moments."""
+    """Decay rates of the first and second moments."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's term against division by zero."""
+    """Term that AdamW adds to the denominator."""
     clip_grad: float = Field(1.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it. 0 turns clipping off."""
     distributed: bool = True
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard the optimizer's state over the data-parallel ranks."""
 
 
 class TrainingConfig(Section):
+    """The update: loss, memory, layout and optimizer."""
+
     tokens_per_microbatch: int = Field(32768, ge=1)
-    """Most tokens of one packed tree row (shared prefixes count once)."""
+    """Largest number of tokens in a microbatch, which is one row of packed prefix trees. A shared prefix counts once."""
     logprob_chunk: int = Field(512, ge=1)
-    """Response positions projected to the vocabulary at a time: 4 bytes for each and each token of the vocabulary."""
+    """Number of response positions whose logits are computed at the same time. They take 4 bytes per position and token
+    of the vocabulary."""
     role_weights: dict[Literal["questioner", "responder", "verifier"], float] = {}
-    """Factor on a role's rows in the loss; roles not named have 1. With 0 its rows are left out of the update."""
+    """Weight of a role's rows in the loss. Roles not named have 1. Rows of a role with 0 are left out of the update."""
     clip_low: float = Field(0.2, ge=0)
-    """PPO clip below 1 (inactive on-policy; its rate is logged)."""
+    """PPO clips the ratio of probabilities at 1 - clip_low. On-policy the ratio is 1."""
     clip_high: float = Field(0.2, ge=0)
-    """PPO clip above 1."""
+    """PPO clips the ratio of probabilities at 1 + clip_high."""
     clip_dual: float = Field(3.0, gt=1)
-    """Dual clip for negative advantages."""
+    """Dual-clip PPO: largest ratio of probabilities that counts with a negative advantage."""
     importance_sampling: Literal["none", "token", "sequence"] = "none"
-    """Weigh each token's loss by trainer over engine probability, of the token or of its whole response, to correct
-    for engines that compute differently from the trainer."""
+    """Weight each token's loss by the ratio of the trainer's probability to the engine's: the ratio of the token, or of
+    its whole response. This corrects for engines that compute differently from the trainer."""
     importance_cap: float = Field(2.0, gt=0)
-    """Largest importance weight."""
+    """Largest weight of importance_sampling. Larger ones are lowered to it."""
     routing_replay: bool = True
-    """Mixture-of-experts models: send each token to the experts that the engine sent it to. Off by itself where the
-    engines do not tell (vLLM on CPUs)."""
+    """Mixture-of-experts models: send each token to the experts to which the engine sent it. Turned off automatically
+    when the engines do not report their routing (vLLM on CPUs)."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass."""
+    """Which activations are computed again in the backward pass to save memory. selective: those of the feed-forward
+    layers; full: all but the inputs of the layers."""
     offload: bool = False
-    """Keep the layers' inputs, which `recompute: full` needs for the backward pass, in host memory."""
+    """Keep the inputs of the layers in host memory until the backward pass needs them. Needs `recompute: full`."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts on other processes: all-to-all sends each to those that need it; all-gather
-    sends all to all, pads rows to one length and excludes pipelines. Neither drops a token."""
+    """How tokens reach experts on other processes. alltoall sends each token to the processes that need it. allgather
+    sends all tokens to all processes, pads rows to one length and does not work with pipelines. Neither drops
+    tokens."""
     moe_aux_loss: float = Field(0.0, ge=0)
-    """Coefficient of the load-balancing loss of mixture-of-experts models, summed over layers. It is computed in
-    each microbatch, so that its gradient, unlike the policy's, depends on how the batch is cut."""
+    """Mixture-of-experts models: coefficient of the load-balancing loss, which is summed over layers. The loss is
+    computed per microbatch, so its gradient depends on how the batch is divided. The policy's gradient does not."""
     threads: int = Field(1, ge=1)
-    """Threads of each trainer process on a CPU."""
+    """Number of threads of each trainer process on CPUs."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are saved, and how many are kept."""
+
     every: int = Field(10, ge=1)
-    """Updates between checkpoints; one is always written at the end."""
+    """Number of updates between checkpoints. The run always saves one at its end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept beside the best one; older ones are deleted after a newer one is complete."""
+    """Number of checkpoints that are kept besides the best one. Older ones are deleted once a newer one is complete."""
     asynchronous: bool = False
-    """Write weights and optimizer in another process while the run goes on. On a CPU that can take as much memory
-    again as they do."""
+    """Write weights and optimizer state in another process while the run goes on. On CPUs this can need as much
+    additional memory as they take."""
 
 
 class ValidationConfig(Section):
+    """Accuracy on held-out questions during the run."""
+
     questions: Path | None = None
-    """JSONL of held-out questions (task, question, answer, documents); none: no validation."""
+    """JSONL file of held-out questions: task, question, answer, documents. null: no validation."""
     every: int = Field(0, ge=0)
-    """Updates between validations; 0: only before the first and after the last update. Each has a checkpoint, and the
-    one with the highest pass@1 is kept (checkpoints/best.json names it)."""
+    """Number of updates between validations. 0: only before the first and after the last update. Each validation after
+    an update comes with a checkpoint. The one with the highest pass@1 is kept; checkpoints/best.json names it."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first questions of the file."""
+    """Number of questions used, from the start of the file. null: all."""
     samples: int = Field(4, ge=1)
-    """Answers per question; pass@1 and pass@samples are reported."""
+    """Number of answers per question. pass@1 and pass@samples are reported."""
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether the weights after update `step` of `steps` (0: the start) are to be validated."""
+        """Whether to validate the weights after update `step` of `steps`; step 0 is the start."""
         return self.questions is not None and (step in (0, steps) or (self.every > 0 and step % self.every == 0))
 
 
 class LoggingConfig(Section):
+    """What a run logs besides its metrics."""
+
     wandb: bool = False
-    """Also log to Weights & Biases (the wandb package must be installed)."""
+    """Also log to Weights & Biases. The wandb package must be installed."""
     wandb_project: str = "spell"
-    """Project of the run at Weights & Biases."""
+    """Project at Weights & Biases."""
     dump: Literal["none", "jsonl", "parquet"] = "jsonl"
-    """Format of the per-step rollout dumps."""
+    """Format of the files with the questions, answers and judgments of each step. none: no files."""
 
 
 class Config(Section):
+    """All settings of a run."""
+
     model: ModelConfig
     data: DataConfig
     run: RunConfig = RunConfig()
