@@ -84,8 +84,8 @@ class QuestionerConfig(Section):
     history_low: float = 0.0
     """A question enters the history only if its mean responder reward is above this."""
     history_high: float = 1.0
-    """A question enters the history only if its mean responder reward is below this. The paper asks for 0 < mean < 1. The
-    released code also admits 1; set 1.01 to do the same."""
+    """A question enters the history only if its mean responder reward is below this. The paper asks for 0 < mean < 1.
+    The released code also admits 1; set 1.01 to do the same."""
     max_reference_tokens: int = Field(40, ge=1)
     """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
     reward: Literal["gaussian", "azr", "r_zero"] = "gaussian"
@@ -280,7 +280,7 @@ class TrainingConfig(Section):
     """The update: loss, memory, layout and optimizer."""
 
     tokens_per_microbatch: int = Field(32768, ge=1)
-    """Largest number of tokens in a microbatch, which is one row of packed prefix trees. A shared prefix counts once."""
+    """Largest number of tokens in a microbatch, a row of packed prefix trees. A shared prefix counts once."""
     logprob_chunk: int = Field(512, ge=1)
     """Number of response positions whose logits are computed at the same time. They take 4 bytes per position and token
     of the vocabulary."""
