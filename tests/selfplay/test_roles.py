@@ -1,0 +1,173 @@
+"""A cluster's way from question to judgments, and the ways in which it ends early."""
+
+import numpy as np
+import pytest
+from scripted import TASKS, ScriptedPolicy, asked, make_selfplay, roll, rows_of, summary
+
+from spell_megatron.config.schema import SamplingConfig
+
+
+def test_samples_carry_their_routings(prompts):
+    """One answer of a group has that of the prompt too; answers that are not trained on have none."""
+    rollout = roll(make_selfplay(prompts), ScriptedPolicy())
+    assert len({s.role for s in rollout.batch}) == 3
+    for sample in rollout.batch:
+        assert len(sample.routing) + 1 in (len(sample.response_ids), len(sample.prompt_ids) + len(sample.response_ids))
+    groups = {}
+    for sample in rollout.samples:
+        groups.setdefault((sample.role, sample.group), []).append(sample)
+    for (role, _), samples in groups.items():
+        whole = [s.routing is not None and len(s.routing) >= len(s.prompt_ids) for s in samples]
+        if role != "responder":
+            assert all(whole)
+        elif len({s.reward for s in samples}) > 1:
+            assert whole == [True, False, False, False] and all(len(s.routing) for s in samples)
+        else:
+            assert all(s.routing is None for s in samples)
+
+
+def test_every_kind_of_outcome_is_counted_and_rewarded(prompts):
+    rollout = roll(make_selfplay(prompts, groups=20), ScriptedPolicy())
+    rates = {k.removeprefix("selfplay/rate/"): v for k, v in rollout.metrics.items() if k.startswith("selfplay/rate/")}
+    for name in ("mixed", "all_0", "all_1", "ungrounded", "bad_format", "truncated", "valid"):
+        assert rates[name] > 0, name
+    assert rates["zero_answer"] + rates["long_reference"] + rates["all_0"] > 0
+    outcomes = ("mixed", "all_0", "all_1", "ungrounded", "bad_format", "truncated", "zero_answer", "long_reference")
+    assert sum(rates[name] for name in outcomes) == pytest.approx(1)
+    for task in TASKS:
+        assert f"selfplay/{task}/rate/mixed" in rollout.metrics
+    rewards = {"bad_format": -1.0, "ungrounded": -0.5, "all_0": 0.0, "all_1": 0.0}
+    questions = [s for s in rollout.samples if s.role == "questioner"]
+    for outcome, reward in rewards.items():
+        assert {s.reward for s in questions if s.outcome == outcome} == {reward}
+    assert rollout.metrics["selfplay/rate/invalid_votes"] > 0
+
+
+@pytest.mark.parametrize("verifier", [False, True])
+def test_questions_of_the_file_instead_of_a_questioner(prompts, verifier):
+    tasks = ("doc_general_qa", "docmath_qa")
+
+    def rolled(policy):
+        selfplay = make_selfplay(
+            prompts,
+            kinds=("mixed", "right", "wrong"),
+            asked=lambda i: {"task": tasks[i // 3 % 2], "question": f"What is in {i}?", "answer": "42"},
+            verifier={"enabled": verifier},
+            tasks=dict.fromkeys(tasks, 1.0),
+            questioner={"enabled": False},
+        )
+        return roll(selfplay, policy)
+
+    policy = ScriptedPolicy(jitter=5)
+    rollout = rolled(policy)
+    assert not [prompt for _, prompt, *_ in policy.requests if prompt.startswith("questioner") or "|Empty|" in prompt]
+    for answer in (sample for sample in rollout.samples if sample.role == "responder"):
+        number = int(answer.cluster_id.split("-")[0])
+        assert answer.task == tasks[number // 3 % 2] and answer.reference == "42"
+        assert answer.prompt.endswith(f"What is in {number}?")
+    rows = [sample for sample in rollout.batch if sample.role == "responder"]
+    assert len(rows) == 40
+    assert verifier or all(row.cluster_id.endswith("mixed") for row in rows)
+    assert {sample.role for sample in rollout.batch} == ({"responder", "verifier"} if verifier else {"responder"})
+    for group in {row.group for row in rows}:
+        assert sum(row.advantage for row in rows if row.group == group) == pytest.approx(0, abs=1e-6)
+    assert rollout.metrics["history/clusters"] == 0
+    assert summary(rolled(ScriptedPolicy(jitter=9))) == summary(rollout)
+
+
+def test_without_the_grounding_check_known_questions_are_put_to_the_responder(prompts):
+    policy = ScriptedPolicy()
+    rollout = roll(make_selfplay(prompts, groups=20, grounding={"enabled": False}), policy)
+    assert not asked(policy, "grounding")
+    assert rollout.metrics["selfplay/rate/ungrounded"] == 0 and "selfplay/rate/no_context_right" not in rollout.metrics
+    known = [s for s in rollout.samples if s.cluster_id.endswith("-known")]
+    assert rows_of(known, "responder")
+    assert {s.outcome for s in rows_of(known, "questioner")} <= {
+        "all_0",
+        "all_1",
+        "mixed",
+    }
+
+
+def test_one_grounding_answer_for_multiple_choice(prompts):
+    def answers(**settings):
+        policy = ScriptedPolicy()
+        roll(make_selfplay(prompts, tasks={"doc_mc": 1.0}, kinds=("known",), max_rounds=1, **settings), policy)
+        return len(asked(policy, "grounding")) / len(asked(policy, "questioner"))
+
+    assert answers() == 4
+    assert answers(grounding={"mc_samples": 1}) == 1
+
+
+def test_without_a_verifier_the_rule_check_alone_rewards(prompts):
+    policy = ScriptedPolicy()
+    rollout = roll(make_selfplay(prompts, verifier={"enabled": False}), policy)
+    assert not asked(policy, "verifier")
+    assert all(s.reward == s.rule_score and s.verdict is None for s in rows_of(rollout.samples, "responder"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, lambda mean: np.exp(-((mean - 0.5) ** 2) / (2 / 36))),
+        ({"sigma": 0.25}, lambda mean: np.exp(-((mean - 0.5) ** 2) / (2 / 16))),
+        ({"reward": "azr"}, lambda mean: 1 - mean),
+        ({"reward": "r_zero"}, lambda mean: 1 - 2 * abs(mean - 0.5)),
+    ],
+)
+def test_rewards_of_questions(prompts, settings, value):
+    rollout = roll(make_selfplay(prompts, groups=30, questioner=settings), ScriptedPolicy())
+    answers = {}
+    for answer in rows_of(rollout.samples, "responder"):
+        answers.setdefault(answer.uid, []).append(answer.reward)
+    means = set()
+    for question in rows_of(rollout.samples, "questioner"):
+        mean = np.mean(answers.get(question.uid, [0]))
+        if question.outcome == "mixed":
+            assert question.reward == pytest.approx(value(mean))
+            means.add(mean)
+        elif question.outcome not in ("bad_format", "ungrounded"):  # no question without a penalty has less than 0
+            assert question.reward == 0
+    assert means == {0.25, 0.5, 0.75}
+
+
+def test_a_bad_sample_is_an_outcome_not_the_end(prompts, monkeypatch):
+    from spell_megatron.selfplay import roles
+
+    real = roles.rule_score
+
+    def fragile(task, prediction, reference):
+        if task == "doc_mc" and prediction == "A":
+            raise ZeroDivisionError("scorer broke")
+        return real(task, prediction, reference)
+
+    monkeypatch.setattr(roles, "rule_score", fragile)
+    rollout = roll(make_selfplay(prompts, groups=12), ScriptedPolicy())
+    assert rollout.metrics["selfplay/mixed_groups"] == 12
+
+
+def test_history_grows_the_context(prompts):
+    """5 documents, then 10, then 15: every solved question adds the new documents of its visit."""
+    selfplay = make_selfplay(prompts, n_clusters=3, kinds=("mixed",), groups=3, documents=20, max_rounds=1)
+    sizes = []
+    for step in (1, 2, 3, 4):
+        rollout = roll(selfplay, ScriptedPolicy(), step)
+        sizes.append(max(len(s.document_ids) for s in rollout.samples if s.role == "questioner"))
+    assert sizes[0] == 5 and sizes == sorted(sizes) and sizes[-1] > 10
+
+
+def test_too_long_questioner_prompt_loses_documents(prompts):
+    sampling = SamplingConfig(max_prompt_tokens=120)
+    selfplay = make_selfplay(prompts, kinds=("format",), groups=1, max_rounds=1, sampling=sampling)
+    selfplay.tokenizer.count = lambda text: len(text.encode())
+    rollout = roll(selfplay, ScriptedPolicy())
+    questions = [s for s in rollout.samples if s.role == "questioner"]
+    assert questions and all(len(s.prompt_ids) <= 120 and 1 <= len(s.document_ids) < 5 for s in questions)
+    assert rollout.metrics["selfplay/count/context_documents_cut"] > 0
+
+
+def test_too_long_responder_prompt_is_dropped(prompts):
+    sampling = SamplingConfig(max_prompt_tokens=150)
+    selfplay = make_selfplay(prompts, kinds=("mixed",), groups=1, max_rounds=1, sampling=sampling)
+    rollout = roll(selfplay, ScriptedPolicy())
+    assert rollout.metrics["selfplay/rate/responder_prompt_too_long"] == 1
