@@ -20,6 +20,7 @@ from spell_megatron.cli import main
 from spell_megatron.errors import UserError
 from spell_megatron.report.panels import sections, table
 from spell_megatron.report.report import read_questions, read_run, write_report
+from spell_megatron.selfplay.outcomes import Outcome
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- ]]> {{data}} & \u2028 \\ud800 \"'"
 STEPS = 7
@@ -162,10 +163,21 @@ def test_outcomes_are_those_that_the_run_counted(tmp_path):
     for step in range(1, 21):
         questions = read_questions(run / "rollouts" / f"step_{step:06d}.jsonl", 1000, 100, 0, [])
         counted = Counter(q["outcome"] for q in questions)
-        for outcome in ("mixed", "all_0", "all_1", "bad_format", "ungrounded"):
+        for outcome in Outcome:
             assert counted[outcome] / len(questions) == pytest.approx(
                 metrics[f"selfplay/rate/{outcome}"][step], rel=1e-4
             )
+
+
+def test_files_from_before_rows_had_an_outcome_are_read(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    file = run / "rollouts" / "step_000001.jsonl"
+    told = [q["outcome"] for q in read_questions(file, 1000, 100, 0, [])]
+    file.write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "outcome"}) + "\n" for row in rollouts(run, 1))
+    )
+    guessed = [q["outcome"] for q in read_questions(file, 1000, 100, 0, [])]
+    assert guessed == ["dropped" if Outcome(outcome).dropped else outcome for outcome in told]
 
 
 def test_the_sample_of_transcripts_is_spread_over_steps_and_outcomes(tmp_path):
