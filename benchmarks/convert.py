@@ -1,12 +1,12 @@
-"""Seconds and peak memory of `spell convert` against `cp` of the same files.
+"""Seconds and peak memory of `spell convert`, compared with `cp` of the same files.
 
     python benchmarks/convert.py [--gigabytes 2.2] [--tp 2 --pp 2 --ep 2]
 
-Makes a random Qwen3 mixture of experts in bfloat16 (128 experts a layer, as many layers as the size needs), copies
-it with `cp`, converts it to a Megatron distributed checkpoint cut for the layout, and back. Each is a process of its
-own; its seconds include starting Python and importing torch and Megatron, and end when the data is on the disk
-(`sync`). Memory is the largest resident set, pages of read files included; "limit" is twice the largest tensor plus
-1 GB. The last line is one JSON object.
+Makes a random Qwen3 mixture of experts in bfloat16 (128 experts a layer, as many layers as the size needs), copies it
+with `cp`, converts it to a Megatron distributed checkpoint cut for the layout, and converts it back. Each runs as its
+own process. The seconds include starting Python and importing torch and Megatron, and end when the data is on the disk
+(`sync`). Memory is the largest resident set, including pages of files that were read. "limit" is twice the largest
+tensor plus 1 GB. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""Memory that `spell plan` predicts against memory that updates of small models really take.
+"""Is `spell plan` right about memory? Compares its prediction with updates of small models on this machine.
 
     python benchmarks/planner_memory.py [--quick]
 
-Each case is a random model trained for two updates on CPU processes (gloo) in a layout of its own. Held against the
-prediction are, on the fullest rank: the bytes of parameters, gradient buffers and optimizer state (must be equal),
-and the peak of what an update allocates beside them, as torch's profiler sees it (activations and vocabulary head;
-the prediction uses the CPU's RMSNorm, which keeps more than the GPU's). Rows are one tree of a prompt with two
-responses. The prediction assumes balanced routing: printed beside are the copies of tokens on the busiest rank over
-their mean, in the layer where that is greatest. Gloo frees some of its buffers late, so that measurements on two
-processes differ by up to a fifth from run to run. The last line is one JSON object.
+Each case trains a random model for two updates on CPU processes (gloo), in its own layout. Two figures are compared
+with the prediction, on the fullest rank:
+
+* the bytes of parameters, gradient buffers and optimizer state, which must be equal;
+* the peak of what an update allocates beside them (activations and vocabulary head), as torch's profiler sees it. The
+  prediction uses the CPU's RMSNorm here, which keeps more than the GPU's.
+
+Rows are one tree of a prompt with two responses. The prediction assumes balanced routing. The busiest rank's copies of
+tokens over the ranks' mean are printed too, for the layer where this is greatest. Gloo frees some of its buffers late,
+so measurements on two processes differ by up to a fifth from run to run. The last line is one JSON object.
 """
 
 from __future__ import annotations

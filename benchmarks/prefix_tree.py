@@ -1,28 +1,28 @@
-"""Updates on prefix trees against updates of the same rows unshared: time, memory, growth; and what trees cost.
+"""How much do prefix trees save? Compares updates on trees with updates of the same rows unshared.
 
     python benchmarks/prefix_tree.py [--quick] [--threads N] [--only PART ...] [--plot FILE.svg]
 
     ratios    groups of G responses of R tokens to a prompt of P, at several P:R and G, on a dense and a
-              mixture-of-experts model (4 layers, hidden size 384, vocabulary 8,192, float32). Four ways go through the
-              same trainer, optimizer step included:
+              mixture-of-experts model (4 layers, hidden size 384, vocabulary 8,192, float32). Four ways use the same
+              trainer, optimizer step included:
                   tree               the project's update: the prompt once
                   response logits    every sequence by itself; logits of response positions only
                   all logits         the same with logits of all positions, as released trainers compute them
-                  SPELL reference    all logits, after a pass for old log-probabilities and one of a reference model
+                  SPELL reference    all logits, after one pass for old log-probabilities and one for a reference model
               They must give the same gradient: its relative error is checked.
     growth    seconds and peak memory of `tree` and `response logits` as G and P grow (2 layers, hidden size 128)
-    long      an update on a tree of 102,400 tokens (a prompt of 98,304 with 8 responses), and the same again with
-              recomputed activations and other chunks of logits, which must give the same gradient
-    head      peak memory of the vocabulary head against `planner.memory.head_bytes`, also at 152K tokens of vocabulary
-              and 100K tokens of a row, hidden size 2,048, bfloat16
+    long      an update on a tree of 102,400 tokens (a prompt of 98,304 with 8 responses), and the same with recomputed
+              activations and other chunks of logits, which must give the same gradient
+    head      peak memory of the vocabulary head, compared with `planner.memory.head_bytes`, also for a vocabulary of
+              152K tokens and a row of 100K tokens, hidden size 2,048, bfloat16
     plan      1,400 rows of 16K tokens packed and spread over 8 ranks, on one core
 
-Seconds are of CPU time, the minimum over rounds in which the ways take turns: on a shared machine wall time also
-measures the neighbours (it is printed beside). The FLOP ratio is what the arithmetic alone gives, after
-`training_cost`. Memory is what an update allocates at its peak beside weights, gradients and optimizer state. The
-unshared ways compute one sequence at a time, which takes the least memory. --quick: less of everything (under two
-minutes on a quiet machine). --plot draws `growth` (needs matplotlib: `pip install -e ".[bench]"`). The last line is
-one JSON object.
+Seconds are CPU time, because on a shared machine wall time also measures other programs (it is printed too). They are
+the minimum over rounds in which the ways take turns. The FLOP ratio is what the arithmetic alone gives
+(`training_cost`). Memory is what an update allocates at its peak, beside weights, gradients and optimizer state. The
+unshared ways compute one sequence at a time, which takes the least memory. --quick does less of everything (under two
+minutes on a quiet machine). --plot draws `growth` (needs matplotlib: `pip install -e ".[bench]"`). The last line is one
+JSON object.
 """
 
 from __future__ import annotations

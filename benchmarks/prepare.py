@@ -3,23 +3,24 @@
     python benchmarks/prepare.py [--documents 100000] [--quick] [--sample 5000]
 
 Makes documents of 100 to 900 words (Zipf's law, about 50 for each topic, sentences and paragraphs) as a .jsonl file,
-and an evaluation set. Of the documents
+and an evaluation set:
 
-* 5 % repeat an earlier one exactly, 10 % nearly: single words changed, inserted and dropped, 0.5 to 8 % of them. The
-  Jaccard similarity of the five-word sequences is computed exactly for each; one of 0.8 or more is a near-duplicate.
+* 5 % of the documents repeat an earlier one exactly.
+* 10 % repeat an earlier one nearly: 0.5 to 8 % of the words are changed, inserted or dropped. The Jaccard similarity of
+  the five-word sequences is computed exactly for each. A similarity of 0.8 or more makes a near-duplicate.
 * 1 % contain 20 to 40 words in sequence from a context of the evaluation set.
 
-`spell prepare` runs as a process of its own with default options and --decontaminate; its seconds include starting
-Python. In the same run, on the same machine and texts:
+`spell prepare` runs as its own process with default options and --decontaminate. Its seconds include starting Python.
+In the same run, on the same machine and texts:
 
-* scikit-learn's HashingVectorizer over all texts, one process, which does nothing but count words: the limit for
-  anything that looks at every word of a text in one process;
-* datasketch's MinHash and MinHashLSH (128 permutations, 0.8) on a sample, against our signatures and near-duplicates
-  on the same sample (needs the extra `bench`).
+* scikit-learn's HashingVectorizer over all texts, in one process. It only counts words: nothing that looks at every
+  word of a text in one process can be faster.
+* datasketch's MinHash and MinHashLSH (128 permutations, 0.8) on a sample, compared with our signatures and
+  near-duplicates on the same sample (needs the extra `bench`).
 
-Recall and precision are over near-duplicates: a removal is right if an earlier document has a Jaccard similarity of
-0.8 or more with it. Purity: share of documents whose topic is that of most of their cluster. The last line is one
-JSON object.
+Recall and precision are over near-duplicates: a removal is right if the document has a Jaccard similarity of 0.8 or
+more with an earlier document. Purity is the share of documents whose topic is their cluster's most frequent topic. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

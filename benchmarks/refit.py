@@ -1,22 +1,22 @@
-"""Seconds of a weight push against a plain copy of the same bytes over the same path, in one run on this machine.
+"""How long does a weight push take? Compared with a plain copy of the same bytes over the same path.
 
     python benchmarks/refit.py [--quick] [--gigabytes 1.0] [--repeats 7] [--tensor-parallel N]
 
-A random model in float32, dense and as a mixture of experts (Qwen3, head size 128), lives in a Megatron trainer in
-this process, and a real vLLM engine that serves the same architecture takes its weights again and again:
+A random float32 model, dense and as a mixture of experts (Qwen3, head size 128), is in a Megatron trainer in this
+process. A real vLLM engine with the same architecture takes its weights again and again:
 
     push    what `spell train` does after an update: pause, export, send in buckets, load layer by layer, reset the
             prefix cache, resume
     copy    the same bytes in as many buckets through a gloo group of the same kind (loopback TCP), from memory that
-            is already laid out for it into memory that is already there, in as many processes as the engine has
+            is already laid out for it into memory that already exists, in as many processes as the engine has
             workers: nothing is packed, unpacked or allocated
     memcpy  one copy of the same bytes in this process's memory, for scale
-    pack    what no push to a CPU can do without: vLLM's own functions pack the same matrices for its kernels, from
-            memory that is already laid out for them, alone in a process (after the rounds; GPUs have no such step)
+    pack    what every push to a CPU needs: vLLM's own functions pack the same matrices for its kernels, from memory
+            that is already laid out for them, alone in a process (after the rounds; GPUs have no such step)
 
-The first three take turns; ratios are medians of those of each round. Beside a push are shown: export alone, a push
-with checksums, and the CPU seconds of both sides, which depend less on what else the machine does. The first push is
-checked by checksums; the engine started with other weights. The last line is one JSON object.
+The first three take turns. Ratios are medians over the rounds' ratios. A push is shown with three more figures: export
+alone, a push with checksums, and the CPU seconds of both sides, which depend less on other programs. The first push is
+checked by checksums; the engine starts with other weights. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,22 +1,21 @@
-"""Tokens per second of the streaming roles against the same engine with all prompts known.
+"""What do the streaming roles cost? Tokens per second, compared with the same engine that gets all prompts at once.
 
     python benchmarks/rollout_pipeline.py [--quick] [SETTING=VALUE ...]
 
-One engine with the quick start's policy, documents and settings rolls out 4 steps of self-play with 96
-groups each (--quick: 2 steps with 32); the first warms up and is not counted. Settings of the quick start
-can be overridden. Every request that a step completed is recorded, those of surplus clusters included, and
-the same requests (prompts, seeds, limits) are sent again to the same engine:
+One engine with the quick start's policy, documents and settings rolls out 4 steps of self-play with 96 groups each
+(--quick: 2 steps with 32). The first step warms up and is not counted. Settings of the quick start can be overridden.
+Every request that a step completed is recorded, also requests of surplus clusters. The same requests (prompts, seeds,
+limits) are then sent again to the same engine:
 
     pipeline       the project's step: every cluster advances alone, surplus is cancelled
     all at once    no order at all: what the engine can do at best
     four barriers  all questions, then all no-context checks, all answers, all judgments
     used at once   as all at once, without the requests of surplus clusters: what an oracle would send
 
-They take turns, step by step, each from an empty prefix cache. Throughput counts the tokens of completed
-requests in wall time; what the pipeline computes for requests that it then cancels is its loss. Figures are
-medians over the steps, ratios those of each step's throughputs, except the ratio to "used at once", which
-is one of times. CPU seconds (client, server, engine) tell what is computed from what is waited for. The
-last line is one JSON object.
+They take turns, step by step, each from an empty prefix cache. Throughput is the tokens of completed requests over wall
+time. Tokens of requests that the pipeline cancels are its loss. Figures are medians over the steps, and ratios are
+medians of each step's ratio of throughputs. Only the ratio to "used at once" is a ratio of times. CPU seconds (client,
+server, engine) separate computing from waiting. The last line is one JSON object.
 """
 
 from __future__ import annotations

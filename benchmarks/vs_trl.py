@@ -2,21 +2,23 @@
 
     python benchmarks/vs_trl.py [--quick] [--threads N]
 
-Needs TRL: `pip install -e ".[bench]"`, best in an environment of its own.
+Needs TRL: `pip install -e ".[bench]"`, best in a separate environment.
 
 Both sides train the same checkpoint (Qwen3, 4 layers, hidden size 384, vocabulary 8,192, float32) on the same rows:
-groups of 8 recorded responses of 40 tokens to a prompt of 1,000 (25:1), with recorded rewards, by one AdamW step a
-batch. TRL gets the responses through its `rollout_func` and the rewards through a reward function; its loss is `dapo`
-(token mean over the batch) with beta 0, one iteration and no clipping of the gradient norm, which is our loss. TRL's
-settings are those that are fastest here: no gradient checkpointing, no pass for old log-probabilities (its
-configuration needs none with one gradient step a batch), --batch sequences at a time.
+groups of 8 recorded responses of 40 tokens to a prompt of 1,000 (25:1), with recorded rewards, one AdamW step a batch.
+TRL gets the responses through its `rollout_func` and the rewards through a reward function. Its loss is `dapo` (token
+mean over the batch) with beta 0, one iteration and no clipping of the gradient norm, which is our loss. TRL's other
+settings are the fastest here: no gradient checkpointing, no pass for old log-probabilities (its configuration needs
+none with one gradient step a batch), --batch sequences at a time.
 
-Counted is the update alone: on TRL's side everything from the start of its step to its end except `_prepare_inputs`
-(responses, rewards, advantages, and an old-log-probability pass if there were one); on ours `Trainer.update`. They
-take turns, each in its own process; seconds are the minimum over the steps, of CPU time (wall time beside it). The
-gradients of the first step are compared. On CPUs TRL projects every position of a sequence to the vocabulary, on GPUs
-(Triton) only those of responses; `TRL, responses projected` is the same run with that choice made here too, for the
-record: the goal is about TRL as it is. The last line is one JSON object.
+Only the update is counted. On TRL's side it is everything from the start of its step to its end except
+`_prepare_inputs` (responses, rewards, advantages, and an old-log-probability pass if there were one). On our side it is
+`Trainer.update`. They take turns, each in its own process. Seconds are the minimum over the steps, in CPU time (wall
+time is printed too). The gradients of the first step are compared.
+
+On CPUs TRL projects every position of a sequence to the vocabulary; on GPUs (Triton) it projects only response
+positions. `TRL, responses projected` is the same run with the GPU's choice made on the CPU, for the record. The goal is
+about TRL as it is. The last line is one JSON object.
 """
 
 from __future__ import annotations

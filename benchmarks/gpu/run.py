@@ -1,26 +1,26 @@
-"""What only a GPU can show, in one command of less than nine minutes on one GPU; `run.sh` beside it calls it.
+"""What only a GPU can show: one command of less than nine minutes on one GPU. `run.sh` beside it calls it.
 
     python benchmarks/gpu/run.py [--tiny] [--only PART ...] [--out FOLDER]
 
-Needs torch, megatron-core, transformers and pydantic; transformer-engine, apex and vLLM are used where they are
-installed.
+Needs torch, megatron-core, transformers and pydantic. Uses transformer-engine, apex and vLLM where they are installed.
 
-    attention   tree attention (FlexAttention): output and gradients against a dense float64 computation on a small
-                tree; then the time of a tree of one long prompt with 8 responses, forward and backward, against flash
-                attention over the 8 sequences that it stands for, and against the same tree cut into rectangles of
-                which each is a call of flash attention (how CPUs do it)
-    logprobs    the vocabulary head: log-probabilities, entropies and gradients against float64; memory at work for
-                8 x 4,096 positions and 151,936 tokens of vocabulary
-    experts     grouped experts against one expert after the other: output, gradients and time of a layer
-    parity      logits of a small Qwen3-MoE in Megatron against transformers, float32
+    attention   tree attention (FlexAttention): output and gradients compared with a dense float64 computation on a
+                small tree; then the time of a tree of one long prompt with 8 responses, forward and backward, compared
+                with flash attention over the 8 separate sequences, and with the same tree cut into rectangles, each
+                one call of flash attention (how CPUs do it)
+    logprobs    the vocabulary head: log-probabilities, entropies and gradients compared with float64; its peak memory
+                for 8 x 4,096 positions and 151,936 tokens of vocabulary
+    experts     grouped experts compared with one expert after the other: output, gradients and time of a layer
+    parity      logits of a small Qwen3-MoE in Megatron compared with transformers, float32
     update      one update of a slice of Qwen3-30B-A3B (4 layers) on prompts of 16K to 100K tokens with 8 responses:
-                time and peak memory of the tree and of the 8 sequences on their own, share of the GPU's FLOPs that is
-                used for the work really needed, and memory against `spell plan`
+                time and peak memory of the tree and of the 8 separate sequences, the share of the GPU's FLOPs that does
+                work that is really needed, and memory compared with `spell plan`
     transfer    where vLLM is installed: the weights of that slice sent to a vLLM engine on the same GPU (ipc) and, with
-                a second GPU, on that one (nccl), compared by checksums; time against a copy within the GPU's memory
+                a second GPU, to an engine there (nccl), compared by checksums; time compared with a copy within the
+                GPU's memory
 
---tiny takes sizes at which all of it also runs on a CPU, which proves the script and nothing else. A part that fails is
-reported and the others go on. --out writes gpu.json and gpu.txt, what was printed. The last line is one JSON object;
+--tiny takes sizes at which everything also runs on a CPU; this tests only the script. A part that fails is reported and
+the others go on. --out writes gpu.json and gpu.txt (everything that was printed). The last line is one JSON object;
 `holds` says whether all parts met their goals.
 """
 
@@ -260,7 +260,7 @@ def logprobs(tiny: bool) -> dict:
 
 
 def memory_peak() -> int:
-    """Bytes in use on the GPU; its record of the peak starts anew."""
+    """Bytes in use on the GPU; and starts a new record of the peak."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.reset_peak_memory_stats()
