@@ -62,7 +62,17 @@ setup(
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
         # what benchmarks compare with (vs_trl.py, prepare.py) and draw with (prefix_tree.py --plot)
         "bench": ["datasketch>=1.6", "matplotlib>=3.9", "trl>=1.16,<1.17"],
-        # selenium: pages of `spell report` in a browser, where there is one
-        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.7", "selenium>=4.30"],
+        "dev": [
+            # `make test`; selenium opens pages of `spell report` in a browser, where there is one
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.7",
+            "selenium>=4.30",
+            # `make check`: a newer minor version may find more, or format differently
+            "mypy>=2.4,<2.5",
+            "ruff>=0.17.6,<0.18",
+            "types-PyYAML>=6.0.12,<6.1",
+            "types-requests>=2.33,<2.34",
+        ],
     },
 )

@@ -1,3 +1,3 @@
 """SPELL self-play reinforcement learning on Megatron-Core and vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -3,6 +3,7 @@
 import hypothesis
 import pytest
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
+from tiers import markers_of
 
 # A busy machine must not make a test fail; `hypothesis` would time each example.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -11,10 +12,9 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """Tests that start engines are marked as such, so that the others can be run without vLLM."""
     for item in items:
-        if "engines_for" in item.fixturenames:
-            item.add_marker("engine")
+        for marker in markers_of(item):
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="module")
