@@ -3,22 +3,27 @@
 RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
 # Files stay together, because the tests of one share engines and runs; in order, because the longest come early then.
-PYTEST := -m pytest -q --disable-warnings --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
-TEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 
-# Without compiled files each of the many processes compiles vLLM, transformers and Megatron-Core anew, half a minute.
+# Without compiled files, each of the many processes would compile vLLM, transformers and Megatron-Core: half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help environment quickstart test test-slow environment-312 test-312 environment-slurm
+.PHONY: help quickstart check format test-fast test test-slow test-312 environment environment-312 environment-slurm
 
+# The times are those of two cores.
 help:
-	@echo "make quickstart   train a tiny policy by self-play on this machine; no GPU is needed"
-	@echo "make test         run the tests"
-	@echo "make test-slow    run the tests that take longer"
-	@echo "make test-312     run the trainer's tests on Python 3.12, with the Megatron-Core of that version, in .venv312"
+	@echo "make quickstart         train a tiny policy by self-play on this machine; no GPU is needed"
+	@echo
+	@echo "make check              format, lint, types and structure of the code (20 seconds)"
+	@echo "make format             format the code, and correct what the linter can correct"
+	@echo "make test-fast          the tests that start no processes, engines, browser or Slurm (2 minutes)"
+	@echo "make test               all tests but the slow ones (18 minutes)"
+	@echo "make test-slow          the slow tests (about an hour)"
+	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (6 minutes)"
+	@echo
+	@echo "make environment        only install what these commands need, into .venv"
 	@echo "make environment-slurm  install what \`spell launch\` needs to submit jobs to Slurm, into .venv-slurm"
-	@echo "make environment  only install what the others need, into .venv"
 
 environment:
 	@python3 tools/setup_environment.py
@@ -28,6 +33,20 @@ quickstart: environment
 	@name=quickstart; n=1; \
 	while [ -e "runs/$$name" ]; do n=$$((n + 1)); name="quickstart-$$n"; done; \
 	$(RUN) -m spell_megatron train --config examples/quickstart.yaml --run.name="$$name"
+
+# Everything that takes no more than a minute, before the tests.
+check: environment
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m ruff check
+	@$(RUN) -m mypy
+	@$(RUN) -m pytest -q tests/test_architecture.py
+
+format: environment
+	@$(RUN) -m ruff check --fix
+	@$(RUN) -m ruff format
+
+test-fast: environment
+	@$(TEST) -m "not slow and not gpu and not engine and not processes and not browser and not slurm"
 
 test: environment
 	@$(TEST) -m "not slow and not gpu"

