@@ -25,7 +25,7 @@ class Attempt:
         outcome: how it ended; None while it is under way.
         context: indices of the documents that the questioner was shown.
         judgments: the judgments of each answer that was judged.
-        trainable_judgments: those of them that may be trained on.
+        trainable_judgments: the same, of those answers whose judgments may be trained on.
         entry: what the history shall remember of it.
         remembered: number of questions on its cluster in the history.
         counts: what `metrics` makes rates of.

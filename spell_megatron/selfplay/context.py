@@ -24,10 +24,10 @@ def choose_context(
 def shorten_context(
     context: Sequence[int], entries: Sequence[Entry], excess: int, count_tokens: Callable[[int], int]
 ) -> tuple[int, ...]:
-    """The context without so many documents that `excess` tokens or more are saved, if it has as many.
+    """The context after documents were dropped, one by one, until at least `excess` tokens are saved.
 
-    Documents that no remembered question shows go first, then the others, always from the end. `count_tokens` gives
-    the tokens of a document by its index.
+    Documents that belong to no remembered question are dropped first, then the others, always from the end.
+    `count_tokens` gives the number of tokens of a document, by its index. The result may be empty.
     """
     seen = {index for entry in entries for index in entry.documents}
     droppable = [index for index in context if index in seen] + [index for index in context if index not in seen]

@@ -15,7 +15,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, read_json_objects
 from spell_megatron.selfplay.references import known_answer, shown
 
-# Our column names, and those of the released SPELL data.
+# Names of the columns: in our files of clusters, in files of questions, and in the released SPELL data.
 COLUMNS = {"id": "cluster_id", "documents": "documents", "source": "source"}
 QUESTION_COLUMNS = {"id": "id", "documents": "documents", "source": "source"}
 REFERENCE_COLUMNS = {"id": "question_id", "documents": "paragraphs", "source": "data_source"}
@@ -23,14 +23,20 @@ REFERENCE_COLUMNS = {"id": "question_id", "documents": "paragraphs", "source": "
 
 @dataclass(frozen=True)
 class Cluster:
-    """Related documents in a fixed order, and where they come from; in files of questions, a question about them."""
+    """Related documents in a fixed order.
+
+    Attributes:
+        document_ids: one for each document.
+        source: where the documents come from; `data.sources` names its tasks.
+        task: the only task that the cluster serves; None: `data.sources` and the sampler decide.
+        question, answer: a question about the documents, if the file holds questions; otherwise empty.
+    """
 
     id: str
     documents: tuple[str, ...]
     document_ids: tuple[str, ...]
     source: str
     task: str | None = None
-    """The task that it serves; None: `data.sources` and the sampler decide."""
     question: str = ""
     answer: str = ""
 
@@ -38,13 +44,17 @@ class Cluster:
 def load_clusters(path: str | Path) -> list[Cluster]:
     """Read clusters from a parquet or JSON-lines file.
 
-    Columns: `cluster_id`, `documents` (list of texts), optional `document_ids` (list, as long),
-    `source` and `task`. The released SPELL files (`question_id`, `paragraphs`, `data_source`) are read too; their
-    source is what stands before the first underscore. So are questions in the form
-    of validation.questions: `task`, `question`, `answer`, `documents`, and optionally `id` and `source`.
+    Three kinds of files are read:
+
+    * clusters: `cluster_id`, `documents` (list of texts); optional are `document_ids` (list of the same length),
+      `source` and `task`;
+    * questions, as validation.questions has them: `task`, `question`, `answer`, `documents`; optional are `id` and
+      `source`;
+    * the released SPELL data: `question_id`, `paragraphs`, `data_source`. The source is the part before the first
+      underscore.
 
     Raises:
-        UserError: if the file cannot be read, or naming the first ten faults by row and column.
+        UserError: the file cannot be read, or rows have faults. It names the first ten by row and column.
     """
     path = Path(path)
     rows = _read_rows(path)
@@ -79,7 +89,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
 
 
 def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with the words that tell where it stands."""
+    """The rows of a file, each with its place, such as `line 3`."""
     if not path.is_file():
         raise UserError(
             f"The documents file {path} does not exist or is not a file. Set data.documents to a parquet or "

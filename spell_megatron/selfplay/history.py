@@ -8,7 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A solved question: the indices of all documents its questioner saw, the question, its reference."""
+    """A solved question.
+
+    Attributes:
+        documents: indices of all documents that its questioner saw.
+        answer: its reference answer.
+    """
 
     documents: tuple[int, ...]
     question: str
@@ -29,8 +34,8 @@ class History:
     def admit(self, task: str, cluster_id: str, entry: Entry) -> bool:
         """Remember an entry, forgetting the oldest if there are too many.
 
-        Returns False, and changes nothing, if the question is remembered already (capitals and blanks
-        aside) or the capacity is 0.
+        Returns False, and changes nothing, if the capacity is 0 or the question is remembered already. Capitals and
+        blanks make no difference.
         """
         known = self.entries(task, cluster_id)
         if self.capacity == 0 or any(_same(entry.question, other.question) for other in known):

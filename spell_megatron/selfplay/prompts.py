@@ -88,7 +88,7 @@ class PromptSet:
         return "\n".join(self._fill("document", document=document) for document in documents)
 
     def questioner(self, task: str, documents: Sequence[str], history: Sequence[Entry], letter: str | None) -> str:
-        """Prompt for a question about the documents, harder than those of the history.
+        """Prompt for a question about the documents that is harder than the questions of the history.
 
         `letter` is the option that shall be right; multiple choice needs it, other tasks ignore it.
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 class Roles:
     """Takes the attempts of one step through all roles.
 
-    The history is only read. Limits of tokens are those of `sampling`.
+    The history is only read. `sampling` limits the tokens of prompts and replies.
     """
 
     def __init__(

@@ -69,10 +69,10 @@ class StepClient:
 
         Args:
             index: tells requests of an attempt with the same purpose apart.
-            prompt_routing: whether the routings (of a mixture of experts) shall include those of the prompt.
+            prompt_routing: whether the engines return the routing of the prompt's tokens too (mixture of experts).
 
         Raises:
-            UserError: an engine answered with other weights than those of the step.
+            UserError: an engine answered with another version of the weights.
         """
         completions = await self.client.generate(
             prompt.ids,

@@ -1,9 +1,30 @@
 """A run's self-play: its state, its batches, and what settings of the ablations change in them."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedPolicy, asked, make_selfplay, roll, rows_of, summary
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_self_play_imports_no_model_library():
+    code = (
+        "import sys, spell_megatron.selfplay.selfplay\n"
+        "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
 
 
 def test_resume_from_state_gives_the_same_next_batch(prompts):
