@@ -1,6 +1,6 @@
 """Rule checks: cover exact match, numbers, letters."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,16 @@ from spell_megatron.selfplay.scoring import (
     rule_score,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "check_vectors.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
 def oracle():
-    """tools/check_vectors.py, which has its own arithmetic (Python's parser) and comparison (fractions)."""
-    spec = importlib.util.spec_from_file_location("check_vectors", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """tools/vectors/numbers.py, which has its own arithmetic (Python's parser) and comparison (fractions)."""
+    sys.path.append(str(TOOLS))
+    from vectors import numbers
+
+    return numbers
 
 
 @pytest.mark.parametrize(
