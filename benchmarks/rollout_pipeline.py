@@ -35,7 +35,7 @@ import psutil
 
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import Config
-from spell_megatron.leader import Director
+from spell_megatron.director import Director
 from spell_megatron.rollout.client import Client, Completion
 from spell_megatron.rollout.engines import Engine, Engines
 from spell_megatron.selfplay import selfplay

@@ -66,7 +66,7 @@ class Saver:
             source: Hugging Face checkpoint that the run began with; its tokenizer is copied into each checkpoint.
             configuration: of the run, as JSON.
         """
-        self._root, self._trainer = Path(run_folder) / "checkpoints", trainer
+        self.root, self._trainer = Path(run_folder) / "checkpoints", trainer
         self._settings, self._source, self._configuration = settings, source, configuration
         self._pending: _Pending | None = None
 
@@ -85,10 +85,10 @@ class Saver:
         """
         self.finish()
         trainer, asynchronous = self._trainer, self._settings.asynchronous
-        final = self._root / f"step_{step:06d}"
+        final = self.root / f"step_{step:06d}"
         pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer))
         partial = pending.partial
-        _on_rank_0(lambda: _prepare(self._root, partial, trainer), self._root)
+        _on_rank_0(lambda: _prepare(self.root, partial, trainer), self.root)
         self._pending = pending
 
         def write() -> None:
@@ -100,7 +100,7 @@ class Saver:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
                 write_text(partial / "config.json", self._configuration, sync=True)
 
-        self._attempt(write)
+        self._attempt(pending, write)
         if not asynchronous:
             self.finish()
 
@@ -117,11 +117,11 @@ class Saver:
         pending = self._pending
         if not pending:
             return
-        self._attempt(pending.wait)
+        self._attempt(pending, pending.wait)
         self._pending = None
-        _on_rank_0(lambda: _complete(pending, self._settings.keep), self._root)
+        _on_rank_0(lambda: _complete(pending, self._settings.keep), self.root)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, pending: _Pending, action: Callable[[], None]) -> None:
         """A part of saving; if it fails on any rank, the checkpoint is given up on all."""
         try:
             action()
@@ -130,16 +130,29 @@ class Saver:
             failure = str(error)
         except CheckpointException as error:  # only rank 0 has the reasons
             reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
-            failure = _write_failed(self._root, "; ".join(reasons))
+            failure = _write_failed(self.root, "; ".join(reasons))
         except (OSError, RuntimeError, CheckpointingException) as error:
-            failure = _write_failed(self._root, f"{type(error).__name__}: {error}")
+            failure = _write_failed(self.root, f"{type(error).__name__}: {error}")
         failures = [""] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
         if any(failures):
-            pending, self._pending = self._pending, None
+            self._pending = None
             pending.writer.close(abort=True)
-            _on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True), self._root)
+            _on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True), self.root)
             raise UserError(next(filter(None, failures)))
+
+
+def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint of a run (see `load`); returns its step and the state saved with it.
+
+    Raises:
+        UserError: there is none, or it does not load.
+    """
+    newest = latest(run_folder)
+    if newest is None:
+        raise UserError(f"There is no checkpoint in {run_folder / 'checkpoints'}; start the run without --resume.")
+    state = load(newest, trainer)
+    return state["step"], state
 
 
 def latest(run_folder: Path) -> Path | None:

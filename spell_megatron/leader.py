@@ -1,137 +1,255 @@
-"""Rank 0's side of a run: engines, self-play and held-out validation around one policy."""
+"""What a trainer process does in a step besides the update.
+
+Rank 0 is the `Leader`: it keeps the engines, plays the roles on them, validates, and writes what a run leaves behind.
+The other ranks are `Follower`s with the same methods: they wait for its orders.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from spell_megatron import checkpoint
+from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
+from spell_megatron.director import Director
 from spell_megatron.errors import UserError
-from spell_megatron.evaluation.questions import load_questions
-from spell_megatron.evaluation.validation import validate
-from spell_megatron.rollout.client import Client, GenerationError
+from spell_megatron.monitoring.dumps import write_dump
+from spell_megatron.monitoring.metrics import MetricsLogger
+from spell_megatron.monitoring.progress import Progress, gain
+from spell_megatron.monitoring.status import Reason, Status, StopRequest
+from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.selfplay.documents import load_clusters
-from spell_megatron.selfplay.history import History
-from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.sampler import ClusterSampler
-from spell_megatron.selfplay.selfplay import SelfPlay, StepRollout
-from spell_megatron.tokenizer import PolicyTokenizer
+from spell_megatron.selfplay.batch import Role, Sample
+from spell_megatron.selfplay.outcomes import why_empty
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.trainer import Trainer
+from spell_megatron.weights.engine_weights import EngineWeights, Order
 
-Result = TypeVar("Result")
-
-_STOP_SECONDS = 0.5
+Metrics = dict[str, float]
 
 
-class Director:
-    """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
+class InARow:
+    """Counts the consecutive steps in which something happened, and ends the run when they are too many."""
+
+    LIMIT = 5
+
+    def __init__(self, message: str) -> None:
+        """message: of the error, a format with {count} and what `note` is given."""
+        self._message, self._count = message, 0
+
+    def note(self, happened: bool, **details: object) -> None:
+        """Count a step in which it happened; any other step sets the count back to 0.
+
+        Raises:
+            UserError: it has happened in `LIMIT` steps in a row.
+        """
+        self._count = self._count + 1 if happened else 0
+        if self._count >= self.LIMIT:
+            raise UserError(self._message.format(count=self._count, **details))
+
+
+NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
+
+
+class Leader:
+    """Rank 0. A context manager: it starts the engines, and leaving it ends them.
 
     Args:
-        revive: of `Client`.
-        stop: asked now and then; anything but None: what is under way is given up.
-
-    Raises:
-        UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
+        config: the run's configuration.
+        folder: the run's.
+        stop: whether the run is asked to stop.
+        rendezvous: where the processes of a cluster's job find each other.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        engines: Engines,
-        revive: Callable[[], Sequence[str]] | None = None,
-        stop: Callable[[], object | None] = lambda: None,
-    ) -> None:
-        self.config, self.engines, self._stop = config, engines, stop
-        sampling, selfplay = config.rollout.sampling, config.selfplay
-        self._tokenizer = PolicyTokenizer(config.model.path)
-        self._prompts = PromptSet.load(selfplay.prompts)
-        sampler = ClusterSampler(
-            load_clusters(config.data.documents),
-            selfplay.tasks,
-            config.data.sources,
-            selfplay.clusters_per_round,
-            config.run.seed,
-        )
-        history = History(selfplay.questioner.history)
-        untrained = [role for role, weight in config.training.role_weights.items() if weight == 0]
-        self.selfplay = SelfPlay(
-            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed, untrained
-        )
-        validation = config.validation
-        self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []
-        self._client = Client(
-            engines.urls,
-            engines.api_key,
-            sampling,
-            stop_token_ids=sorted(self._tokenizer.eos_ids),
-            request_timeout=config.rollout.request_timeout,
-            hang_timeout=config.rollout.hang_timeout,
-            concurrency=config.rollout.concurrency,
-            revive=revive,
-        )
+    def __init__(self, config: Config, folder: Path, stop: StopRequest, rendezvous: Rendezvous | None) -> None:
+        self._config, self._folder, self._stop, self._rendezvous = config, folder, stop, rendezvous
+        self._stack = ExitStack()
+        self._empty = InARow(NOTHING_TO_TRAIN_ON)
+        self._first_validation: Metrics = {}
+        self._last_metrics: Metrics = {}
 
-    def __enter__(self) -> Director:
-        self._runner = asyncio.Runner()
-        self._runner.run(self._client.__aenter__())
+    def __enter__(self) -> Leader:
+        with ExitStack() as stack:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._status = stack.enter_context(Status(self._folder, self._config.run.steps))
+            self.progress = Progress(status=self._status)
+            (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            with self.progress.stage("starting engines"):
+                engines = Engines.open(self._config, self._folder / "logs", self._rendezvous)
+                self._engines = stack.enter_context(engines)
+            self._status.watch(self._engines.health)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._runner.run(self._client.__aexit__())
-        self._runner.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
-        """The result of work on the engines; None if the run is asked to stop before there is one."""
+    def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
+        """Connect trainer and engines, and give the engines the trainer's weights.
 
-        async def unless_stopped() -> Result | None:
-            task = asyncio.ensure_future(work)
-            try:
-                while not (await asyncio.wait({task}, timeout=_STOP_SECONDS))[0]:
-                    if self._stop():
-                        return None
-                return task.result()
-            finally:
-                task.cancel()
-                await asyncio.wait({task})
+        Args:
+            trainer: with the weights after `step` updates.
+            state: what `state` returned when they were saved; {} at the start of a run, which begins with a
+                validation.
+        """
+        if why := self._no_replay(trainer):
+            self.progress.line(f"Routing replay is off: {why}.")
+        enter = self._stack.enter_context
+        self._weights = _engine_weights(trainer, self._engines, self._config, self.progress, self._stop)
+        self._stack.callback(self._weights.close)
+        self._director = enter(Director(self._config, self._engines, self._weights.revive, self._stop.reason))
+        resume_step = step if state else None
+        self._log = enter(MetricsLogger(self._folder, self._config, resume_step=resume_step))
+        if state:
+            self._director.selfplay.load_state_dict(state["selfplay"])
+        self._stop.can_save = True
+        metrics = self.push(step)
+        if not state:
+            self._first_validation = self._validate(0)
+            self._log.log(0, metrics | self._first_validation)
+            if self._director.held_out_questions:
+                self.progress.validation(0, self._first_validation)
 
-        try:
-            return self._runner.run(unless_stopped())
-        except UserError:
-            if self._stop():  # the end of a job ends the engines too
-                return None
-            self.engines.check()  # if a server that was started here died, its last words say more
-            raise
-        except GenerationError as error:
-            raise UserError(
-                f"An engine cannot serve this run: {error}. Look into its log (of those started by the run in its "
-                "folder logs), and resume the run from its last checkpoint."
-            ) from error
+    def _no_replay(self, trainer: Trainer) -> str:
+        """Why a mixture of experts is trained without the engines' routings; "" if it is not."""
+        if not trainer.model.config.num_moe_experts:
+            return ""
+        if not self._config.training.routing_replay:
+            return "training.routing_replay is false"
+        return self._engines.no_routing
 
-    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout | None:
-        """One step of self-play on the engines (see `SelfPlay.roll_out`); None: given up, and nothing has changed."""
-        self._client.use(self.engines.urls)
-        return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
+    def roll_out(self, step: int) -> tuple[Order, list[Row] | None, Metrics]:
+        """The rows of update `step`, and what is to be done with them; STOP: the rollout was given up."""
+        self._started = time.monotonic()
+        self._status.update(state="running", step=step)
+        with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
+            rollout = self._director.roll_out(step, str(step - 1), lambda mixed, _: advance(mixed))
+        if rollout is None:
+            return self._weights.give_order(Order.STOP), None, {}
+        seconds = time.monotonic() - self._started
+        speed = rollout.metrics["selfplay/generated_tokens"] / seconds
+        metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
+        rows = [_row(sample, self._config.training.role_weights) for sample in rollout.batch]
+        dumps = self._folder / "rollouts"
+        write_dump(rollout.samples, dumps, step, self._config.logging.dump)
+        del rollout  # the routings of its samples are large
+        why = "" if rows else why_empty(metrics, dumps)
+        if why:
+            self.progress.line(f"step {step}: {why}")
+        self._empty.note(not rows, why=why)
+        self._engines.sleep()
+        return self._weights.give_order(Order.UPDATE if rows else Order.SKIP), rows, metrics
 
-    def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
-        """Accuracy of the engines' weights on the held-out questions; {} when there are none, or it was given up."""
-        if not self._questions:
+    def push(self, step: int) -> Metrics:
+        """Give the engines the weights after update `step`."""
+        self._engines.new_step()
+        with self.progress.stage("push"):
+            return self._weights.push(step)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` holds besides the trainer."""
+        return {"step": step, "selfplay": self._director.selfplay.state_dict()}
+
+    def end_step(self, step: int, metrics: Metrics) -> None:
+        """Validate where it is due, and record the metrics of update `step`."""
+        metrics["time/step"] = time.monotonic() - self._started
+        metrics |= self._validate(step)
+        if "validation/pass@1" in metrics:
+            checkpoint.note_score(self._folder, step, metrics["validation/pass@1"])
+        self._log.log(step, metrics)
+        self.progress.summary(step, self._config.run.steps, metrics)
+        self._last_metrics = metrics
+
+    def _validate(self, step: int) -> Metrics:
+        """Accuracy on the held-out questions, at the steps where the configuration asks for it."""
+        if not self._config.validation.due(step, self._config.run.steps):
             return {}
-        self._client.use(self.engines.urls)
-        validation = self.config.validation
-        metrics = self._run(
-            validate(
-                self._client,
-                self._tokenizer,
-                self._prompts,
-                self.config.rollout.sampling,
-                self._questions,
-                validation.samples,
-                self.config.run.seed,
-                on_progress,
-            )
-        )
-        return metrics or {}
+        started = time.monotonic()
+        with self.progress.stage("validation", self._director.held_out_questions) as advance:
+            return self._director.validate(advance) | {"time/validation": time.monotonic() - started}
 
-    @property
-    def held_out_questions(self) -> int:
-        return len(self._questions)
+    def meet(self) -> None:
+        """Wait until all ranks have come here: rank 0 last, after the last validation."""
+        self._weights.give_order(Order.END)
+
+    def end(self, step: int, stopped: Reason | None) -> None:
+        """Tell the user that the run ends after `step` updates, and why if it stopped before the last."""
+        steps = self._config.run.steps
+        if step < steps:
+            line = f"stopped after step {step} of {steps} ({stopped}); go on with --resume"
+        else:
+            line = f"done after {steps} steps{gain(self._first_validation, self._last_metrics)}"
+        self.progress.line(f"{self._folder}: {line}")
+        self._status.update(state="stopped" if step < steps else "finished")
+
+
+class Follower:
+    """Any other rank, with the methods of `Leader`: it follows the orders of rank 0."""
+
+    def __init__(self, config: Config, stop: StopRequest) -> None:
+        self._config, self._stop = config, stop
+        self._stack = ExitStack()
+        self.progress = Progress(enabled=False)
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
+        self._weights = _engine_weights(trainer, None, self._config, self.progress, self._stop)
+        self._stack.callback(self._weights.close)
+        self._stop.can_save = True
+        self.push(step)
+
+    def roll_out(self, step: int) -> tuple[Order, None, Metrics]:
+        return self._weights.wait_for_order(), None, {}
+
+    def push(self, step: int) -> Metrics:
+        return self._weights.push(step)
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def end_step(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def meet(self) -> None:
+        self._weights.wait_for_order()
+
+    def end(self, step: int, stopped: Reason | None) -> None:
+        pass
+
+
+Rank = Leader | Follower
+
+
+def _engine_weights(
+    trainer: Trainer, engines: Engines | None, config: Config, progress: Progress, stop: StopRequest
+) -> EngineWeights:
+    return EngineWeights(
+        trainer.model,
+        engines,
+        verify=config.rollout.verify_weights,
+        say=progress.line,
+        stop=stop.reason,
+    )
+
+
+def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:
+    """What the trainer learns of a sample: tokens, and the weight of each response token."""
+    weight = sample.advantage * role_weights.get(sample.role, 1.0)
+    return Row(
+        tokens=np.array([*sample.prompt_ids, *sample.response_ids], dtype=np.int64),
+        prompt_length=len(sample.prompt_ids),
+        weights=np.full(len(sample.response_ids), weight, dtype=np.float32),
+        rollout_logprobs=np.array(sample.logprobs, dtype=np.float32),
+        routing=sample.routing,
+    )

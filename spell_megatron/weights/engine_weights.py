@@ -33,7 +33,7 @@ class Order(Enum):
 class EngineWeights:
     """Keeps the engines at the trainer's weights, and restarts engines that fail.
 
-    All trainer ranks call `push` and `wait_for_order`. While the others are in the latter, rank 0 may `revive` engines.
+    All trainer ranks call `push`. While the others are in `wait_for_order`, rank 0 may `revive` engines.
 
     Args:
         model: the policy on this rank.
@@ -114,9 +114,13 @@ class EngineWeights:
         self.push(self._step)
         return self._engines.urls
 
-    def wait_for_order(self, order: Order) -> Order:
-        """Rank 0's order, on all ranks; until it comes the others push whenever rank 0 revives engines."""
-        while (order := from_rank_0(order)) is Order.PUSH:
+    def give_order(self, order: Order) -> Order:
+        """Tells the other ranks, which wait in `wait_for_order`, what to do next. Called on rank 0."""
+        return from_rank_0(order)
+
+    def wait_for_order(self) -> Order:
+        """Waits for rank 0's order, and pushes whenever rank 0 revives engines. Called on the other ranks."""
+        while (order := from_rank_0(Order.STOP)) is Order.PUSH:
             self._restart(())
             self.push(self._step)
         return order

@@ -6,7 +6,7 @@ import pytest
 from small_run import ROOT
 
 from spell_megatron.config.reading import load_config
-from spell_megatron.leader import Director
+from spell_megatron.director import Director
 
 
 @pytest.mark.parametrize(("weights", "untrained"), [("{}", []), ("{questioner: 0, verifier: 0.5}", ["questioner"])])

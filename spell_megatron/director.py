@@ -1,0 +1,137 @@
+"""Rank 0's side of a run: engines, self-play and held-out validation around one policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+from spell_megatron.evaluation.questions import load_questions
+from spell_megatron.evaluation.validation import validate
+from spell_megatron.rollout.client import Client, GenerationError
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.selfplay.documents import load_clusters
+from spell_megatron.selfplay.history import History
+from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.sampler import ClusterSampler
+from spell_megatron.selfplay.selfplay import SelfPlay, StepRollout
+from spell_megatron.tokenizer import PolicyTokenizer
+
+Result = TypeVar("Result")
+
+_STOP_SECONDS = 0.5
+
+
+class Director:
+    """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
+
+    Args:
+        revive: of `Client`.
+        stop: asked now and then; anything but None: what is under way is given up.
+
+    Raises:
+        UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Engines,
+        revive: Callable[[], Sequence[str]] | None = None,
+        stop: Callable[[], object | None] = lambda: None,
+    ) -> None:
+        self.config, self.engines, self._stop = config, engines, stop
+        sampling, selfplay = config.rollout.sampling, config.selfplay
+        self._tokenizer = PolicyTokenizer(config.model.path)
+        self._prompts = PromptSet.load(selfplay.prompts)
+        sampler = ClusterSampler(
+            load_clusters(config.data.documents),
+            selfplay.tasks,
+            config.data.sources,
+            selfplay.clusters_per_round,
+            config.run.seed,
+        )
+        history = History(selfplay.questioner.history)
+        untrained = [role for role, weight in config.training.role_weights.items() if weight == 0]
+        self.selfplay = SelfPlay(
+            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed, untrained
+        )
+        validation = config.validation
+        self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []
+        self._client = Client(
+            engines.urls,
+            engines.api_key,
+            sampling,
+            stop_token_ids=sorted(self._tokenizer.eos_ids),
+            request_timeout=config.rollout.request_timeout,
+            hang_timeout=config.rollout.hang_timeout,
+            concurrency=config.rollout.concurrency,
+            revive=revive,
+        )
+
+    def __enter__(self) -> Director:
+        self._runner = asyncio.Runner()
+        self._runner.run(self._client.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.__aexit__())
+        self._runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """The result of work on the engines; None if the run is asked to stop before there is one."""
+
+        async def unless_stopped() -> Result | None:
+            task = asyncio.ensure_future(work)
+            try:
+                while not (await asyncio.wait({task}, timeout=_STOP_SECONDS))[0]:
+                    if self._stop():
+                        return None
+                return task.result()
+            finally:
+                task.cancel()
+                await asyncio.wait({task})
+
+        try:
+            return self._runner.run(unless_stopped())
+        except UserError:
+            if self._stop():  # the end of a job ends the engines too
+                return None
+            self.engines.check()  # if a server that was started here died, its last words say more
+            raise
+        except GenerationError as error:
+            raise UserError(
+                f"An engine cannot serve this run: {error}. Look into its log (of those started by the run in its "
+                "folder logs), and resume the run from its last checkpoint."
+            ) from error
+
+    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout | None:
+        """One step of self-play on the engines (see `SelfPlay.roll_out`); None: given up, and nothing has changed."""
+        self._client.use(self.engines.urls)
+        return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
+
+    def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
+        """Accuracy of the engines' weights on the held-out questions; {} when there are none, or it was given up."""
+        if not self._questions:
+            return {}
+        self._client.use(self.engines.urls)
+        validation = self.config.validation
+        metrics = self._run(
+            validate(
+                self._client,
+                self._tokenizer,
+                self._prompts,
+                self.config.rollout.sampling,
+                self._questions,
+                validation.samples,
+                self.config.run.seed,
+                on_progress,
+            )
+        )
+        return metrics or {}
+
+    @property
+    def held_out_questions(self) -> int:
+        return len(self._questions)
