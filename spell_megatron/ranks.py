@@ -70,6 +70,11 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def slurm_node() -> str | None:
+    """Slurm's name of the node that this process runs on, if it is part of a job."""
+    return os.environ.get("SLURMD_NODENAME")
+
+
 def slurm_step() -> int:
     """Number of the step within the Slurm job; 0 outside of one."""
     return int(os.environ.get("SLURM_STEP_ID", "0"))

@@ -15,9 +15,9 @@ from spell_megatron.checkpoint import Saver, restore
 from spell_megatron.config.schema import Config
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.monitoring.status import Reason, StopRequest
-from spell_megatron.processes import joining
+from spell_megatron.monitoring.stopping import Reason, StopRequest
 from spell_megatron.processes.collective import from_rank_0
+from spell_megatron.processes.joining import join
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
@@ -52,7 +52,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         stop = stack.enter_context(StopRequest(folder))
         stack.callback(backend.shutdown)
         if rendezvous:
-            joining.join(config, rendezvous)
+            join(config.run.device, rendezvous)
         policy = PolicyModel.load(config.model.path, config.model.dtype)
         backend.initialise(policy, config.training, config.run.device, config.run.seed)
         rank: Rank = Leader(config, folder, stop, rendezvous) if dist.get_rank() == 0 else Follower(config, stop)

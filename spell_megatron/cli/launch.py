@@ -10,7 +10,7 @@ from spell_megatron.cli.arguments import add_config, overrides_of, settings_help
 
 
 def add_parser(commands) -> None:
-    from spell_megatron.jobs.settings import Cluster
+    from spell_megatron.jobs.site import Site
 
     parser = commands.add_parser(
         "launch",
@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
         description="Submit a run to a Slurm cluster by NeMo-Run, from a login node or by SSH. It needs nemo-run in\n"
         "an environment of its own (`make environment-slurm`); the nodes need spell_megatron only. See\n"
         "docs/cluster.md.",
-        epilog=settings_help(Cluster, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
+        epilog=settings_help(Site, "settings of the cluster's file, which cluster.KEY=VALUE overrides:"),
     )
     add = parser.add_argument
     add_config(parser, required=True)

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
 def _tell(run: Path, now: dict[str, Any]) -> int:
     """Print how a run is doing; the exit status."""
     from spell_megatron.monitoring import status
+    from spell_megatron.monitoring.describe import describe
 
-    print("\n".join(status.describe(run, now)))
+    print("\n".join(describe(run, now)))
     return 3 if now["state"] == "failed" or status.silent(now) else 0

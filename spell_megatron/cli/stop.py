@@ -22,6 +22,6 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.monitoring import status
+    from spell_megatron.monitoring.stopping import stop
 
-    return _tell(arguments.run, status.stop(arguments.run))
+    return _tell(arguments.run, stop(arguments.run))

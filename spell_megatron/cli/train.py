@@ -44,7 +44,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.monitoring.status import Reason, block_sigusr1
+    from spell_megatron.monitoring.stopping import Reason, block_sigusr1
 
     block_sigusr1()
     if child_of_torchrun():
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
         print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
         return 0
     if config.training.parallel.processes > 1 and launched_processes() is None:
-        return launch_processes(config, argv)
+        return launch_processes(config.training, argv)
     for warning in warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What a job runs: shell text that knows nothing of NeMo-Run."""
+"""What a job runs, as shell text. It knows nothing of NeMo-Run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
-from spell_megatron.jobs.settings import Cluster
+from spell_megatron.jobs.site import Site
 from spell_megatron.processes.rendezvous import NODES
 
 MAX_FRUITLESS = 3
@@ -15,7 +15,7 @@ MAX_FRUITLESS = 3
 
 _END = "END_OF_SPELL_CONFIG"
 
-# Run when the batch script ends, in whatever way: well, with a fault that the user has to mend (2), by SIGTERM (143),
+# Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGTERM (143),
 # or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
 _ENDING = """\
 spell_end() {
@@ -61,22 +61,22 @@ class Step:
     first_node: int
 
 
-def steps(cluster: Cluster, config: Config, resume: bool) -> list[Step]:
+def steps(site: Site, config: Config, resume: bool) -> list[Step]:
     """The trainer, and the engines if they have processes of their own; the job ends with the trainer."""
-    nodes, engines = cluster.trainer_nodes, cluster.nodes if cluster.colocated else cluster.engine_nodes
+    nodes, engines = site.trainer_nodes, site.nodes if site.colocated else site.engine_nodes
     per_node = config.training.parallel.processes // nodes
-    trainer = Step("trainer", _script(cluster, _train(config, engines, resume)), nodes, per_node, 0)
+    trainer = Step("trainer", _script(site, _train(config, engines, resume)), nodes, per_node, 0)
     if not engines:
         return [trainer]
-    serve = _engines(engines) + (" --colocated" if cluster.colocated else "")
-    return [trainer, Step("engines", _script(cluster, serve), engines, 1, 0 if cluster.colocated else nodes)]
+    serve = _engines(engines) + (" --colocated" if site.colocated else "")
+    return [trainer, Step("engines", _script(site, serve), engines, 1, 0 if site.colocated else nodes)]
 
 
-def local_script(cluster: Cluster, config: Config, resume: bool) -> str:
+def local_script(site: Site, config: Config, resume: bool) -> str:
     """The run without Slurm: one process, which starts the others itself."""
     folder = f"{_run_folder(config)}/jobs/local.$$"
     train = 'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml"'
-    return _script(cluster, f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}")
+    return _script(site, f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}")
 
 
 def prologue(config: Config) -> str:
@@ -110,16 +110,16 @@ def _run_folder(config: Config) -> str:
     return shlex.quote(str(config.run.output_dir / config.run.name))
 
 
-def _script(cluster: Cluster, command: str) -> str:
+def _script(site: Site, command: str) -> str:
     lines = ["set -e"]
-    if cluster.modules:
+    if site.modules:
         lines.append("type module >/dev/null 2>&1 || source /etc/profile")
-        lines.append("module load " + " ".join(map(shlex.quote, cluster.modules)))
-    if cluster.venv:
-        lines.append(f"source {shlex.quote(str(cluster.venv / 'bin' / 'activate'))}")
-    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in cluster.env.items()]
-    if cluster.setup.strip():
-        lines.append(cluster.setup.strip())
+        lines.append("module load " + " ".join(map(shlex.quote, site.modules)))
+    if site.venv:
+        lines.append(f"source {shlex.quote(str(site.venv / 'bin' / 'activate'))}")
+    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in site.env.items()]
+    if site.setup.strip():
+        lines.append(site.setup.strip())
     return "\n".join([*lines, command]) + "\n"
 
 

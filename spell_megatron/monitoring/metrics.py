@@ -46,7 +46,7 @@ class MetricsLogger:
         JSON has no NaN: numbers that are not finite are null there.
         """
         plain = {name: _plain(value) for name, value in metrics.items()}
-        record = {name: _finite(value) for name, value in plain.items()}
+        record: dict[str, Any] = {name: _finite(value) for name, value in plain.items()}
         with self._path.open("ab") as file:
             if self._last.get("step") == step:
                 file.truncate(self._last_at)
@@ -112,7 +112,7 @@ def _wandb(run_folder: Path, config: Config):
         ) from error
     id_file = run_folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+        write_text(id_file, uuid.uuid4().hex)
     run = wandb.init(
         project=config.logging.wandb_project,
         name=config.run.name,

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar per stage and one line per step."""
+"""What a run prints while it works: a bar per stage and one line per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from spell_megatron.monitoring.status import Status
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines of one stage where there is no terminal."""
 
-# name of a metric, and how the line of a step shows it; in the order of the line
 SHOWN = (
     ("selfplay/reward", "reward {:.3f}"),
     ("selfplay/rate/mixed", "mixed {:.0%}"),
@@ -27,6 +26,7 @@ SHOWN = (
     ("time/push", "push {:.1f}s"),
     ("time/checkpoint", "checkpoint {:.1f}s"),
 )
+"""Metrics in the line of a step, in their order, and how they are shown."""
 
 
 class Progress:
@@ -41,7 +41,7 @@ class Progress:
         Args:
             enabled: False shows nothing, for the processes beside the first.
             console: where to show it; standard output by default.
-            status: what is told of the stages too.
+            status: it gets the stages too.
         """
         self.console = console or Console(quiet=not enabled)
         self._status = status
@@ -53,13 +53,14 @@ class Progress:
         total: what the number counts to; None: not known yet, then the bar only moves.
         """
         with self._shown(name, total) as show:
-            if self._status is None:
+            status = self._status
+            if status is None:
                 yield show
                 return
-            self._status.stage(name)
+            status.stage(name)
 
             def update(done: int, total: int | None = total) -> None:
-                self._status.stage(name, done, total)
+                status.stage(name, done, total)
                 show(done, total)
 
             yield update

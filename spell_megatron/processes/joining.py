@@ -1,24 +1,27 @@
-"""The process group of a trainer that srun has started, by way of a rendezvous."""
+"""The process group of a trainer that srun has started: its processes find each other by a rendezvous."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 
-from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import ALONE, launched
 
-_SECONDS = 600.0  # that the processes of a step may differ in their start
+_SECONDS = 600.0
+"""How much later than the first the last process may start."""
 _STORE = "trainer"
 
 
-def join(config: Config, rendezvous: Rendezvous) -> None:
-    """Makes torch.distributed's default process group of the processes that srun has started.
+def join(device: str, rendezvous: Rendezvous) -> None:
+    """Make torch.distributed's default process group of the trainer processes that srun has started.
 
     Rank 0 listens on a port that its machine gives it, and publishes it. A single process needs none of this:
     `backend.initialise` makes its group.
+
+    Args:
+        device: run.device.
 
     Raises:
         UserError: rank 0 does not publish its address, or cannot be reached at it.
@@ -30,7 +33,7 @@ def join(config: Config, rendezvous: Rendezvous) -> None:
     import torch.distributed as dist
 
     limit = timedelta(seconds=_SECONDS)
-    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if interface := _interface(rendezvous.address()):
         # gloo would take the address that this host's name resolves to, which the others may not reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

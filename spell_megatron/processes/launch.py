@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import TrainingConfig
 
 
-def launch_processes(config: Config, argv: Sequence[str]) -> int:
-    """Run this command line in several processes on this machine; the exit status of the first to fail."""
+def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
+    """Run this command line in the trainer's processes on this machine.
+
+    Returns the exit status of the first process that fails, or 0.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -19,11 +22,11 @@ def launch_processes(config: Config, argv: Sequence[str]) -> int:
 
     # The processes say what went wrong. The launcher would add its own reports and stack traces.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.training.threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(training.threads))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.training.parallel.processes,
+        nproc_per_node=training.parallel.processes,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         run_id=f"spell-{os.getpid()}",

@@ -8,6 +8,6 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def end_with_parent() -> None:
-    """Has this process killed when the thread that started it ends, however that comes about (on Linux)."""
+    """Have the kernel kill this process when the thread that started it ends, for whatever reason (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import appearing_file
+from spell_megatron.ranks import slurm_node
 
 NODES = "nodes"
 
@@ -41,14 +43,14 @@ class Rendezvous:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise UserError(
-                f"The folder {folder}, by which the processes of the job are to find each other, cannot be made "
+                f"The folder {folder}, by which the processes of the job find each other, cannot be made "
                 f"({error.strerror}). It must be on a filesystem that every node and container of the job sees."
             ) from error
 
     def publish(self, name: str, content: dict) -> None:
-        """Writes a file for the others; they see all of it or nothing."""
-        temporary = self._write(name, json.dumps(content))
-        temporary.rename(self.folder / name)
+        """Write a file for the others; they see all of it or nothing."""
+        with appearing_file(self.folder / name) as partial:
+            _write_private(partial, json.dumps(content))
 
     def wait(self, name: str, seconds: float = math.inf, accept: Callable[[dict], bool] = lambda content: True) -> dict:
         """The content of a file, once another process has written one that `accept` holds for.
@@ -63,19 +65,20 @@ class Rendezvous:
                     return content
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{path} was not written within {seconds:g} s. Either the process that should write it did not "
-                    "come so far (its log, beside this one, says why), or the folder is not on a filesystem that all "
-                    "nodes of the job share."
+                    f"{path} was not written within {seconds:g} s. Either the process that should write it failed (its "
+                    "log, beside this one, says why), or the folder is not on a filesystem that all nodes of the job "
+                    "share."
                 )
-            # A networked filesystem may remember that a file is not there; listing its folder asks anew.
+            # A networked filesystem may remember that a file is not there; listing its folder makes it look again.
             os.listdir(self.folder)
             time.sleep(0.2)
 
     def key(self) -> str:
-        """The API key of the job's engines: made by the first that asks, and the same for all."""
+        """The API key of the job's engines: made by the first process that asks, and the same for all."""
         path = self.folder / "key"
         if not path.exists():
-            temporary = self._write("key", secrets.token_urlsafe(32))
+            temporary = self.folder / f".key.{socket.gethostname()}.{os.getpid()}"
+            _write_private(temporary, secrets.token_urlsafe(32))
             with suppress(FileExistsError):  # unlike a rename, a link leaves the file of another as it is
                 os.link(temporary, path)
             temporary.unlink()
@@ -89,11 +92,11 @@ class Rendezvous:
         Raises:
             UserError: the name does not resolve, or only to an address that the others cannot reach.
         """
-        name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        name = slurm_node() or socket.gethostname()
         nodes = self._nodes()
         address = nodes.get(name, name)
         try:
-            found = socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0]
+            found = str(socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0])
         except socket.gaierror as error:
             where = "it is no node of Slurm"
             if name in nodes:
@@ -106,9 +109,9 @@ class Rendezvous:
         others = [other for other, theirs in nodes.items() if other != name and theirs != address]
         if found.startswith("127.") and others:
             raise UserError(
-                f"The node {name} takes its own name, {address!r}, for {found}, an address that other nodes of the "
-                f"job ({', '.join(others[:3])}) cannot reach. Correct the node's /etc/hosts (Debian and Ubuntu write a "
-                "line 127.0.1.1 there), or have NodeAddr set to an IP address in slurm.conf."
+                f"The node {name} takes its own name, {address!r}, for {found}, and other nodes of the job "
+                f"({', '.join(others[:3])}) cannot reach that address. Correct the node's /etc/hosts "
+                "(Debian and Ubuntu write a line 127.0.1.1 there), or have NodeAddr set to an IP address in slurm.conf."
             )
         return found
 
@@ -118,9 +121,8 @@ class Rendezvous:
             return dict(re.findall(r"NodeName=(\S+) .*?NodeAddr=(\S+)", text))
         return {}
 
-    def _write(self, name: str, text: str) -> Path:
-        """A file that only this user may read, under a name of this process."""
-        temporary = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        return temporary
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only this user may read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -13,7 +13,8 @@ from spell_megatron.cli import main
 from spell_megatron.config.reading import load_config, read_section
 from spell_megatron.config.schema import Config
 from spell_megatron.jobs.job import steps
-from spell_megatron.jobs.settings import Cluster, cluster_faults
+from spell_megatron.jobs.site import Site
+from spell_megatron.jobs.site_faults import site_faults
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "slurm" / "cluster.example.yaml"
@@ -37,8 +38,8 @@ def cluster_file(folder: Path, **settings) -> Path:
 
 
 def test_the_example_is_a_cluster_for_a_run():
-    cluster = read_section(Cluster, EXAMPLE).checked()
-    assert not cluster_faults(cluster, run_config())
+    cluster = read_section(Site, EXAMPLE).checked()
+    assert not site_faults(cluster, run_config())
     planned = steps(cluster, run_config(), resume=False)
     places = {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned}
     assert places == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
@@ -65,20 +66,20 @@ def test_the_example_is_a_cluster_for_a_run():
     ],
 )
 def test_what_does_not_fit_is_named(change, config, key, says):
-    cluster = read_section(Cluster, EXAMPLE).settings
-    cluster = Cluster.model_validate(cluster.model_dump() | change)
-    faults = cluster_faults(cluster, run_config(**config))
+    cluster = read_section(Site, EXAMPLE).settings
+    cluster = Site.model_validate(cluster.model_dump() | change)
+    faults = site_faults(cluster, run_config(**config))
     assert any(key in fault.keys and re.search(says, fault.message) for fault in faults), faults
 
 
 def test_faults_of_the_cluster_file_are_listed(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("nodez: 2\ntime: 12:00:00\ncontainer: {imag: x}\nnodes: 0\n")
-    reading = read_section(Cluster, file, ["engine_nodes=two"])
+    reading = read_section(Site, file, ["engine_nodes=two"])
     said = "\n".join(map(str, reading.faults))
     for part in ("Did you mean nodes?", "in quotes", "Did you mean container.image?", "nodes: ", "engine_nodes"):
         assert part in said, said
-    assert reading.settings == Cluster()
+    assert reading.settings == Site()
 
 
 def test_without_nemo_run_the_remedy_is_named(monkeypatch, capsys):
@@ -88,7 +89,7 @@ def test_without_nemo_run_the_remedy_is_named(monkeypatch, capsys):
 
 
 def test_scripts_quote_what_people_write(tmp_path):
-    cluster = Cluster(env={"A": "x 'y' $HOME"}, setup="echo before", modules=["cuda/13.0"], venv="/x/my env")
+    cluster = Site(env={"A": "x 'y' $HOME"}, setup="echo before", modules=["cuda/13.0"], venv="/x/my env")
     (step,) = steps(cluster, run_config(8, 1, 1, name="a run"), resume=True)
     script = tmp_path / "script"
     script.write_text(step.script.replace("exec python", "echo python").replace("source ", "echo source "))

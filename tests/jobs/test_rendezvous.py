@@ -63,11 +63,9 @@ JOIN = """
 import sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from spell_megatron.processes import joining as processes
+from spell_megatron.processes.joining import join
 from spell_megatron.processes.rendezvous import Rendezvous
-from spell_megatron.config.schema import Config
-config = Config(model={"path": "x"}, data={"documents": "x"}, run={"device": "cpu"})
-processes.join(config, Rendezvous(Path(sys.argv[1])))
+join("cpu", Rendezvous(Path(sys.argv[1])))
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)
 print(dist.get_rank(), dist.get_world_size(), total.item(), flush=True)

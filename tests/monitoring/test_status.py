@@ -11,8 +11,10 @@ import pytest
 
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring import status
+from spell_megatron.monitoring.describe import describe
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.monitoring.status import Status, StopRequest
+from spell_megatron.monitoring.status import Status
+from spell_megatron.monitoring.stopping import StopRequest, stop
 
 
 def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
@@ -29,7 +31,7 @@ def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
             deadline = time.monotonic() + 10
             while not (told := status.read(tmp_path)).get("engines"):
                 assert time.monotonic() < deadline
-            text = "\n".join(status.describe(tmp_path, told))
+            text = "\n".join(describe(tmp_path, told))
     for part in (": running\n", "1/11, 90 s per step, 15 min to go", "rollout 4/6, for ", "reward 0.250"):
         assert part in text, text
     for part in (f"process {os.getpid()} on", "http://n1:1 does not answer", "none yet"):
@@ -43,9 +45,9 @@ def test_a_failure_is_told(tmp_path):
         raise UserError("the dog ate it")
     told = status.read(tmp_path)
     assert told["state"] == "failed" and status.ended(told)
-    assert "the dog ate it" in "\n".join(status.describe(tmp_path, told))
+    assert "the dog ate it" in "\n".join(describe(tmp_path, told))
     with pytest.raises(UserError, match="has ended already: it is failed"):
-        status.stop(tmp_path)
+        stop(tmp_path)
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -66,7 +68,7 @@ def test_a_request_to_stop_by_file(tmp_path):
 CHILD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from spell_megatron.monitoring.status import StopRequest, block_sigusr1
+from spell_megatron.monitoring.stopping import StopRequest, block_sigusr1
 block_sigusr1()
 helper = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 with StopRequest(Path(sys.argv[1])) as request:

@@ -1,0 +1,98 @@
+"""What `spell status` prints of a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spell_megatron.files import json_lines
+from spell_megatron.monitoring import status
+
+SHOWN = (
+    ("selfplay/reward", "reward {:.3f}"),
+    ("train/tokens_per_second", "{:,.0f} trained tokens/s"),
+    ("train/grad_norm", "grad norm {:.3f}"),
+)
+"""Metrics of the last step that are shown, and how."""
+
+
+def describe(folder: Path, state: dict[str, Any]) -> list[str]:
+    """The status of a run in a few lines.
+
+    Args:
+        state: what `status.read` returned.
+    """
+    rows, ended = _metrics(folder), status.ended(state)
+    lines = [f"{folder}: {_state(state)}"]
+    if state.get("message"):
+        lines.append(f"  {state['message']}")
+    lines.append(f"  steps      {_steps(state, rows)}")
+    if state.get("stage") and not ended:
+        count = f" {state['done']}/{state['total'] or '?'}" if state.get("done") else ""
+        lines.append(f"  now        {state['stage']}{count}, for {_time(time.time() - state['stage_since'])}")
+    if shown := _last_step(rows):
+        lines.append(f"  last step  {', '.join(shown)}")
+    lines.append(f"  where      {_place(state)}")
+    for engine in () if ended else state.get("engines", ()):
+        lines.append(f"  engine     {engine['url']} {'healthy' if engine['healthy'] else 'does not answer'}")
+    latest = folder / "checkpoints" / "latest"
+    lines.append(f"  checkpoint {latest.read_text().strip() if latest.exists() else 'none yet'}")
+    lines.append(f"  logs       {folder / 'logs'}")
+    return lines
+
+
+def _state(state: dict[str, Any]) -> str:
+    if quiet := status.silent(state):
+        return f"no sign of life for {_time(quiet)} (it was {state['state']}); the process has probably been killed"
+    return state["state"]
+
+
+def _steps(state: dict[str, Any], rows: Sequence[dict]) -> str:
+    done = rows[-1]["step"] if rows else 0
+    text = f"{done}/{state['steps']}"
+    if seconds := [row["time/step"] for row in rows[-10:] if row.get("time/step")]:
+        mean = sum(seconds) / len(seconds)
+        text += f", {_time(mean)} per step"
+        if not status.ended(state):
+            text += f", {_time(mean * (state['steps'] - done))} to go"
+    return text
+
+
+def _last_step(rows: Sequence[dict]) -> list[str]:
+    last = rows[-1] if rows else {}
+    return [form.format(last[name]) for name, form in SHOWN if last.get(name) is not None]
+
+
+def _place(state: dict[str, Any]) -> str:
+    place = f"process {state['pid']} on {state['host']}"
+    if state["job"]:
+        place += f", job {state['job']} ({_job_state(state['job'])}), start {state['restart'] + 1}"
+    return place
+
+
+def _metrics(folder: Path) -> list[dict]:
+    try:
+        # the last line may be half written
+        return [row for _, row, fault in json_lines(folder / "metrics.jsonl") if not fault]
+    except FileNotFoundError:
+        return []
+
+
+def _job_state(job: str) -> str:
+    """What Slurm says of a job."""
+    if shutil.which("squeue") is None:
+        return "no squeue here to ask"
+    done = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs", job], capture_output=True, text=True)
+    return done.stdout.strip() or "not in the queue"
+
+
+def _time(seconds: float) -> str:
+    seconds = round(seconds, 1) if seconds < 10 else round(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
