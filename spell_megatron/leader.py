@@ -22,7 +22,8 @@ from spell_megatron.errors import UserError
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
-from spell_megatron.monitoring.status import Reason, Status, StopRequest
+from spell_megatron.monitoring.status import Status
+from spell_megatron.monitoring.stopping import Reason, StopRequest
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Role, Sample

@@ -42,7 +42,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         rendezvous: where the processes of a cluster's job find each other.
 
     Returns:
-        Why it stopped before its last step, with a checkpoint (see `monitoring.status`); None: it has made all steps.
+        Why it stopped before its last step, with a checkpoint (see `monitoring.stopping`); None: it has made all steps.
 
     Raises:
         UserError: for faults that the user can correct; everything started here is stopped first.

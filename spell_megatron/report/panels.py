@@ -6,14 +6,22 @@ Everything a run logs can be plotted under "Any metric" of the page; here is wha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
+from spell_megatron.report.panel import (
+    COLOURS,
+    ROLE_COLOURS,
+    ROLES,
+    Panel,
+    Row,
+    Section,
+    Series,
+    all_and_tasks,
+    all_or_by_task,
+    by_task,
+    roles_and_tasks,
+    single,
+)
 from spell_megatron.selfplay.outcomes import Outcome
-
-Unit = Literal["share", "number", "tokens", "seconds"]
-
-ROLES = {"questioner": "questions", "responder": "answers", "verifier": "judgments"}
 
 OUTCOME_COLOURS = {
     Outcome.MIXED: "green",
@@ -27,89 +35,6 @@ OUTCOME_COLOURS = {
 DROPPED = ("dropped without penalty", "grey")
 """Label and colour of all other outcomes."""
 
-COLOURS = ("blue", "orange", "green", "purple", "red", "teal", "pink", "brown")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One curve: the sum of `metrics`, in a colour of the page's palette; `error` names its standard error."""
-
-    label: str
-    metrics: tuple[str, ...]
-    colour: str
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot over the steps. Of its groups of curves it shows one at a time.
-
-    stacked: curves are shares of a whole, or parts of a sum. log: a logarithmic axis. sparse: measured at few steps,
-    so that points are drawn, joined by lines, and nothing is averaged.
-    """
-
-    title: str
-    text: str
-    unit: Unit
-    groups: dict[str, list[Series]]
-    stacked: bool = False
-    log: bool = False
-    sparse: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    id: str
-    title: str
-    text: str
-    panels: list[Panel] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table that compares runs. better: whether more or less of it is better, if either is."""
-
-    label: str
-    metric: str
-    unit: Unit
-    better: Literal["more", "less", ""] = ""
-    sparse: bool = False
-
-
-def _lines(*curves: tuple[str, str], colours: Sequence[str] = COLOURS) -> list[Series]:
-    return [Series(label, (metric,), colour) for (label, metric), colour in zip(curves, colours, strict=False)]
-
-
-def _by_task(tasks: Sequence[str], metric: str) -> list[Series]:
-    return _lines(*((task, metric.format(task=task)) for task in tasks))
-
-
-def _roles_and_tasks(tasks: Sequence[str], name: str) -> dict[str, list[Series]]:
-    colours = ("orange", "blue", "green")
-    groups = {"by role": _lines(*((label, f"selfplay/{r}/{name}") for r, label in ROLES.items()), colours=colours)}
-    for role, label in reversed(ROLES.items()):
-        groups[f"{label} by task"] = _by_task(tasks, f"selfplay/{{task}}/{role}/{name}")
-    return groups
-
-
-def _all_and_tasks(tasks: Sequence[str], curves: dict[str, str]) -> dict[str, list[Series]]:
-    """Groups of curves `label: metric below selfplay/`: one group over all tasks, one for each task."""
-    over_all = {"all tasks": _lines(*((label, f"selfplay/{name}") for label, name in curves.items()))}
-    return over_all | {t: _lines(*((label, f"selfplay/{t}/{name}") for label, name in curves.items())) for t in tasks}
-
-
-def outcome_labels() -> dict[str, dict[str, str]]:
-    """What the page calls an outcome, and its colour; `dropped` where a file does not tell which of several it was."""
-    label, colour = DROPPED
-    labels = {str(o): {"label": o.meaning, "colour": OUTCOME_COLOURS.get(o, colour)} for o in Outcome}
-    return labels | {"dropped": {"label": label, "colour": colour}}
-
-
-def _outcomes(prefix: str) -> list[Series]:
-    own = [Series(o.meaning, (f"{prefix}rate/{o}",), colour) for o, colour in OUTCOME_COLOURS.items()]
-    dropped = tuple(f"{prefix}rate/{outcome}" for outcome in Outcome if outcome.dropped)
-    return [*own, Series(DROPPED[0], dropped, DROPPED[1])]
-
 
 def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
     """The page's plots.
@@ -119,318 +44,314 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
         names: every metric that a run logged; only for k in pass@k.
     """
     ks = sorted({int(n.removeprefix("validation/pass@")) for n in names if n.startswith("validation/pass@")})
+    return [
+        _results(tasks, ks),
+        _outcomes(tasks),
+        _curriculum(tasks),
+        _verifier(tasks),
+        _training(),
+        _speed(),
+    ]
+
+
+def _results(tasks: Sequence[str], ks: Sequence[int]) -> Section:
     held_out = [
         Series(f"pass@{k}", (f"validation/pass@{k}",), colour, "validation/standard_error" if k == 1 else None)
         for k, colour in zip(ks, COLOURS, strict=False)
     ]
+    return Section(
+        "results",
+        "Reward, accuracy, length",
+        "Rewards and lengths are means over all that the roles wrote in a step, not only over the update's rows.",
+        [
+            Panel(
+                "Accuracy on held-out questions",
+                "Answers to questions that training never sees, scored by rule; bars: one standard error.",
+                "share",
+                {"all tasks": held_out}
+                | {f"pass@{k} by task": by_task(tasks, f"validation/{{task}}/pass@{k}") for k in ks},
+                sparse=True,
+            ),
+            Panel(
+                "Answers that the rule check finds right",
+                "Share of the answers to self-made questions. The questions change as the policy learns.",
+                "share",
+                all_or_by_task(tasks, "right by the rule check", "rule_score"),
+            ),
+            Panel(
+                "Mean reward",
+                "Questions: −1 to 1, highest when half of the answers are right. Answers: 0 or 1. "
+                "Judgments: 1 with the majority, −1 if invalid.",
+                "number",
+                roles_and_tasks(tasks, "reward"),
+            ),
+            Panel(
+                "Length of what the roles write",
+                "Tokens of a response, mean.",
+                "tokens",
+                roles_and_tasks(tasks, "response_tokens"),
+            ),
+            Panel(
+                "Answers cut off or without a result",
+                "Share of the answers that reached the token limit, or in which no final answer was found.",
+                "share",
+                all_and_tasks(tasks, {"cut off": "rate/truncated_answers", "no result found": "rate/unparsed_answers"}),
+            ),
+        ],
+    )
+
+
+def _outcomes(tasks: Sequence[str]) -> Section:
     everything = ["", *(f"{task}/" for task in tasks)]
-    return [
-        Section(
-            "results",
-            "Reward, accuracy, length",
-            "Rewards and lengths are means over all that the roles wrote in a step, not only over the update's rows.",
-            [
-                Panel(
-                    "Accuracy on held-out questions",
-                    "Answers to questions that training never sees, scored by rule; bars: one standard error.",
-                    "share",
-                    {"all tasks": held_out}
-                    | {f"pass@{k} by task": _by_task(tasks, f"validation/{{task}}/pass@{k}") for k in ks},
-                    sparse=True,
+    return Section(
+        "outcomes",
+        "What becomes of the questions",
+        "Every cluster of documents gives one attempt at a question. Only mixed groups, whose answers are neither "
+        "all right nor all wrong, teach the responder.",
+        [
+            Panel(
+                "How attempts end",
+                "Share of the step's attempts.",
+                "share",
+                {(p[:-1] or "all tasks"): _ends(f"selfplay/{p}") for p in everything},
+                stacked=True,
+            ),
+            Panel(
+                "Why questions are dropped without penalty",
+                "Share of the step's attempts.",
+                "share",
+                all_and_tasks(
+                    tasks,
+                    {outcome.meaning: f"rate/{outcome}" for outcome in Outcome if outcome.dropped},
                 ),
-                Panel(
-                    "Answers that the rule check finds right",
-                    "Share of the answers to self-made questions. The questions change as the policy learns.",
-                    "share",
+            ),
+            Panel(
+                "Attempts that a step needs",
+                "Until it has its mixed groups. Surplus attempts were begun in vain and are repeated later.",
+                "number",
+                single(
+                    ("attempts", "selfplay/clusters"),
+                    ("surplus", "selfplay/surplus_clusters"),
+                    ("mixed groups", "selfplay/mixed_groups"),
+                ),
+            ),
+            Panel(
+                "Answers right without documents",
+                "Share of the grounding check's answers. A question whose answer needs no documents is refused.",
+                "share",
+                all_or_by_task(tasks, "right without documents", "rate/no_context_right"),
+            ),
+        ],
+    )
+
+
+def _curriculum(tasks: Sequence[str]) -> Section:
+    return Section(
+        "curriculum",
+        "Curriculum",
+        "The questioner sees the solved questions that it remembers of a cluster, with their documents, and must "
+        "ask something new: its context grows, and questions get harder.",
+        [
+            Panel(
+                "Remembered questions in the questioner's prompt",
+                "Mean over the step's attempts.",
+                "number",
+                all_or_by_task(tasks, "remembered questions", "history_depth"),
+            ),
+            Panel(
+                "Documents in the questioner's prompt",
+                "Mean: the new ones and those of remembered questions.",
+                "number",
+                all_or_by_task(tasks, "documents", "context_documents"),
+            ),
+            Panel(
+                "Length of prompts",
+                "Tokens, mean. The responder always sees all documents of the cluster.",
+                "tokens",
+                roles_and_tasks(tasks, "prompt_tokens"),
+            ),
+            Panel(
+                "Questions in the history",
+                "Clusters of which at least one question is remembered, and questions that the step added.",
+                "number",
+                single(("clusters with a history", "history/clusters"), ("added by the step", "history/entered")),
+            ),
+            Panel(
+                "Depth of the history",
+                "Remembered questions per cluster that has any, mean.",
+                "number",
+                single(("depth", "history/mean_depth")),
+            ),
+        ],
+    )
+
+
+def _verifier(tasks: Sequence[str]) -> Section:
+    return Section(
+        "verifier",
+        "Verifier",
+        "Several judgments of an answer are votes; the majority is the verdict. An answer is rewarded if the rule "
+        "check or the verdict says that it is right.",
+        [
+            Panel(
+                "Agreement of the judgments",
+                "Share of valid votes that are with the majority, and of answers with no two different votes.",
+                "share",
+                all_and_tasks(
+                    tasks,
+                    {"votes with the majority": "rate/agreeing_votes", "unanimous answers": "rate/unanimous_votes"},
+                ),
+            ),
+            Panel(
+                "Verdicts against the rule check",
+                "Share of judged answers. Where only the verdict says right, the verifier alone gives the reward: "
+                "a rise may mean that it is being fooled.",
+                "share",
+                all_and_tasks(
+                    tasks,
                     {
-                        "all tasks": _lines(("right by the rule check", "selfplay/rule_score")),
-                        "by task": _by_task(tasks, "selfplay/{task}/rule_score"),
+                        "only the verdict says right": "rate/right_by_verdict_only",
+                        "only the rule says right": "rate/right_by_rule_only",
                     },
                 ),
-                Panel(
-                    "Mean reward",
-                    "Questions: −1 to 1, highest when half of the answers are right. Answers: 0 or 1. "
-                    "Judgments: 1 with the majority, −1 if invalid.",
-                    "number",
-                    _roles_and_tasks(tasks, "reward"),
-                ),
-                Panel(
-                    "Length of what the roles write",
-                    "Tokens of a response, mean.",
-                    "tokens",
-                    _roles_and_tasks(tasks, "response_tokens"),
-                ),
-                Panel(
-                    "Answers cut off or without a result",
-                    "Share of the answers that reached the token limit, or in which no final answer was found.",
-                    "share",
-                    _all_and_tasks(
-                        tasks, {"cut off": "rate/truncated_answers", "no result found": "rate/unparsed_answers"}
-                    ),
-                ),
-            ],
-        ),
-        Section(
-            "outcomes",
-            "What becomes of the questions",
-            "Every cluster of documents gives one attempt at a question. Only mixed groups, whose answers are neither "
-            "all right nor all wrong, teach the responder.",
-            [
-                Panel(
-                    "How attempts end",
-                    "Share of the step's attempts.",
-                    "share",
-                    {(p[:-1] or "all tasks"): _outcomes(f"selfplay/{p}") for p in everything},
-                    stacked=True,
-                ),
-                Panel(
-                    "Why questions are dropped without penalty",
-                    "Share of the step's attempts.",
-                    "share",
-                    _all_and_tasks(
-                        tasks,
-                        {outcome.meaning: f"rate/{outcome}" for outcome in Outcome if outcome.dropped},
-                    ),
-                ),
-                Panel(
-                    "Attempts that a step needs",
-                    "Until it has its mixed groups. Surplus attempts were begun in vain and are repeated later.",
-                    "number",
+            ),
+            Panel(
+                "Votes that say YES",
+                "Share of valid votes, on answers that the rule check finds right and on others. A verifier that "
+                "judges keeps the two apart; one that says NO to everything looks unanimous above, too.",
+                "share",
+                all_and_tasks(
+                    tasks,
                     {
-                        "": _lines(
-                            ("attempts", "selfplay/clusters"),
-                            ("surplus", "selfplay/surplus_clusters"),
-                            ("mixed groups", "selfplay/mixed_groups"),
-                        )
+                        "on answers right by the rule": "rate/yes_on_right",
+                        "on answers wrong by the rule": "rate/yes_on_wrong",
                     },
                 ),
-                Panel(
-                    "Answers right without documents",
-                    "Share of the grounding check's answers. A question whose answer needs no documents is refused.",
-                    "share",
+            ),
+            Panel(
+                "Judgments without use",
+                "Share of votes that are invalid; of answers with a tie, or with too few valid votes.",
+                "share",
+                all_and_tasks(
+                    tasks,
                     {
-                        "all tasks": _lines(("right without documents", "selfplay/rate/no_context_right")),
-                        "by task": _by_task(tasks, "selfplay/{task}/rate/no_context_right"),
+                        "invalid votes": "rate/invalid_votes",
+                        "tied answers": "rate/tied_votes",
+                        "no verdict": "rate/no_verdict",
                     },
                 ),
-            ],
-        ),
-        Section(
-            "curriculum",
-            "Curriculum",
-            "The questioner sees the solved questions that it remembers of a cluster, with their documents, and must "
-            "ask something new: its context grows, and questions get harder.",
-            [
-                Panel(
-                    "Remembered questions in the questioner's prompt",
-                    "Mean over the step's attempts.",
-                    "number",
-                    {
-                        "all tasks": _lines(("remembered questions", "selfplay/history_depth")),
-                        "by task": _by_task(tasks, "selfplay/{task}/history_depth"),
-                    },
+            ),
+        ],
+    )
+
+
+def _training() -> Section:
+    return Section(
+        "training",
+        "Training",
+        "Over all response tokens of the update.",
+        [
+            Panel("Gradient norm", "Before clipping.", "number", single(("gradient norm", "train/grad_norm"))),
+            Panel(
+                "Entropy",
+                "Of the policy's next-token distribution, in nats.",
+                "number",
+                single(("entropy", "train/entropy")),
+            ),
+            Panel(
+                "How sure the policy is",
+                "Mean probability of the most likely token; share of sampled tokens that were the most likely.",
+                "share",
+                single(
+                    ("probability of the most likely", "train/top_probability"),
+                    ("most likely was sampled", "train/top_share"),
                 ),
-                Panel(
-                    "Documents in the questioner's prompt",
-                    "Mean: the new ones and those of remembered questions.",
-                    "number",
-                    {
-                        "all tasks": _lines(("documents", "selfplay/context_documents")),
-                        "by task": _by_task(tasks, "selfplay/{task}/context_documents"),
-                    },
+            ),
+            Panel(
+                "Mismatch of engine and trainer",
+                "Mean |d| of the log-probabilities, and k3 estimate of the divergence.",
+                "number",
+                single(("mean |d|", "train/mismatch_abs"), ("divergence", "train/mismatch_kl")),
+                log=True,
+            ),
+            Panel(
+                "Largest ratio of engine and trainer",
+                "exp(|d|) of the token on which they differ most; 1 is agreement.",
+                "number",
+                single(("largest ratio", "train/mismatch_max_ratio")),
+            ),
+            Panel(
+                "Loss",
+                "Its sign and size say little in policy gradients.",
+                "number",
+                single(("loss", "train/loss")),
+            ),
+            Panel("Learning rate", "Of the optimizer.", "number", single(("learning rate", "train/lr"))),
+            Panel(
+                "Rows of the update",
+                "By role.",
+                "number",
+                single(
+                    *((label, f"batch/{role}/rows") for role, label in ROLES.items()),
+                    colours=ROLE_COLOURS,
                 ),
-                Panel(
-                    "Length of prompts",
-                    "Tokens, mean. The responder always sees all documents of the cluster.",
-                    "tokens",
-                    _roles_and_tasks(tasks, "prompt_tokens"),
+                stacked=True,
+            ),
+            Panel(
+                "Load of the experts",
+                "Tokens of the busiest expert over the mean; 1 is balanced. Mean and maximum over layers.",
+                "number",
+                single(("mean", "train/moe_load_imbalance"), ("maximum", "train/moe_load_imbalance_max")),
+            ),
+            Panel(
+                "Routings changed by replay",
+                "Share of replayed tokens that the trainer would have sent to other experts.",
+                "share",
+                single(("changed", "train/routing_changed")),
+            ),
+        ],
+    )
+
+
+def _speed() -> Section:
+    return Section(
+        "speed",
+        "Speed",
+        "",
+        [
+            Panel(
+                "Time of a step, by stage",
+                "Seconds.",
+                "seconds",
+                single(
+                    ("rollout", "time/rollout"),
+                    ("update", "train/seconds"),
+                    ("push of weights", "time/push"),
+                    ("checkpoint", "time/checkpoint"),
+                    ("validation", "time/validation"),
                 ),
-                Panel(
-                    "Questions in the history",
-                    "Clusters of which at least one question is remembered, and questions that the step added.",
-                    "number",
-                    {
-                        "": _lines(
-                            ("clusters with a history", "history/clusters"), ("added by the step", "history/entered")
-                        )
-                    },
-                ),
-                Panel(
-                    "Depth of the history",
-                    "Remembered questions per cluster that has any, mean.",
-                    "number",
-                    {"": _lines(("depth", "history/mean_depth"))},
-                ),
-            ],
-        ),
-        Section(
-            "verifier",
-            "Verifier",
-            "Several judgments of an answer are votes; the majority is the verdict. An answer is rewarded if the rule "
-            "check or the verdict says that it is right.",
-            [
-                Panel(
-                    "Agreement of the judgments",
-                    "Share of valid votes that are with the majority, and of answers with no two different votes.",
-                    "share",
-                    _all_and_tasks(
-                        tasks,
-                        {"votes with the majority": "rate/agreeing_votes", "unanimous answers": "rate/unanimous_votes"},
-                    ),
-                ),
-                Panel(
-                    "Verdicts against the rule check",
-                    "Share of judged answers. Where only the verdict says right, the verifier alone gives the reward: "
-                    "a rise may mean that it is being fooled.",
-                    "share",
-                    _all_and_tasks(
-                        tasks,
-                        {
-                            "only the verdict says right": "rate/right_by_verdict_only",
-                            "only the rule says right": "rate/right_by_rule_only",
-                        },
-                    ),
-                ),
-                Panel(
-                    "Votes that say YES",
-                    "Share of valid votes, on answers that the rule check finds right and on others. A verifier that "
-                    "judges keeps the two apart; one that says NO to everything looks unanimous above, too.",
-                    "share",
-                    _all_and_tasks(
-                        tasks,
-                        {
-                            "on answers right by the rule": "rate/yes_on_right",
-                            "on answers wrong by the rule": "rate/yes_on_wrong",
-                        },
-                    ),
-                ),
-                Panel(
-                    "Judgments without use",
-                    "Share of votes that are invalid; of answers with a tie, or with too few valid votes.",
-                    "share",
-                    _all_and_tasks(
-                        tasks,
-                        {
-                            "invalid votes": "rate/invalid_votes",
-                            "tied answers": "rate/tied_votes",
-                            "no verdict": "rate/no_verdict",
-                        },
-                    ),
-                ),
-            ],
-        ),
-        Section(
-            "training",
-            "Training",
-            "Over all response tokens of the update.",
-            [
-                Panel(
-                    "Gradient norm", "Before clipping.", "number", {"": _lines(("gradient norm", "train/grad_norm"))}
-                ),
-                Panel(
-                    "Entropy",
-                    "Of the policy's next-token distribution, in nats.",
-                    "number",
-                    {"": _lines(("entropy", "train/entropy"))},
-                ),
-                Panel(
-                    "How sure the policy is",
-                    "Mean probability of the most likely token; share of sampled tokens that were the most likely.",
-                    "share",
-                    {
-                        "": _lines(
-                            ("probability of the most likely", "train/top_probability"),
-                            ("most likely was sampled", "train/top_share"),
-                        )
-                    },
-                ),
-                Panel(
-                    "Mismatch of engine and trainer",
-                    "Mean |d| of the log-probabilities, and k3 estimate of the divergence.",
-                    "number",
-                    {"": _lines(("mean |d|", "train/mismatch_abs"), ("divergence", "train/mismatch_kl"))},
-                    log=True,
-                ),
-                Panel(
-                    "Largest ratio of engine and trainer",
-                    "exp(|d|) of the token on which they differ most; 1 is agreement.",
-                    "number",
-                    {"": _lines(("largest ratio", "train/mismatch_max_ratio"))},
-                ),
-                Panel(
-                    "Loss",
-                    "Its sign and size say little in policy gradients.",
-                    "number",
-                    {"": _lines(("loss", "train/loss"))},
-                ),
-                Panel("Learning rate", "Of the optimizer.", "number", {"": _lines(("learning rate", "train/lr"))}),
-                Panel(
-                    "Rows of the update",
-                    "By role.",
-                    "number",
-                    {
-                        "": _lines(
-                            *((label, f"batch/{role}/rows") for role, label in ROLES.items()),
-                            colours=("orange", "blue", "green"),
-                        )
-                    },
-                    stacked=True,
-                ),
-                Panel(
-                    "Load of the experts",
-                    "Tokens of the busiest expert over the mean; 1 is balanced. Mean and maximum over layers.",
-                    "number",
-                    {"": _lines(("mean", "train/moe_load_imbalance"), ("maximum", "train/moe_load_imbalance_max"))},
-                ),
-                Panel(
-                    "Routings changed by replay",
-                    "Share of replayed tokens that the trainer would have sent to other experts.",
-                    "share",
-                    {"": _lines(("changed", "train/routing_changed"))},
-                ),
-            ],
-        ),
-        Section(
-            "speed",
-            "Speed",
-            "",
-            [
-                Panel(
-                    "Time of a step, by stage",
-                    "Seconds.",
-                    "seconds",
-                    {
-                        "": _lines(
-                            ("rollout", "time/rollout"),
-                            ("update", "train/seconds"),
-                            ("push of weights", "time/push"),
-                            ("checkpoint", "time/checkpoint"),
-                            ("validation", "time/validation"),
-                        )
-                    },
-                    stacked=True,
-                ),
-                Panel(
-                    "Tokens per second of the trainer",
-                    "Prompts and responses of all rows, as if each were computed alone.",
-                    "tokens",
-                    {"": _lines(("trainer", "train/tokens_per_second"))},
-                ),
-                Panel(
-                    "Tokens per second of the engines",
-                    "Tokens that the roles wrote, over the time of the rollout; prompts and surplus do not count.",
-                    "tokens",
-                    {"": _lines(("engines", "rollout/tokens_per_second"))},
-                ),
-                Panel(
-                    "Tokens of the update",
-                    "In all rows, and those computed once shared prefixes are merged.",
-                    "tokens",
-                    {"": _lines(("in the rows", "train/tokens_unshared"), ("computed", "train/tokens_computed"))},
-                ),
-            ],
-        ),
-    ]
+                stacked=True,
+            ),
+            Panel(
+                "Tokens per second of the trainer",
+                "Prompts and responses of all rows, as if each were computed alone.",
+                "tokens",
+                single(("trainer", "train/tokens_per_second")),
+            ),
+            Panel(
+                "Tokens per second of the engines",
+                "Tokens that the roles wrote, over the time of the rollout; prompts and surplus do not count.",
+                "tokens",
+                single(("engines", "rollout/tokens_per_second")),
+            ),
+            Panel(
+                "Tokens of the update",
+                "In all rows, and those computed once shared prefixes are merged.",
+                "tokens",
+                single(("in the rows", "train/tokens_unshared"), ("computed", "train/tokens_computed")),
+            ),
+        ],
+    )
 
 
 def table(names: Iterable[str]) -> list[Row]:
@@ -453,3 +374,17 @@ def table(names: Iterable[str]) -> list[Row]:
         Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more"),
         Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more"),
     ]
+
+
+def outcome_labels() -> dict[str, dict[str, str]]:
+    """What the page calls an outcome, and its colour; `dropped` where a file does not tell which of several it was."""
+    label, colour = DROPPED
+    labels = {str(o): {"label": o.meaning, "colour": OUTCOME_COLOURS.get(o, colour)} for o in Outcome}
+    return labels | {"dropped": {"label": label, "colour": colour}}
+
+
+def _ends(prefix: str) -> list[Series]:
+    """A curve for each outcome that has a colour of its own, and one for all others."""
+    own = [Series(o.meaning, (f"{prefix}rate/{o}",), colour) for o, colour in OUTCOME_COLOURS.items()]
+    dropped = tuple(f"{prefix}rate/{outcome}" for outcome in Outcome if outcome.dropped)
+    return [*own, Series(DROPPED[0], dropped, DROPPED[1])]

@@ -19,7 +19,9 @@ from simulated_run import make_evaluation, make_run
 from spell_megatron.cli import main
 from spell_megatron.errors import UserError
 from spell_megatron.report.panels import sections, table
-from spell_megatron.report.report import read_questions, read_run, write_report
+from spell_megatron.report.report import write_report
+from spell_megatron.report.runs import read_run
+from spell_megatron.report.transcripts import read_questions
 from spell_megatron.selfplay.outcomes import Outcome
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- ]]> {{data}} & \u2028 \\ud800 \"'"
