@@ -27,35 +27,40 @@ def save_byte_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_policy(kind: str, folder: Path, seed: int) -> None:
-    """Writes a random fp32 checkpoint: `dense`, `tied` (both Qwen3) or `moe` (Qwen3-MoE)."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+# kind: (family, fields of config.json); the name of a family is a kind too
+KINDS = {"dense": ("qwen3", {}), "tied": ("qwen3", {"tie_word_embeddings": True}), "moe": ("qwen3_moe", {})}
 
-    sizes = dict(
+
+def save_policy(kind: str, folder: Path, seed: int) -> None:
+    """Writes a random float32 checkpoint of one of `KINDS` or of a family."""
+    from families import hf_model
+
+    family, fields = KINDS.get(kind, (kind, {}))
+    hf_model(
+        family,
+        seed,
         vocab_size=VOCABULARY,
-        hidden_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         intermediate_size=96,
-        max_position_embeddings=2048,
-        tie_word_embeddings=kind == "tied",
         initializer_range=0.2,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=None,
-    )
-    if kind == "moe":
-        config = Qwen3MoeConfig(
-            **sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
-        )
-    else:
-        config = Qwen3Config(**sizes)
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        **fields | engine_sizes(family),
+    ).save_pretrained(folder)
     save_byte_tokenizer(folder)
+
+
+def engine_sizes(family: str) -> dict:
+    """Small sizes that vLLM serves on CPUs: its heads there have a multiple of 32 dimensions."""
+    from families import FAMILIES
+
+    return {
+        "hidden_size": 64 if "head_dim" in FAMILIES[family][1] else 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": None,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -270,7 +270,7 @@ def test_incomplete_and_missing_folders(saved, tmp_path):
 
 def test_another_model_is_refused(saved, tmp_path):
     run, *_ = saved
-    make_policy("llama3", tmp_path / "other")
+    make_policy("llama", tmp_path / "other")
     with pytest.raises(UserError, match="model.path"):
         checkpoint.load(checkpoint.latest(run), make_trainer(make_config(tmp_path / "other")))
 

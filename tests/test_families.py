@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_fixtures import VOCABULARY, save_byte_tokenizer
+from engine_fixtures import VOCABULARY, engine_sizes, save_byte_tokenizer
+from families import FAMILIES, hf_model
+
+from spell_megatron.training import families
 
 pytestmark = pytest.mark.engine
 
@@ -25,48 +28,22 @@ TASKS = ("docmath_qa", "doc_general_qa", "doc_mc")
 ROLES = ("questioner", "responder", "verifier")
 STEPS, GROUPS, GROUP_SIZE, VOTES = 2, 6, 4, 3
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
 EXPERT_LOAD = ("load_imbalance", "load_imbalance_max", "unused_experts")
-MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-# name of transformers' classes, and what sets the family apart; vLLM's heads on CPUs have 32 k channels
-FAMILIES = {
-    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
-    "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "hidden_size": 128}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3-moe": ("Qwen3Moe", MOE | {"head_dim": 32}),
-}
+FAST = "qwen3_moe"
+"""The family that is not marked as slow."""
 
 # ------------------------------------------------------------------------------ policies
 
 
 def random_model(family: str):
-    import torch
-    import transformers
-
-    name, options = FAMILIES[family]
-    sizes = {
-        "vocab_size": VOCABULARY + 4,  # released models too have a few ids that their tokenizer does not know
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.1,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": None,
-    }
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**sizes | options)
-    return getattr(transformers, f"{name}ForCausalLM")(config).float()
+    return hf_model(
+        family,
+        vocab_size=VOCABULARY + 4,  # released models too have a few ids that their tokenizer does not know
+        num_hidden_layers=2,
+        intermediate_size=128,
+        initializer_range=0.1,
+        **engine_sizes(family),
+    )
 
 
 def question(rng: random.Random, task: str) -> dict:
@@ -219,18 +196,18 @@ def dump(run: Path, step: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["qwen3-moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "qwen2.5", "qwen3"))],
+    "family", [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in FAMILIES]
 )
 def test_family_takes_two_steps(family, tmp_path):
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    has_experts = families.FAMILIES[family].experts is not None
     prepare_corpus(tmp_path / "corpus.parquet")
     make_policy(family, tmp_path / "policy", tmp_path / "corpus.parquet")
     run, output = train(tmp_path)
-    assert output.count("Routing replay is off: vLLM does not return the experts") == (family == "qwen3-moe")
+    assert output.count("Routing replay is off: vLLM does not return the experts") == has_experts
 
     steps = metrics(run)
     assert sorted(steps) == [0, 1, 2]
@@ -246,7 +223,7 @@ def test_family_takes_two_steps(family, tmp_path):
         assert numbers["train/mismatch_abs"] < 1e-5
         assert numbers["train/mismatch_max_ratio"] < 1.001
         balance = {name for name in numbers if name.startswith("train/moe_")}
-        assert balance == {f"train/moe_{x}" for x in EXPERT_LOAD if family == "qwen3-moe"}
+        assert balance == {f"train/moe_{x}" for x in EXPERT_LOAD if has_experts}
         assert {row["role"] for row in rows[step]} == set(ROLES)
         assert {row["weight_version"] for row in rows[step]} == {str(step - 1)}
     everything = rows[1] + rows[2]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from families import FAMILIES, hf_model
 
 from spell_megatron import checkpoint
 from spell_megatron.config.schema import (
@@ -35,38 +36,11 @@ _COMMON = dict(
     max_position_embeddings=512,
     initializer_range=0.2,
 )
-_MOE = dict(
-    moe_intermediate_size=48,
-    num_experts=8,
-    num_experts_per_tok=2,
-    norm_topk_prob=True,
-    head_dim=16,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    router_aux_loss_coef=0.0,
-)
-FAMILIES = {
-    "llama3": (
-        "LlamaConfig",
-        "LlamaForCausalLM",
-        dict(
-            tie_word_embeddings=False,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-    ),
-    "qwen2.5": ("Qwen2Config", "Qwen2ForCausalLM", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(tie_word_embeddings=True, head_dim=32)),
+# name: (family, fields of config.json)
+POLICIES = {family: (family, {}) for family in FAMILIES} | {
     # One key-value head, a vocabulary that 2 does not divide, layers that 2 does not divide.
     "odd": (
-        "Qwen3Config",
-        "Qwen3ForCausalLM",
+        "qwen3",
         dict(
             tie_word_embeddings=True,
             head_dim=16,
@@ -76,20 +50,14 @@ FAMILIES = {
             vocab_size=VOCAB + 3,
         ),
     ),
-    "three_heads": (
-        "Qwen3Config",
-        "Qwen3ForCausalLM",
-        dict(tie_word_embeddings=False, head_dim=16, num_attention_heads=3, num_key_value_heads=3),
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(tie_word_embeddings=False, **_MOE)),
+    "three_heads": ("qwen3", dict(head_dim=16, num_attention_heads=3, num_key_value_heads=3)),
 }
 
 
-def make_policy(family: str, folder: Path, **options) -> None:
+def make_policy(name: str, folder: Path, **options) -> None:
     """A random Hugging Face checkpoint without a tokenizer; `options` change its config.json."""
-    config, model, extra = FAMILIES[family]
-    torch.manual_seed(0)
-    hf = getattr(transformers, model)(getattr(transformers, config)(**{**_COMMON, **extra, **options})).float()
+    family, fields = POLICIES[name]
+    hf = hf_model(family, **_COMMON | fields | options)
     for name, parameter in hf.named_parameters():
         if "norm" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))

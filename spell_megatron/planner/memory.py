@@ -83,7 +83,7 @@ class Model:
             policy,
             training_cost(policy.arch),
             sum(size for _, size in sizes),
-            sum(size for expert, size in sizes if expert),
+            sum(size for expert, size in sizes if expert is not None),
             max(size for _, size in sizes),
         )
 

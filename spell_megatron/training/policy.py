@@ -5,20 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spell_megatron.errors import UserError
-
-FAMILIES = {
-    "llama": "Llama 1, 2, 3.x",
-    "qwen2": "Qwen2, Qwen2.5",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3 mixture of experts",
-}
-"""Supported values of config.json's model_type."""
+from spell_megatron.training.families import FAMILIES, Experts, Family, supported
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ class PolicyModel:
             hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for a bad file
             raise UserError(
-                f"{path} cannot be read as a model configuration ({error}). Supported are {_supported()}."
+                f"{path} cannot be read as a model configuration ({error}). Supported are {supported()}."
             ) from error
         return cls.of(hf_config, dtype)
 
@@ -89,6 +83,10 @@ class PolicyModel:
         """The policy of a configuration that is read already. UserError if the model is not supported."""
         named = getattr(torch, dtype) if dtype else hf_config.dtype
         return cls(hf_config, _architecture(hf_config), named or torch.float32)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.hf_config.model_type]
 
     @cached_property
     def rotary(self) -> tuple[torch.Tensor, float]:
@@ -116,41 +114,18 @@ class PolicyModel:
 
 
 def _architecture(hf_config: PretrainedConfig) -> Architecture:
-    """Sizes and traits of the model that `hf_config` describes.
-
-    Raises:
-        UserError: the family, or an option of it, is not supported.
-    """
-    family = hf_config.model_type
-    if family not in FAMILIES:
-        raise UserError(f"Models of type {family!r} are not supported. Supported are {_supported()}.")
+    """Sizes and traits of the model that `hf_config` describes. UserError if it is not supported."""
+    model_type = hf_config.model_type
+    if model_type not in FAMILIES:
+        raise UserError(f"Models of type {model_type!r} are not supported. Supported are {supported()}.")
+    family = FAMILIES[model_type]
     if hf_config.hidden_act != "silu":
         raise UserError(
             f"config.json has hidden_act {hf_config.hidden_act!r}; only 'silu' (SwiGLU) is supported, "
-            f"which is what every released model of {FAMILIES[family]} uses."
+            f"which is what every released model of {family.title} uses."
         )
-    layer_types = getattr(hf_config, "layer_types", None)
-    windowed = getattr(hf_config, "use_sliding_window", False)
-    if any(kind != "full_attention" for kind in layer_types) if layer_types else windowed:
-        raise UserError(
-            "config.json asks for sliding-window attention, which is not supported. Set "
-            "use_sliding_window to false and remove layer_types if the model is to be trained with full "
-            "attention."
-        )
-    attention_bias = getattr(hf_config, "attention_bias", False)
-    experts = hf_config.num_experts if family == "qwen3_moe" else 0
+    _refuse_windows(family, hf_config)
     layers = hf_config.num_hidden_layers
-    if experts:
-        dense = set(hf_config.mlp_only_layers or ())
-        step = hf_config.decoder_sparse_step
-        moe_layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
-    else:
-        moe_layers = (False,) * layers
-    if any(moe_layers) and hf_config.norm_topk_prob and hf_config.num_experts_per_tok == 1:
-        raise UserError(
-            "config.json has num_experts_per_tok 1 and norm_topk_prob true: every expert then has weight 1 and the "
-            "router learns nothing. Megatron-Core refuses it; set norm_topk_prob to false."
-        )
     return Architecture(
         layers=layers,
         hidden=hf_config.hidden_size,
@@ -160,17 +135,48 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         ffn=hf_config.intermediate_size,
         vocabulary=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,
-        qkv_bias=family == "qwen2" or attention_bias,
-        output_bias=family != "qwen2" and attention_bias,
-        mlp_bias=family == "llama" and hf_config.mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=experts if any(moe_layers) else 0,
-        experts_per_token=hf_config.num_experts_per_tok if experts else 0,
-        expert_ffn=hf_config.moe_intermediate_size if experts else 0,
-        normalise_router=bool(experts and hf_config.norm_topk_prob),
-        moe_layers=moe_layers,
+        qkv_bias=family.has(family.qkv_bias, hf_config),
+        output_bias=family.has(family.output_bias, hf_config),
+        mlp_bias=family.has(family.mlp_bias, hf_config),
+        qk_norm=family.has(family.qk_norm, hf_config),
+        **(_experts(family.experts, hf_config) if family.experts else _NO_EXPERTS | {"moe_layers": (False,) * layers}),
     )
 
 
-def _supported() -> str:
-    return ", ".join(f"{name} ({model_type})" for model_type, name in FAMILIES.items())
+def _refuse_windows(family: Family, hf_config: PretrainedConfig) -> None:
+    field, off = family.window or ("", "")
+    layer_types = getattr(hf_config, "layer_types", None)
+    windowed = bool(field) and getattr(hf_config, field, None)
+    if any(kind != "full_attention" for kind in layer_types) if layer_types else windowed:
+        changes = [f"set {field} to {off}"] if field else []
+        changes += ["remove layer_types"] if layer_types else []
+        raise UserError(
+            "config.json asks for sliding-window attention, which is not supported. To train the model with full "
+            f"attention, {' and '.join(changes)}."
+        )
+
+
+_NO_EXPERTS: dict[str, Any] = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "normalise_router": False}
+
+
+def _experts(fields: Experts, hf_config: PretrainedConfig) -> dict[str, Any]:
+    """The attributes of `Architecture` that describe a mixture of experts."""
+    count, layers = getattr(hf_config, fields.count), range(hf_config.num_hidden_layers)
+    dense = set(getattr(hf_config, fields.dense_layers) or ())
+    period = getattr(hf_config, fields.period)
+    moe_layers = tuple(bool(count) and i not in dense and (i + 1) % period == 0 for i in layers)
+    if not any(moe_layers):
+        return _NO_EXPERTS | {"moe_layers": moe_layers}
+    per_token, normalised = getattr(hf_config, fields.per_token), getattr(hf_config, fields.normalised)
+    if normalised and per_token == 1:
+        raise UserError(
+            f"config.json has {fields.per_token} 1 and {fields.normalised} true: every expert then has weight 1 and "
+            f"the router learns nothing. Megatron-Core refuses it; set {fields.normalised} to false."
+        )
+    return {
+        "experts": count,
+        "experts_per_token": per_token,
+        "expert_ffn": getattr(hf_config, fields.width),
+        "normalise_router": bool(normalised),
+        "moe_layers": moe_layers,
+    }

@@ -7,6 +7,7 @@ rank's own parameter name into such a name.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -34,8 +35,10 @@ class Rule:
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the whole tensors."""
     layout: Layout
-    expert: bool = False
-    """Cut over the expert-tensor-parallel ranks rather than the tensor-parallel ranks."""
+    layer: int | None = None
+    """Number of its layer; None: outside of all layers."""
+    expert: int | None = None
+    """Number of its expert, which the expert-tensor-parallel ranks share; None: the tensor-parallel ranks share it."""
     groups: int = 1
     """Key-value heads (QKV only)."""
 
@@ -83,13 +86,20 @@ def rules(policy: PolicyModel) -> dict[str, Rule]:
 
     A tied vocabulary head is not listed: it is the embedding.
     """
-    arch = policy.arch
-    table = {"embedding.word_embeddings.weight": _rule("model.embed_tokens.weight", _vocabulary(arch), Layout.ROWS)}
+    arch, table = policy.arch, {}
+
+    def add(name: str, shapes: _Shapes, layout: Layout, layer: int | None = None, expert: int | None = None) -> None:
+        ours, *theirs = (x.format(layer=layer, expert=expert) for x in (name, *policy.family.names[name]))
+        table[ours] = Rule(tuple(theirs), shapes, layout, layer, expert, arch.groups if layout is Layout.QKV else 1)
+
+    vocabulary = ((arch.vocabulary, arch.hidden),)
+    add("embedding.word_embeddings.weight", vocabulary, Layout.ROWS)
     for layer in range(arch.layers):
-        table |= _layer_rules(arch, layer)
-    table["decoder.final_layernorm.weight"] = _rule("model.norm.weight", (arch.hidden,), Layout.REPLICATED)
+        for name, shapes, layout, expert in _layer_parameters(arch, layer):
+            add("decoder.layers.{layer}." + name, shapes, layout, layer, expert)
+    add("decoder.final_layernorm.weight", ((arch.hidden,),), Layout.REPLICATED)
     if not arch.tied:
-        table["output_layer.weight"] = _rule("lm_head.weight", _vocabulary(arch), Layout.ROWS)
+        add("output_layer.weight", vocabulary, Layout.ROWS)
     return table
 
 
@@ -98,56 +108,47 @@ def hf_shapes(policy: PolicyModel) -> dict[str, tuple[int, ...]]:
     return {name: shape for rule in rules(policy).values() for name, shape in zip(rule.names, rule.shapes, strict=True)}
 
 
-def _layer_rules(arch: Architecture, layer: int) -> dict[str, Rule]:
-    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    hidden, queries, keys = arch.hidden, arch.heads * arch.head_dim, arch.groups * arch.head_dim
-    table: dict[str, Rule] = {}
+_Shapes = tuple[tuple[int, ...], ...]
 
-    def qkv(kind: str, *columns: int) -> None:
-        names = tuple(f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
-        shapes = tuple((rows, *columns) for rows in (queries, keys, keys))
-        table[f"{ours}self_attention.linear_qkv.{kind}"] = Rule(names, shapes, Layout.QKV, groups=arch.groups)
 
-    def single(our: str, their: str, shape: tuple[int, ...], layout: Layout = Layout.REPLICATED) -> None:
-        table[ours + our] = _rule(theirs + their, shape, layout)
-
-    def feed_forward(our: str, their: str, width: int, expert: bool) -> None:
-        gate_up = (f"{theirs}{their}gate_proj.weight", f"{theirs}{their}up_proj.weight")
-        down = (f"{theirs}{their}down_proj.weight",)
-        table[f"{ours}{our}linear_fc1.weight"] = Rule(gate_up, ((width, hidden),) * 2, Layout.GATE_UP, expert)
-        table[f"{ours}{our}linear_fc2.weight"] = Rule(down, ((hidden, width),), Layout.COLUMNS, expert)
-
-    qkv("weight", hidden)
-    if arch.qkv_bias:
-        qkv("bias")
-    single("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (hidden, queries), Layout.COLUMNS)
-    if arch.output_bias:
-        single("self_attention.linear_proj.bias", "self_attn.o_proj.bias", (hidden,))
-    if arch.qk_norm:
-        single("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (arch.head_dim,))
-        single("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", (arch.head_dim,))
+def _layer_parameters(arch: Architecture, layer: int) -> Iterator[tuple[str, _Shapes, Layout, int | None]]:
+    """(name within the layer, shapes, layout, expert) of a layer's parameters."""
+    yield from ((name, shapes, layout, None) for name, shapes, layout in _attention_parameters(arch))
+    norm = ((arch.hidden,),)
     if arch.moe_layers[layer]:
-        single("mlp.router.weight", "mlp.gate.weight", (arch.experts, hidden))
+        yield "mlp.router.weight", ((arch.experts, arch.hidden),), Layout.REPLICATED, None
         for expert in range(arch.experts):
-            our, their = f"mlp.experts.local_experts.{expert}.", f"mlp.experts.{expert}."
-            feed_forward(our, their, arch.expert_ffn, expert=True)
+            gate_up, down = _feed_forward_shapes(arch.hidden, arch.expert_ffn)
+            yield "mlp.experts.local_experts.{expert}.linear_fc1.weight", gate_up, Layout.GATE_UP, expert
+            yield "mlp.experts.local_experts.{expert}.linear_fc2.weight", down, Layout.COLUMNS, expert
     else:
-        feed_forward("mlp.", "mlp.", arch.ffn, expert=False)
+        gate_up, down = _feed_forward_shapes(arch.hidden, arch.ffn)
+        yield "mlp.linear_fc1.weight", gate_up, Layout.GATE_UP, None
+        yield "mlp.linear_fc2.weight", down, Layout.COLUMNS, None
         if arch.mlp_bias:
-            gate_up = (f"{theirs}mlp.gate_proj.bias", f"{theirs}mlp.up_proj.bias")
-            table[f"{ours}mlp.linear_fc1.bias"] = Rule(gate_up, ((arch.ffn,),) * 2, Layout.GATE_UP)
-            single("mlp.linear_fc2.bias", "mlp.down_proj.bias", (hidden,))
-    single("input_layernorm.weight", "input_layernorm.weight", (hidden,))
-    single("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (hidden,))
-    return table
+            yield "mlp.linear_fc1.bias", ((arch.ffn,), (arch.ffn,)), Layout.GATE_UP, None
+            yield "mlp.linear_fc2.bias", norm, Layout.REPLICATED, None
+    yield "input_layernorm.weight", norm, Layout.REPLICATED, None
+    yield "pre_mlp_layernorm.weight", norm, Layout.REPLICATED, None
 
 
-def _vocabulary(arch: Architecture) -> tuple[int, int]:
-    return arch.vocabulary, arch.hidden
+def _attention_parameters(arch: Architecture) -> Iterator[tuple[str, _Shapes, Layout]]:
+    queries, keys = arch.heads * arch.head_dim, arch.groups * arch.head_dim
+    rows = (queries, keys, keys)
+    yield "self_attention.linear_qkv.weight", tuple((n, arch.hidden) for n in rows), Layout.QKV
+    if arch.qkv_bias:
+        yield "self_attention.linear_qkv.bias", tuple((n,) for n in rows), Layout.QKV
+    yield "self_attention.linear_proj.weight", ((arch.hidden, queries),), Layout.COLUMNS
+    if arch.output_bias:
+        yield "self_attention.linear_proj.bias", ((arch.hidden,),), Layout.REPLICATED
+    if arch.qk_norm:
+        yield "self_attention.q_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED
+        yield "self_attention.k_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED
 
 
-def _rule(name: str, shape: tuple[int, ...], layout: Layout) -> Rule:
-    return Rule((name,), (shape,), layout)
+def _feed_forward_shapes(hidden: int, width: int) -> tuple[_Shapes, _Shapes]:
+    """Shapes of (gate and up, down)."""
+    return ((width, hidden), (width, hidden)), ((hidden, width),)
 
 
 def global_name(name: str, first_layer: int, first_expert: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ def local_parameters(model: TreeGPTModel, tied_head: bool = False) -> list[tuple
 
 def shard_place(rule: Rule) -> tuple[int, int]:
     """(number of shards, this rank's shard) of a parameter."""
-    if rule.expert:
+    if rule.expert is not None:
         return (
             parallel_state.get_expert_tensor_parallel_world_size(),
             parallel_state.get_expert_tensor_parallel_rank(),
@@ -163,17 +162,15 @@ def _buckets(model: TreeGPTModel, table: dict[str, Rule], bucket_bytes: int) -> 
     found: dict[tuple, tuple[int, ...]] = {}
 
     def owners(name: str, rule: Rule) -> tuple[int, ...]:
-        layer = re.search(r"decoder\.layers\.(\d+)\.", name)
-        if layer:
-            stage = next(p.stage for p in places if p.layers.start <= int(layer[1]) < p.layers.stop)
+        if rule.layer is not None:
+            stage = next(p.stage for p in places if rule.layer in p.layers)
         else:
             stage = 0 if name.startswith("embedding") else max(p.stage for p in places)
-        expert = re.search(r"local_experts\.(\d+)\.", name)
-        group = int(expert[1]) // experts if expert else None
-        count = 1 if rule.layout is Layout.REPLICATED else expert_tensor if expert else tensor
+        group = None if rule.expert is None else rule.expert // experts
+        count = 1 if rule.layout is Layout.REPLICATED else tensor if group is None else expert_tensor
         if (stage, group, count) not in found:
             holders = [p for p in places if p.stage == stage and group in (None, p.expert_group)]
-            shards = [p.expert_shard if expert else p.shard for p in holders]
+            shards = [p.shard if group is None else p.expert_shard for p in holders]
             found[stage, group, count] = tuple(holders[shards.index(i)].rank for i in range(count))
         return found[stage, group, count]
 

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
+from families import FAMILIES, hf_config
 from hf_models import CASES, COMMON, MOE, YARN_ROPE, load, make
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig
 
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
@@ -40,9 +41,9 @@ def test_logits_equal_transformers(name, hf_checkpoint):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig])
-def test_random_shapes_equal_transformers(config_class, seed, tmp_path):
-    rng = random.Random(seed * 10 + len(config_class.__name__))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_shapes_equal_transformers(family, seed, tmp_path):
+    rng = random.Random(seed * 10 + len(family))
     groups = rng.choice([1, 2, 3])
     heads = groups * rng.choice([1, 2, 4])
     options = {
@@ -55,16 +56,16 @@ def test_random_shapes_equal_transformers(config_class, seed, tmp_path):
         "tie_word_embeddings": rng.random() < 0.5,
         "rms_norm_eps": rng.choice([1e-5, 1e-6]),
     }
-    if config_class in (Qwen3Config, Qwen3MoeConfig):
+    if "head_dim" in FAMILIES[family][1]:
         options["head_dim"] = 2 * rng.randint(2, 20)
-    if config_class is Qwen3MoeConfig:
+    if "num_experts" in FAMILIES[family][1]:
         options |= MOE | {"norm_topk_prob": rng.random() < 0.5, "num_experts": rng.randint(3, 9)}
-    hf = make(config_class, options, seed)
+    hf = make(family, options, seed)
     hf.save_pretrained(tmp_path)
     tokens = torch.randint(0, options["vocab_size"], (rng.randint(1, 80),))
     with torch.no_grad():
         error = (logits(load(tmp_path), tokens) - hf(tokens[None]).logits[0]).abs().max().item()
-    print(f"{config_class.__name__} {options}: largest logit difference {error:.1e}")
+    print(f"{family} {options}: largest logit difference {error:.1e}")
     assert error <= 1e-4
 
 
@@ -227,9 +228,8 @@ def test_frequencies_stay_float32_and_out_of_checkpoints(hf_checkpoint):
     assert not [name for name in model.state_dict() if "freq" in name]
 
 
-def rejected(folder, config_class, options, **training) -> str:
-    config = config_class(**COMMON | options)
-    config.save_pretrained(folder)
+def rejected(folder, family, fields, **training) -> str:
+    hf_config(family, **COMMON | fields).save_pretrained(folder)
     with pytest.raises(UserError) as caught:
         build_model(PolicyModel.load(folder), TrainingConfig(**training))
     return str(caught.value)
@@ -251,28 +251,28 @@ def test_unsupported_models_are_refused(tmp_path):
     (tmp_path / "new" / "config.json").write_text('{"model_type": "from-next-year"}')
     with pytest.raises(UserError, match="Supported are Llama"):
         PolicyModel.load(tmp_path / "new")
-    assert "hidden_act" in rejected(tmp_path / "a", LlamaConfig, {"hidden_act": "gelu"})
+    assert "hidden_act" in rejected(tmp_path / "a", "llama", {"hidden_act": "gelu"})
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    assert "sliding-window" in rejected(tmp_path / "b", Qwen2Config, window)
+    assert "sliding-window" in rejected(tmp_path / "b", "qwen2", window)
     moe_window = MOE | {"use_sliding_window": True, "sliding_window": 8}
-    assert "sliding-window" in rejected(tmp_path / "c", Qwen3MoeConfig, moe_window)
+    assert "sliding-window" in rejected(tmp_path / "c", "qwen3_moe", moe_window)
     dynamic = {"rope_parameters": {**YARN_ROPE, "rope_type": "dynamic"}}
-    assert "'dynamic'" in rejected(tmp_path / "d", LlamaConfig, dynamic)
+    assert "'dynamic'" in rejected(tmp_path / "d", "llama", dynamic)
     one = MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}
-    assert "norm_topk_prob" in rejected(tmp_path / "e", Qwen3MoeConfig, one)
+    assert "norm_topk_prob" in rejected(tmp_path / "e", "qwen3_moe", one)
 
 
 def test_unsupported_layouts_are_refused(tmp_path):
-    for name, config_class, options, parallel, reason in [
-        ("b", Qwen3Config, {}, {"tensor": 3}, "heads"),
-        ("h", Qwen3Config, {"num_attention_heads": 3, "num_key_value_heads": 1}, {"tensor": 3}, "projection"),
-        ("c", Qwen3Config, {}, {"pipeline": 9}, "layers"),
-        ("d", Qwen3Config, {}, {"expert": 2}, "no experts"),
-        ("e", Qwen3MoeConfig, MOE, {"expert": 4}, "experts"),
-        ("f", Qwen3Config, {"intermediate_size": 81}, {"tensor": 2}, "width 81"),
-        ("g", Qwen3MoeConfig, MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
+    for name, family, fields, parallel, reason in [
+        ("b", "qwen3", {}, {"tensor": 3}, "heads"),
+        ("h", "qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1}, {"tensor": 3}, "projection"),
+        ("c", "qwen3", {}, {"pipeline": 9}, "layers"),
+        ("d", "qwen3", {}, {"expert": 2}, "no experts"),
+        ("e", "qwen3_moe", MOE, {"expert": 4}, "experts"),
+        ("f", "qwen3", {"intermediate_size": 81}, {"tensor": 2}, "width 81"),
+        ("g", "qwen3_moe", MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
     ]:
-        assert reason in rejected(tmp_path / name, config_class, options, parallel=parallel)
+        assert reason in rejected(tmp_path / name, family, fields, parallel=parallel)
 
 
 def test_processes_must_fit_the_layout():

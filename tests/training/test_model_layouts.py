@@ -31,8 +31,8 @@ def test_two_processes_equal_transformers(tmp_path):
     tokens = torch.randint(0, 131, (48,), generator=torch.Generator().manual_seed(0))
     paths = [torch.arange(30), torch.cat([torch.arange(20), torch.arange(30, 48)])]
     for name in {name for name, _ in LAYOUTS}:
-        config_class, options = CASES[name]
-        hf = make(config_class, {**options, "num_hidden_layers": 4, "num_key_value_heads": 2})
+        family, fields = CASES[name]
+        hf = make(family, {**fields, "num_hidden_layers": 4, "num_key_value_heads": 2})
         hf.save_pretrained(tmp_path / name)
         logits = torch.empty(48, 131)
         with torch.no_grad():

@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainer_cases import (
-    FAMILIES,
+    POLICIES,
     difference,
     gradients,
     make_config,
@@ -44,7 +44,7 @@ def policies(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", POLICIES)
 def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path):
     """Loss, metrics and every gradient within 1e-5 relative."""
     rows = make_rows()
@@ -257,7 +257,7 @@ def test_offload_changes_only_where_the_inputs_wait(family, policies, monkeypatc
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", POLICIES)
 def test_two_full_updates(family, policies):
     """Rewarding the same responses twice raises their likelihood."""
     rows = [dataclasses.replace(row, weights=np.ones_like(row.weights)) for row in make_rows()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrun import torchrun
 from trainer_cases import (
-    FAMILIES,
+    POLICIES,
     difference,
     initialise,
     make_config,
@@ -43,8 +43,8 @@ ROUTED = {"routed": True, "training__importance_sampling": "sequence"}
 OFFLOADED = {"training__offload": True}
 ON_TWO = {
     "tensor": layout("qwen3", tensor=2),
-    "tensor-offload": layout("llama3", "full", other=OFFLOADED, tensor=2),
-    "pipeline-tied": layout("qwen2.5", pipeline=2),
+    "tensor-offload": layout("llama", "full", other=OFFLOADED, tensor=2),
+    "pipeline-tied": layout("qwen2", pipeline=2),
     "pipeline-recompute": layout("qwen3", "selective", pipeline=2),
     "expert": layout("qwen3_moe", expert=2),
     "expert-recompute": layout("qwen3_moe", "full", True, other=OFFLOADED, expert=2),
@@ -71,7 +71,7 @@ ON_TWO = {
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
-    "tensor-pipeline": layout("qwen2.5", tensor=2, pipeline=2),
+    "tensor-pipeline": layout("qwen2", tensor=2, pipeline=2),
     "pipeline-expert": layout("qwen3_moe", pipeline=2, expert=2),
     "tensor-pipeline-expert": layout("qwen3_moe", "full", other=OFFLOADED, tensor=2, pipeline=2, expert=2),
     "expert-data": layout("qwen3_moe", distributed=True, expert=2),
@@ -80,7 +80,7 @@ ON_FOUR = {
     "context-swapped-and-gathered": layout("odd", context=4),
     "tensor-context": layout("qwen3", distributed=True, tensor=2, context=2),
     "tensor-context-gathered": layout("odd", "full", other=OFFLOADED, tensor=2, context=2),
-    "pipeline-context": layout("qwen2.5", pipeline=2, context=2),
+    "pipeline-context": layout("qwen2", pipeline=2, context=2),
     "context-data-expert": layout("qwen3_moe", distributed=True, context=2, expert=2),
     "expert-tensor-data": layout("qwen3_moe", tensor=2, expert_tensor=2, expert=2),
     "expert-tensor-over-tensor": layout("qwen3_moe", "full", tensor=2, expert_tensor=4),
@@ -128,7 +128,7 @@ def alone(tmp_path_factory):
     """alone(policy, **settings) -> metrics and weights of two updates in one process, and of a third one;
     `alone.folder` holds the policies."""
     folder = tmp_path_factory.mktemp("policies")
-    for policy in FAMILIES:
+    for policy in POLICIES:
         make_policy(policy, folder / policy)
     initialise(make_config(folder / "qwen3"))
     results = {}

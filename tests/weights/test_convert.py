@@ -38,8 +38,8 @@ def checkpoint(tmp_path_factory):
     def get(case: str) -> Path:
         if case not in made:
             made[case] = tmp_path_factory.mktemp(case)
-            config_class, options = CASES[case]
-            hf = make(config_class, {**options, "num_hidden_layers": 4, "num_key_value_heads": 2})
+            family, fields = CASES[case]
+            hf = make(family, {**fields, "num_hidden_layers": 4, "num_key_value_heads": 2})
             hf.bfloat16().save_pretrained(made[case])
             (made[case] / "tokenizer_config.json").write_text('{"any": "tokenizer"}')
         return made[case]

@@ -52,7 +52,7 @@ def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):
 
 
 def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
-    _, folder = hf_checkpoint("qwen3")
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     for name in (
@@ -74,7 +74,7 @@ def test_side_files_and_type_are_carried_along(hf_checkpoint, tmp_path):
 
 
 def test_saving_replaces_only_when_complete(hf_checkpoint, tmp_path):
-    _, folder = hf_checkpoint("qwen3")
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
     model = load(folder)
     out = tmp_path / "out"
     save_checkpoint(export(model), folder, out)
@@ -101,7 +101,7 @@ def test_full_disk_is_a_plain_message(hf_checkpoint, tmp_path, monkeypatch):
     from spell_megatron.weights import huggingface
 
     real_open = Path.open
-    _, folder = hf_checkpoint("qwen3")
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
     model = load(folder)
 
     def open_full_disk(path, mode="r", *arguments, **options):
@@ -124,13 +124,13 @@ def damaged(folder, tmp_path, damage) -> str:
 
 
 def test_missing_tensor(hf_checkpoint, tmp_path):
-    message = damaged(hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
+    message = damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
     assert "lacks 1 tensors" in message and "model.layers.1.mlp.up_proj.weight" in message
 
 
 def test_unexpected_tensor(hf_checkpoint, tmp_path):
     extra = edit(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)}))
-    assert "model.layers.0.self_attn.q_proj.bias" in damaged(hf_checkpoint("qwen3")[1], tmp_path, extra)
+    assert "model.layers.0.self_attn.q_proj.bias" in damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, extra)
 
 
 def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
@@ -144,7 +144,7 @@ def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
 
 def test_wrong_shape(hf_checkpoint, tmp_path):
     message = damaged(
-        hf_checkpoint("qwen3")[1], tmp_path, edit(lambda t: t.update({"model.norm.weight": torch.ones(47)}))
+        hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.update({"model.norm.weight": torch.ones(47)}))
     )
     assert "model.norm.weight" in message and "[47]" in message and "[48]" in message
 
@@ -154,16 +154,16 @@ def test_truncated_file(hf_checkpoint, tmp_path):
         with open(copy / "model.safetensors", "r+b") as file:
             file.truncate(os.path.getsize(copy / "model.safetensors") - 1000)
 
-    assert "cut short" in damaged(hf_checkpoint("qwen3")[1], tmp_path, cut)
+    assert "cut short" in damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, cut)
 
 
 def test_missing_weights(hf_checkpoint, tmp_path):
-    message = damaged(hf_checkpoint("qwen3")[1], tmp_path, lambda copy: (copy / "model.safetensors").unlink())
+    message = damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, lambda copy: (copy / "model.safetensors").unlink())
     assert "holds no weights" in message
 
 
 def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
-    _, folder = hf_checkpoint("qwen3")
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
     model = load(folder)
     sharded = tmp_path / "sharded"
     save_checkpoint(export(model), folder, sharded, shard_bytes=50_000)
@@ -185,7 +185,7 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
 
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):
     """The check comes first: a fault in the last tensor leaves the first one alone."""
-    _, folder = hf_checkpoint("qwen3")
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
     model = load(folder)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

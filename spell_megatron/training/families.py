@@ -1,0 +1,133 @@
+"""The supported families of models: what the fields of their config.json mean, and how their tensors are called.
+
+A family that computes like these is added by an entry here and a line in `tests/families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Trait = bool | str
+"""Something that holds for the whole family or for none of it, or the name of the field that says so. A model whose
+config.json lacks the field does not have the trait."""
+
+_LAYER = "model.layers.{layer}."
+
+LLAMA_NAMES: Mapping[str, tuple[str, ...]] = {
+    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+    "decoder.layers.{layer}.input_layernorm.weight": (_LAYER + "input_layernorm.weight",),
+    "decoder.layers.{layer}.self_attention.linear_qkv.weight": (
+        _LAYER + "self_attn.q_proj.weight",
+        _LAYER + "self_attn.k_proj.weight",
+        _LAYER + "self_attn.v_proj.weight",
+    ),
+    "decoder.layers.{layer}.self_attention.linear_qkv.bias": (
+        _LAYER + "self_attn.q_proj.bias",
+        _LAYER + "self_attn.k_proj.bias",
+        _LAYER + "self_attn.v_proj.bias",
+    ),
+    "decoder.layers.{layer}.self_attention.q_layernorm.weight": (_LAYER + "self_attn.q_norm.weight",),
+    "decoder.layers.{layer}.self_attention.k_layernorm.weight": (_LAYER + "self_attn.k_norm.weight",),
+    "decoder.layers.{layer}.self_attention.linear_proj.weight": (_LAYER + "self_attn.o_proj.weight",),
+    "decoder.layers.{layer}.self_attention.linear_proj.bias": (_LAYER + "self_attn.o_proj.bias",),
+    "decoder.layers.{layer}.pre_mlp_layernorm.weight": (_LAYER + "post_attention_layernorm.weight",),
+    "decoder.layers.{layer}.mlp.linear_fc1.weight": (
+        _LAYER + "mlp.gate_proj.weight",
+        _LAYER + "mlp.up_proj.weight",
+    ),
+    "decoder.layers.{layer}.mlp.linear_fc1.bias": (_LAYER + "mlp.gate_proj.bias", _LAYER + "mlp.up_proj.bias"),
+    "decoder.layers.{layer}.mlp.linear_fc2.weight": (_LAYER + "mlp.down_proj.weight",),
+    "decoder.layers.{layer}.mlp.linear_fc2.bias": (_LAYER + "mlp.down_proj.bias",),
+    "decoder.final_layernorm.weight": ("model.norm.weight",),
+    "output_layer.weight": ("lm_head.weight",),
+}
+"""Hugging Face names of each Megatron parameter, in the order in which Megatron joins them."""
+
+QWEN3_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
+    **LLAMA_NAMES,
+    "decoder.layers.{layer}.mlp.router.weight": (_LAYER + "mlp.gate.weight",),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight": (
+        _LAYER + "mlp.experts.{expert}.gate_proj.weight",
+        _LAYER + "mlp.experts.{expert}.up_proj.weight",
+    ),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight": (
+        _LAYER + "mlp.experts.{expert}.down_proj.weight",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The fields of config.json that describe a mixture of experts."""
+
+    count: str
+    per_token: str
+    width: str
+    """Width of an expert's feed-forward."""
+    normalised: str
+    """Whether the weights of a token's experts sum to one."""
+    dense_layers: str
+    """Numbers of the layers without experts."""
+    period: str
+    """Only every so many layers one has experts."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the models of one `model_type` from those of others."""
+
+    title: str
+    """What users call these models."""
+    names: Mapping[str, tuple[str, ...]]
+    """Hugging Face names of each Megatron parameter; {layer} and {expert} stand for numbers in the whole model."""
+    qkv_bias: Trait = False
+    output_bias: Trait = False
+    """Bias of the attention's output projection."""
+    mlp_bias: Trait = False
+    qk_norm: Trait = False
+    """RMSNorm on every head's query and key."""
+    window: tuple[str, str] | None = None
+    """The field that asks for sliding-window attention, and the value that turns it off."""
+    experts: Experts | None = None
+
+    @staticmethod
+    def has(trait: Trait, hf_config: Any) -> bool:
+        """Whether a model with this configuration has the trait."""
+        return bool(getattr(hf_config, trait, False)) if isinstance(trait, str) else trait
+
+
+_QWEN_WINDOW = ("use_sliding_window", "false")
+
+FAMILIES = {
+    "llama": Family(
+        "Llama 1, 2, 3.x", LLAMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    "qwen2": Family("Qwen2, Qwen2.5", LLAMA_NAMES, qkv_bias=True, window=_QWEN_WINDOW),
+    "qwen3": Family(
+        "Qwen3", LLAMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True, window=_QWEN_WINDOW
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 mixture of experts",
+        QWEN3_MOE_NAMES,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        window=_QWEN_WINDOW,
+        experts=Experts(
+            count="num_experts",
+            per_token="num_experts_per_tok",
+            width="moe_intermediate_size",
+            normalised="norm_topk_prob",
+            dense_layers="mlp_only_layers",
+            period="decoder_sparse_step",
+        ),
+    ),
+}
+"""By config.json's `model_type`."""
+
+
+def supported() -> str:
+    """The supported families, for messages."""
+    return ", ".join(f"{family.title} ({model_type})" for model_type, family in FAMILIES.items())

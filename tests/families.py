@@ -1,0 +1,39 @@
+"""The families of models that tests run over: a line for each entry of `spell_megatron.training.families`.
+
+Conversion and parity (`hf_models`), the trainer (`trainer_cases`), engines (`engine_fixtures`) and whole steps
+(`test_families`) take their models from here, each in sizes of its own.
+"""
+
+import torch
+import transformers
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+# model_type: (name of transformers' classes, fields of config.json that released models have too)
+FAMILIES = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 32} | MOE),
+}
+
+
+def hf_config(family: str, **fields) -> transformers.PretrainedConfig:
+    """A configuration of the family; `fields` go before those of the list."""
+    name, options = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**options | fields)
+
+
+def hf_model(family: str, seed: int = 0, **fields) -> transformers.PreTrainedModel:
+    """A random float32 model of the family."""
+    torch.manual_seed(seed)
+    config = hf_config(family, **fields)
+    return getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config).float()
