@@ -20,6 +20,7 @@ MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, 
 # model_type: (name of transformers' classes, fields of config.json that released models have too)
 FAMILIES = {
     "llama": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 32} | MOE),

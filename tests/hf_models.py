@@ -48,6 +48,7 @@ CASES = {family: (family, {}) for family in FAMILIES} | {
         "llama",
         {"rope_parameters": None, "head_dim": None, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
     ),
+    "mistral-wide-heads": ("mistral", {"head_dim": 32}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2-tied-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3-narrow-heads": ("qwen3", {"head_dim": 12}),

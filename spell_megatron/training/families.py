@@ -104,6 +104,7 @@ FAMILIES = {
     "llama": Family(
         "Llama 1, 2, 3.x", LLAMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
     ),
+    "mistral": Family("Mistral", LLAMA_NAMES, window=("sliding_window", "null")),
     "qwen2": Family("Qwen2, Qwen2.5", LLAMA_NAMES, qkv_bias=True, window=_QWEN_WINDOW),
     "qwen3": Family(
         "Qwen3", LLAMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True, window=_QWEN_WINDOW

@@ -254,6 +254,8 @@ def test_unsupported_models_are_refused(tmp_path):
     assert "hidden_act" in rejected(tmp_path / "a", "llama", {"hidden_act": "gelu"})
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "sliding-window" in rejected(tmp_path / "b", "qwen2", window)
+    refusal = rejected(tmp_path / "f", "mistral", {"sliding_window": 4096})
+    assert "sliding-window" in refusal and "set sliding_window to null" in refusal
     moe_window = MOE | {"use_sliding_window": True, "sliding_window": 8}
     assert "sliding-window" in rejected(tmp_path / "c", "qwen3_moe", moe_window)
     dynamic = {"rope_parameters": {**YARN_ROPE, "rope_type": "dynamic"}}

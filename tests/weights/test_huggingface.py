@@ -124,7 +124,9 @@ def damaged(folder, tmp_path, damage) -> str:
 
 
 def test_missing_tensor(hf_checkpoint, tmp_path):
-    message = damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
+    message = damaged(
+        hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    )
     assert "lacks 1 tensors" in message and "model.layers.1.mlp.up_proj.weight" in message
 
 
@@ -144,7 +146,9 @@ def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
 
 def test_wrong_shape(hf_checkpoint, tmp_path):
     message = damaged(
-        hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.update({"model.norm.weight": torch.ones(47)}))
+        hf_checkpoint("qwen3-narrow-heads")[1],
+        tmp_path,
+        edit(lambda t: t.update({"model.norm.weight": torch.ones(47)})),
     )
     assert "model.norm.weight" in message and "[47]" in message and "[48]" in message
 
@@ -158,7 +162,9 @@ def test_truncated_file(hf_checkpoint, tmp_path):
 
 
 def test_missing_weights(hf_checkpoint, tmp_path):
-    message = damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, lambda copy: (copy / "model.safetensors").unlink())
+    message = damaged(
+        hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, lambda copy: (copy / "model.safetensors").unlink()
+    )
     assert "holds no weights" in message
 
 
