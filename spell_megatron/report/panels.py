@@ -6,6 +6,7 @@ Everything a run logs can be plotted under "Any metric" of the page; here is wha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from spell_megatron.report.panel import (
     COLOURS,
@@ -374,6 +375,18 @@ def table(names: Iterable[str]) -> list[Row]:
         Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more"),
         Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more"),
     ]
+
+
+def funnel() -> list[dict[str, Any]]:
+    """How far attempts come: stages, each with the outcomes of the attempts that reach it."""
+    stages = (
+        ("attempts", "grey", list(Outcome)),
+        ("a usable question", "purple", [outcome for outcome in Outcome if outcome.valid]),
+        ("… that needs its documents", "orange", [outcome for outcome in Outcome if outcome.answered]),
+        ("… that some answers get right", "blue", [Outcome.MIXED, Outcome.ALL_1]),
+        ("… and others wrong: mixed", "green", [Outcome.MIXED]),
+    )
+    return [{"label": label, "colour": colour, "outcomes": outcomes} for label, colour, outcomes in stages]
 
 
 def outcome_labels() -> dict[str, dict[str, str]]:

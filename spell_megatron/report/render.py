@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.report.evaluations import columns
-from spell_megatron.report.panels import outcome_labels, sections, table
+from spell_megatron.report.panels import funnel, outcome_labels, sections, table
 from spell_megatron.report.runs import Run
 from spell_megatron.report.transcripts import MAX_JUDGMENT_SHARE
 
@@ -73,6 +73,7 @@ def render(
         "table": [asdict(row) for row in table(names)],
         "settings": _differences(runs),
         "outcomes": outcome_labels(),
+        "funnel": funnel(),
         "text_chars": text_chars,
         "judgment_chars": text_chars // MAX_JUDGMENT_SHARE,
         "written": time.time(),

@@ -200,21 +200,14 @@ function settingsTable() {
 /** Share of the attempts that come as far as each stage, in the first and the last tenth of a run's steps. */
 function funnelCard(run, index) {
   const rates = (name) => run.metrics[`selfplay/rate/${name}`];
-  if (!rates("valid") || !rates("mixed")) return null;
-  const logged = run.steps.map((_, i) => i).filter((i) => rates("valid")[i] !== null);
+  if (!rates("mixed")) return null;
+  const logged = run.steps.map((_, i) => i).filter((i) => rates("mixed")[i] !== null);
   const tenth = Math.max(1, Math.round(logged.length / 10));
-  const mean = (metrics, part) =>
-    part.reduce((sum, i) => sum + metrics.reduce((s, name) => s + (rates(name)?.[i] ?? 0), 0), 0) / part.length;
+  const mean = (outcomes, part) =>
+    part.reduce((sum, i) => sum + outcomes.reduce((s, name) => s + (rates(name)?.[i] ?? 0), 0), 0) / part.length;
   const [start, end] = [logged.slice(0, tenth), logged.slice(-tenth)];
   const steps = (part) =>
     part.length === 1 ? `step ${run.steps[part[0]]}` : `steps ${run.steps[part[0]]} to ${run.steps[part.at(-1)]}`;
-  const stages = [
-    ["attempts", null, "grey"],
-    ["a usable question", ["valid"], "purple"],
-    ["… that needs its documents", ["mixed", "all_0", "all_1"], "orange"],
-    ["… that some answers get right", ["mixed", "all_1"], "blue"],
-    ["… and others wrong: mixed", ["mixed"], "green"],
-  ];
   return h(
     "article",
     { class: "panel" },
@@ -228,8 +221,9 @@ function funnelCard(run, index) {
     h(
       "div",
       { class: "funnel" },
-      stages.map(([label, metrics, colour]) => {
-        const [before, after] = metrics ? [mean(metrics, start), mean(metrics, end)] : [1, 1];
+      data.funnel.map(({ label, outcomes, colour }, stage) => {
+        // all attempts reach the first stage
+        const [before, after] = stage ? [mean(outcomes, start), mean(outcomes, end)] : [1, 1];
         const mark = h("div", { class: "mark" });
         mark.style.left = `calc(${Math.min(100, before * 100)}% - 1px)`;
         return h(
@@ -240,9 +234,9 @@ function funnelCard(run, index) {
             "div",
             { class: "track" },
             h("div", { class: "bar", colour, width: `${after * 100}%` }),
-            metrics ? mark : null,
+            stage ? mark : null,
           ),
-          h("span", { class: "values" }, metrics ? `${format(before, "share")} → ${format(after, "share")}` : "100%"),
+          h("span", { class: "values" }, stage ? `${format(before, "share")} → ${format(after, "share")}` : "100%"),
         );
       }),
     ),
