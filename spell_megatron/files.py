@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,20 +68,25 @@ def appearing_folder(out: Path) -> Iterator[Path]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """`parse_json_lines` of a file."""
+    with path.open("rb") as lines:
+        yield from parse_json_lines(lines)
+
+
+def parse_json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any, str]]:
     """(number, value, fault) of each line that is not blank, in UTF-8 with or without a byte order mark.
 
-    Of a line that is not JSON the value is None and the fault says why; of the others the fault is "".
+    The fault is "" for a line of JSON. For any other line it says what the line is not, and the value is None.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig")), ""
-            except UnicodeDecodeError as error:
-                yield number, None, f"is not UTF-8 (byte {error.start + 1})"
-            except (ValueError, RecursionError) as error:
-                yield number, None, f"is not JSON ({error})"
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8-sig")), ""
+        except UnicodeDecodeError as error:
+            yield number, None, f"is not UTF-8 (byte {error.start + 1})"
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"is not JSON ({error})"
 
 
 def read_json_objects(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:

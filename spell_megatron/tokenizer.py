@@ -16,7 +16,7 @@ class PolicyTokenizer:
     as Llama's tokenizers are).
 
     Attributes:
-        eos_ids: ids that end a response: the tokenizer's end-of-sequence token and those of
+        eos_ids: ids that end a response: the tokenizer's end-of-sequence token, and the ids in
             generation_config.json.
         vocab_size: number of ids, added tokens included.
 

@@ -1,4 +1,4 @@
-"""Which pieces make which clusters: those of a folder together, all others by similarity."""
+"""Which pieces make which clusters: the pieces of a folder together, all others by similarity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Plan:
     loose: np.ndarray
     """Rows that are in no folder, or alone in theirs."""
     embedded: np.ndarray
-    """Sorted rows that need a vector: the loose ones and those of folders too large for one cluster."""
+    """Sorted rows that need a vector: the loose rows, and the rows of folders too large for one cluster."""
     sizes: np.ndarray
     """What counts toward the limits `[rows, limits]`: characters, tokens or both."""
     limits: list[int]

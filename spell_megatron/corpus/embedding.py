@@ -23,7 +23,7 @@ from spell_megatron.errors import UserError
 FEATURES = 2**18
 DIMENSIONS = 128
 SAMPLE = 20_000
-"""Texts of which the weights of words and the dimensions are learnt."""
+"""Most texts that the weights of words and the dimensions are learnt from."""
 _REQUEST_TEXTS = 32
 _REQUESTS = 8
 _RETRIES = 6
@@ -35,8 +35,8 @@ def embed_words(
     """TF-IDF vectors reduced by singular values (latent semantic analysis), of each batch [texts, dimensions].
 
     Args:
-        sample: batches of texts of which to learn; if they are no more than `DIMENSIONS`, they must be all texts,
-            and the vectors are the whole TF-IDF vectors.
+        sample: batches of texts to learn the weights and dimensions from. With at most `DIMENSIONS` texts these must
+            be all texts, and the vectors are the whole TF-IDF vectors.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfTransformer
@@ -154,6 +154,6 @@ def _finite(vectors: np.ndarray, model: str) -> np.ndarray:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float32; those of zeros stay."""
+    """Rows scaled to length 1, float32; rows of zeros stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)

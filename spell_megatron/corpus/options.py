@@ -1,4 +1,4 @@
-"""What `spell prepare` can be told; each field is an option of the command line."""
+"""The options of `spell prepare`; each field is one on the command line."""
 
 # Imported by the command line, which answers at once: no heavy imports here.
 

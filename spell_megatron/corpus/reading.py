@@ -49,12 +49,12 @@ class Document:
 
 @dataclass
 class Counts:
-    """What was met while reading."""
+    """What reading has found."""
 
     files: int = 0
     """Files read."""
     documents: int = 0
-    """Documents met in those files, those left out included; pieces of a long one count once."""
+    """Documents in these files, also those left out. A long document that is cut counts once."""
     pieces: int = 0
     """More documents that came from cutting long ones."""
     skipped: Counter[str] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class Counts:
 
 
 def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) -> list[File]:
-    """Files to read, in a fixed order; hidden files and those in `written`, our own, are not read."""
+    """Files to read, in a fixed order. Hidden files, and the files `written` by us, are left out."""
     found: list[File] = []
     taken = {path.resolve() for path in written}
     folder_inputs = [path for path in inputs if path.is_dir()]
@@ -113,7 +113,7 @@ def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) 
 def read_documents(
     file: File, text_column: str, quality_column: str, min_quality: float, counts: Counts
 ) -> Iterator[Document]:
-    """The documents of a text file or a table, counted; those below the least quality are left out.
+    """The documents of a text file or a table, which are counted. Documents below the least quality are left out.
 
     Raises:
         UserError: a table without one of the columns, or damaged.
@@ -179,10 +179,10 @@ def _read_text(path: Path, counts: Counts) -> str | None:
 def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, object]]:
     """(number from 1, row) of a .jsonl or .parquet file, read piece by piece.
 
-    Numbers are those of lines in .jsonl, where a line that is not JSON gives None, and of rows in .parquet.
+    In .jsonl the numbers count lines, and a line that is not JSON gives None. In .parquet they count rows.
 
     Args:
-        columns: those wanted, which must be there; all if empty.
+        columns: the columns to read, which must be there; all if empty.
 
     Raises:
         UserError: if the file cannot be read, is damaged, or lacks a column.

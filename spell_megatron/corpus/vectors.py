@@ -1,4 +1,4 @@
-"""The vectors by which pieces are grouped, computed part by part so that a run that was stopped goes on."""
+"""The vectors by which pieces are grouped, computed part by part, so that a run that was stopped continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of finished stages, so that work that was stopped goes on from there."""
+"""Results of finished stages, so that a run that was stopped continues from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import write_text
 from spell_megatron.monitoring.progress import Progress
 
 
@@ -61,7 +62,7 @@ class WorkFolder:
         for path in self._folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-        key.write_text(fingerprint)
+        write_text(key, fingerprint)
 
     def stage(self, name: str, make: Callable[[Path], None]) -> Path:
         """The folder with a stage's result; `make` fills it unless an earlier run has.

@@ -55,6 +55,10 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     return valid_unicode(value).strip()
 
 
+def _wrong(row: Mapping[str, Any], field: str, what: str) -> RowFault:
+    return RowFault(f"the field {field!r} {what}{_absent(row, field)}")
+
+
 def _absent(row: Mapping[str, Any], field: str) -> str:
     return "" if field in row else " (there is no such field)"
 
@@ -72,8 +76,8 @@ def _docmath(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestio
     key = str(row.get("question_id") or f"{part or 'docmath'}-{number}")
     paragraphs, truth = row.get("paragraphs"), row.get("ground_truth")
     if not isinstance(paragraphs, list) or not paragraphs or not all(isinstance(text, str) for text in paragraphs):
-        raise RowFault(f"the field 'paragraphs' is no list of texts{_absent(row, 'paragraphs')}")
-    # A truth value is no number: only a judge can find it in an answer.
+        raise _wrong(row, "paragraphs", "is not a list of texts")
+    # A truth value is not a number: only a judge can find it in an answer.
     answer = str(truth) if isinstance(truth, bool) else _answer(row, "ground_truth")
     documents = tuple(map(valid_unicode, paragraphs))
     return BenchmarkQuestion(key, "docmath_qa", _text(row, "question"), answer, documents, "docmath", part)
@@ -91,7 +95,9 @@ def _frames(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestion
         or not all(isinstance(item, dict) for item in items)
         or not any(item.get("text") for item in items)  # of some articles it may be missing
     ):
-        raise RowFault(f"the field 'wiki_items' is no list of articles with title and text{_absent(row, 'wiki_items')}")
+        raise RowFault(
+            f"the field 'wiki_items' is not a list of articles with title and text{_absent(row, 'wiki_items')}"
+        )
     documents = tuple(valid_unicode(f"{item.get('title') or ''}\n{item.get('text') or ''}") for item in items)
     question, answer = _text(row, "Prompt"), _answer(row, "Answer")
     return BenchmarkQuestion(f"frames-{number}", "doc_general_qa", question, answer, documents, "frames")
@@ -105,7 +111,9 @@ def _longbench(name: str) -> Callable[[Mapping[str, Any], int, str], BenchmarkQu
         answers = row.get("answers")
         answer = answer_text(answers[0] if isinstance(answers, list) and answers else answers)
         if not answer:
-            raise RowFault(f"the field 'answers' is no list of texts, or the first is empty{_absent(row, 'answers')}")
+            raise RowFault(
+                f"the field 'answers' is not a list of texts, or the first is empty{_absent(row, 'answers')}"
+            )
         return BenchmarkQuestion(key, "doc_general_qa", _text(row, "input"), answer, (_text(row, "context"),), name)
 
     return read

@@ -48,7 +48,7 @@ class Evaluation:
         config: model.path, the engines (rollout), sampling with the input and output limits (rollout.sampling), the
             prompt set (selfplay.prompts) and the seed (run.seed).
         benchmarks: name -> file or folder, None: from the hub (see `load_benchmark`).
-        folder: where everything is kept. Called again with the same folder, it goes on where it was.
+        folder: where everything is kept. A later call with the same folder continues from there.
         samples: answers per question.
         limit: only the first questions of each benchmark.
         answers: JSONL file of answers from elsewhere to score, instead of generating any (see `answers.read_answers`).

@@ -34,7 +34,7 @@ def prompt_of(prompts: PromptSet, question: BenchmarkQuestion) -> str:
 def missing(
     prompts: PromptSet, questions: Sequence[BenchmarkQuestion], samples: int, journal: Journal
 ) -> list[tuple[BenchmarkQuestion, int]]:
-    """(question, index) of those of the first `samples` samples of each question that the journal does not have.
+    """(question, index) of each sample that the journal lacks, among the first `samples` of each question.
 
     Raises:
         UserError: a sample of one of these questions was made for another prompt.

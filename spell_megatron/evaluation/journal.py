@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import json_lines
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +59,14 @@ class Journal:
         written = os.write(self._file, line)
         if written < len(line):  # the disk is full: leave no half line to be continued
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
-            os.write(self._file, line)  # raises what is the matter
+            os.write(self._file, line)  # raises the error of the disk
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows, in the order in which they came; those of earlier processes too."""
-        with self.path.open(encoding="ascii", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(
-                        f"Line {number} of {self.path} is damaged ({error}). Remove that line, and what it held is "
-                        "made again."
-                    ) from error
+        """All rows in the order in which they were appended, also by earlier processes."""
+        for number, row, fault in json_lines(self.path):
+            if fault:
+                raise UserError(
+                    f"Line {number} of {self.path} is damaged: it {fault}. Remove that line, and what it held is made "
+                    "again."
+                )
+            yield row

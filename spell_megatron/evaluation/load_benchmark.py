@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import codecs
 import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BENCHMARKS, BenchmarkQuestion, Format, RowFault
 from spell_megatron.evaluation.questions import load_questions
-from spell_megatron.files import MAX_FAULTS
+from spell_megatron.files import MAX_FAULTS, parse_json_lines
 
 
 def load_benchmark(name: str, path: Path | None = None, limit: int | None = None) -> list[BenchmarkQuestion]:
@@ -156,27 +156,12 @@ def _holds(form: Format, path: str) -> bool:
 
 
 def _rows(name: str, form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file, row) of a .json, .jsonl or .parquet file, or of those that a .zip archive holds of the benchmark."""
-    suffix = path.suffix.lower()
+    """(file, row) of a .json, .jsonl or .parquet file, or of the benchmark's files in a .zip archive."""
+    read = {".zip": _zip_rows, ".parquet": _parquet_rows, ".json": _file_rows, ".jsonl": _file_rows}
     try:
-        if suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                members = [member for member in archive.namelist() if _holds(form, member)]
-                if not members:
-                    raise ValueError(f"it holds no file named like {form.files}")
-                for member in members:
-                    with archive.open(member) as file:
-                        yield from ((member, row) for row in _json_rows(member, io.TextIOWrapper(file, "utf-8-sig")))
-        elif suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-                yield from ((path.name, row) for row in batch.to_pylist())
-        elif suffix in (".json", ".jsonl"):
-            with path.open(encoding="utf-8-sig") as file:
-                yield from ((path.name, row) for row in _json_rows(path.name, file))
-        else:
+        if path.suffix.lower() not in read:
             raise ValueError("it is none of .json, .jsonl, .parquet and .zip")
+        yield from read[path.suffix.lower()](form, path)
     # pyarrow's errors are ValueErrors and OSErrors
     except (ValueError, RecursionError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
@@ -185,24 +170,43 @@ def _rows(name: str, form: Format, path: Path) -> Iterator[tuple[str, Mapping[st
         ) from error
 
 
-def _json_rows(name: str, file: io.TextIOBase) -> Iterator[Mapping[str, Any]]:
+def _zip_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.namelist() if _holds(form, member)]
+        if not members:
+            raise ValueError(f"it holds no file named like {form.files}")
+        for member in members:
+            with archive.open(member) as file:
+                yield from ((member, row) for row in _json_rows(member, file))
+
+
+def _parquet_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow.parquet as parquet
+
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+        yield from ((path.name, row) for row in batch.to_pylist())
+
+
+def _file_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open("rb") as file:
+        yield from ((path.name, row) for row in _json_rows(path.name, file))
+
+
+def _json_rows(name: str, file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSON list, or of a file with one JSON object a line (whichever its name says it is)."""
     start = file.read(1)
-    while start.isspace():
+    while start and (start.isspace() or start in codecs.BOM_UTF8):
         start = file.read(1)
     file.seek(0)
-    if start == "[":
-        rows = json.load(file)
-    else:
-        rows = (_parse_line(line, number) for number, line in enumerate(file, start=1) if line.strip())
+    rows = json.load(file) if start == b"[" else _lines(file)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} of {name} is no JSON object")
+            raise ValueError(f"row {number} of {name} is not a JSON object")
         yield row
 
 
-def _parse_line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number} is no JSON ({error})") from error
+def _lines(file: Iterable[bytes]) -> Iterator[Any]:
+    for number, value, fault in parse_json_lines(file):
+        if fault:
+            raise ValueError(f"line {number} {fault}")
+        yield value

@@ -95,7 +95,7 @@ class OpenAIServer:
                 ) as response:
                     answer = await response.text()
             except aiohttp.InvalidURL as error:
-                raise UserError(f"The address of the {self._purpose}, {self.url}, is no URL.") from error
+                raise UserError(f"The address of the {self._purpose}, {self.url}, is not a URL.") from error
             except (aiohttp.ClientError, TimeoutError) as error:
                 fault = f"{error}" or f"no answer within {self._timeout.total:g} s"
                 continue

@@ -76,7 +76,7 @@ def estimates(sets: Sequence[tuple[float, Sequence[Answered]]], measure: str) ->
     """pass@k with a 95 % interval of a weighted mean over sets of questions: {"pass@1": {mean, low, high}, ...}.
 
     k are the powers of two up to the number of samples, and that number. pass@k of a question is the unbiased
-    estimate 1 - C(n - c, k) / C(n, k) (paper, Eq. 11). The interval is that of percentiles of bootstrap resamples:
+    estimate 1 - C(n - c, k) / C(n, k) (paper, Eq. 11). The interval is made of percentiles of bootstrap resamples:
     the questions of each set are drawn with replacement, their samples stay. It is about which questions are asked,
     and where all questions of a set score the same it has no width, whatever their number.
 

@@ -41,7 +41,7 @@ spell_end() {
     fi
     exit $code
 }
-# The logs of the job's steps beside those of the engines.
+# Links the logs of the job's steps to the folder that has the logs of the engines.
 spell_log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p' | head -n1)
 mkdir -p @RUN@/logs && ln -sfn "$(dirname "$spell_log")" @RUN@/logs/job-$SLURM_JOB_ID
 spell_began=$(cat @RUN@/checkpoints/latest 2>/dev/null)

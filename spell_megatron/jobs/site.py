@@ -49,7 +49,7 @@ class Site(Section):
     """Seconds before this limit at which the run gives up its rollout or ends its update, saves a checkpoint and is
     queued again. Slurm may give the signal a minute earlier. 0: the run is cut off."""
     nodes: int = Field(1, ge=1)
-    """Nodes of the job, those of trainer and engines together."""
+    """Nodes of the job, for trainer and engines together."""
     engine_nodes: int = Field(0, ge=0)
     """How many of them, the last ones, run engines. 0: trainer and engines share one node."""
     colocated: bool = False

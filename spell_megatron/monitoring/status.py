@@ -95,7 +95,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = "is no folder" if not folder.is_dir() else "has no status.json: no run has been started in it"
+        what = "is not a folder" if not folder.is_dir() else "has no status.json: no run has been started in it"
         raise UserError(f"{folder} {what}. Give the folder of a run, run.output_dir/run.name.") from None
 
 

@@ -98,7 +98,7 @@ class Rendezvous:
         try:
             found = str(socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0])
         except socket.gaierror as error:
-            where = "it is no node of Slurm"
+            where = "it is not a node of Slurm"
             if name in nodes:
                 where = f"its NodeAddr in `scontrol show node` is {address!r}"
             raise UserError(

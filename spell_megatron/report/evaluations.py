@@ -56,7 +56,7 @@ def read_evaluation(folder: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read as the scores of an evaluation ({type(error).__name__}: {error}). Remove it and "
-            "run the evaluation's command again, which writes it anew from what is done."
+            "run the evaluation's command again, which writes it again from the samples and judgments that are there."
         ) from error
 
 
@@ -74,7 +74,7 @@ def _pass_at_k(estimates: Mapping[str, Mapping[str, float]]) -> list[list[float]
 def _estimate(estimate: Mapping[str, float]) -> list[float]:
     values = [float(estimate[part]) for part in ("mean", "low", "high")]
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"{estimate} is no estimate")
+        raise ValueError(f"{estimate} is not an estimate")
     return values
 
 

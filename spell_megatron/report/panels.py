@@ -161,7 +161,7 @@ def _curriculum(tasks: Sequence[str]) -> Section:
             ),
             Panel(
                 "Documents in the questioner's prompt",
-                "Mean: the new ones and those of remembered questions.",
+                "Mean: the new documents and the documents of remembered questions.",
                 "number",
                 all_or_by_task(tasks, "documents", "context_documents"),
             ),

@@ -77,7 +77,7 @@ def _questions(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder: its last part, or as many as tell them apart."""
+    """A short name for each folder: its last part, or as many parts as make the names differ."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise UserError("A folder is named twice. Name each of them once.")

@@ -53,7 +53,7 @@ def read_run(folder: Path, name: str) -> Run:
         found = sorted(str(below) for below in folder.glob("*") if is_run(below) or is_evaluation(below))
         hint = f" It holds such folders, though: {', '.join(found[:5])}." if found else ""
         if (folder / "evaluation.json").is_file():
-            hint = " An evaluation was begun in it: run its command again, and it goes on."
+            hint = " It holds an unfinished evaluation: run its command again to finish it."
         raise UserError(
             f"{folder} is not the folder of a run or an evaluation: it has none of metrics.jsonl, config.yaml and "
             f"scores.json.{hint}"

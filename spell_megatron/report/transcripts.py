@@ -25,7 +25,7 @@ def choose_dumps(run: Run, transcripts: int) -> list[tuple[Path, int]]:
     Args:
         transcripts: most questions of the run.
     """
-    last = run.steps[-1] if run.steps else -1  # files of later steps are those of a step that is not done
+    last = run.steps[-1] if run.steps else -1  # files of later steps belong to a step that is not done
     files = {}
     for file in sorted((run.folder / "rollouts").glob("step_*.*")):
         match = re.fullmatch(r"step_(\d+)\.(jsonl|parquet)", file.name)

@@ -115,10 +115,10 @@ def test_every_format_is_read_from_every_container(name, kind, tmp_path):
     [
         ("docmath", {"ground_truth": None}, "row 1 of set.jsonl: no text in the field 'ground_truth'"),
         ("docmath", {"ground_truth": float("nan")}, "no text in the field 'ground_truth'"),
-        ("docmath", {"paragraphs": "one text"}, "'paragraphs' is no list of texts"),
-        ("frames", {"wiki_items": None}, "'wiki_items' is no list of articles"),
+        ("docmath", {"paragraphs": "one text"}, "'paragraphs' is not a list of texts"),
+        ("frames", {"wiki_items": None}, "'wiki_items' is not a list of articles"),
         ("frames", {"Prompt": " "}, "no text in the field 'Prompt'"),
-        ("hotpotqa", {"answers": []}, "'answers' is no list of texts"),
+        ("hotpotqa", {"answers": []}, "'answers' is not a list of texts"),
         ("hotpotqa", {"dataset": "musique"}, "it is a row of 'musique'"),
         ("longbench-v2", {"answer": "E"}, "the answer 'E' is none of A, B, C and D"),
         ("longbench-v2", {"choice_D": None}, "no text in the field 'choice_D'"),
@@ -136,9 +136,9 @@ def test_rows_of_another_form_are_named(name, change, message, tmp_path):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("a.jsonl", b'{"a": 1}\n{"b": \n', "line 2 is no JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"b": \n', "line 2 is not JSON"),
         ("a.jsonl", b"", "there are no rows"),
-        ("a.json", b"[1, 2]", "row 1 of a.json is no JSON object"),
+        ("a.json", b"[1, 2]", "row 1 of a.json is not a JSON object"),
         ("a.parquet", b"PAR1 no parquet", "cannot be read as frames"),
         ("a.zip", b"PK no zip", "cannot be read as frames"),
         ("a.csv", b"a,b", "none of .json"),

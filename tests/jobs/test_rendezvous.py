@@ -45,7 +45,7 @@ def test_a_process_that_does_not_come_is_named(tmp_path):
 def test_addresses_are_those_that_slurm_knows(tmp_path, monkeypatch):
     meeting = Rendezvous(tmp_path)
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
-    with pytest.raises(UserError, match="address of the node n2 is unknown: it is no node of Slurm"):
+    with pytest.raises(UserError, match="address of the node n2 is unknown: it is not a node of Slurm"):
         meeting.address()
     nodes = tmp_path / NODES
     nodes.write_text("NodeName=n1 Arch=x NodeAddr=10.0.0.1 Port=1\nNodeName=n2 Arch=x NodeAddr=10.0.0.2 Port=1\n")

@@ -53,7 +53,7 @@ def test_a_failure_is_told(tmp_path):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="has no status.json"):
         status.read(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         status.read(tmp_path / "nothing")
 
 

@@ -296,7 +296,7 @@ def test_a_folder_may_be_a_run_and_an_evaluation_or_an_evaluation_alone(simulate
         (
             '{"settings": {}, "interval": "", "average": null, "columns": {}, "benchmarks": {"a": {"score": '
             '{"pass@1": {"mean": NaN, "low": 0, "high": 1}}, "rule": {}}}}',
-            "is no estimate",
+            "is not an estimate",
         ),
     ],
 )
@@ -308,7 +308,7 @@ def test_scores_that_cannot_be_read(content, message, tmp_path):
 
 def test_an_evaluation_that_has_not_ended(tmp_path):
     (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="An evaluation was begun in it: run its command again"):
+    with pytest.raises(UserError, match="It holds an unfinished evaluation: run its command again"):
         write_report([tmp_path], tmp_path / "report.html")
 
 
