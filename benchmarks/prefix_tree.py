@@ -144,28 +144,29 @@ def plain_logprobs(all_positions: bool) -> Callable:
 
 @contextmanager
 def way_of(way: str, rows: list) -> Iterator[None]:
-    """The trainer's module with the parts exchanged in which a way differs from the project's."""
-    from spell_megatron.training import trainer as module
+    """The trainer with the parts exchanged in which a way differs from the project's."""
+    from spell_megatron.training import loss, trainer
 
-    project = module.plan, module.token_logprobs
+    project = trainer.plan, loss.token_logprobs
     if way != "tree":
         trees = unshared(rows)
-        module.plan = lambda *unused: [trees]
-        module.token_logprobs = plain_logprobs(way == "all logits")
+        trainer.plan = lambda *unused: [trees]
+        loss.token_logprobs = plain_logprobs(way == "all logits")
     try:
         yield
     finally:
-        module.plan, module.token_logprobs = project
+        trainer.plan, loss.token_logprobs = project
 
 
 def forward_pass(trainer, rows: list) -> None:
     """Log-probabilities of all rows, unshared and without gradients, with logits of all positions."""
-    from spell_megatron.training import trainer as module
+    from spell_megatron.training.loss import TreeLoss
+    from spell_megatron.training.rows import Routings
 
     with way_of("all logits", rows), torch.no_grad():
         trees = unshared(rows)
-        values = module._ResponseValues(rows)
-        routings = module._Routings(rows, [trees], 0, trainer.model.layers, torch.device("cpu"))
+        values = TreeLoss(trainer.model, trainer._training, trainer._temperature, rows)
+        routings = Routings(rows, [trees], 0, trainer.model.layers, torch.device("cpu"))
         for tree in trees:
             hidden, loss = trainer._forward(values, routings, iter([(tree, len(tree.tokens))]), trainer.model)
             loss(hidden)

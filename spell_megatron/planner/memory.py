@@ -21,9 +21,9 @@ from spell_megatron.training.cost import training_cost
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.logprobs import VOCABULARY_BLOCK
 from spell_megatron.training.model import build_model
+from spell_megatron.training.optimizer import build_optimizer
 from spell_megatron.training.policy import Architecture, PolicyModel
 from spell_megatron.training.prefix_tree import Cost
-from spell_megatron.training.trainer import build_optimizer
 from spell_megatron.weights.names import rules
 from spell_megatron.weights.reshard import BUCKET_BYTES
 

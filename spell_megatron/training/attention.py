@@ -121,8 +121,7 @@ def _restricted(rectangles: list[Rectangle], queries: Ranges) -> list[Rectangle]
         for begin, stop in queries:
             low, high = max(r.q_start, begin), min(r.q_stop, stop)
             if low < high:
-                place = {"q_start": before + low - begin, "q_stop": before + high - begin, "first_of_keys": False}
-                part = r._replace(**place)
+                part = r._replace(q_start=before + low - begin, q_stop=before + high - begin, first_of_keys=False)
                 if r.mask is not None:
                     part = part._replace(mask=r.mask[low - r.q_start : high - r.q_start])
                 elif r.causal:

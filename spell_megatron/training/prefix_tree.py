@@ -97,7 +97,18 @@ class Cost:
 
 # One token that predicts nothing: what a rank without work runs, so that all ranks run the same number
 # of microbatches (expert parallel ranks exchange tokens in each).
-EMPTY = Tree(*(np.array(x, dtype=np.int64) for x in ([0], [0], [1], [], [], [], [])), np.array([False]), np.array([-1]))
+_NONE = np.zeros(0, dtype=np.int64)
+EMPTY = Tree(
+    tokens=np.array([0]),
+    position_ids=np.array([0]),
+    end=np.array([1]),
+    source=_NONE,
+    target=_NONE,
+    row=_NONE,
+    offset=_NONE,
+    fresh=np.array([False]),
+    routed_by=np.array([-1]),
+)
 
 
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
@@ -254,8 +265,8 @@ class _Sorted:
             edges.append((path[p - 1 : n - 1].copy(), row.tokens[p:], np.full(n - p, self.order[k]), np.arange(n - p)))
             start, previous = stop, n
         end[path[:previous]] = total
-        columns = (np.concatenate(column).astype(np.int64) for column in zip(*edges))
-        return Tree(tokens, depth, end, *columns, fresh, routed_by)
+        source, target, rows, offset = (np.concatenate(column).astype(np.int64) for column in zip(*edges))
+        return Tree(tokens, depth, end, source, target, rows, offset, fresh, routed_by)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

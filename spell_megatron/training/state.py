@@ -47,7 +47,7 @@ def _pad_buckets(optimizer) -> None:
     an embedding shared by pipeline stages gets, would be saved from wrong places.
     """
     gather = getattr(optimizer, "get_parameter_state_dp_zero", None)
-    if gather is None or hasattr(gather, "pads_buckets"):
+    if gather is None or hasattr(optimizer, "pads_buckets"):
         return
 
     def gather_padded(**options: Any) -> dict[Any, Any]:
@@ -64,7 +64,7 @@ def _pad_buckets(optimizer) -> None:
                         tensors[name] = torch.cat(padded)
         return state
 
-    gather_padded.pads_buckets = True
+    optimizer.pads_buckets = True
     optimizer.get_parameter_state_dp_zero = gather_padded
 
 
@@ -132,10 +132,17 @@ def _allocate_state(optimizer) -> None:
 
 def random_states() -> dict[str, Any]:
     """Random states of this rank as plain values and tensors, so that loading executes nothing."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    twister = numpy["state"]
     states = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (
+            numpy["bit_generator"],
+            torch.from_numpy(twister["key"].astype(np.int64)),
+            twister["pos"],
+            numpy["has_gauss"],
+            numpy["gauss"],
+        ),
         "torch": torch.get_rng_state(),
         "megatron": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }

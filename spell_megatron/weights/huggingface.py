@@ -215,7 +215,7 @@ def _write_shards(
             filled = 0
         files[-1].append(name)
         filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
         weight_map |= dict.fromkeys(names, file)
@@ -244,7 +244,7 @@ def _write_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for expected, shape in shapes.items():
-            name, tensor = next(tensors, ("nothing", None))
+            name, tensor = next(tensors, ("nothing", torch.empty(0)))
             if name != expected or tensor.shape != shape or tensor.dtype != dtype:
                 raise RuntimeError(f"the stream has {name} where {expected} of shape {list(shape)} is due")
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

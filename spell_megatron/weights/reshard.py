@@ -76,10 +76,11 @@ def export(
         raise RuntimeError("the model's parameters have several types; buckets are of one")
     buckets = _buckets(model, rules(model.policy), bucket_bytes)
     if everywhere or me == 0:
-        incoming = _receive(buckets[0], own, everywhere) if buckets else None
+        incoming = _receive(buckets[0], own, everywhere)
         for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
-            # The next bucket travels while this one is used.
-            current, incoming = incoming, _receive(following, own, everywhere) if following else None
+            current = incoming
+            if following:  # travels while this one is used
+                incoming = _receive(following, own, everywhere)
             shards = current.wait()
             for number, rule in enumerate(bucket.rules.values()):
                 shape = _shard_shape(rule, len(bucket.owners))

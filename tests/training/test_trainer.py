@@ -58,7 +58,7 @@ def test_gradient_equals_plain_torch_on_the_hf_model(family, policies, tmp_path)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients(trainer).values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert metrics["clip_fraction"] == metrics["approx_kl"] == metrics["skipped"] == 0
+    assert metrics["skipped"] == 0
     assert metrics["response_tokens"] == sum(len(row.weights) for row in rows)
     assert metrics["microbatches"] > 1 and metrics["sharing"] > 1.5
     assert calls == [(i + 1, len(calls)) for i in range(int(metrics["microbatches"]))]

@@ -14,9 +14,14 @@ def _(input: dict) -> Any:
     from spell_megatron.training.objective import policy_loss
 
     mask = torch.tensor(input["mask"], dtype=torch.bool)
-    names = ("logprob", "old_logprob", "advantage")
-    tensors = [torch.tensor(input[name], dtype=torch.float64)[mask] for name in names]
-    result = policy_loss(*tensors, *input["clip"], input.get("dual_clip", 3.0))
-    return [
-        value.double().mean().item() for value in (result.loss, result.clipped, result.approx_kl, result.clipped_lower)
-    ]
+    logprob, old, advantage = (
+        torch.tensor(input[name], dtype=torch.float64)[mask] for name in ("logprob", "old_logprob", "advantage")
+    )
+    (low, high), dual = input["clip"], input.get("dual_clip", 3.0)
+    loss = policy_loss(logprob, old, advantage, low, high, dual)
+    # The reference also returns how often each clip is active, and an estimate of the KL divergence. The trainer has
+    # no use for them: on-policy they are 0.
+    ratio = (logprob - old).exp()
+    clipped = policy_loss(logprob, old, advantage, low, high, float("inf"))
+    rates = (clipped > -advantage * ratio), old - logprob, (clipped > -advantage * dual) & (advantage < 0)
+    return [value.double().mean().item() for value in (loss, *rates)]
