@@ -43,6 +43,7 @@ from spell_megatron.training.state import load_trainer, random_states, set_rando
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
+from spell_megatron.weights.sizes import checkpoint_bytes
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 # Megatron-Core 0.19 can write with one of two packages, and takes one for GPUs by default.
@@ -260,7 +261,7 @@ def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:
         shutil.rmtree(left)
     for name in ("trainer", "rng"):
         (partial / name).mkdir(parents=True)
-    needed = _bytes_needed(trainer)
+    needed = checkpoint_bytes(trainer.policy)
     free = shutil.disk_usage(root).free
     if free < needed:
         shutil.rmtree(partial)
@@ -268,18 +269,6 @@ def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:
             f"A checkpoint takes about {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB left. Free "
             "some space, lower checkpoint.keep, or point run.output_dir at another disk."
         )
-
-
-def _bytes_needed(trainer: Trainer) -> int:
-    """Weights twice (trainer and Hugging Face) and, in float32, master weights and two moments."""
-    sizes = trainer.model.config
-    dense = sizes.tensor_model_parallel_size
-    experts = sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size
-    local = sum(
-        p.numel() * (2 * p.element_size() + 12) * (dense if getattr(p, "allreduce", True) else experts)
-        for p in trainer.model.parameters()
-    )
-    return local * sizes.pipeline_model_parallel_size
 
 
 def _meta(step: int, trainer: Trainer) -> dict[str, Any]:

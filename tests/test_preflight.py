@@ -12,9 +12,12 @@ import pytest
 import torch
 from engine_fixtures import save_policy
 
+from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.preflight import CPU_HEAD_SIZES, checkpoint_bytes, find_faults, preflight
+from spell_megatron.preflight import CPU_HEAD_SIZES, Findings, inspect
+from spell_megatron.training.policy import PolicyModel
+from spell_megatron.weights.sizes import checkpoint_bytes
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,14 @@ def setup(dense, tmp_path):
 
 
 def only_fault(config: Config, resume: Path | None = None) -> str:
-    faults, _ = find_faults(config, resume)
+    faults = inspect(config, resume).faults
     assert len(faults) == 1, [str(fault) for fault in faults]
     return str(faults[0])
 
 
 def test_a_right_configuration_has_no_faults_and_nothing_is_written(setup, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    assert preflight(setup()) == []
+    assert inspect(setup()) == Findings()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -70,7 +73,7 @@ def test_all_faults_come_in_one_error(setup, tmp_path):
         rollout={"urls": ["ftp://host", "http://host:99999", "http://host:8000", "http://host:8000/"]},
     )
     with pytest.raises(UserError) as error:
-        preflight(config)
+        raise_faults(inspect(config).faults, "the configuration")
     first, *lines = str(error.value).splitlines()
     assert first == "7 faults in the configuration:"
     assert sorted(line.split(":")[0].strip() for line in lines) == [
@@ -120,7 +123,7 @@ def test_a_model_that_lacks_a_shard_or_a_half(setup, dense, tmp_path):
     (folder / "model.safetensors").unlink()
     weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    faults, _ = find_faults(setup(model={"path": folder}))
+    faults = inspect(setup(model={"path": folder})).faults
     lacking, cut_short = map(str, faults)
     assert "lacks model-2" in lacking and "not a complete" in cut_short
 
@@ -163,7 +166,7 @@ def test_a_head_size_that_engines_on_cpus_lack(setup, dense, tmp_path):
     fault = only_fault(setup(model={"path": folder}))
     assert fault.startswith("model.path") and "48 dimensions" in fault
     attached = setup(model={"path": folder}, rollout={"urls": ["http://localhost:8000"]})
-    assert find_faults(attached)[0] == []
+    assert inspect(attached).faults == []
 
 
 @pytest.mark.engine
@@ -187,7 +190,7 @@ def test_a_port_in_use(setup):
         config = setup()
         config.rollout.base_port = port
         assert only_fault(config).startswith(f"rollout.base_port: port {port} is in use")
-    assert find_faults(config) == ([], [])
+    assert inspect(config) == Findings()
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_path):
@@ -195,7 +198,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_pa
     folder = tmp_path / "runs" / "spell"
     (folder / "logs").mkdir(parents=True)
     (folder / "config.yaml").touch()
-    assert find_faults(config)[0] == []  # an engine that died at the start leaves no results
+    assert inspect(config).faults == []  # an engine that died at the start leaves no results
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "already holds a run" in only_fault(config)
     assert "remove the folder" in only_fault(config)
@@ -203,7 +206,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_pa
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text("step_000001")
     assert "--resume" in only_fault(config)
-    assert find_faults(config, resume=folder)[0] == []
+    assert inspect(config, resume=folder).faults == []
     assert "no run in" in only_fault(config, resume=tmp_path / "elsewhere")
 
 
@@ -213,7 +216,7 @@ def test_an_output_folder_that_cannot_be_one(setup, tmp_path):
 
 
 def test_a_full_disk(setup, monkeypatch, dense):
-    needed = checkpoint_bytes(dense)
+    needed = checkpoint_bytes(PolicyModel.load(dense, "float32"))
     size = (dense / "model.safetensors").stat().st_size
     # float32: 4 bytes a parameter twice, and 12 for the optimizer; the file has a header too
     assert 5 * size > needed > 4.8 * size
@@ -221,8 +224,8 @@ def test_a_full_disk(setup, monkeypatch, dense):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     assert only_fault(setup()).startswith("run.output_dir: a checkpoint takes about")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * needed))
-    faults, warnings = find_faults(setup())
-    assert not faults and "checkpoint.keep = 2 may not fit" in warnings[0]
+    found = inspect(setup())
+    assert not found.faults and "checkpoint.keep = 2 may not fit" in found.warnings[0]
 
 
 def test_doubtful_settings_are_warnings(setup, dense):
@@ -231,24 +234,24 @@ def test_doubtful_settings_are_warnings(setup, dense):
         selfplay={"groups": 20, "clusters_per_round": 12},
         training={"tokens_per_microbatch": 100},
     )
-    faults, warnings = find_faults(config)
-    assert faults == []
-    assert [warning.split()[0] for warning in warnings] == [
+    found = inspect(config)
+    assert found.faults == []
+    assert [warning.split()[0] for warning in found.warnings] == [
         "selfplay.groups", "training.tokens_per_microbatch", "model.dtype"
     ]  # fmt: skip
 
 
 def test_too_few_answers_for_a_group_of_judgments(setup):
     few = {"groups": 3, "group_size": 4, "verifier": {"share": 0.125}}
-    [warning] = find_faults(setup(selfplay=few))[1]
+    [warning] = inspect(setup(selfplay=few)).warnings
     assert warning.startswith("selfplay.verifier.share = 0.125 of the 12 answers of an update is less than one group")
     assert "4 judgments" in warning and "Raise it to 0.34 or more" in warning
-    assert not find_faults(setup(selfplay=few | {"verifier": {"share": 0.34}}))[1]
-    assert not find_faults(setup(selfplay=few | {"verifier": {"share": 0}}))[1]
-    assert not find_faults(setup(selfplay=few, training={"role_weights": {"verifier": 0}}))[1]
+    assert not inspect(setup(selfplay=few | {"verifier": {"share": 0.34}})).warnings
+    assert not inspect(setup(selfplay=few | {"verifier": {"share": 0}})).warnings
+    assert not inspect(setup(selfplay=few, training={"role_weights": {"verifier": 0}})).warnings
 
 
 def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
     config = setup(model={"path": tmp_path / "none"})
-    assert find_faults(config, known_faulty={"model.path"})[0] == []
-    assert len(find_faults(config, known_faulty={"model.dtype"})[0]) == 1
+    assert inspect(config, known_faulty={"model.path"}).faults == []
+    assert len(inspect(config, known_faulty={"model.dtype"}).faults) == 1

@@ -52,15 +52,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
 
         end_with_parent()
     reading, resume = _read(arguments, overrides_of(rest))
-    found: list[Fault] = []
+    faults: list[Fault] = []
     warnings: list[str] = []
     if rank() == 0:
-        from spell_megatron.preflight import find_faults
+        from spell_megatron.preflight import inspect
 
         known = {key for fault in reading.faults for key in fault.keys}
         restarted = arguments.rendezvous is not None and slurm_restarts() > 0
-        found, warnings = find_faults(reading.settings, resume, known, restarted)
-    config = reading.checked(found)
+        found = inspect(reading.settings, resume, known, restarted)
+        faults, warnings = found.faults, found.warnings
+    config = reading.checked(faults)
     if arguments.dry_run:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
         return 0
@@ -112,10 +113,10 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
     """What a run would do, in a few lines."""
     import torch
 
-    from spell_megatron.preflight import checkpoint_bytes
     from spell_megatron.rollout.engines import server_command
     from spell_megatron.selfplay.documents import load_clusters
     from spell_megatron.training.policy import PolicyModel
+    from spell_megatron.weights.sizes import checkpoint_bytes
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
     cpu = config.run.device == "cpu" or not torch.cuda.is_available()
@@ -135,7 +136,7 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
         f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
         f"{play.groups * play.group_size} responder rows, plus questions and judgments",
         f"checkpoints  every {config.checkpoint.every} updates, "
-        f"{checkpoint_bytes(config.model.path) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
+        f"{checkpoint_bytes(policy) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
     ]
     if rollout.urls:
         lines.append(f"engines      running at {', '.join(rollout.urls)}")
