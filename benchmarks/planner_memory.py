@@ -119,7 +119,8 @@ def work(folder: Path, recompute: str, layout: dict[str, int], tokens: int) -> N
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from spell_megatron.planner.memory import counted_memory, head_bytes, stage_activations, step_bytes
+    from spell_megatron.planner.activations import head_bytes, stage_activations
+    from spell_megatron.planner.memory import counted_memory, step_bytes
     from spell_megatron.training import backend
     from spell_megatron.training.model import build_model
     from spell_megatron.training.policy import PolicyModel

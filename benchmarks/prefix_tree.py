@@ -13,8 +13,8 @@
     growth    seconds and peak memory of `tree` and `response logits` as G and P grow (2 layers, hidden size 128)
     long      an update on a tree of 102,400 tokens (a prompt of 98,304 with 8 responses), and the same with recomputed
               activations and other chunks of logits, which must give the same gradient
-    head      peak memory of the vocabulary head, compared with `planner.memory.head_bytes`, also for a vocabulary of
-              152K tokens and a row of 100K tokens, hidden size 2,048, bfloat16
+    head      peak memory of the vocabulary head, compared with `planner.activations.head_bytes`, also for a
+              vocabulary of 152K tokens and a row of 100K tokens, hidden size 2,048, bfloat16
     plan      1,400 rows of 16K tokens packed and spread over 8 ranks, on one core
 
 Seconds are CPU time, because on a shared machine wall time also measures other programs (it is printed too). They are
@@ -375,7 +375,7 @@ def long(options: argparse.Namespace) -> dict:
 def head(options: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
-    from spell_megatron.planner.memory import head_bytes
+    from spell_megatron.planner.activations import head_bytes
     from spell_megatron.training.logprobs import token_logprobs
 
     # tokens of the row, predicting ones, hidden size, vocabulary, chunk, type

@@ -66,7 +66,7 @@ def test_help_is_good_reading(spell):
 
 def test_help_answers_without_the_heavy_imports():
     code = (
-        "import sys; from spell_megatron import cli; cli._parser(); "
+        "import sys; from spell_megatron import cli; cli.command_parser(); "
         "print(sorted({'torch', 'megatron', 'vllm', 'transformers'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,17 +9,11 @@ from benchmarks.planner_memory import make_checkpoint, make_config, static_bytes
 from spell_megatron.cli import main
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import ParallelConfig
+from spell_megatron.planner.activations import head_bytes, offloaded_bytes, stage_activations
 from spell_megatron.planner.gpus import GPUS, Assumptions, Gpu
-from spell_megatron.planner.memory import (
-    Model,
-    counted_memory,
-    engine_memory,
-    head_bytes,
-    offloaded_bytes,
-    stage_activations,
-    step_bytes,
-)
-from spell_megatron.planner.search import cheapest, plan_layout
+from spell_megatron.planner.memory import counted_memory, engine_memory, step_bytes
+from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.search import fastest, plan_layout
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
@@ -50,7 +44,7 @@ TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(name):
-    assert Model.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters == PUBLISHED[name]
+    assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == PUBLISHED[name]
 
 
 @pytest.fixture(scope="module")
@@ -107,25 +101,25 @@ def test_ranks_together_hold_the_model_once(kind, layout, checkpoints):
     config = make_config(checkpoints / kind, "none", layout, 1024)
     policy = PolicyModel.load(checkpoints / kind, config.model.dtype)
     held = sum(counted_memory(policy, config, rank, 8)[2] for rank in range(8))
-    whole = 12 * Model.of(policy).parameters
+    whole = 12 * ModelSize.of(policy).parameters.all
     # Norms and routers are there once for each tensor-parallel rank.
     assert whole <= held <= 1.01 * whole
 
 
 def test_the_proposal_is_the_fastest_that_fits(checkpoints):
     config = make_config(checkpoints / "moe", "full", {}, 1024)
-    model, gpu = Model.of(PolicyModel.load(checkpoints / "moe", config.model.dtype)), GPUS["H100-80G"]
-    tried = list(cheapest(model, config, 8, gpu, Assumptions()))
+    model, gpu = ModelSize.of(PolicyModel.load(checkpoints / "moe", config.model.dtype)), GPUS["H100-80G"]
+    tried = list(fastest(model, config, 8, gpu, Assumptions()))
     assert tried[-1].fits and tried[-1].recompute == "none"
     assert tried[-1].times.update < plan_layout(model, config, 8, gpu, Assumptions()).times.update
     small = Gpu(2**30, gpu.flops, gpu.bandwidth, gpu.link)
-    assert not list(cheapest(model, config, 8, small, Assumptions()))
+    assert not list(fastest(model, config, 8, small, Assumptions()))
 
 
 def test_memory_moves_as_it_must():
     """More context-parallel ranks or recompute: fewer activations; more pipeline stages: fewer parameters."""
     config = load_config(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
-    model = Model.of(PolicyModel.load(config.model.path, config.model.dtype))
+    model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
 
     def activations(recompute: str, **layout: int) -> int:
         training = config.training.model_copy(
@@ -155,7 +149,7 @@ def test_memory_moves_as_it_must():
 )
 def test_the_recipes_fit(files, gpu, parameters):
     config = load_config([EXAMPLES / file for file in files])
-    model = Model.of(PolicyModel.load(config.model.path, config.model.dtype))
+    model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
     processes = config.training.parallel.processes
     plan = plan_layout(model, config, processes, GPUS[gpu], Assumptions())
     assert plan.fits
@@ -191,7 +185,7 @@ def test_the_command(checkpoints, tmp_path, capsys):
     path.write_text(f"model: {{path: {checkpoints / 'moe'}}}\ndata: {{documents: none}}\n")
     assert main(["plan", "--config", str(path), "--training.parallel.processes=2"]) == 0
     printed = capsys.readouterr().out
-    assert "fits" in printed and "at work per token" in printed and "proposal" in printed
+    assert "fits" in printed and "active per token" in printed and "proposal" in printed
     assert main(["plan", "--config", str(path), "--gpu", "H1000"]) == 2
     assert "Known are A100-80G" in capsys.readouterr().err
     big = str(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")

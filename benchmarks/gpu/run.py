@@ -46,7 +46,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from spell_megatron.config.schema import Config, RolloutConfig, TrainingConfig
 from spell_megatron.planner.gpus import GPUS, Assumptions
-from spell_megatron.planner.memory import Model, trainer_memory
+from spell_megatron.planner.memory import trainer_memory
+from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.training import attention as tree_attention_module
 from spell_megatron.training import backend
 from spell_megatron.training.attention import tree_attention
@@ -372,7 +373,7 @@ def update(tiny: bool) -> dict:
     if torch.cuda.is_available():
         assume = Assumptions(reserve=0, fragmentation=0)
         config.training.tokens_per_microbatch = longest
-        memory = trainer_memory(Model.of(model.policy), config, 1, assume)
+        memory = trainer_memory(ModelSize.of(model.policy), config, 1, assume)
         figures["planned_gib"] = (memory.total - memory.buffers) / 2**30
     figures["holds"] = not torch.cuda.is_available() or line.get("mfu", 0) >= MFU
     return figures

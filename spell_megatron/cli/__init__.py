@@ -1,7 +1,4 @@
-"""The `spell` command.
-
-`errors.ExitStatus` lists its exit statuses.
-"""
+"""The `spell` command. Each command has a file of its own; `errors.ExitStatus` lists the exit statuses."""
 
 # torch, Megatron, vLLM and transformers are imported inside the commands: `spell --help` answers at once.
 
@@ -24,26 +21,33 @@ COMMANDS = (train, launch, engines, status, stop, evaluate, plan, prepare, conve
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.takes_settings:
-        parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+    parser = command_parser()
     try:
-        return arguments.command(arguments, rest, argv)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            error = UserError(f"{error}. Make room; a run then goes on from its last checkpoint with --resume.")
-        process = f" (process {rank()})" if (launched_processes() or 1) > 1 else ""
-        print(f"spell{process}: {error}", file=sys.stderr)
-        return ExitStatus.USER_ERROR
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and not arguments.takes_settings:
+            parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+        arguments.rest, arguments.argv = rest, argv
+        return arguments.command(arguments)
+    except UserError as error:
+        return _tell(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _tell(f"{error}. Free some space. A run then goes on from its last checkpoint with --resume.")
     except KeyboardInterrupt:
         print("spell: interrupted", file=sys.stderr)
         return ExitStatus.INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _tell(message: object) -> ExitStatus:
+    """Print the message of an error that the user can correct."""
+    process = f" (process {rank()})" if (launched_processes() or 1) > 1 else ""
+    print(f"spell{process}: {message}", file=sys.stderr)
+    return ExitStatus.USER_ERROR
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="spell",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,15 +4,52 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.config.help import all_settings
 from spell_megatron.config.schema import Config, Section
 from spell_megatron.errors import UserError
 
+RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    usage: str | None = None,
+    epilog: str | None = None,
+    takes_settings: bool = False,
+) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        commands: argparse's subparsers.
+        run: does the work and returns the exit status. Its argument also holds `rest` (see `takes_settings`) and
+            `argv` (the words of the whole command line).
+        takes_settings: put arguments that the parser does not know into `rest`, for `overrides_of`; else they are
+            errors.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=textwrap.fill(description, 98),
+        usage=usage,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run, takes_settings=takes_settings)
+    return parser
+
 
 def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """`--config FILE`, once or several times."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -24,12 +61,13 @@ def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
 
 
 def add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
+    """`--rendezvous FOLDER` and `--engine-nodes N`, for processes of a Slurm job."""
     parser.add_argument(
         "--rendezvous",
         type=Path,
         required=required,
         metavar="FOLDER",
-        help="folder of the shared filesystem by which the processes of a cluster's job find each other",
+        help="folder of the shared filesystem by which the processes of a Slurm job find each other",
     )
     parser.add_argument(
         "--engine-nodes",
@@ -40,24 +78,31 @@ def add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
-RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """The folder of a run."""
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="run.output_dir/run.name")
+
+
+def add_number(add: Callable[..., Any], flag: str, default: int | None, meaning: str, minimum: int = 1) -> None:
+    """`--flag N`, a whole number of `minimum` or more. `add` is a parser's or a group's `add_argument`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < minimum:
+            raise UserError(f"{flag} is {text}; it must be a whole number of {minimum} or more.")
+        return int(text)
+
+    shown = "" if default is None else f" (default {default})"
+    add(flag, type=number, default=default, metavar="N", help=meaning + shown)
 
 
 def settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) -> str:
+    """All settings of a schema with type, default and meaning, for the end of a help text."""
     lines = [title]
     for setting in all_settings(schema):
         default = "required" if setting.default is None else f"default {setting.default}"
         lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
         lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
-
-
-def quiet_libraries() -> None:
-    """Leave out the warnings of libraries about themselves, which hide what a run has to say."""
-    from warnings import filterwarnings
-
-    for module in ("megatron", "torch", "transformers"):
-        filterwarnings("ignore", module=rf"{module}\.")
 
 
 def overrides_of(rest: Sequence[str]) -> list[str]:
@@ -73,7 +118,9 @@ def overrides_of(rest: Sequence[str]) -> list[str]:
     return overrides
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
+def quiet_libraries() -> None:
+    """Hide the warnings of libraries about themselves, which bury the messages of a run."""
+    from warnings import filterwarnings
+
+    for module in ("megatron", "torch", "transformers"):
+        filterwarnings("ignore", module=rf"{module}\.")

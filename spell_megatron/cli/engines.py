@@ -1,39 +1,39 @@
-"""`spell engines`: one node's engines of a job; the job's script calls it."""
+"""`spell engines`: one node's engines of a Slurm job; the job's script calls it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from spell_megatron.cli.arguments import add_rendezvous
+from spell_megatron.cli.arguments import add_command, add_rendezvous
 from spell_megatron.config.reading import load_config
 from spell_megatron.errors import ExitStatus
 from spell_megatron.ranks import leave_step, rank
 
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "engines",
-        help="start engines on a node of a cluster's job (`spell launch` writes this command)",
-        allow_abbrev=False,
-        description="Start this node's share of the rollout.replicas engines of a run, tell its trainer by the "
-        "rendezvous, and serve until this process is ended. srun starts one such process on each engine node.",
+        run,
+        help="start engines on a node of a Slurm job (`spell launch` writes this command)",
+        description="Start this node's share of the rollout.replicas engines of a run, publish them in the rendezvous "
+        "for the trainer, and serve until this process is ended. srun starts one such process on each engine node.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run's settings")
     add_rendezvous(parser, required=True)
-    parser.add_argument("--colocated", action="store_true", help="they share their GPUs with the trainer")
-    parser.set_defaults(command=run, takes_settings=False)
+    parser.add_argument("--colocated", action="store_true", help="the engines share their GPUs with the trainer")
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     import signal
 
     from spell_megatron.processes.rendezvous import Rendezvous
     from spell_megatron.rollout.engines import Engines
 
-    # The default action would end this process without the engines' having been stopped.
+    # The default action would end this process before it has stopped the engines.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitStatus.TERMINATED))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
     node = rank()

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.cli.arguments import add_command, add_run_folder
+from spell_megatron.errors import ExitStatus
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "status",
+        run,
         help="tell how a run is doing",
-        description="Tell how a run is doing: steps, speed, what it is at, engines, its job's state, where its logs\n"
-        "are. Works wherever the run's folder is seen. Exit status 3: it failed, or gives no sign of life.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Tell how a run is doing: its steps, speed, current stage, engines, the state of its job, and "
+        "where its logs are. It works wherever the run's folder is visible. Exit status 3: the run failed, or gives no sign "
+        "of life.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="run.output_dir/run.name")
-    parser.set_defaults(command=run, takes_settings=False)
+    add_run_folder(parser)
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.monitoring import status
+def run(arguments: argparse.Namespace) -> int:
+    from spell_megatron.monitoring.status import read
 
-    return _tell(arguments.run, status.read(arguments.run))
+    return tell(arguments.run, read(arguments.run))
 
 
-def _tell(run: Path, now: dict[str, Any]) -> int:
-    """Print how a run is doing; the exit status."""
-    from spell_megatron.monitoring import status
+def tell(run_folder: Path, said: dict[str, Any]) -> ExitStatus:
+    """Print what a run `said` of itself; returns the exit status of that."""
     from spell_megatron.monitoring.describe import describe
+    from spell_megatron.monitoring.status import silent
 
-    print("\n".join(describe(run, now)))
-    return 3 if now["state"] == "failed" or status.silent(now) else 0
+    print("\n".join(describe(run_folder, said)))
+    return ExitStatus.RUN_FAILED if said["state"] == "failed" or silent(said) else ExitStatus.SUCCESS

@@ -1,27 +1,28 @@
-"""`spell stop`: have a run save a checkpoint and end."""
+"""`spell stop`: make a run save a checkpoint and end."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from spell_megatron.cli.status import _tell
+from spell_megatron.cli.arguments import add_command, add_run_folder
+from spell_megatron.cli.status import tell
 
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "stop",
-        help="have a run save a checkpoint and stop",
-        description="Ask a run to stop, wherever it runs, and wait until it has. It gives up a rollout that is under\n"
-        "way or ends its update, saves a checkpoint, and ends; go on with `spell train --resume RUN_FOLDER`.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        help="make a run save a checkpoint and stop",
+        description="Ask a run to stop, wherever it runs, and wait until it has ended. The run gives up a rollout that "
+        "is under way or ends its update, saves a checkpoint, and ends. Continue it with `spell train --resume "
+        "RUN_FOLDER`.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="run.output_dir/run.name")
-    parser.set_defaults(command=run, takes_settings=False)
+    add_run_folder(parser)
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.monitoring.stopping import stop
 
-    return _tell(arguments.run, stop(arguments.run))
+    return tell(arguments.run, stop(arguments.run))

@@ -7,30 +7,43 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from spell_megatron.cli.arguments import add_config, add_rendezvous, overrides_of, quiet_libraries, settings_help
-from spell_megatron.config.faults import Fault
+from spell_megatron.cli.arguments import (
+    add_command,
+    add_config,
+    add_rendezvous,
+    overrides_of,
+    quiet_libraries,
+    settings_help,
+)
 from spell_megatron.config.reading import Reading, read_config, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
 from spell_megatron.ranks import child_of_torchrun, launched_processes, rank, slurm_restarts
 
+if TYPE_CHECKING:
+    from spell_megatron.preflight import Findings
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "train",
+        run,
         help="train a policy by self-play",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="spell train --config FILE [--config FILE ...] [--SECTION.KEY=VALUE ...] [--dry-run]\n"
         "       spell train --resume RUN_FOLDER [--SECTION.KEY=VALUE ...]",
-        description="Train a policy by self-play on document clusters. Everything is checked before a model\n"
+        description="Train a policy by self-play on document clusters. Everything is checked before a model "
         "is loaded. Results are written to the folder run.output_dir/run.name.",
         epilog=settings_help(),
+        takes_settings=True,
     )
     add_config(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check all, print all settings and a plan, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print all settings and an overview, and stop"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -40,37 +53,44 @@ def add_parser(commands) -> None:
         "without RUN_FOLDER: the run that --config names",
     )
     add_rendezvous(parser, required=False)
-    parser.set_defaults(command=run, takes_settings=True)
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str]) -> int:
-    from spell_megatron.monitoring.stopping import Reason, block_sigusr1
+def run(arguments: argparse.Namespace) -> int:
+    from spell_megatron.monitoring.stopping import block_sigusr1
 
     block_sigusr1()
     if child_of_torchrun():
         from spell_megatron.processes.lifetime import end_with_parent
 
         end_with_parent()
-    reading, resume = _read(arguments, overrides_of(rest))
-    faults: list[Fault] = []
-    warnings: list[str] = []
-    if rank() == 0:
-        from spell_megatron.preflight import inspect
-
-        known = {key for fault in reading.faults for key in fault.keys}
-        restarted = arguments.rendezvous is not None and slurm_restarts() > 0
-        found = inspect(reading.settings, resume, known, restarted)
-        faults, warnings = found.faults, found.warnings
-    config = reading.checked(faults)
+    reading, resume = _read(arguments, overrides_of(arguments.rest))
+    found = _preflight(arguments, reading, resume)
+    config = reading.checked(found.faults)
     if arguments.dry_run:
-        print(to_yaml(config) + "\n".join(f"# {line}" for line in _outlook(config, resume, warnings)))
-        return 0
+        print(to_yaml(config) + "\n".join(f"# {line}" for line in _overview(config, resume, found.warnings)))
+        return ExitStatus.SUCCESS
     if config.training.parallel.processes > 1 and launched_processes() is None:
-        return launch_processes(config.training, argv)
-    for warning in warnings:
+        return launch_processes(config.training, arguments.argv)
+    for warning in found.warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
+    return _train(arguments, config, resume is not None)
 
+
+def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: Path | None) -> Findings:
+    """What rank 0 finds wrong with the settings on this machine."""
+    from spell_megatron.preflight import Findings, inspect
+
+    if rank() > 0:
+        return Findings()
+    known_faulty = {key for fault in reading.faults for key in fault.keys}
+    restarted = arguments.rendezvous is not None and slurm_restarts() > 0
+    return inspect(reading.settings, resume, known_faulty, restarted)
+
+
+def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitStatus:
+    """Train in this process; the exit status tells why the run stopped."""
     quiet_libraries()
+    from spell_megatron.monitoring.stopping import Reason
     from spell_megatron.train import run as train
 
     rendezvous = None
@@ -78,7 +98,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], argv: Sequence[str])
         from spell_megatron.processes.rendezvous import Rendezvous
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
-    stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
+    stopped = train(config, resume=resume, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
     return stopped.exit_status if stopped else ExitStatus.SUCCESS
@@ -109,7 +129,7 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
     return reading, None if arguments.resume is None else run.output_dir / run.name
 
 
-def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
+def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
     import torch
 
@@ -127,7 +147,7 @@ def _outlook(config: Config, resume: Path | None, warnings: Sequence[str]) -> li
     replicas = processes // parallel.dense_ranks
     experts = f", {arch.experts} experts" if arch.experts else ""
     lines = [
-        "Plan",
+        "Overview",
         f"run folder   {config.run.output_dir / config.run.name} ({'continued' if resume else 'new'})",
         f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",

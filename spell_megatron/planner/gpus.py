@@ -1,4 +1,4 @@
-"""The GPUs that are known to the planner, and what its estimates assume about them."""
+"""The GPUs that the planner knows, and what its estimates assume about them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a planner has to know of a GPU. Figures are the makers' (dense bfloat16, no sparsity)."""
+    """What the planner knows of a kind of GPU. The figures are the manufacturers' (dense bfloat16, no sparsity)."""
 
     memory: float
     """Bytes, as the driver reports them."""
@@ -29,7 +29,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the estimates take for granted. None of it was measured on the GPUs above by this project."""
+    """What the estimates assume. This project has measured none of it on the GPUs above."""
 
     gpus_per_node: int = 8
     matrix_efficiency: float = 0.45
@@ -37,7 +37,7 @@ class Assumptions:
     memory_efficiency: float = 0.6
     """Share of a GPU's memory bandwidth that decoding reaches."""
     link_efficiency: float = 0.7
-    """Share of the links' bandwidth that collectives reach; none of it is hidden behind computation."""
+    """Share of the links' bandwidth that collectives reach. They do not overlap with computation."""
     network: float = 50e9
     """Bytes per second of each GPU to other nodes (400 Gbit/s)."""
     host: float = 25e9
@@ -55,7 +55,7 @@ class Assumptions:
     judged: float = 500
     """Tokens of the verifier's prompt: instructions, question and two short answers."""
     verdict: float = 0.25
-    """Length of judgments as a share of the longest one allowed. They compare two short answers; with this share the
-    G judgments of each answer take about half the time of the answers, as the paper reports."""
+    """Length of judgments as a share of the longest one allowed. With this share the G judgments of each answer take
+    about half the time of the answers, as the paper reports."""
     engine_workspace: float = 4 * 2**30
-    """Bytes that an engine needs per GPU beside weights and KV cache."""
+    """Bytes that an engine needs per GPU besides weights and KV cache."""

@@ -1,40 +1,46 @@
-"""Seconds of a step: estimates from FLOPs and bandwidths."""
+"""How long a step takes: estimates from FLOPs and bandwidths."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spell_megatron.config.schema import Config
+from spell_megatron.planner.activations import element_bytes, row_tokens
 from spell_megatron.planner.gpus import Assumptions, Gpu
-from spell_megatron.planner.memory import Model, element_bytes, engine_memory, row_tokens
+from spell_megatron.planner.memory import engine_memory
+from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.policy import Architecture
 from spell_megatron.training.prefix_tree import Cost
 
 
 @dataclass(frozen=True)
-class Times:
+class StepTimes:
     """Seconds of one step, by what takes them."""
 
     compute: float
     communication: float
     bubble: float
-    """Pipeline stages waiting for each other."""
+    """Pipeline stages wait for each other."""
     prefill: float
     decode: float
     refit: float
+    """Weights go to the engines."""
 
     @property
     def update(self) -> float:
+        """Seconds of the trainer's part."""
         return self.compute + self.communication + self.bubble
 
     @property
     def step(self) -> float:
+        """Seconds of everything, one after the other."""
         return self.update + self.prefill + self.decode + self.refit
 
 
-def step_times(model: Model, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> Times:
+def step_times(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> StepTimes:
     """Estimated seconds of one step, with prompts and responses of the assumed lengths."""
     arch, training, parallel = model.arch, config.training, config.training.parallel
     replicas = processes // parallel.dense_ranks
@@ -45,8 +51,32 @@ def step_times(model: Model, config: Config, processes: int, gpu: Gpu, assume: A
     bubble = compute * (parallel.pipeline - 1) / microbatches
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
     prefill, decode = _rollout_times(model, config, gpu, assume)
-    refit = model.parameters * element_bytes(config) / (assume.network * assume.link_efficiency)
-    return Times(compute, communication, bubble, prefill, decode, refit)
+    refit = model.parameters.all * element_bytes(config) / (assume.network * assume.link_efficiency)
+    return StepTimes(compute, communication, bubble, prefill, decode, refit)
+
+
+class Lengths(NamedTuple):
+    """Assumed numbers of tokens."""
+
+    prompt: float
+    """Of a prompt over documents."""
+    response: float
+    """Of a question or an answer."""
+    judged: float
+    """Of the verifier's prompt."""
+    verdict: float
+    """Of a judgment."""
+
+
+def assumed_lengths(config: Config, assume: Assumptions) -> Lengths:
+    """The lengths of prompts and responses that the estimates assume."""
+    sampling = config.rollout.sampling
+    return Lengths(
+        prompt=assume.prompt * sampling.max_prompt_tokens,
+        response=assume.response * sampling.max_response_tokens,
+        judged=assume.judged,
+        verdict=assume.verdict * (sampling.max_verdict_tokens or sampling.max_response_tokens),
+    )
 
 
 def _tree(cost: Cost, prompt: float, response: float, count: int) -> tuple[float, float]:
@@ -56,25 +86,15 @@ def _tree(cost: Cost, prompt: float, response: float, count: int) -> tuple[float
     return cost.token * tokens + cost.pair * pairs + cost.source * count * response, tokens
 
 
-def assumed_lengths(config: Config, assume: Assumptions) -> tuple[float, float, float, float]:
-    """Assumed tokens of (prompt over documents, response, prompt of the verifier, verdict)."""
-    sampling = config.rollout.sampling
-    response = assume.response * sampling.max_response_tokens
-    verdict = assume.verdict * (sampling.max_verdict_tokens or sampling.max_response_tokens)
-    return assume.prompt * sampling.max_prompt_tokens, response, assume.judged, verdict
-
-
 def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float, float]:
     """(FLOPs, tokens) of the rows of an update, as `selfplay.batch.compose` puts it together."""
-    play = config.selfplay
-    prompt, response, judged, verdict = assumed_lengths(config, assume)
+    play, lengths = config.selfplay, assumed_lengths(config, assume)
+    questions = play.groups * (1 + play.negatives_per_positive)
+    judged_answers = play.groups * play.group_size * play.verifier.share / play.votes
     parts = [
-        (play.groups, _tree(cost, prompt, response, play.group_size)),
-        (play.groups * (1 + play.negatives_per_positive), _tree(cost, prompt, response, 1)),
-        (
-            play.groups * play.group_size * play.verifier.share / play.votes,
-            _tree(cost, judged, verdict, play.votes),
-        ),
+        (play.groups, _tree(cost, lengths.prompt, lengths.response, play.group_size)),
+        (questions, _tree(cost, lengths.prompt, lengths.response, 1)),
+        (judged_answers, _tree(cost, lengths.judged, lengths.verdict, play.votes)),
     ]
     return sum(n * flops for n, (flops, _) in parts), sum(n * tokens for n, (_, tokens) in parts)
 
@@ -85,49 +105,85 @@ def _feed_forward_share(arch: Architecture, cost: Cost) -> float:
     return 1 - attention / cost.token
 
 
-def _communication(model: Model, config: Config, processes: int, tokens: float, gpu: Gpu, assume: Assumptions) -> float:
+def _communication(
+    model: ModelSize, config: Config, processes: int, tokens: float, gpu: Gpu, assume: Assumptions
+) -> float:
     """Seconds of collectives per update of a replica that computes `tokens`, per rank and not overlapped."""
-    arch, parallel, size = model.arch, config.training.parallel, element_bytes(config)
-    tensor, context, pipeline = parallel.tensor, parallel.context, parallel.pipeline
-    expert, expert_tensor = parallel.expert, parallel.expert_tensor
-    forwards = 2 if config.training.recompute == "full" else 1
-    own = tokens / context
-    layers = arch.layers / pipeline
-    sparse = sum(arch.moe_layers) / pipeline
+    own = tokens / config.training.parallel.context
+    return (
+        _attention_exchange(model.arch, config, own, gpu, assume)
+        + _expert_exchange(model.arch, config, own, gpu, assume)
+        + _stage_and_host_exchange(model.arch, config, own, assume)
+        + _gradient_exchange(model, config, processes, gpu, assume)
+    )
 
-    def seconds(nbytes: float, ranks: int, stride: int) -> float:
-        """Of a collective in which each rank sends or receives about `nbytes` (of which its own share stays)."""
-        inside = ranks * stride <= assume.gpus_per_node
-        speed = (gpu.link if inside else min(assume.network, gpu.link)) * assume.link_efficiency
-        return nbytes * (ranks - 1) / ranks / speed
 
+def _collective(nbytes: float, ranks: int, stride: int, gpu: Gpu, assume: Assumptions) -> float:
+    """Seconds of a collective in which each rank sends or receives about `nbytes`, of which its own share stays.
+
+    `stride` is the distance between the ranks that take part: it tells whether they are on one node.
+    """
+    inside = ranks * stride <= assume.gpus_per_node
+    speed = (gpu.link if inside else min(assume.network, gpu.link)) * assume.link_efficiency
+    return nbytes * (ranks - 1) / ranks / speed
+
+
+def _forwards(config: Config) -> int:
+    """How often an update computes each layer forward."""
+    return 2 if config.training.recompute == "full" else 1
+
+
+def _attention_exchange(arch: Architecture, config: Config, own: float, gpu: Gpu, assume: Assumptions) -> float:
+    """Seconds of tensor and context parallelism for a rank with `own` tokens."""
+    parallel, size, forwards = config.training.parallel, element_bytes(config), _forwards(config)
+    tensor, layers = parallel.tensor, arch.layers / parallel.pipeline
     # Sequence parallelism: a gather before and a scatter after each part of a layer; backward gathers inputs again.
-    parts = 2 * layers - sparse
-    total = seconds(own * arch.hidden * size * parts * (2 * forwards + 3), tensor, 1)
+    parts = 2 * layers - sum(arch.moe_layers) / parallel.pipeline
+    total = _collective(own * arch.hidden * size * parts * (2 * forwards + 3), tensor, 1, gpu, assume)
     swapping, groups = context_split(arch, parallel)
     keys = math.lcm(max(arch.groups // tensor, 1), swapping)
-    exchanged = (2 * arch.heads / tensor + 2 * keys) * arch.head_dim
-    total += seconds(own * exchanged * size * layers * (forwards + 1), swapping, tensor)
+    swapped = (2 * arch.heads / tensor + 2 * keys) * arch.head_dim
+    total += _collective(own * swapped * size * layers * (forwards + 1), swapping, tensor, gpu, assume)
     gathered = groups * 2 * keys * arch.head_dim
-    total += seconds(own * gathered * size * layers * (forwards + 1), groups, tensor * swapping)
-    copies = arch.experts_per_token * expert_tensor / tensor
-    total += seconds(own * copies * arch.hidden * size * 2 * sparse * (forwards + 1), expert, expert_tensor)
-    total += seconds(own * copies * arch.hidden * size * 2 * sparse * (forwards + 1), expert_tensor, 1)
-    if pipeline > 1:
-        total += 2 * own * arch.hidden * size / tensor / (assume.network * assume.link_efficiency)
-    experts = model.expert_parameters
-    dense = model.parameters - experts
-    copies_of_dense = processes // (tensor * pipeline)
-    copies_of_experts = processes // parallel.expert_ranks
+    return total + _collective(own * gathered * size * layers * (forwards + 1), groups, tensor * swapping, gpu, assume)
+
+
+def _expert_exchange(arch: Architecture, config: Config, own: float, gpu: Gpu, assume: Assumptions) -> float:
+    """Seconds in which a rank's `own` tokens go to their experts and back."""
+    parallel, expert_tensor = config.training.parallel, config.training.parallel.expert_tensor
+    copies = arch.experts_per_token * expert_tensor / parallel.tensor
+    passes = 2 * sum(arch.moe_layers) / parallel.pipeline * (_forwards(config) + 1)
+    nbytes = own * copies * arch.hidden * element_bytes(config) * passes
+    between = _collective(nbytes, parallel.expert, expert_tensor, gpu, assume)
+    return between + _collective(nbytes, expert_tensor, 1, gpu, assume)
+
+
+def _stage_and_host_exchange(arch: Architecture, config: Config, own: float, assume: Assumptions) -> float:
+    """Seconds in which activations of `own` tokens pass between pipeline stages, and to the host and back."""
+    parallel = config.training.parallel
+    nbytes = 2 * own * arch.hidden * element_bytes(config) / parallel.tensor
+    total = 0.0
+    if parallel.pipeline > 1:
+        total += nbytes / (assume.network * assume.link_efficiency)
     if config.training.offload:
-        total += 2 * own * arch.hidden * size / tensor * layers / assume.host
-    total += seconds(dense / tensor / pipeline * (4 + size), copies_of_dense, tensor)
-    total += seconds(experts / expert / expert_tensor / pipeline * (4 + size), copies_of_experts, expert)
+        total += nbytes * arch.layers / parallel.pipeline / assume.host
     return total
 
 
-def _rollout_times(model: Model, config: Config, gpu: Gpu, assume: Assumptions) -> tuple[float, float]:
-    """Seconds of prefill and of decoding."""
+def _gradient_exchange(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> float:
+    """Seconds in which data-parallel ranks add up float32 gradients and gather the new weights."""
+    parallel, each = config.training.parallel, 4 + element_bytes(config)
+    dense = model.dense_parameters / parallel.tensor / parallel.pipeline * each
+    experts = model.parameters.experts / parallel.expert_ranks * each
+    dense_copies = processes // (parallel.tensor * parallel.pipeline)
+    expert_copies = processes // parallel.expert_ranks
+    return _collective(dense, dense_copies, parallel.tensor, gpu, assume) + _collective(
+        experts, expert_copies, parallel.expert, gpu, assume
+    )
+
+
+def _rollout_times(model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions) -> tuple[float, float]:
+    """(seconds of prefill, seconds of decoding) of the engines."""
     play, rollout = config.selfplay, config.rollout
     prompt, response, judged, verdict = assumed_lengths(config, assume)
     questions = play.groups / assume.mixed

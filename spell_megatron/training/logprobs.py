@@ -49,7 +49,7 @@ def token_logprobs(
 
     A position that predicts several targets (a branching point) is projected once. If `weight.main_grad`
     exists (Megatron's gradient buffer), the head's gradient is added to it in place instead of being
-    returned to autograd, which spares a copy of the head. `planner.memory.head_bytes` says what memory it takes.
+    returned to autograd, which spares a copy of the head. `planner.activations.head_bytes` says what memory it takes.
     """
     positions, which = torch.unique(source, return_inverse=True)
     # Edges in the order of their positions, so that each chunk of positions owns a slice of them.

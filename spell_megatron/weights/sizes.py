@@ -25,7 +25,7 @@ def count_parameters(policy: PolicyModel) -> ParameterCounts:
     sizes = [(rule.expert, math.prod(shape)) for rule in rules(policy).values() for shape in rule.shapes]
     return ParameterCounts(
         all=sum(size for _, size in sizes),
-        experts=sum(size for expert, size in sizes if expert),
+        experts=sum(size for expert, size in sizes if expert is not None),
         largest_tensor=max(size for _, size in sizes),
     )
 
