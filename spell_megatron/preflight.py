@@ -7,13 +7,12 @@ nothing and loads no weights.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,12 +199,13 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
             "paths are taken from the current directory, then from the folder of the YAML file",
         )
         return None
-    for message in weight_file_faults(path):
-        found.fault("model.path", message)
-
     # transformers takes seconds to import: not before the folder is known to exist
     from spell_megatron.tokenizer import PolicyTokenizer
     from spell_megatron.training.policy import PolicyModel
+    from spell_megatron.weights.weight_files import weight_file_faults
+
+    for message in weight_file_faults(path):
+        found.fault("model.path", message)
 
     policy = found.attempt("model.path", lambda: PolicyModel.load(path, dtype))
     tokenizer = None
@@ -355,34 +355,6 @@ def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
     path = path.absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
-
-
-def weight_file_faults(folder: Path) -> Iterator[str]:
-    """What is wrong with the safetensors files of a checkpoint, from their headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield f"{index} is not an index of safetensors files ({error!r}). Copy the checkpoint again"
-            return
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        yield (
-            f"the checkpoint {folder} lacks {missing[0]}{more}. Only safetensors are read: copy the whole "
-            "checkpoint, or convert it with transformers' save_pretrained"
-        )
-    for name in names:
-        if name not in missing:
-            try:
-                with safe_open(str(folder / name), framework="numpy"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                yield f"{folder / name} is not a complete safetensors file ({error}). Copy it again"
 
 
 def position_limit(hf_config: Any) -> int:

@@ -17,8 +17,8 @@ def add_parser(commands: Any) -> None:
         run,
         help="tell how a run is doing",
         description="Tell how a run is doing: its steps, speed, current stage, engines, the state of its job, and "
-        "where its logs are. It works wherever the run's folder is visible. Exit status 3: the run failed, or gives no sign "
-        "of life.",
+        "where its logs are. It works wherever the run's folder is visible. Exit status 3: the run failed, or gives "
+        "no sign of life.",
     )
     add_run_folder(parser)
 
