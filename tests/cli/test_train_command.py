@@ -1,8 +1,7 @@
-"""The `spell` command: help, exit statuses, messages, dry runs, several processes."""
+"""`spell train`: dry runs, resuming, several processes."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,100 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_fixtures import save_policy
-
-from spell_megatron import __version__
-from spell_megatron.cli import main
-from spell_megatron.config.help import all_settings
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A folder with a policy, documents, and run.yaml, which names both beside itself."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_policy("dense", folder / "policy", seed=0)
-    clusters = [{"cluster_id": str(i), "documents": ["A text.", "Another."]} for i in range(12)]
-    (folder / "clusters.jsonl").write_text("".join(json.dumps(cluster) + "\n" for cluster in clusters))
-    run = {
-        "model": {"path": "policy", "dtype": "float32"},
-        "data": {"documents": "clusters.jsonl"},
-        "run": {"device": "cpu", "steps": 2},
-        "selfplay": {"groups": 2, "clusters_per_round": 6},
-        "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    return folder
-
-
-@pytest.fixture
-def spell(tmp_path, monkeypatch, capsys):
-    """spell(*words) -> (exit status, output, errors), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def spell(*words: str | Path) -> tuple[int, str, str]:
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as end:  # argparse's own way out
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return spell
-
-
-def test_help_is_good_reading(spell):
-    status, text, _ = spell("--help")
-    assert status == 0 and "train " in text and "prepare " in text
-    status, text, _ = spell("train", "--help")
-    assert status == 0
-    for setting in all_settings():
-        assert f"\n  {setting.key}  (" in text
-    assert "(number; default 0.7)\n      Sampling temperature of all roles" in text
-    assert spell("--version")[1] == f"spell_megatron {__version__}\n"
-
-
-def test_help_answers_without_the_heavy_imports():
-    code = (
-        "import sys; from spell_megatron import cli; cli.command_parser(); "
-        "print(sorted({'torch', 'megatron', 'vllm', 'transformers'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["train"], "Give a YAML file with --config"),
-        (["train", "--config", "missing.yaml"], "no configuration file missing.yaml"),
-        (["train", "--resume", "nowhere"], "no run to resume in nowhere"),
-        (["train", "--config", "x.yaml", "stray"], "Unexpected argument 'stray'"),
-        (["trian"], "invalid choice: 'trian'"),
-        ([], "required"),
-        (["prepare", "in", "--out", "x.parquet", "--wrong"], "unknown argument '--wrong'"),
-        (["prepare", "missing.txt", "--out", "x.parquet"], "missing.txt"),
-    ],
-)
-def test_a_wrong_command_line_is_a_message_and_status_2(spell, tmp_path, words, message):
-    status, output, errors = spell(*words)
-    assert status == 2 and output == ""
-    assert message in errors and "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_all_faults_of_file_command_line_and_machine_come_at_once(spell, inputs, tmp_path):
-    status, output, errors = spell(
-        "train", "--config", inputs / "run.yaml", "--selfplay.group_sise=4",
-        "--training.optimizer.lr", "fast", "--model.path", "nowhere",
-        f"--data.documents={inputs / 'run.yaml'}", "--run.steps", "-1",
-    )  # fmt: skip
-    assert status == 2 and output == ""
-    first, *lines = errors.splitlines()
-    assert first == f"spell: 5 faults in {inputs / 'run.yaml'}:"
-    assert {line.split(":")[0].strip() for line in lines} == {
-        "selfplay.group_sise", "training.optimizer.lr", "model.path", "data.documents", "run.steps"
-    }  # fmt: skip
-    assert "Did you mean selfplay.group_size?" in errors
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_prints_everything_resolved_and_writes_nothing(spell, inputs, tmp_path):
@@ -166,17 +71,6 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
     assert status == 2 and "already holds a run" in errors and "--resume" in errors
 
 
-def test_prepare_writes_clusters(spell, tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i, subject in enumerate(("sea", "sky", "sun", "fog")):
-        (folder / f"{i}.txt").write_text(f"Document {i} tells of the {subject}. " * 20)
-    words = ["--out", "corpus.parquet", "--documents-per-cluster", "2"]
-    status, output, errors = spell("prepare", "texts", *words)
-    assert status == 0 and not errors.strip()
-    assert (tmp_path / "corpus.parquet").is_file() and output
-
-
 # Stands in for the training itself, which the launcher knows nothing about: sitecustomize is imported by
 # every process that Python starts with this folder on its path.
 TRAIN = """
@@ -209,7 +103,7 @@ def launch(inputs, tmp_path):
     work.mkdir()
 
     def launch(behaviour: str) -> tuple[subprocess.Popen, Path]:
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join([str(stand_in), root])
         environment = os.environ | {"PYTHONPATH": path, "BEHAVIOUR": behaviour, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "spell_megatron", "train", "--config", str(inputs / "run.yaml")]

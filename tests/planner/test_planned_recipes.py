@@ -1,0 +1,85 @@
+"""The recipes of examples/: published numbers of parameters, and whether they fit."""
+
+from pathlib import Path
+
+import pytest
+
+from spell_megatron.config.reading import load_config
+from spell_megatron.planner.gpus import GPUS, Assumptions
+from spell_megatron.planner.memory import engine_memory
+from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.search import plan_layout
+from spell_megatron.training.policy import PolicyModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAPER = EXAMPLES / "paper_16k.yaml"
+PUBLISHED = {
+    "llama_3.1_8b_instruct": 8_030_261_248,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen2.5_7b_instruct": 7_615_616_512,
+    "qwen2.5_14b": 14_770_033_664,
+    "qwen2.5_14b_instruct": 14_770_033_664,
+    "qwen2.5_32b": 32_763_876_352,
+    "qwen2.5_32b_instruct": 32_763_876_352,
+    "qwen3_30b_a3b_instruct_2507": 30_532_122_624,
+    "qwen3_30b_a3b_thinking_2507": 30_532_122_624,
+    "qwen3_4b_thinking_2507": 4_022_468_096,
+    "r1_distill_llama_8b": 8_030_261_248,
+    "r1_distill_qwen_14b": 14_770_033_664,
+}
+
+# Of the same sizes, in the same layout and with rows of the same length as another.
+TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_number_of_parameters_is_the_published_one(name):
+    assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("files", "gpu", "parameters"),
+    [
+        (["qwen3_30b_a3b_thinking_100k.yaml"], "H100-80G", 4_018_747_392),
+        (["qwen3_30b_a3b_thinking_100k_h200.yaml"], "H200-141G", None),
+        *(
+            pytest.param(
+                *(["paper_16k.yaml", f"paper_16k/{name}.yaml"], "A100-80G", None),
+                marks=[pytest.mark.slow] if name in TWINS else [],
+            )
+            for name in PUBLISHED
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_the_recipes_fit(files, gpu, parameters):
+    config = load_config([EXAMPLES / file for file in files])
+    model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
+    processes = config.training.parallel.processes
+    plan = plan_layout(model, config, processes, GPUS[gpu], Assumptions())
+    assert plan.fits
+    assert parameters is None or plan.memory.parameters == 2 * parameters
+    assert engine_memory(model, config, GPUS[gpu], Assumptions()).sequences > 1
+
+
+def test_the_papers_recipes_differ_only_where_the_paper_does():
+    """Twelve models; what is not about memory and machines differs only in the length of a response."""
+    recipes = sorted(PAPER.with_suffix("").glob("*.yaml"))
+    assert [recipe.stem for recipe in recipes] == sorted(PUBLISHED)
+    thinking = {"qwen3_30b_a3b_thinking_2507", "qwen3_4b_thinking_2507", "r1_distill_llama_8b", "r1_distill_qwen_14b"}
+    common = None
+    for recipe in recipes:
+        config = load_config([PAPER, recipe])
+        sampling = config.rollout.sampling
+        assert config.model.path.resolve() == EXAMPLES / "models" / recipe.stem
+        assert sampling.max_response_tokens == (20_000 if recipe.stem in thinking else 4096)
+        assert sampling.max_prompt_tokens + sampling.max_response_tokens <= config.training.tokens_per_microbatch
+        own = {
+            "run": {"name"},
+            "model": {"path"},
+            "rollout": {"replicas": True, "tensor_parallel": True, "sampling": {"max_response_tokens"}},
+            "training": {"tokens_per_microbatch", "recompute", "parallel"},
+        }
+        rest = config.model_dump(exclude=own)
+        common = common or rest
+        assert rest == common
