@@ -1,5 +1,7 @@
 """Fixtures that several folders of tests share. This file also puts `tests/` on the import path."""
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
@@ -8,6 +10,11 @@ from tiers import markers_of
 # A busy machine must not make a test fail; `hypothesis` would time each example.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_configure(config):
+    for path in Path(__file__).parent.rglob("*.py"):
+        config.addinivalue_line("filterwarnings", f"error:::{path.stem}$")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
