@@ -106,7 +106,9 @@ class Leader:
         self._stack.callback(self._weights.close)
         self._director = enter(Director(self._config, self._engines, self._weights.revive, self._stop.reason))
         resume_step = step if state else None
-        self._log = enter(MetricsLogger(self._folder, self._config, resume_step=resume_step))
+        self._log = enter(
+            MetricsLogger(self._folder, self._config.logging, self._config.model_dump(mode="json"), resume_step)
+        )
         if state:
             self._director.selfplay.load_state_dict(state["selfplay"])
         self._stop.can_save = True

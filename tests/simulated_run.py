@@ -124,7 +124,7 @@ def make_run(
     policy = Policy(remark)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    with MetricsLogger(folder, config) as log, asyncio.Runner() as runner:
+    with MetricsLogger(folder, config.logging, config.model_dump(mode="json")) as log, asyncio.Runner() as runner:
         log.log(0, _validation(0, rng))
         for step in range(1, steps + 1):
             policy.step = step

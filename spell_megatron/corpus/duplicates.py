@@ -64,12 +64,12 @@ def find_near_duplicates(folder: Path, pieces: Pieces, signatures: Path, thresho
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float, shingles: Callable[[int], np.ndarray]) -> np.ndarray:
-    """For every document the earlier one that it repeats, or itself [documents], int64.
+    """For every document the earlier one that it repeats, or itself `[documents]`, int64.
 
-    A document repeats an earlier one, which itself is kept, if the Jaccard similarity of their five-word sequences is
-    at least the threshold. Those that are compared share a band of their signatures (locality-sensitive hashing,
-    Leskovec et al., Mining of Massive Datasets, 3.4): with 16 bands of 8 places, as for 0.8, 95 % of the pairs at
-    the threshold do, and 99.4 % of those at 0.85. Where signatures leave doubt, the sequences themselves decide.
+    A document repeats an earlier one that is kept if the Jaccard similarity of their five-word sequences is at least
+    the threshold. Two documents are compared if they share a band of their signatures (locality-sensitive hashing,
+    Leskovec et al., Mining of Massive Datasets, 3.4). With 16 bands of 8 places, as for 0.8, 95 % of the pairs at the
+    threshold share one, and 99.4 % of the pairs at 0.85. Where signatures leave doubt, the sequences themselves decide.
 
     Args:
         signatures: [documents, PERMUTATIONS]; may be mapped from a file.
@@ -79,22 +79,26 @@ def near_duplicates(signatures: np.ndarray, threshold: float, shingles: Callable
     original = np.arange(len(signatures))
     first, second = _candidates(signatures, threshold)
     distinct = functools.lru_cache(256)(lambda document: np.unique(shingles(document)))
+
+    def similar(a: int, b: int, estimate: float) -> bool:
+        if estimate < threshold - _DOUBT or estimate >= threshold + _DOUBT:
+            return estimate > threshold
+        common = len(np.intersect1d(distinct(a), distinct(b), assume_unique=True))
+        return common >= threshold * (len(distinct(a)) + len(distinct(b)) - common)
+
     for pairs in np.split(np.arange(len(second)), np.flatnonzero(np.diff(second)) + 1):
         if not len(pairs):
             continue
-        document = second[pairs[0]]
+        document = int(second[pairs[0]])
         # A candidate that is itself left out stands for the one that it repeats.
         earlier = np.unique(original[first[pairs]])
         estimates = (signatures[earlier] == signatures[document]).mean(axis=1)
-        for other, estimate in zip(earlier.tolist(), estimates.tolist(), strict=True):
-            if estimate < threshold - _DOUBT:
-                continue
-            if estimate < threshold + _DOUBT:
-                common = len(np.intersect1d(distinct(other), distinct(int(document)), assume_unique=True))
-                if common < threshold * (len(distinct(other)) + len(distinct(int(document))) - common):
-                    continue
-            original[document] = other
-            break
+        repeated = (
+            a
+            for a, estimate in zip(earlier.tolist(), estimates.tolist(), strict=True)
+            if similar(a, document, estimate)
+        )
+        original[document] = next(repeated, document)
     return original
 
 

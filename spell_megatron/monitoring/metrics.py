@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import LoggingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import json_lines, write_text
 
@@ -19,13 +19,19 @@ from spell_megatron.files import json_lines, write_text
 class MetricsLogger:
     """Writes `metrics.jsonl` and `tensorboard/` in the run folder (and to Weights & Biases).
 
-    On resume, what an interrupted run had logged after its last checkpoint is removed, so that no step
-    is there twice.
+    When a run is resumed, what it had logged after its last checkpoint is removed, so that no step is there twice.
     """
 
-    def __init__(self, run_folder: Path, config: Config, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        logging: LoggingConfig,
+        settings: Mapping[str, Any],
+        resume_step: int | None = None,
+    ) -> None:
         """
         Args:
+            settings: of the run, as JSON values; Weights & Biases keeps them.
             resume_step: step of the checkpoint that the run continues from; None for a new run.
 
         Raises:
@@ -37,7 +43,7 @@ class MetricsLogger:
         self._last_at = 0
         self._truncate(-1 if resume_step is None else resume_step)
         self._tensorboard = _tensorboard(run_folder, resume_step)
-        self._wandb = _wandb(run_folder, config) if config.logging.wandb else None
+        self._wandb = _wandb(run_folder, logging.wandb_project, settings) if logging.wandb else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of a step: numbers (also 0-d arrays and tensors) or texts, by flat name.
@@ -102,7 +108,7 @@ def _tensorboard(run_folder: Path, resume_step: int | None):
     return SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge)
 
 
-def _wandb(run_folder: Path, config: Config):
+def _wandb(run_folder: Path, project: str, settings: Mapping[str, Any]):
     try:
         import wandb
     except ImportError as error:
@@ -114,12 +120,12 @@ def _wandb(run_folder: Path, config: Config):
     if not id_file.exists():
         write_text(id_file, uuid.uuid4().hex)
     run = wandb.init(
-        project=config.logging.wandb_project,
-        name=config.run.name,
+        project=project,
+        name=settings["run"]["name"],
         id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(run_folder),
-        config=config.model_dump(mode="json"),
+        config=dict(settings),
     )
     # its own step counter cannot go back, which a resumed run does
     run.define_metric("*", step_metric="step")

@@ -51,18 +51,6 @@ class Section:
     panels: list[Panel] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table that compares runs."""
-
-    label: str
-    metric: str
-    unit: Unit
-    better: Literal["more", "less", ""] = ""
-    """Whether more or less of it is better, if either is."""
-    sparse: bool = False
-
-
 def lines(*curves: tuple[str, str], colours: Sequence[str] = COLOURS) -> list[Series]:
     """Curves (label, metric)."""
     return [Series(label, (metric,), colour) for (label, metric), colour in zip(curves, colours, strict=False)]

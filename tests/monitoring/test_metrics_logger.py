@@ -12,10 +12,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import LoggingConfig
 from spell_megatron.monitoring.metrics import MetricsLogger
 
-CONFIG = Config.model_validate({"model": {"path": "policy"}, "data": {"documents": "corpus.parquet"}})
+SETTINGS = {"run": {"name": "test"}}
 
 
 def records(folder: Path) -> list[dict]:
@@ -27,7 +27,7 @@ def without_time(folder: Path) -> list[dict]:
 
 
 def test_a_step_is_one_line_that_is_there_at_once(tmp_path):
-    with MetricsLogger(tmp_path, CONFIG) as log:
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS) as log:
         assert not (tmp_path / "metrics.jsonl").exists()  # its presence means that there are results
         log.log(1, {"a": 1, "b": np.float32(0.5), "c": torch.tensor(2.0), "d": True, "note": "text"})
         assert without_time(tmp_path) == [{"step": 1, "a": 1, "b": 0.5, "c": 2.0, "d": 1, "note": "text"}]
@@ -39,18 +39,18 @@ def test_a_step_is_one_line_that_is_there_at_once(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    with MetricsLogger(tmp_path, CONFIG) as log:
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS) as log:
         log.log(1, {"grad_norm": float("nan"), "loss": np.inf})
     assert without_time(tmp_path) == [{"step": 1, "grad_norm": None, "loss": None}]
 
 
 def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
-    with MetricsLogger(tmp_path, CONFIG) as log:
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS) as log:
         for step in range(6):
             log.log(step, {"a": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "a":')  # a crash cut this line short
-    with MetricsLogger(tmp_path, CONFIG, resume_step=3) as log:
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS, resume_step=3) as log:
         assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
         log.log(4, {"a": 40})
         log.log(5, {"a": 50})
@@ -65,16 +65,14 @@ def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    MetricsLogger(tmp_path, CONFIG).close()
+    MetricsLogger(tmp_path, LoggingConfig(), SETTINGS).close()
     assert records(tmp_path) == []
 
 
 def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = CONFIG.model_copy(deep=True)
-    config.logging.wandb = True
-    with MetricsLogger(tmp_path, config) as log:
+    with MetricsLogger(tmp_path, LoggingConfig(wandb=True), SETTINGS) as log:
         log.log(1, {"a": 1.0})
         assert wandb.run.summary["a"] == 1.0 and wandb.run.summary["step"] == 1
     assert list(tmp_path.glob("wandb/offline-run-*"))

@@ -51,7 +51,8 @@ def embedded(page: str, name: str):
 
 
 def rollouts(run: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open(encoding="utf-8")]
+    with (run / "rollouts" / f"step_{step:06d}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def test_columns_stand_over_the_steps(tmp_path):

@@ -1,0 +1,55 @@
+"""The table that compares first, last and best values of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from spell_megatron.report.panel import Unit
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table that compares runs."""
+
+    label: str
+    metric: str
+    unit: Unit
+    better: Literal["more", "less", ""] = ""
+    """Whether more or less of it is better, if either is."""
+    sparse: bool = False
+
+
+def table(names: Iterable[str]) -> list[Row]:
+    """Rows of the table of first, last and best values."""
+    held_out = sorted(n for n in names if n.startswith("validation/pass@"))
+    return [
+        *(Row(f"held-out {n.removeprefix('validation/')}", n, "share", "more", sparse=True) for n in held_out),
+        Row("answers right by the rule check", "selfplay/rule_score", "share"),
+        Row("reward of answers", "selfplay/responder/reward", "number"),
+        Row("reward of questions", "selfplay/questioner/reward", "number", "more"),
+        Row("mixed groups among attempts", "selfplay/rate/mixed", "share", "more"),
+        Row("remembered questions per attempt", "selfplay/history_depth", "number"),
+        Row("votes with the majority", "selfplay/rate/agreeing_votes", "share"),
+        Row("right by the verdict only", "selfplay/rate/right_by_verdict_only", "share"),
+        Row("tokens of an answer", "selfplay/responder/response_tokens", "tokens"),
+        Row("entropy", "train/entropy", "number"),
+        Row("gradient norm", "train/grad_norm", "number"),
+        Row("mismatch, mean |d|", "train/mismatch_abs", "number", "less"),
+        Row("seconds per step", "time/step", "seconds", "less"),
+        Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more"),
+        Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more"),
+    ]
+
+
+def funnel() -> list[dict[str, Any]]:
+    """How far attempts come: stages, each with the outcomes of the attempts that reach it."""
+    stages = (
+        ("attempts", "grey", list(Outcome)),
+        ("a usable question", "purple", [outcome for outcome in Outcome if outcome.valid]),
+        ("… that needs its documents", "orange", [outcome for outcome in Outcome if outcome.answered]),
+        ("… that some answers get right", "blue", [Outcome.MIXED, Outcome.ALL_1]),
+        ("… and others wrong: mixed", "green", [Outcome.MIXED]),
+    )
+    return [{"label": label, "colour": colour, "outcomes": outcomes} for label, colour, outcomes in stages]
