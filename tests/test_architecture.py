@@ -33,7 +33,8 @@ FLOORS = (
 )
 
 # The whole configuration goes no further than these rooms. Below, a function takes the sections or values it reads.
-READ_CONFIG = {"config", "cli", "train", "leader", "preflight", "planner"}
+# `jobs` writes it into the job, with the paths of the nodes; `evaluation.evaluate` is the entry of a command.
+READ_CONFIG = {"config", "cli", "train", "leader", "preflight", "planner", "jobs", "evaluation.evaluate"}
 
 HEAVY = {"torch", "vllm", "megatron", "transformers"}
 ROLES = ("questioner", "responder", "verifier")

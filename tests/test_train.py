@@ -27,7 +27,8 @@ from small_run import (
 )
 
 from spell_megatron.config.reading import load_config
-from spell_megatron.report.panels import sections, table
+from spell_megatron.report.comparison import table
+from spell_megatron.report.panels import sections
 from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine

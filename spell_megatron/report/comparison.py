@@ -41,15 +41,3 @@ def table(names: Iterable[str]) -> list[Row]:
         Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more"),
         Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more"),
     ]
-
-
-def funnel() -> list[dict[str, Any]]:
-    """How far attempts come: stages, each with the outcomes of the attempts that reach it."""
-    stages = (
-        ("attempts", "grey", list(Outcome)),
-        ("a usable question", "purple", [outcome for outcome in Outcome if outcome.valid]),
-        ("… that needs its documents", "orange", [outcome for outcome in Outcome if outcome.answered]),
-        ("… that some answers get right", "blue", [Outcome.MIXED, Outcome.ALL_1]),
-        ("… and others wrong: mixed", "green", [Outcome.MIXED]),
-    )
-    return [{"label": label, "colour": colour, "outcomes": outcomes} for label, colour, outcomes in stages]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from spell_megatron.report.outcomes import ends
 from spell_megatron.report.panel import (
     COLOURS,
     ROLE_COLOURS,
@@ -21,18 +22,6 @@ from spell_megatron.report.panel import (
     single,
 )
 from spell_megatron.selfplay.outcomes import Outcome
-
-OUTCOME_COLOURS = {
-    Outcome.MIXED: "green",
-    Outcome.ALL_1: "blue",
-    Outcome.ALL_0: "orange",
-    Outcome.UNGROUNDED: "purple",
-    Outcome.BAD_FORMAT: "red",
-}
-"""Outcomes with a curve of their own; the others are shown together."""
-
-DROPPED = ("dropped without penalty", "grey")
-"""Label and colour of all other outcomes."""
 
 
 def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
@@ -112,7 +101,7 @@ def _outcomes(tasks: Sequence[str]) -> Section:
                 "How attempts end",
                 "Share of the step's attempts.",
                 "share",
-                {(p[:-1] or "all tasks"): _ends(f"selfplay/{p}") for p in everything},
+                {(p[:-1] or "all tasks"): ends(f"selfplay/{p}") for p in everything},
                 stacked=True,
             ),
             Panel(
@@ -358,17 +347,3 @@ def _speed() -> Section:
             ),
         ],
     )
-
-
-def outcome_labels() -> dict[str, dict[str, str]]:
-    """What the page calls an outcome, and its colour; `dropped` where a file does not tell which of several it was."""
-    label, colour = DROPPED
-    labels = {str(o): {"label": o.meaning, "colour": OUTCOME_COLOURS.get(o, colour)} for o in Outcome}
-    return labels | {"dropped": {"label": label, "colour": colour}}
-
-
-def _ends(prefix: str) -> list[Series]:
-    """A curve for each outcome that has a colour of its own, and one for all others."""
-    own = [Series(o.meaning, (f"{prefix}rate/{o}",), colour) for o, colour in OUTCOME_COLOURS.items()]
-    dropped = tuple(f"{prefix}rate/{outcome}" for outcome in Outcome if outcome.dropped)
-    return [*own, Series(DROPPED[0], dropped, DROPPED[1])]

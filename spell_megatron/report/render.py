@@ -22,8 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.report.comparison import table
 from spell_megatron.report.evaluations import columns
-from spell_megatron.report.panels import funnel, outcome_labels, sections, table
+from spell_megatron.report.outcomes import funnel, outcome_labels
+from spell_megatron.report.panels import sections
 from spell_megatron.report.runs import Run
 from spell_megatron.report.transcripts import MAX_JUDGMENT_SHARE
 

@@ -18,7 +18,8 @@ from simulated_run import make_evaluation, make_run
 
 from spell_megatron.cli import main
 from spell_megatron.errors import UserError
-from spell_megatron.report.panels import sections, table
+from spell_megatron.report.comparison import table
+from spell_megatron.report.panels import sections
 from spell_megatron.report.report import write_report
 from spell_megatron.report.runs import read_run
 from spell_megatron.report.transcripts import read_questions
