@@ -109,28 +109,38 @@ def shared_sequence(hashes: np.ndarray, n: int, known: np.ndarray) -> int | None
 
 
 def _evaluation_rows(path: Path) -> Iterator[object]:
-    if path.suffix.lower() == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-                for name in archive.namelist():
-                    if Path(name).suffix.lower() in SUFFIXES - {".zip"}:
-                        yield from _evaluation_rows(Path(archive.extract(name, folder)))
-        except (zipfile.BadZipFile, OSError, RuntimeError, UserError) as error:  # RuntimeError: it has a password
-            raise UserError(f"{path}: not a readable archive ({error}).") from error
-        return
-    if path.suffix.lower() == ".json":
-        try:
-            data = path.read_bytes()
-            yield json.loads(data)
-            return
-        except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, OSError) or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-                raise UserError(f"{path}: not a readable JSON file ({error}).") from error
-            # else it may have one row a line
-    for number, row in table_rows(path):
-        if row is None:
-            raise UserError(f"{path}: line {number} is not JSON. Correct the evaluation set, or leave it out.")
-        yield row
+    suffix = path.suffix.lower()
+    if suffix == ".zip":
+        yield from _archive_rows(path)
+    elif suffix == ".json" and (value := _json_value(path)) is not None:
+        yield value
+    else:
+        for number, row in table_rows(path):
+            if row is None:
+                raise UserError(f"{path}: line {number} is not JSON. Correct the evaluation set, or leave it out.")
+            yield row
+
+
+def _archive_rows(path: Path) -> Iterator[object]:
+    try:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            for name in archive.namelist():
+                if Path(name).suffix.lower() in SUFFIXES - {".zip"}:
+                    yield from _evaluation_rows(Path(archive.extract(name, folder)))
+    except (zipfile.BadZipFile, OSError, RuntimeError, UserError) as error:  # RuntimeError: it has a password
+        raise UserError(f"{path}: not a readable archive ({error}).") from error
+
+
+def _json_value(path: Path) -> object:
+    """The value of a .json file; None: the file may have one row a line."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        return json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            raise UserError(f"{path}: not a readable JSON file ({error}).") from error
+        return None
 
 
 def _strings(value: object) -> Iterator[str]:

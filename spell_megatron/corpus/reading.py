@@ -69,45 +69,53 @@ def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) 
     """Files to read, in a fixed order. Hidden files, and the files `written` by us, are left out."""
     found: list[File] = []
     taken = {path.resolve() for path in written}
-    folder_inputs = [path for path in inputs if path.is_dir()]
-
-    def add(path: Path, name: str, folder: str) -> None:
-        if path.resolve() in taken:
-            return
-        taken.add(path.resolve())
-        if not path.is_file():
-            counts.skipped_files["broken links and special files"] += 1
-            return
-        suffix, name = _extension(path), _printable(name)
-        if suffix in TABLE_SUFFIXES:
-            found.append(File(path, name))
-        elif suffix in TEXT_SUFFIXES or not suffix:
-            found.append(File(path, name, _printable(folder)))
+    several = sum(path.is_dir() for path in inputs) > 1
+    for given in inputs:
+        if given.is_dir():
+            inside = _walk(given, Path(given.name) if several else Path(), counts)
         else:
-            counts.skipped_files[f"{_printable(suffix)} (not a format read here)"] += 1
+            inside = iter([(given, given.name if len(inputs) == 1 else str(given), "")])
+        for path, name, folder in inside:
+            if path.resolve() not in taken:
+                taken.add(path.resolve())
+                found += _file(path, _printable(name), _printable(folder), counts)
+    return found
+
+
+def _walk(root: Path, prefix: Path, counts: Counts) -> Iterator[tuple[Path, str, str]]:
+    """(path, name, folder that makes a cluster or "") of the files below a folder.
+
+    Args:
+        prefix: how names and folders begin, because two inputs may hold folders of the same name.
+    """
 
     def unreadable(error: OSError) -> None:
         counts.skipped_files["unreadable folders"] += 1
         counts.notes.append(f"{_printable(error.filename)}: {error.strerror}")
 
-    for given in inputs:
-        if given.is_file():
-            add(given, given.name if len(inputs) == 1 else str(given), "")
-            continue
-        # Two inputs may hold folders of the same name.
-        prefix = Path(given.name) if len(folder_inputs) > 1 else Path()
-        for where, subfolders, names in os.walk(given, onerror=unreadable):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            inside = Path(where).relative_to(given)
-            for name in sorted(names):
-                if name.startswith("."):
-                    continue
-                if inside == Path() and subfolders and Path(name).stem.upper() == "README":
-                    counts.skipped_files["README beside sub-folders"] += 1
-                    continue
-                folder = "" if inside == Path() else (prefix / inside).as_posix()
-                add(Path(where) / name, (prefix / inside / name).as_posix(), folder)
-    return found
+    for where, subfolders, names in os.walk(root, onerror=unreadable):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(where).relative_to(root)
+        folder = "" if inside == Path() else (prefix / inside).as_posix()
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if inside == Path() and subfolders and Path(name).stem.upper() == "README":
+                counts.skipped_files["README beside sub-folders"] += 1
+            else:
+                yield Path(where) / name, (prefix / inside / name).as_posix(), folder
+
+
+def _file(path: Path, name: str, folder: str, counts: Counts) -> list[File]:
+    """The file to read, if it is one in a format that is read here."""
+    if not path.is_file():
+        counts.skipped_files["broken links and special files"] += 1
+        return []
+    suffix = _extension(path)
+    if suffix in TABLE_SUFFIXES:
+        return [File(path, name)]
+    if suffix in TEXT_SUFFIXES or not suffix:
+        return [File(path, name, folder)]
+    counts.skipped_files[f"{_printable(suffix)} (not a format read here)"] += 1
+    return []
 
 
 def read_documents(
