@@ -32,7 +32,7 @@ YARN_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 # case: (family, fields of config.json)
-CASES = {family: (family, {}) for family in FAMILIES} | {
+CASES = {family: (family, MOE if "num_experts" in fields else {}) for family, (_, fields) in FAMILIES.items()} | {
     "llama-plain": ("llama", {"rope_parameters": None, "head_dim": None}),
     "llama-all-heads-tied": (
         "llama",

@@ -38,7 +38,7 @@ READ_CONFIG = {"config", "cli", "train", "leader", "director", "preflight", "pla
 
 HEAVY = {"torch", "vllm", "megatron", "transformers"}
 ROLES = ("questioner", "responder", "verifier")
-REDIRECTS_CUDA = "training/backend.py"
+REDIRECTS_CUDA = "training/cpu.py"
 
 # Longer ones are split, or stand here with the number of lines that they may have and the reason.
 FILE_LINES, LONG_FILES = 400, {}

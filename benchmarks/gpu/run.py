@@ -48,8 +48,7 @@ from spell_megatron.config.schema import Config, RolloutConfig, TrainingConfig
 from spell_megatron.planner.gpus import GPUS, Assumptions
 from spell_megatron.planner.memory import trainer_memory
 from spell_megatron.planner.model_size import ModelSize
-from spell_megatron.training import attention as tree_attention_module
-from spell_megatron.training import backend
+from spell_megatron.training import attention_cpu, backend
 from spell_megatron.training.attention import tree_attention
 from spell_megatron.training.cost import training_cost
 from spell_megatron.training.logprobs import token_logprobs
@@ -141,11 +140,11 @@ class FlashRectangles(torch.autograd.Function):
 
 
 def flash_rectangles(query, key, value, end, scale):
-    small, tree_attention_module.SMALL = tree_attention_module.SMALL, 0  # flash attention takes no masks
+    small, attention_cpu.SMALL = attention_cpu.SMALL, 0  # flash attention takes no masks
     try:
-        rectangles = tree_attention_module.plan(end)
+        rectangles = attention_cpu.plan(end)
     finally:
-        tree_attention_module.SMALL = small
+        attention_cpu.SMALL = small
     return FlashRectangles.apply(query, key, value, rectangles, scale)
 
 

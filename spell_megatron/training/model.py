@@ -169,31 +169,6 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
     arch, dtype, parallel = policy.arch, policy.dtype, training.parallel
     # cos and sin are both scaled by `factor`, hence every score by its square.
     factor = policy.rotary[1]
-    options: dict[str, Any] = {}
-    if arch.experts:
-        options |= {
-            "num_moe_experts": arch.experts,
-            "moe_router_topk": arch.experts_per_token,
-            "moe_ffn_hidden_size": arch.expert_ffn,
-            "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
-            # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
-            "moe_router_pre_softmax": not arch.normalise_router,
-            "moe_router_dtype": "fp32",
-            "moe_enable_routing_replay": training.routing_replay,
-            "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss else "none",
-            "moe_aux_loss_coeff": training.moe_aux_loss,
-            "moe_grouped_gemm": use_te,
-            "moe_permute_fusion": use_te,
-            "expert_model_parallel_size": parallel.expert,
-            "expert_tensor_parallel_size": parallel.expert_tensor,
-        }
-    if arch.layers % parallel.pipeline:
-        options["pipeline_model_parallel_layout"] = _uneven_stages(arch.layers, parallel.pipeline)
-    if training.recompute == "full":
-        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif training.recompute == "selective":
-        # Attention saves no scores, so that the feed-forward is what is worth computing again.
-        options |= {"recompute_granularity": "selective", "recompute_modules": _feed_forwards(arch)}
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -217,6 +192,7 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         perform_initialization=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_uneven_stages(arch.layers, parallel.pipeline),
         context_parallel_size=parallel.context,
         hierarchical_context_parallel_sizes=context_levels(arch, parallel),
         sequence_parallel=parallel.tensor > 1,  # Megatron's mixture of experts needs it with tensor parallelism
@@ -228,21 +204,52 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         apply_rope_fusion=use_te,
         bias_activation_fusion=use_te and not arch.mlp_bias,
         bias_dropout_fusion=use_te,
-        **options,
+        **_expert_options(arch, training, use_te),
+        **_recompute_options(arch, training),
     )
 
 
-def _uneven_stages(layers: int, stages: int) -> list[list[str]]:
-    """Megatron's description of a pipeline whose first stages have a layer more; the last has the head."""
+def _expert_options(arch: Architecture, training: TrainingConfig, use_te: bool) -> dict[str, Any]:
+    if not arch.experts:
+        return {}
+    return {
+        "num_moe_experts": arch.experts,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_ffn_hidden_size": arch.expert_ffn,
+        "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
+        # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
+        "moe_router_pre_softmax": not arch.normalise_router,
+        "moe_router_dtype": "fp32",
+        "moe_enable_routing_replay": training.routing_replay,
+        "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss else "none",
+        "moe_aux_loss_coeff": training.moe_aux_loss,
+        "moe_grouped_gemm": use_te,
+        "moe_permute_fusion": use_te,
+        "expert_model_parallel_size": training.parallel.expert,
+        "expert_tensor_parallel_size": training.parallel.expert_tensor,
+    }
+
+
+def _recompute_options(arch: Architecture, training: TrainingConfig) -> dict[str, Any]:
+    if training.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if training.recompute == "selective":
+        # Attention saves no scores, so that the feed-forward is what is worth computing again.
+        kinds = {"moe" if is_moe else "mlp" for is_moe in arch.moe_layers}
+        return {"recompute_granularity": "selective", "recompute_modules": sorted(kinds)}
+    return {}
+
+
+def _uneven_stages(layers: int, stages: int) -> list[list[str]] | None:
+    """Megatron's description of a pipeline whose first stages have a layer more; the last has the head.
+
+    None if every stage has the same number of layers."""
+    if layers % stages == 0:
+        return None
     layout = [["decoder"] * (layers // stages + (stage < layers % stages)) for stage in range(stages)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
-
-
-def _feed_forwards(arch: Architecture) -> list[str]:
-    kinds = {"moe" if is_moe else "mlp" for is_moe in arch.moe_layers}
-    return sorted(kinds)
 
 
 def _layer_spec(transformer_config: TransformerConfig, arch: Architecture, use_te: bool) -> TransformerBlockSubmodules:

@@ -121,7 +121,7 @@ class Checkpoint:
         if missing:
             raise UserError(
                 f"{self.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
-                f"{missing[0]}. Copy the whole checkpoint, or mend config.json."
+                f"{missing[0]}. Copy the whole checkpoint, or correct config.json."
             )
         ignored = {"lm_head.weight"} if policy.arch.tied else set()
         unexpected = [
@@ -132,7 +132,7 @@ class Checkpoint:
         if unexpected:
             raise UserError(
                 f"{self.folder} holds {len(unexpected)} tensors that its config.json does not explain, "
-                f"such as {unexpected[0]}. The model would not compute what it was trained to; mend "
+                f"such as {unexpected[0]}. The model would not compute what it was trained to; correct "
                 "config.json."
             )
         for name in sorted(shapes.keys() & own, key=lambda name: (self.files[name], name)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spell_megatron.training import attention
+from spell_megatron.training import attention, attention_cpu, attention_gpu
 from spell_megatron.training.layout import context_positions, query_ranges
 
 
@@ -50,7 +50,7 @@ def output_and_gradients(function, tensors, end, scale, upstream, *more):
 @pytest.mark.parametrize("small", [1, 24, 256])
 def test_equals_dense_attention(depth, small, monkeypatch):
     """Random forests, every way to cut them: forward and gradients within 1e-5 of the oracle."""
-    monkeypatch.setattr(attention, "SMALL", small)
+    monkeypatch.setattr(attention_cpu, "SMALL", small)
     rng = random.Random(depth)
     worst = 0.0
     for trial in range(6):
@@ -75,8 +75,8 @@ def test_plan_covers_the_mask_once():
         end = torch.tensor(random_forest(rng, rng.randint(1, 4), longest=rng.choice([2, 40, 300]), trees=3))
         total = len(end)
         counts = torch.zeros(total, total, dtype=torch.int)
-        for r in attention.plan(end):
-            assert r.mask is None or len(r.mask) <= attention.SMALL
+        for r in attention_cpu.plan(end):
+            assert r.mask is None or len(r.mask) <= attention_cpu.SMALL
             shape = (r.q_stop - r.q_start, r.k_stop - r.k_start)
             covered = torch.ones(shape, dtype=torch.int) if r.mask is None else r.mask.int()
             counts[r.q_start : r.q_stop, r.k_start : r.k_stop] += covered.tril() if r.causal else covered
@@ -89,7 +89,7 @@ def test_some_queries_against_all_keys(monkeypatch):
     """What groups of context-parallel ranks compute: the rows of the whole result, the sums of their gradients."""
     rng = random.Random(7)
     for trial in range(12):
-        monkeypatch.setattr(attention, "SMALL", rng.choice([1, 24, 256]))
+        monkeypatch.setattr(attention_cpu, "SMALL", rng.choice([1, 24, 256]))
         end = random_forest(rng, depth=3, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4))
         groups = rng.choice([2, 3])
         end = torch.tensor(end + [len(end) + i + 1 for i in range(-len(end) % (2 * groups))])
@@ -183,7 +183,7 @@ def test_flex_blocks_describe_the_same_mask(total, groups):
     while len(ends) < total:
         ends += [len(ends) + e for e in random_forest(rng, 3, longest=200, trees=1)]
     end = torch.tensor(ends[:total]).clamp(max=total)
-    size = attention.FLEX_BLOCK
+    size = attention_gpu.FLEX_BLOCK
     blocks = -(-total // size)
     mask = torch.zeros(blocks * size, blocks * size, dtype=torch.bool)
     positions = torch.arange(total)
@@ -192,7 +192,7 @@ def test_flex_blocks_describe_the_same_mask(total, groups):
         ranges = query_ranges(total, 1, groups)
         mask = mask[torch.cat([torch.arange(*r) for r in ranges])]
         mask = torch.nn.functional.pad(mask, (0, 0, 0, -len(mask) % size))
-        block_mask = attention.flex_block_mask(end, ranges)
+        block_mask = attention_gpu.flex_block_mask(end, ranges)
         dense = block_mask.to_dense()[0, 0].bool()
         tiles = mask.view(-1, size, blocks, size).permute(0, 2, 1, 3)
         assert not (tiles.any(-1).any(-1) & ~dense).any()
@@ -205,7 +205,7 @@ def test_flex_blocks_describe_the_same_mask(total, groups):
         assert torch.equal(told, mask[: total // 2, :total])
         return
     tiles = mask.view(blocks, size, blocks, size).permute(0, 2, 1, 3)
-    block_mask = attention.flex_block_mask(end)
+    block_mask = attention_gpu.flex_block_mask(end)
     assert torch.equal(block_mask.to_dense()[0, 0].bool(), tiles.any(-1).any(-1))
     for row in range(blocks):
         chosen = block_mask.full_kv_indices[0, 0, row, : block_mask.full_kv_num_blocks[0, 0, row]]

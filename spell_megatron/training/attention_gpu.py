@@ -1,0 +1,62 @@
+"""Attention over prefix trees on GPUs: FlexAttention with the mask as blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLEX_BLOCK = 128
+"""Side of FlexAttention's mask blocks in tokens."""
+
+
+def flex_block_mask(end: Tensor, queries: Sequence[tuple[int, int]] | None = None):
+    """The mask of a forest as FlexAttention's blocks, from `end` alone: no [tokens, tokens] tensor.
+
+    A block is needed iff its first key is not past its last query and its last subtree end is past its first
+    query, and full iff its last key is not past its first query and its first subtree end is past its last query.
+
+    Args:
+        end: [tokens] integers, on the device of the attention.
+        queries: the tokens that are queries, if not all are.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    total = end.numel()
+    # Keys past the end of the row belong to no query; their blocks must not count as full.
+    ends = _blocks(end.long(), 0)
+    keys = _blocks(torch.arange(total, device=end.device), total)
+    place = torch.cat([torch.arange(*r, device=end.device) for r in queries or [(0, total)]])
+    # Queries past the end are never computed: any of the real ones will do.
+    asking = _blocks(place, int(place[-1]))
+    first_query, last_query = asking.amin(1)[:, None], asking.amax(1)[:, None]
+    needed = (keys.amin(1) <= last_query) & (ends.amax(1) > first_query)
+    full = (keys.amax(1) <= first_query) & (ends.amin(1) > last_query)
+    partial = needed & ~full
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        indices = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = query if queries is None else place[query]
+        return (key <= at) & (at < end[key])
+
+    lengths = len(place), total
+    return BlockMask.from_kv_blocks(
+        *ordered(partial), *ordered(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=lengths
+    )
+
+
+def _blocks(x: Tensor, padding: int) -> Tensor:
+    """[tokens] -> [blocks, FLEX_BLOCK]."""
+    return torch.nn.functional.pad(x, (0, -len(x) % FLEX_BLOCK), value=padding).view(-1, FLEX_BLOCK)
+
+
+@functools.cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
