@@ -23,7 +23,7 @@ def sample_seed(seed: int, question: BenchmarkQuestion, index: int) -> int:
 
 
 def fingerprint(text: str) -> str:
-    """Short name of a text: tells whether a sample was made for the prompt that it would be made for now."""
+    """A short name of a text. It shows whether a sample was made for the prompt of today."""
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
 
 

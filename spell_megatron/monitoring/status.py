@@ -27,11 +27,11 @@ SILENT_AFTER = 60.0
 
 
 class Status:
-    """Keeps `status.json` of a run up to date. A context manager: leaving it says how the run ended.
+    """Keeps `status.json` of a run up to date. A context manager: on leaving, the file says how the run ended.
 
     Args:
-        folder: of the run.
-        steps: that the run is to make.
+        folder: the run's folder.
+        steps: how many the run will make.
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
@@ -64,13 +64,13 @@ class Status:
             self.update(stage=None)
 
     def update(self, **fields: Any) -> None:
-        """Changes fields and writes the file."""
+        """Change fields and write the file."""
         with self._lock:
             self._state |= fields
             write_text(self._path, json.dumps(self._state | {"time": time.time()}, indent=1))
 
     def stage(self, name: str, done: int | None = None, total: int | None = None) -> None:
-        """What the run is doing; the next heartbeat tells it."""
+        """Set what the run is doing; the next heartbeat writes it."""
         with self._lock:
             if self._state.get("stage") != name:
                 self._state |= {"stage": name, "stage_since": time.time()}

@@ -44,7 +44,7 @@ class Reason(StrEnum):
 
 
 def block_sigusr1() -> None:
-    """Keeps SIGUSR1 for `StopRequest`; to be called before a process has threads.
+    """Keep SIGUSR1 for `StopRequest`; to be called before a process has threads.
 
     Slurm signals all processes of a step, and SIGUSR1 would end those that do not expect it (engines, helpers of
     multiprocessing). A blocked signal stays blocked in what a process starts; one that is caught does not.

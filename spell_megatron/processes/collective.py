@@ -1,4 +1,4 @@
-"""What trainer processes tell each other beside tensors."""
+"""Values that trainer processes exchange, besides tensors."""
 
 from __future__ import annotations
 
