@@ -37,12 +37,14 @@ import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from spell_megatron.config.schema import Config
+from spell_megatron.rollout.addresses import listen
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.rollout.transfer import broadcast, gloo_group, listen
+from spell_megatron.rollout.transports.gloo import broadcast, gloo_group
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.push import BUCKET_BYTES, WeightPusher
+from spell_megatron.weights.buckets import BUCKET_BYTES
+from spell_megatron.weights.push import WeightPusher
 from spell_megatron.weights.reshard import export
 
 GOAL = 1.5
@@ -197,7 +199,17 @@ def measure(root: Path, moe: bool, gigabytes: float, repeats: int, tensor_parall
         model = build_model(policy, config.training)
         sizes = [tensor.nbytes for _, tensor in export(model)]
         size = sum(sizes)
-        engines = stack.enter_context(Engines.open(config, root / "logs"))
+        engines = stack.enter_context(
+            Engines.open(
+                config.model,
+                config.rollout,
+                root / "logs",
+                device="cpu",
+                seed=config.run.seed,
+                routing=False,
+                trainers=1,
+            )
+        )
         pusher = WeightPusher(engines)
         stack.callback(pusher.close)
         copy = Copy(bucket_sizes(sizes), tensor_parallel)

@@ -37,7 +37,8 @@ from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import Config
 from spell_megatron.director import Director
 from spell_megatron.rollout.client import Client, Completion
-from spell_megatron.rollout.engines import Engine, Engines
+from spell_megatron.rollout.engine import Engine
+from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay import selfplay
 from spell_megatron.selfplay.step_client import StepClient
 
@@ -180,8 +181,18 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f}"
     )
     selfplay.StepClient = RecordedStep
-    with tempfile.TemporaryDirectory() as folder, Engines.open(config, Path(folder)) as engines:
-        results = asyncio.run(measure(config, engines, steps))
+    with tempfile.TemporaryDirectory() as folder:
+        engines = Engines.open(
+            config.model,
+            config.rollout,
+            Path(folder),
+            device=config.run.device,
+            seed=config.run.seed,
+            routing=config.training.routing_replay,
+            trainers=1,
+        )
+        with engines:
+            results = asyncio.run(measure(config, engines, steps))
     print(f"load after {os.getloadavg()[0]:.1f}; medians of {len(results)} step(s):")
 
     def median(figure) -> float:

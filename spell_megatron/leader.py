@@ -25,6 +25,7 @@ from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, StopRequest
 from spell_megatron.processes.rendezvous import Rendezvous
+from spell_megatron.ranks import local_processes
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.selfplay.outcomes import why_empty
@@ -82,14 +83,26 @@ class Leader:
             self.progress = Progress(status=self._status)
             (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
             with self.progress.stage("starting engines"):
-                engines = Engines.open(self._config, self._folder / "logs", self._rendezvous)
-                self._engines = stack.enter_context(engines)
+                self._engines = stack.enter_context(self._open_engines())
             self._status.watch(self._engines.health)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
+
+    def _open_engines(self) -> Engines:
+        run, training = self._config.run, self._config.training
+        return Engines.open(
+            self._config.model,
+            self._config.rollout,
+            self._folder / "logs",
+            device=run.device,
+            seed=run.seed,
+            routing=training.routing_replay,
+            trainers=local_processes() or training.parallel.processes,
+            rendezvous=self._rendezvous,
+        )
 
     def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
         """Connect trainer and engines, and give the engines the trainer's weights.

@@ -222,9 +222,7 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
 
 def check_lengths(found: Findings, config: Config, policy: PolicyModel) -> None:
     """Prompts and responses fit the model's positions and a microbatch."""
-    from spell_megatron.rollout.engines import longest_sequence
-
-    longest, limit = longest_sequence(config), position_limit(policy.hf_config)
+    longest, limit = config.rollout.sampling.longest_sequence, position_limit(policy.hf_config)
     if longest > limit:
         found.fault(
             "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens "

@@ -102,18 +102,32 @@ def engine_config(model: Path, dtype: str = "float32", **rollout: object):
     )
 
 
+def open_engines(config, folder: Path, rendezvous=None):
+    """The engines of a configuration, on a machine with one trainer process; their logs go to `folder`."""
+    from spell_megatron.rollout.engines import Engines
+
+    return Engines.open(
+        config.model,
+        config.rollout,
+        folder,
+        device=config.run.device,
+        seed=config.run.seed,
+        routing=config.training.routing_replay,
+        trainers=1,
+        rendezvous=rendezvous,
+    )
+
+
 @pytest.fixture(scope="session")
 def engines_for(policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """engines_for(kind, **settings): running engines of policy(kind); one set runs at a time."""
-    from spell_megatron.rollout.engines import Engines
+    current: dict = {}
 
-    current: dict[str, Engines] = {}
-
-    def get(kind: str, **settings: object) -> Engines:
+    def get(kind: str, **settings: object):
         name = f"{kind} {settings}"
         if name not in current or not current[name].engines[0].healthy():
             close()
-            current[name] = Engines.open(engine_config(policy(kind), **settings), tmp_path_factory.mktemp("engines"))
+            current[name] = open_engines(engine_config(policy(kind), **settings), tmp_path_factory.mktemp("engines"))
         return current[name]
 
     def close() -> None:

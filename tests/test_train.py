@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from engine_fixtures import open_engines
 from small_run import (
     ROOT,
     SMALL,
@@ -29,7 +30,6 @@ from small_run import (
 from spell_megatron.config.reading import load_config
 from spell_megatron.report.comparison import table
 from spell_megatron.report.panels import sections
-from spell_megatron.rollout.engines import Engines
 
 pytestmark = pytest.mark.engine
 
@@ -283,7 +283,7 @@ def test_engines_started_beforehand_take_the_same_step(whole):
     """The run attaches to a server by its address, and leaves it running with the new weights."""
     where = (f"--run.output_dir={whole.parent}", "--run.name=attached", "--run.steps=1")
     config = load_config(ROOT / "examples" / "quickstart.yaml", [*where, *SMALL])
-    with Engines.open(config, whole.parent / "attached-logs") as engines:
+    with open_engines(config, whole.parent / "attached-logs") as engines:
         (url,) = engines.urls
         finished(
             *("--config", "examples/quickstart.yaml", *where, *SMALL, f"--rollout.urls=[{url}]"),

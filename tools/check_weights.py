@@ -23,10 +23,11 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import ModelConfig, RolloutConfig, SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.rollout.engines import Engine, Engines
+from spell_megatron.rollout.engine import Engine
+from spell_megatron.rollout.engines import Engines
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.check import compare, read_checkpoint, side_files
 from spell_megatron.weights.names import hf_shapes
@@ -80,26 +81,24 @@ def _check(options: argparse.Namespace) -> int:
 def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progress: Progress) -> list[Engine]:
     """An engine that was started with random weights and got those of the checkpoint by a push."""
     _, first = next(read_checkpoint(options.checkpoint))
-    config = Config(
-        model={"path": folder, "dtype": str(first.dtype).removeprefix("torch.")},
-        data={"documents": folder},
-        run={"device": options.device},
-        rollout={
-            "tensor_parallel": options.tensor_parallel,
-            "concurrency": 8,
-            "cpu_kv_cache_gib": 0.25,
-            "sampling": {"max_prompt_tokens": 256, "max_response_tokens": 256},
-            "extra_args": ["--load-format", "dummy"],
-        },
+    model = ModelConfig(path=folder, dtype=str(first.dtype).removeprefix("torch."))
+    rollout = RolloutConfig(
+        tensor_parallel=options.tensor_parallel,
+        concurrency=8,
+        cpu_kv_cache_gib=0.25,
+        sampling=SamplingConfig(max_prompt_tokens=256, max_response_tokens=256),
+        extra_args=["--load-format", "dummy"],
     )
     logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     with progress.stage("starting an engine"):
-        engines = stack.enter_context(Engines.open(config, logs))
+        engines = stack.enter_context(
+            Engines.open(model, rollout, logs, device=options.device, seed=0, routing=False, trainers=1)
+        )
     pusher = WeightPusher(engines)
     stack.callback(pusher.close)
     with progress.stage("pushing"):
         done = pusher.push(read_checkpoint(options.checkpoint), "checkpoint", verify=True)
-    size, way = f"{done.bytes / 1e9:.2f} GB", engines.weight_transfer
+    size, way = f"{done.bytes / 1e9:.2f} GB", engines.transport.name
     print(f"pushed {done.tensors} tensors, {size}, in {done.seconds:.1f} s ({way})")
     return engines.engines
 

@@ -405,8 +405,18 @@ def transfer(tiny: bool) -> dict:
                 extra_args=["--load-format", "dummy", "--enforce-eager"],
             )
             model = load(folder, config)
-            engines = stack.enter_context(Engines.open(config, folder / "logs"))
-            assert engines.weight_transfer == way, engines.weight_transfer
+            engines = stack.enter_context(
+                Engines.open(
+                    config.model,
+                    config.rollout,
+                    folder / "logs",
+                    device=config.run.device,
+                    seed=config.run.seed,
+                    routing=config.training.routing_replay,
+                    trainers=1,
+                )
+            )
+            assert engines.transport.name == way, engines.transport.name
             pusher = WeightPusher(engines)
             stack.callback(pusher.close)
             first = pusher.push(export(model), "1", verify=True)

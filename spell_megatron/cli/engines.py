@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     import signal
 
     from spell_megatron.processes.rendezvous import Rendezvous
-    from spell_megatron.rollout.engines import Engines
+    from spell_megatron.rollout.engine_nodes import serve
 
     # The default action would end this process before it has stopped the engines.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitStatus.TERMINATED))
@@ -41,5 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     logs = config.run.output_dir / config.run.name / "logs"
-    Engines.serve(config, logs, rendezvous, node, arguments.colocated)
+    serve(
+        config.model,
+        config.rollout,
+        logs,
+        rendezvous,
+        node,
+        device=config.run.device,
+        seed=config.run.seed,
+        routing=config.training.routing_replay,
+        trainers=config.training.parallel.processes // rendezvous.engine_nodes if arguments.colocated else 0,
+    )
     return 0

@@ -131,15 +131,14 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
 
 def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
-    import torch
-
-    from spell_megatron.rollout.engines import server_command
+    from spell_megatron.rollout.placement import transport_elsewhere
+    from spell_megatron.rollout.server import ServerSettings, server_command
     from spell_megatron.selfplay.documents import load_clusters
     from spell_megatron.training.policy import PolicyModel
     from spell_megatron.weights.sizes import checkpoint_bytes
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
-    cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    transport = transport_elsewhere(config.run.device)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     arch = policy.arch
     clusters = load_clusters(config.data.documents)
@@ -152,7 +151,7 @@ def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> l
         f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",
         f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
-        f"trainer      {'CPU' if cpu else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
+        f"trainer      {'CPU' if transport.on_cpus else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
         f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
         f"{play.groups * play.group_size} responder rows, plus questions and judgments",
         f"checkpoints  every {config.checkpoint.every} updates, "
@@ -161,7 +160,8 @@ def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> l
     if rollout.urls:
         lines.append(f"engines      running at {', '.join(rollout.urls)}")
     else:
-        command = server_command(config, rollout.base_port or 0, "gloo" if cpu else "nccl")
+        settings = ServerSettings(config.model, rollout, config.run.seed, config.training.routing_replay)
+        command = server_command(settings, transport, rollout.base_port or 0)
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
     return lines + [f"warning: {warning}" for warning in warnings]

@@ -180,6 +180,13 @@ class SamplingConfig(Section):
     max_no_context_tokens: int | None = Field(None, ge=1)
     """Longest answer without documents (selfplay.grounding), in tokens. null: max_response_tokens."""
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that an engine must have room for: the longest prompt and the longest response."""
+        return self.max_prompt_tokens + max(
+            self.max_response_tokens, self.max_verdict_tokens or 0, self.max_no_context_tokens or 0
+        )
+
 
 class RolloutConfig(Section):
     """The engines: vLLM servers that generate."""

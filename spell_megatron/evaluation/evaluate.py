@@ -194,7 +194,16 @@ def _generate(
         asyncio.run(make(server_policy(api, tokenizer, rollout.sampling, evaluation.chat), rollout.concurrency))
         return
     logs = evaluation.folder / "logs"
-    with Engines.open(evaluation.config, logs, trainers=0) as engines:
+    config = evaluation.config
+    with Engines.open(
+        config.model,
+        rollout,
+        logs,
+        device=config.run.device,
+        seed=seed,
+        routing=config.training.routing_replay,
+        trainers=0,
+    ) as engines:
         try:
             asyncio.run(make(engine_policy(engines, tokenizer, rollout), rollout.concurrency * len(engines.urls)))
         except GenerationError as error:

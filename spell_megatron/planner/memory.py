@@ -26,7 +26,7 @@ from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.optimizer import build_optimizer
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.reshard import BUCKET_BYTES
+from spell_megatron.weights.buckets import BUCKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,8 @@ def step_bytes(config: Config, optimizer: int) -> int:
 
 def engine_memory(model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions) -> EngineMemory:
     """Memory of a vLLM engine, per GPU."""
-    from spell_megatron.rollout.engines import longest_sequence
-
     arch, tensor, size = model.arch, config.rollout.tensor_parallel, element_bytes(config)
     weights = model.parameters.all * size // tensor
     per_token = int(2 * arch.layers * max(arch.groups / tensor, 1) * arch.head_dim * size)
     cache = int(gpu.memory * config.rollout.gpu_memory_utilization - weights - assume.engine_workspace)
-    return EngineMemory(weights, per_token, cache, max(cache, 0) / per_token / longest_sequence(config))
+    return EngineMemory(weights, per_token, cache, max(cache, 0) / per_token / config.rollout.sampling.longest_sequence)

@@ -92,13 +92,13 @@ class Client:
         sampling: temperature and top_p of every request that is not greedy.
         stop_token_ids: tokens that end a completion (the tokenizer's end-of-sequence ids).
         request_timeout: seconds that a request may take, waiting in the engine included.
-        hang_timeout: an engine is asked whether it is alive when a request has taken so many seconds, and again
-            after as many. If it does not answer in as many, its requests go to another one.
+        hang_timeout: when a request has taken so many seconds, and again after as many, its engine is asked whether it
+            is alive. If the engine does not answer in as many seconds, its requests go to another engine.
         concurrency: the engines' --max-num-seqs. At most as many requests per replica are in
             flight; the others wait here, without a connection. Requests for more samples are cut.
-        revive: called when no engine can be reached; returns the addresses of engines that were mended meanwhile
-            and have the same weights. What is under way is sent to them again, with the same seeds. Nothing else
-            runs in the event loop until it returns. None: the UserError below.
+        revive: called when no engine can be reached. It restarts them, and returns their addresses once they have the
+            same weights. Requests under way are sent again, with the same seeds. Nothing else runs in the event loop
+            until it returns. None: the UserError below is raised instead.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Client:
                 weight version.
             UserError: no replica can be reached.
         """
-        params = {
+        params: dict[str, object] = {
             "temperature": 0.0 if greedy else self._sampling.temperature,
             "top_p": 1.0 if greedy else self._sampling.top_p,
             "max_tokens": max_tokens,
@@ -191,11 +191,8 @@ class Client:
         parts = [
             {
                 "token_ids": ids,
-                "sampling_params": {
-                    **params,
-                    "n": 1 if greedy else min(self._concurrency, n - first),
-                    "seed": base + first,
-                },
+                "sampling_params": params
+                | {"n": 1 if greedy else min(self._concurrency, n - first), "seed": base + first},
             }
             for first in range(0, 1 if greedy else n, self._concurrency)
         ]

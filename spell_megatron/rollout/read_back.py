@@ -1,7 +1,7 @@
 """What a worker of vLLM computes with, as pieces of Hugging Face tensors.
 
-Kernels keep weights as they like them: fused, cut, packed. Here they are turned back, so that an engine's weights
-can be compared with a checkpoint's however they got there, from disk or by updates.
+vLLM's kernels keep weights fused, sharded and packed. This module undoes that, so that an engine's weights can be
+compared with a checkpoint, whether they came from disk or by updates.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _experts(name: str, module: RoutedExperts) -> Iterator[Piece]:
     method, config = module.quant_method, module.moe_config
     rows = config.intermediate_size_per_partition_unpadded
     start = config.tp_rank * rows
-    experts = range(module.local_num_experts)
+    experts = list(range(module.local_num_experts))
     if module.expert_map is not None:
         places = module.expert_map.tolist()
         experts = [places.index(local) for local in experts]

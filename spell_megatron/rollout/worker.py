@@ -1,7 +1,7 @@
-"""What runs inside vLLM's processes: weight reception, its checks, and the guard of the routes.
+"""What runs inside vLLM's processes: the checks of received weights, and the guard of the routes.
 
-Named on vLLM's command line: `WorkerExtension` by --worker-extension-cls (importing it registers
-the gloo backend), `RequireKey` by --middleware.
+Named on vLLM's command line: `WorkerExtension` by --worker-extension-cls (importing it registers the receivers of our
+own transports), `RequireKey` by --middleware.
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Awaitable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from spell_megatron.rollout.transfer import broadcast, checksum, gloo_group
+from spell_megatron.rollout.checksum import checksum
+from spell_megatron.rollout.transports import TRANSPORTS
 
 
 class RequireKey:
@@ -50,91 +46,15 @@ class RequireKey:
         return JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
 
 
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer (rank 0) listens, and this server's place in the group."""
-
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    timeout: float
-
-
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in the order in which they are broadcast."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-
-
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives buckets of weights on CPUs and loads them layer by layer, as vLLM's nccl engine does."""
-
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-
-    _group = None
-
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        parallel = self.parallel_config
-        self._group = gloo_group(
-            init_info.master_address,
-            init_info.master_port,
-            init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank,
-            init_info.world_size,
-            init_info.timeout,
-        )
-
-    def start_weight_update(self) -> None:
-        # Experts are packed for the CPU kernel only where there is no kernel yet: without this a
-        # reload leaves the packed experts of the old weights in use.
-        for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict) -> None:
-        # The base class synchronises an accelerator here, and a CPU has none.
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        if self._group is None:
-            raise RuntimeError("no trainer is connected: init_weight_transfer_engine comes first")
-        arriving = []
-        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            arriving.append((name, tensor, broadcast(self._group, tensor)))
-
-        def arrived() -> Iterator[tuple[str, torch.Tensor]]:
-            # A tensor is loaded while those behind it arrive.
-            for name, tensor, work in arriving:
-                work.wait()
-                yield name, tensor
-
-        self.model.load_weights(arrived())
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        # The head's matrix is packed for the CPU kernel when its own weights arrive. Those of a tied
-        # head arrive as the embedding, so it has to be packed again.
-        if self.model_config.hf_text_config.tie_word_embeddings:
-            for module in self.model.modules():
-                if isinstance(module, ParallelLMHead):
-                    module.quant_method.process_weights_after_loading(module)
-
-    def shutdown(self) -> None:
-        self._group = None
-
-
 class WorkerExtension:
-    """Methods that /collective_rpc can call on each worker of a server."""
+    """Methods that /collective_rpc can call on each worker of a server. vLLM makes it a base class of its worker."""
 
-    def spell_describe(self) -> dict:
-        """What the trainer has to know of a server before it uses it."""
+    vllm_config: Any
+    model_runner: Any
+    weight_transfer_engine: Any
+
+    def spell_describe(self) -> dict[str, Any]:
+        """What the trainer has to know about a server before it uses the server."""
         config = self.vllm_config
         text_config = config.model_config.hf_text_config
         transfer = config.weight_transfer_config
@@ -170,7 +90,7 @@ class WorkerExtension:
     def spell_watch_update(self, checksums: str) -> None:
         """Starts to record what arrives in the next weight update, with checksums if "yes"."""
         model = self.weight_transfer_engine.model
-        record = _Record({}, set())
+        record = _Record()
         load = type(model).load_weights
 
         def arriving(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -186,7 +106,7 @@ class WorkerExtension:
         model.load_weights = load_weights
         self._spell_record = record
 
-    def spell_report_update(self) -> dict:
+    def spell_report_update(self) -> dict[str, Any]:
         """What arrived since `spell_watch_update`, to be asked before finish_weight_update.
 
         Returns:
@@ -215,9 +135,17 @@ class WorkerExtension:
 
 @dataclass
 class _Record:
-    received: dict[str, str]
-    loaded: set[str]
+    """What arrived in a weight update.
+
+    Attributes:
+        received: checksum of each tensor ("": none was asked for) by its Hugging Face name.
+        loaded: parameters of vLLM's model that something was loaded into.
+    """
+
+    received: dict[str, str] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
 
 
-if "gloo" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+for _transport in TRANSPORTS.values():
+    if _transport.receiver and _transport.name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_transport.name, *_transport.receiver.split(":"))

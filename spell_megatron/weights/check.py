@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spell_megatron.errors import UserError
-from spell_megatron.rollout.engines import Engine
-from spell_megatron.rollout.transfer import checksum
+from spell_megatron.rollout.checksum import checksum
+from spell_megatron.rollout.engine import Engine
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.convert import locate, read_megatron
 from spell_megatron.weights.huggingface import INDEX, SINGLE, Checkpoint
@@ -22,14 +22,19 @@ from spell_megatron.weights.names import hf_shapes
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor, or a block of one, that an engine does not hold as the checkpoint does."""
+    """A tensor whose values in an engine and in the checkpoint differ.
+
+    Attributes:
+        name: Hugging Face name of the tensor.
+        engine: address of the engine.
+        checkpoint: checksum of the first block that differs, in the checkpoint; or why there is none.
+        held: the same in the engine.
+    """
 
     name: str
     engine: str
     checkpoint: str
-    """Checksum of the checkpoint's values, or what else is there."""
     held: str
-    """The same of the engine's."""
 
 
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -94,7 +99,9 @@ def compare(
         differences += [Difference(name, engine.url, "nothing", blocks[name][0][-1]) for name in blocks]
     for engine, version in zip(engines, before, strict=True):
         if _version(engine) != version:
-            raise UserError(f"{engine.url} took other weights while they were compared. Do it again when it rests.")
+            raise UserError(
+                f"{engine.url} took other weights while they were compared. Compare again while no update runs."
+            )
     return count, differences
 
 
@@ -133,7 +140,7 @@ def _version(engine: Engine) -> str:
         return engine.get("/weight_info")["weight_version"]
     except (requests.RequestException, ValueError) as error:
         raise UserError(
-            f"{engine.url} does not say which weights it has ({error}). It has to be one that spell_megatron started, "
-            "or that was started as `spell train --dry-run` shows it, with VLLM_SERVER_DEV_MODE=1; and its key has to "
-            "be in the environment."
+            f"{engine.url} does not say which weights it has ({error}). It must be an engine that spell_megatron "
+            "started, or one that was started as `spell train --dry-run` shows it, with VLLM_SERVER_DEV_MODE=1. Its "
+            "key must be in the environment."
         ) from error

@@ -12,9 +12,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from spell_megatron.training.model import TreeGPTModel
+from spell_megatron.weights.buckets import BUCKET_BYTES
 from spell_megatron.weights.names import Layout, Rule, global_name, rules
-
-BUCKET_BYTES = 64 << 20
 
 
 def local_parameters(model: TreeGPTModel, tied_head: bool = False) -> list[tuple[Rule, Tensor]]:

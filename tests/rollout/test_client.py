@@ -250,7 +250,7 @@ def test_an_engine_that_hangs_is_given_up(engines_for):
     """Its core is stopped in mid-generation, and goes on when the client asks for engines to be revived."""
     engines = engines_for("dense")
     whole = run(engines, ask(max_tokens=200))
-    server = psutil.Process(engines._servers[0].process.pid)
+    server = psutil.Process(engines.source.servers[0].process.pid)
     core = [child for child in server.children(recursive=True) if "EngineCore" in child.name()]
     revived = []
 

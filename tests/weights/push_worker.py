@@ -7,10 +7,10 @@ import json
 import sys
 
 import torch.distributed as dist
+from engine_fixtures import open_engines
 from torchrun import end_layout
 
 from spell_megatron.config.schema import Config
-from spell_megatron.rollout.engines import Engines
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
@@ -32,7 +32,7 @@ def push(urls: list[str], folder: str, parallel: dict) -> None:
     backend.initialise(policy, config.training, "cpu")
     model = build_model(policy, config.training)
     load_weights(model, folder)
-    engines = None if dist.get_rank() else Engines.open(config, config.model.path)
+    engines = None if dist.get_rank() else open_engines(config, config.model.path)
     pusher = WeightPusher(engines, bucket_bytes=1 << 15)
     done = pusher.push(export(model, bucket_bytes=1 << 14), str(parallel), verify=True)
     if engines:

@@ -11,21 +11,19 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_fixtures import engine_config
+from engine_fixtures import engine_config, open_engines
 from safetensors.torch import load_file
 from torchrun import torchrun
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.client import Client, Completion, GenerationError
-from spell_megatron.rollout.engines import Engines
-from spell_megatron.rollout.transfer import checksum
 from spell_megatron.weights.check import compare
-from spell_megatron.weights.push import WeightPusher, _IpcChannel, _NcclChannel
+from spell_megatron.weights.push import WeightPusher
 
 PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
 SEEDED = {
@@ -287,8 +285,8 @@ def test_engines_of_several_layouts_at_once(policy, monkeypatch, tmp_path):
         urls = []
         for size in (1, 2):
             config = engine_config(policy("moe"), tensor_parallel=size)
-            urls += stack.enter_context(Engines.open(config, tmp_path / str(size))).urls
-        engines = Engines.open(engine_config(policy("moe"), urls=urls), tmp_path)
+            urls += stack.enter_context(open_engines(config, tmp_path / str(size))).urls
+        engines = open_engines(engine_config(policy("moe"), urls=urls), tmp_path)
         pusher = WeightPusher(engines)
         new = weights(policy("moe", 1))
         assert pusher.push(new.items(), "one", verify=True).verified == 3 * len(new)
@@ -313,47 +311,6 @@ def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypa
     output = torchrun(2, worker, json.dumps([engines.urls, tasks]), timeout=900)
     count = len(weights(policy(kind)))
     assert output.count(f"RESULT {count} sent, {count} compared, [] differ") == len(layouts)
-
-
-def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
-    """vLLM's own classes parse the requests of the nccl and ipc channels. Without a GPU the calls that need one are
-    left out: the rendezvous, and the handle of a buffer in its memory."""
-    pytest.importorskip("vllm", reason="the environment for newer versions of Megatron-Core has no vLLM")
-    from vllm.distributed.weight_transfer import ipc_engine, nccl_common, nccl_engine
-
-    bucket = [("a", torch.zeros(3, 4)), ("b", torch.ones(5, dtype=torch.float32))]
-    announced = {
-        "names": ["a", "b"],
-        "dtype_names": ["float32", "float32"],
-        "shapes": [[3, 4], [5]],
-    }
-    invited: list[dict] = []
-    groups: list[dict] = []
-    monkeypatch.setattr(nccl_common, "trainer_init", groups.append)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    channel = _NcclChannel(invited.append, "127.0.0.1", 3, 1 << 20)
-    info = nccl_common.NCCLWeightTransferInitInfo(**invited[0], rank_offset=1)
-    assert (info.world_size, info.packed, info.packed_buffer_size_bytes) == (3, True, 1 << 20)
-    assert groups == [{"master_address": "127.0.0.1", "master_port": info.master_port, "world_size": 3}]
-    nccl_engine.NCCLWeightTransferUpdateInfo(**announced, **channel.prepare(bucket))
-
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
-    channel = _IpcChannel(invited.append)
-    assert ipc_engine.IPCWeightTransferInitInfo(**invited[1]).packed
-    update = ipc_engine.IPCWeightTransferUpdateInfo(**announced, **channel.prepare(bucket))
-    assert update.tensor_sizes == [48, 20] and update.ipc_handles.keys() == {"GPU-1"}
-    assert torch.equal(channel._buffer.view(torch.float32), torch.cat([torch.zeros(12), torch.ones(5)]))
-
-
-def test_trainer_ranks_that_share_their_gpus_tell_of_all_buffers():
-    output = torchrun(2, Path(__file__).with_name("ipc_worker.py"), timeout=600)
-    # Two ones in float32 are bytes of which 2 x (128 + 63) is the sum.
-    for number in (1, 2):
-        handles = {f"GPU-{rank}": ("handle of", rank, 3 * number + 382) for rank in range(2)}
-        assert output.count(f"RESULT [3, 8] {handles}") == 2
 
 
 @pytest.mark.slow

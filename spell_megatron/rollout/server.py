@@ -1,0 +1,221 @@
+"""One vLLM server process: its command line, environment, port and log, and the guard that ends it with its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import spell_megatron
+from spell_megatron.config.schema import ModelConfig, RolloutConfig
+from spell_megatron.errors import UserError
+from spell_megatron.ranks import TORCHRUN_VARIABLES
+from spell_megatron.rollout.transports.transport import Transport
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What all servers of a run have in common.
+
+    Attributes:
+        model: the policy.
+        rollout: how it is served.
+        seed: of the run.
+        routing: have the engines of a mixture of experts return the experts of each token, where vLLM can.
+    """
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    seed: int
+    routing: bool
+
+
+def server_command(settings: ServerSettings, transport: Transport, port: int, host: str = "127.0.0.1") -> list[str]:
+    """Command line of one server, as `--dry-run` shows it. The key is not in it, because command lines are public."""
+    model, rollout = settings.model, settings.rollout
+    flags = {
+        "--model": str(model.path),
+        "--served-model-name": "policy",
+        "--host": host,
+        "--port": str(port),
+        "--dtype": model.dtype,
+        "--seed": str(settings.seed),
+        "--max-model-len": str(rollout.sampling.longest_sequence),
+        "--max-num-seqs": str(rollout.concurrency),
+        "--tensor-parallel-size": str(rollout.tensor_parallel),
+        "--logprobs-mode": "processed_logprobs",
+        "--weight-transfer-config": json.dumps({"backend": transport.name}),
+        "--worker-extension-cls": "spell_megatron.rollout.worker.WorkerExtension",
+        "--middleware": "spell_megatron.rollout.worker.RequireKey",
+    }
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *_words(flags),
+        *(_cpu_flags(rollout) if transport.on_cpus else _gpu_flags(settings, transport)),
+        "--skip-tokenizer-init",
+        "--enable-prefix-caching",
+        "--enable-scale-out",
+        "--disable-uvicorn-access-log",
+        *rollout.extra_args,
+    ]
+
+
+def _cpu_flags(rollout: RolloutConfig) -> list[str]:
+    flags = {
+        # Prefixes are shared in whole blocks; the default of 128 tokens on CPUs would miss short documents.
+        "--block-size": "32",
+        "--max-num-batched-tokens": str(max(4096, rollout.sampling.longest_sequence)),
+        "--kv-cache-memory-bytes": str(int(rollout.cpu_kv_cache_gib * 2**30)),
+    }
+    # A prompt prefilled in parts with a seed of its own ends the engine on CPUs ("CPU Generator does
+    # not use offset"), so prompts are prefilled whole and several of them share a batch of that size.
+    return [*_words(flags), "--enforce-eager", "--no-enable-chunked-prefill"]
+
+
+def _gpu_flags(settings: ServerSettings, transport: Transport) -> list[str]:
+    flags = ["--gpu-memory-utilization", str(settings.rollout.gpu_memory_utilization)]
+    if transport.colocated:
+        flags.append("--enable-sleep-mode")
+    if settings.routing and _has_experts(settings.model.path):
+        flags.append("--enable-return-routed-experts")
+    return flags
+
+
+def _words(flags: dict[str, str]) -> list[str]:
+    return [word for flag in flags.items() for word in flag]
+
+
+def _has_experts(model: Path) -> bool:
+    path = model / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("num_experts_per_tok"))
+
+
+def server_environment(transport: Transport, threads: int, gpus: Sequence[str], key: str) -> dict[str, str]:
+    """Environment of one server.
+
+    Args:
+        transport: of its weights.
+        threads: of a server on CPUs.
+        gpus: names of its GPUs, as CUDA_VISIBLE_DEVICES lists them.
+        key: that it demands. It is handed over here because command lines are public.
+    """
+    package_root = str(Path(spell_megatron.__file__).parents[1])
+    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
+    common = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment = {**inherited, **common, **transport.environment}
+    if not transport.on_cpus:
+        return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    # oneDNN keeps a kernel for every size of a batch that it has met, up to 1,024 of them: half a gigabyte more
+    # after a hundred steps of a tiny model (tests/chaos, the soak).
+    environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
+    return environment | {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # A lone worker runs in the engine's process: in one of its own it costs a start more, and
+        # each step the two wait for each other busily. (The API server's process stays apart.)
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+# Ends the process group $2 when the process $1 has ended, however that came about. (A server that gets a
+# SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.)
+_GUARD = """
+while kill -0 "$1" && kill -0 "-$2"; do sleep 1; done 2>/dev/null
+kill -TERM "-$2" && sleep 10 && kill -KILL "-$2"
+"""
+
+
+class Server:
+    """A server process. It ends, with all its own processes, when this process does.
+
+    Attributes:
+        url: address at which it will serve.
+        log: file that holds what it prints.
+        process: the server.
+    """
+
+    def __init__(self, url: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.url, self.log = url, log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._guard = subprocess.Popen(
+            ["sh", "-c", _GUARD, "sh", str(os.getpid()), str(self.process.pid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def stop(self, deadline: float) -> None:
+        """Waits until a deadline (of time.monotonic) for the terminated server, then kills what is left of it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        for process in (self.process, self._guard):
+            # The workers are in the server's process group, so this kills them too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_words(log: Path) -> str:
+    """The lines of a server's log that say best why it ended, joined to one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+    # vLLM prefixes the lines of its processes: "(EngineCore pid=1) ERROR 01-01 00:00:00 [core.py:1] ".
+    prefix = r"^(\([^)]*pid=\d+\) )?((ERROR|WARNING|INFO) \d\S* \S+ \[[^\]]*\] ?)?"
+    lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    errors = [
+        line
+        for line in dict.fromkeys(lines)
+        if re.match(r"[\w.]*(Error|Exception|error)\b.*: ?\S", line) and "Engine core initialization failed" not in line
+    ]
+    return " | ".join(errors[-2:] or lines[-3:] or ["(nothing)"])[:1500]
+
+
+@contextlib.contextmanager
+def held_port(host: str, port: int, replica: int) -> Iterator[int]:
+    """A port (0: any) for a replica's server, kept from other programs until the server listens.
+
+    A server binds its port seconds after the port was chosen. Until then the machine could give the port to any
+    connection. A socket that is bound and does not listen prevents that. It does not keep out the server, because
+    both have SO_REUSEADDR.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"Port {port} of {host}, meant for engine {replica}, cannot be used: {error.strerror}. "
+                "End the program that holds it (perhaps an engine of an earlier run), choose another "
+                "rollout.base_port, or leave it out to have free ports chosen."
+            ) from error
+        yield held.getsockname()[1]

@@ -1,0 +1,92 @@
+"""One server process: port, command line, environment, log, end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from engine_fixtures import engine_config
+
+from spell_megatron.rollout.server import ServerSettings, held_port, last_words, server_command, server_environment
+from spell_megatron.rollout.transports.gloo import GLOO
+from spell_megatron.rollout.transports.ipc import IPC
+from spell_megatron.rollout.transports.nccl import NCCL
+
+
+def test_a_chosen_port_is_the_servers_alone():
+    with held_port("127.0.0.1", 0, 0) as port, held_port("127.0.0.1", 0, 1) as another:
+        assert port != another
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as server:  # as vLLM does
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+
+
+def test_a_server_gets_what_its_transport_implies(policy):
+    def command(transport, kind: str = "dense", routing: bool = True) -> list[str]:
+        config = engine_config(policy(kind), replicas=2, tensor_parallel=2)
+        return server_command(ServerSettings(config.model, config.rollout, 0, routing), transport, 1)
+
+    assert server_environment(NCCL, 1, ["6", "7"], "secret")["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert "--enforce-eager" not in command(NCCL) and "--gpu-memory-utilization" in command(NCCL)
+    flag = "--enable-return-routed-experts"
+    assert flag not in command(NCCL)
+    assert flag in command(NCCL, "moe") and flag not in command(GLOO, "moe")
+    assert flag not in command(NCCL, "moe", routing=False)
+
+    assert "--enforce-eager" in command(GLOO) and "--gpu-memory-utilization" not in command(GLOO)
+    on_cpus = server_environment(GLOO, 3, [], "secret")
+    assert (on_cpus["VLLM_API_KEY"], on_cpus["OMP_NUM_THREADS"]) == ("secret", "3")
+    pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    assert [pickles in server_environment(t, 1, ["0"], "secret") for t in (GLOO, NCCL, IPC)] == [False, False, True]
+    assert ["--enable-sleep-mode" in command(t) for t in (GLOO, NCCL, IPC)] == [False, False, True]
+
+
+def test_last_words_prefer_the_cause(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text(
+        "(EngineCore pid=7) INFO 11-02 10:00:00 [core.py:1] starting\n"
+        "(EngineCore pid=7) ERROR 11-02 10:00:01 [core.py:9] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-02 10:00:01 [core.py:9] ValueError: no room for the KV cache\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_words(log) == "ValueError: no room for the KV cache"
+    log.write_text("one\n\ntwo\nKilled\n")
+    assert last_words(log) == "one | two | Killed"
+
+
+_STARTER = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from engine_fixtures import engine_config, open_engines
+engines = open_engines(engine_config(Path(sys.argv[1])), Path(sys.argv[2]))
+print(engines.source.servers[0].process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [False, True])
+def test_no_server_outlives_a_killed_parent(hangs, policy, tmp_path: Path):
+    code = _STARTER.format(tests=str(Path(__file__).parents[1]))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(policy("dense")), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        server = psutil.Process(int(parent.stdout.readline()))
+        family = [*psutil.Process(parent.pid).children(recursive=True)]
+        assert server in family and len(family) > 2
+        if hangs:
+            server.suspend()  # SIGTERM has no effect on it now
+        parent.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
