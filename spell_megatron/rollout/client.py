@@ -174,6 +174,20 @@ class Client:
                 weight version.
             UserError: no replica can be reached.
         """
+        bodies = self._requests(list(prompt_ids), 1 if greedy else n, seed, max_tokens, greedy, prompt_routing)
+        answers = await asyncio.gather(*(self._send(body, affinity) for body in bodies))
+        routed_prompt = len(prompt_ids) if prompt_routing else 0
+        completions = [
+            _completion(choice, routed_prompt)
+            for answer in answers
+            for choice in sorted(answer, key=lambda choice: choice["index"])
+        ]
+        return completions * n if greedy else completions
+
+    def _requests(
+        self, ids: list[int], n: int, seed: int, max_tokens: int, greedy: bool, prompt_routing: bool
+    ) -> list[str]:
+        """The JSON of the requests for n samples, of at most `concurrency` samples each."""
         params: dict[str, object] = {
             "temperature": 0.0 if greedy else self._sampling.temperature,
             "top_p": 1.0 if greedy else self._sampling.top_p,
@@ -182,27 +196,20 @@ class Client:
             "stop_token_ids": self._stop_token_ids,
             "detokenize": False,
         }
+        if not prompt_routing:
+            params["routed_experts_prompt_start"] = len(ids)
         # vLLM gives sample i the seed `seed + i`: a hashed base keeps the samples of neighbouring
         # seeds apart, and lets a large n be cut into requests that give the same samples.
         base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big")
-        ids = list(prompt_ids)
-        if not prompt_routing:
-            params["routed_experts_prompt_start"] = len(ids)
-        parts = [
-            {
-                "token_ids": ids,
-                "sampling_params": params
-                | {"n": 1 if greedy else min(self._concurrency, n - first), "seed": base + first},
-            }
-            for first in range(0, 1 if greedy else n, self._concurrency)
+        return [
+            json.dumps(
+                {
+                    "token_ids": ids,
+                    "sampling_params": params | {"n": min(self._concurrency, n - first), "seed": base + first},
+                }
+            )
+            for first in range(0, n, self._concurrency)
         ]
-        answers = await asyncio.gather(*(self._send(json.dumps(part), affinity) for part in parts))
-        completions = [
-            _completion(choice, len(ids) if prompt_routing else 0)
-            for answer in answers
-            for choice in sorted(answer, key=lambda c: c["index"])
-        ]
-        return completions * n if greedy else completions
 
     async def _send(self, body: str, affinity: str) -> list[dict]:
         """Posts a request, again if engines had to be revived for it."""
