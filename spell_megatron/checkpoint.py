@@ -21,6 +21,7 @@ import multiprocessing
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from inspect import signature
 from multiprocessing.managers import SyncManager
@@ -39,6 +40,7 @@ from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.processes.lifetime import end_with_parent
+from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.state import load_trainer, random_states, set_random_states, sharded_state
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
@@ -193,12 +195,7 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     _check_complete(folder)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     updates = meta["updates"]
-    # Megatron loads a vocabulary of another size without a word, because its padding may differ.
-    if meta["vocabulary"] != trainer.policy.arch.vocabulary:
-        raise UserError(
-            f"The checkpoint {folder} was made with a vocabulary of {meta['vocabulary']} tokens, but the model of "
-            f"model.path has {trainer.policy.arch.vocabulary}. Set model.path to the model that the run began with."
-        )
+    _check_model(folder, trainer.policy)
     try:
         load_trainer(folder / "trainer", trainer, updates)
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
@@ -211,6 +208,24 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     if random_states.exists():
         set_random_states(torch.load(random_states, weights_only=True))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _check_model(folder: Path, policy: PolicyModel) -> None:
+    """UserError if a checkpoint belongs to another model.
+
+    Megatron itself loads a vocabulary of another size, whose padding may be the same, and ignores tensors in excess.
+    """
+
+    def traits(model: PolicyModel) -> dict[str, Any]:
+        of = model.hf_config
+        return {"model_type": of.model_type, **asdict(model.arch), "rope_parameters": of.rope_parameters}
+
+    saved, ours = traits(PolicyModel.load(folder / "hf")), traits(policy)
+    if different := [f"{name} {saved[name]} (now {ours[name]})" for name in saved if saved[name] != ours[name]]:
+        raise UserError(
+            f"The checkpoint {folder} was made with another model than that of model.path: {', '.join(different)}. Set "
+            "model.path to the model that the run began with."
+        )
 
 
 class _Pending:

@@ -60,7 +60,7 @@ def appearing_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise UserError(
-            f"The checkpoint {out} could not be written: {reason}. What was there before is unchanged. "
+            f"{out} could not be written: {reason}. What was there before is unchanged. "
             "Free some space or choose another folder."
         ) from error
     finally:

@@ -279,9 +279,20 @@ def test_another_vocabulary_is_refused(saved, tmp_path):
     run, trainer, _ = saved
     folder = tmp_path / "step_000003"
     shutil.copytree(checkpoint.latest(run), folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": meta["vocabulary"] + 1}))
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    (folder / "hf" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
     with pytest.raises(UserError, match="vocabulary"):
+        checkpoint.load(folder, trainer)
+
+
+def test_a_model_of_equal_tensors_with_other_positions_is_refused(saved, tmp_path):
+    run, trainer, _ = saved
+    folder = tmp_path / "step_000003"
+    shutil.copytree(checkpoint.latest(run), folder)
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rope_parameters"):
         checkpoint.load(folder, trainer)
 
 
