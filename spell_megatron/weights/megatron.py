@@ -1,0 +1,292 @@
+"""Megatron distributed checkpoints (torch_dist), written and read one tensor at a time.
+
+A distributed checkpoint (Megatron's torch_dist format) says of every stored piece where in which whole tensor
+it belongs, and so loads in any layout; the layout that it is written for decides into which pieces and files it
+is cut. What the pieces are is asked of Megatron itself: each rank's model is built without memory on a fake
+process group (`backend.pretend`), and its `sharded_state_dict` is filled from the files while it is written.
+Nothing but the tensor at hand is ever in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from spell_megatron.config.schema import ParallelConfig, TrainingConfig
+from spell_megatron.errors import UserError
+from spell_megatron.training import backend
+from spell_megatron.training.model import build_model
+from spell_megatron.training.policy import PolicyModel
+from spell_megatron.weights.huggingface import Checkpoint
+from spell_megatron.weights.names import Rule
+from spell_megatron.weights.reshard import local_parameters, shard_place
+
+OnProgress = Callable[[int, int], None]
+"""Called with (parameters done, parameters in all)."""
+
+FORMAT = CheckpointingConfig("torch_dist", 1)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of one rank: what it is made of, and what a checkpoint stores of it."""
+
+    rule: Rule
+    shards: int
+    shard: int
+    shape: torch.Size
+    entry: ShardedTensor | ShardedTensorFactory
+
+    def pieces(self, data: Tensor) -> list[ShardedTensor]:
+        """The stored pieces as views of the parameter's values."""
+        if isinstance(self.entry, ShardedTensorFactory):
+            entry = self.entry
+            return list(nested_values(entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)))
+        return [replace(self.entry, data=data)]
+
+
+def _rank(policy: PolicyModel, parallel: ParallelConfig, rank: int) -> tuple[list[_Parameter], list[ShardedObject]]:
+    """What rank `rank` of the layout holds of the model: parameters, and the objects that Megatron stores beside
+    them (empty ones, which it wants to find again)."""
+    with backend.pretend(policy, parallel, rank, parallel.fewest_processes):
+        model = build_model(policy, TrainingConfig(parallel=parallel))
+        entries = model.sharded_state_dict()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        parameters = [
+            _Parameter(rule, *shard_place(rule), parameter.shape, entries[names[id(parameter)]])
+            for rule, parameter in local_parameters(model)
+        ]
+        return parameters, [entry for entry in nested_values(entries) if isinstance(entry, ShardedObject)]
+
+
+def _stored_sizes(piece: ShardedTensor) -> torch.Size:
+    """Shape of a piece in its whole tensor, which stacks layers and experts."""
+    return torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+
+
+class _Fill(DefaultSavePlanner):
+    """Reads the values of a piece when it is its turn to be written."""
+
+    def __init__(self, source: Checkpoint, on_parameter: Callable[[], None]) -> None:
+        super().__init__()
+        self._source, self._on_parameter = source, on_parameter
+        self.parameters = 0
+        """How many will be written."""
+        self._owners: dict[MetadataIndex, tuple[_Parameter, int]] = {}
+        self._objects: dict[MetadataIndex, ShardedObject] = {}
+        self._current: tuple[_Parameter | None, list[ShardedTensor]] = (None, [])
+
+    def add_object(self, index: MetadataIndex, stored: ShardedObject) -> None:
+        self._objects[index] = stored
+
+    def add(self, index: MetadataIndex, parameter: _Parameter, number: int) -> None:
+        self._owners[index] = parameter, number
+        self.parameters += number == 0
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save([self._objects[write_item.index].data], buffer)  # in a list, as Megatron stores it
+            return buffer
+        parameter, number = self._owners[write_item.index]
+        if self._current[0] is not parameter:
+            self._current = None, []
+            rule = parameter.rule
+            tensors = [self._source.tensor(name) for name in rule.names]
+            values = rule.shard(tensors, parameter.shards, parameter.shard)
+            self._current = parameter, parameter.pieces(values)
+            self._on_parameter()
+        piece = self._current[1][number]
+        return piece.data.reshape(_stored_sizes(piece))
+
+
+def write_megatron(
+    folder: Path,
+    source: Checkpoint,
+    policy: PolicyModel,
+    parallel: ParallelConfig,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint, whose type is the policy's, as a distributed checkpoint, cut for a layout."""
+    ranks = [_rank(policy, parallel, rank) for rank in range(parallel.fewest_processes)]
+    done = 0
+
+    def on_parameter() -> None:
+        nonlocal done
+        done += 1
+        if on_progress:
+            on_progress(min(done, total), total)
+
+    planner = _Fill(source, on_parameter)
+    plans = [_save_plan(planner, parameters, objects, policy.dtype) for parameters, objects in ranks]
+    total = planner.parameters
+    plans, metadata = create_default_global_save_plan(plans)
+    writer = FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
+    writer.set_up_storage_writer(True)
+    plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
+    results = [writer.write_data(plan, planner).wait() for plan in plans if plan.items]
+    writer.finish(metadata, results)
+    save_config(FORMAT, str(folder))
+    torch.save({}, folder / "common.pt")
+
+
+def _save_plan(
+    planner: _Fill, parameters: list[_Parameter], objects: list[ShardedObject], dtype: torch.dtype
+) -> SavePlan:
+    """What one rank writes."""
+    items = []
+    for stored in objects:
+        if is_main_replica(stored.replica_id):
+            index = MetadataIndex(stored.unique_key)
+            planner.add_object(index, stored)
+            items.append(WriteItem(index, WriteItemType.BYTE_IO))
+    for parameter in parameters:
+        pieces = parameter.pieces(torch.empty(parameter.shape, dtype=dtype, device="meta"))
+        for number, piece in enumerate(pieces):
+            if not is_main_replica(piece.replica_id):
+                continue
+            offset = torch.Size(piece.global_offset)
+            index = MetadataIndex(piece.key, offset)
+            planner.add(index, parameter, number)
+            data = TensorWriteData(
+                ChunkStorageMetadata(offset, _stored_sizes(piece)),
+                TensorProperties(dtype=piece.dtype),
+                torch.Size(piece.global_shape),
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(items)
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads pieces straight into their places."""
+
+    def __init__(self, pieces: list[ShardedTensor]) -> None:
+        super().__init__()
+        self._places = {
+            MetadataIndex(piece.key, torch.Size(piece.global_offset)): piece.data.view(_stored_sizes(piece))
+            for piece in pieces
+        }
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = read_item.dest_index
+        place = self._places[MetadataIndex(index.fqn, index.offset)]
+        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            place = place.narrow(axis, offset, length)
+        return place
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class _Stored:
+    """The pieces of a distributed checkpoint."""
+
+    def __init__(self, reader: FileSystemReader, metadata: Metadata, folder: Path) -> None:
+        self._reader, self._metadata, self._folder = reader, metadata, folder
+        # Layers and experts are stacked to tensors of thousands of pieces, which are not to be searched each time.
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            for chunk in getattr(stored, "chunks", ()):
+                leading = sum(1 for _ in itertools.takewhile(lambda size: size == 1, chunk.sizes[:-1]))
+                for axes in range(leading + 1):
+                    self._chunks.setdefault((key, tuple(chunk.offsets[:axes])), []).append(chunk)
+        reader.set_up_storage_reader(metadata, True)
+
+    def read(self, pieces: list[ShardedTensor]) -> None:
+        """Fill pieces with their values."""
+        items = []
+        for piece in pieces:
+            stored = self._metadata.state_dict_metadata.get(piece.key)
+            if stored is None:
+                raise UserError(
+                    f"{self._folder} lacks {piece.key}, which its config.json asks for. The checkpoint is of another "
+                    "model, or incomplete."
+                )
+            fits = len(stored.size) == len(piece.global_shape) and all(
+                have == want or (piece.allow_shape_mismatch and have > want)
+                for have, want in zip(stored.size, piece.global_shape, strict=True)
+            )
+            if not fits:
+                raise UserError(
+                    f"{piece.key} in {self._folder} has shape {list(stored.size)}; config.json asks for "
+                    f"{list(piece.global_shape)}. Weights and configuration are of different models."
+                )
+            chunks = self._chunks[piece.key, tuple(piece.global_offset[: piece.prepend_axis_num])]
+            wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), _stored_sizes(piece))
+            items += create_read_items_for_chunk_list(piece.key, replace(stored, chunks=chunks), [wanted])
+        try:
+            plan = self._reader.prepare_local_plan(LoadPlan(items))
+            self._reader.read_data(plan, _Into(pieces)).wait()
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self._folder} is damaged or incomplete ({error}). Copy it again.") from error
+
+
+def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every (Hugging Face name, tensor) of a distributed checkpoint, in the order of the Hugging Face model."""
+    folder, side_files = locate(Path(megatron))
+    reader = FileSystemReader(str(folder))
+    metadata = reader.read_metadata()
+    dtypes = {str(m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if _is_weight(k, m)}
+    if len(dtypes) != 1:
+        raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")
+    dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
+    parameters, _ = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
+    stored = _Stored(reader, metadata, folder)
+    for number, parameter in enumerate(parameters):
+        values = torch.empty(parameter.shape, dtype=dtype)
+        stored.read(parameter.pieces(values))
+        yield from zip(parameter.rule.names, parameter.rule.whole([values]), strict=True)
+        if on_progress:
+            on_progress(number + 1, len(parameters))
+
+
+def _is_weight(key: str, metadata: object) -> bool:
+    return hasattr(metadata, "properties") and not key.startswith("optimizer.")
+
+
+def locate(folder: Path) -> tuple[Path, Path]:
+    """(folder of the distributed checkpoint, folder of config.json and tokenizer)."""
+    for weights, side_files in ((folder, folder), (folder / "trainer", folder / "hf")):
+        if (weights / "metadata.json").is_file() and (side_files / "config.json").is_file():
+            if not (weights / ".metadata").is_file():
+                raise UserError(f"{weights} lacks .metadata: it is incomplete. Copy the whole checkpoint.")
+            return weights, side_files
+    raise UserError(
+        f"{folder} is no Megatron distributed checkpoint with a config.json (nor a checkpoint of a run, a folder "
+        "step_…). Copy the model's config.json and tokenizer beside its metadata.json."
+    )
