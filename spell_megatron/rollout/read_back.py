@@ -23,6 +23,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from spell_megatron.training.families import Family
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -34,7 +36,7 @@ class Piece:
     values: Tensor
 
 
-def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
+def pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator[Piece]:
     """Everything that the model computes with. A tied head is read too, under the embedding's name.
 
     Raises:
@@ -45,14 +47,15 @@ def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
         parent, _, own = name.rpartition(".")
         if isinstance(module, RoutedExperts):
             # The experts' container may stand between the layer and its experts.
-            yield from _experts(name.removesuffix(".routed_experts"), module)
+            yield from _experts(name.removesuffix(".routed_experts"), module, family)
         elif isinstance(module, VocabParallelEmbedding):
             indices = module.shard_indices
             rows = indices.org_vocab_end_index - indices.org_vocab_start_index
             head = isinstance(module, ParallelLMHead)
-            whole = "model.embed_tokens" if head and tied_head else name
+            (embedding,) = family.names["embedding.word_embeddings.weight"]
+            whole = embedding if head and tied_head else f"{name}.weight"
             values = _matrix(module, module.embedding_dim) if head else module.weight
-            yield Piece(f"{whole}.weight", (indices.org_vocab_start_index, 0), values[:rows])
+            yield Piece(whole, (indices.org_vocab_start_index, 0), values[:rows])
         elif isinstance(module, LinearBase):
             # Replicated layers have no partitions.
             columns = getattr(module, "input_size_per_partition", module.input_size)
@@ -63,7 +66,7 @@ def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
                     yield Piece(f"{name}.bias", (0,), bias.to(matrix.dtype))
                 continue
             begin = 0
-            for part, start, rows in _rows(module, own, rank, matrix.size(0)):
+            for part, start, rows in _rows(module, own, family, rank, matrix.size(0)):
                 whole = f"{parent}.{part}"
                 yield Piece(f"{whole}.weight", (start, 0), matrix[begin : begin + rows])
                 if bias is not None:
@@ -75,14 +78,19 @@ def pieces(model: torch.nn.Module, tied_head: bool) -> Iterator[Piece]:
                 yield Piece(f"{name}.{own}", (0,) * values.dim(), values)
 
 
-def _rows(module: LinearBase, name: str, rank: int, rows: int) -> list[tuple[str, int, int]]:
+def _rows(module: LinearBase, name: str, family: Family, rank: int, rows: int) -> list[tuple[str, int, int]]:
     """(name, first row in the whole tensor, rows here) of what a linear layer has one above the other."""
     if isinstance(module, QKVParallelLinear):
         queries, keys = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
         group = rank // module.num_kv_head_replicas
-        return [("q_proj", rank * queries, queries), ("k_proj", group * keys, keys), ("v_proj", group * keys, keys)]
+        parts = family.layers("decoder.layers.{layer}.self_attention.linear_qkv.weight")
+        places = (rank * queries, queries), (group * keys, keys), (group * keys, keys)
+        return [(part, *place) for part, place in zip(parts, places, strict=True)]
     if isinstance(module, MergedColumnParallelLinear):
-        return [(part, rank * (rows // 2), rows // 2) for part in ("gate_proj", "up_proj")]
+        return [
+            (part, rank * (rows // 2), rows // 2)
+            for part in family.layers("decoder.layers.{layer}.mlp.linear_fc1.weight")
+        ]
     return [(name, 0, rows)]
 
 
@@ -96,7 +104,7 @@ def _matrix(module: torch.nn.Module, columns: int) -> Tensor:
     return multiply(unit, module.weight, None).T
 
 
-def _experts(name: str, module: RoutedExperts) -> Iterator[Piece]:
+def _experts(name: str, module: RoutedExperts, family: Family) -> Iterator[Piece]:
     method, config = module.quant_method, module.moe_config
     rows = config.intermediate_size_per_partition_unpadded
     start = config.tp_rank * rows
@@ -105,14 +113,16 @@ def _experts(name: str, module: RoutedExperts) -> Iterator[Piece]:
         places = module.expert_map.tolist()
         experts = [places.index(local) for local in experts]
     gate_up, down = _unpacked(module, module.w13_weight), _unpacked(module, module.w2_weight)
+    own = "decoder.layers.{layer}.mlp.experts.local_experts.{expert}."
+    (gate_name, up_name), (down_name,) = (family.layers(f"{own}linear_{fc}.weight") for fc in ("fc1", "fc2"))
     half = gate_up.size(1) // 2
     swapped = method.unquantized_backend is UnquantizedMoeBackend.FLASHINFER_CUTLASS
     gate, up = (half, 0) if swapped else (0, half)
     for local, expert in enumerate(experts):
         whole = f"{name}.{expert}"
-        yield Piece(f"{whole}.gate_proj.weight", (start, 0), gate_up[local, gate : gate + rows])
-        yield Piece(f"{whole}.up_proj.weight", (start, 0), gate_up[local, up : up + rows])
-        yield Piece(f"{whole}.down_proj.weight", (0, start), down[local, :, :rows])
+        yield Piece(f"{whole}.{gate_name}.weight", (start, 0), gate_up[local, gate : gate + rows])
+        yield Piece(f"{whole}.{up_name}.weight", (start, 0), gate_up[local, up : up + rows])
+        yield Piece(f"{whole}.{down_name}.weight", (0, start), down[local, :, :rows])
 
 
 def _unpacked(module: RoutedExperts, weight: Tensor) -> Tensor:

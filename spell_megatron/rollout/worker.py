@@ -74,8 +74,10 @@ class WorkerExtension:
         with, read back from where its kernels take it. Negative zeros count as zeros."""
         # It knows the insides of vLLM's kernels, which serving and training must not depend on.
         from spell_megatron.rollout.read_back import pieces
+        from spell_megatron.training.families import FAMILIES
 
-        tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
+        hf_config = self.vllm_config.model_config.hf_text_config
+        family, tied = FAMILIES[hf_config.model_type], hf_config.tie_word_embeddings
         return [
             (
                 piece.name,
@@ -84,7 +86,7 @@ class WorkerExtension:
                 str(piece.values.dtype).removeprefix("torch."),
                 checksum(piece.values + 0.0),
             )
-            for piece in pieces(self.model_runner.get_model(), tied)
+            for piece in pieces(self.model_runner.get_model(), family, tied)
         ]
 
     def spell_watch_update(self, checksums: str) -> None:

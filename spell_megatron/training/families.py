@@ -92,6 +92,10 @@ class Family:
     """The field that asks for sliding-window attention, and the value that turns it off."""
     experts: Experts | None = None
 
+    def layers(self, parameter: str) -> tuple[str, ...]:
+        """Own names of the linear layers whose weights a Megatron parameter joins, such as q_proj, k_proj, v_proj."""
+        return tuple(name.split(".")[-2] for name in self.names[parameter])
+
     @staticmethod
     def has(trait: Trait, hf_config: Any) -> bool:
         """Whether a model with this configuration has the trait."""
