@@ -76,7 +76,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Family:
-    """What tells the models of one `model_type` from those of others."""
+    """How the models of one `model_type` differ from other models."""
 
     title: str
     """What users call these models."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 VOCABULARY_BLOCK = 8192
-"""Vocabulary rows that are at work at a time beside the chunk of logits."""
+"""Rows of the vocabulary head that one product works on, beside the chunk of logits."""
 
 
 class TokenLogprobs(NamedTuple):

@@ -80,7 +80,7 @@ class Trainer:
             that reach the cap; if they are off, of those that there would be per token;
             response_tokens, tokens_unshared (of all rows), tokens_computed (prefixes once), sharing (their
             ratio), microbatches (per rank), seconds, tokens_per_second (unshared, all ranks);
-            of a mixture of experts, those of `moe.expert_metrics`: a shared prefix counts once, however the
+            of a mixture of experts, the metrics of `moe.expert_metrics`: a shared prefix counts once, however the
             batch is cut.
 
         Raises:

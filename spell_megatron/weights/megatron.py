@@ -1,10 +1,10 @@
 """Megatron distributed checkpoints (torch_dist), written and read one tensor at a time.
 
-A distributed checkpoint (Megatron's torch_dist format) says of every stored piece where in which whole tensor
-it belongs, and so loads in any layout; the layout that it is written for decides into which pieces and files it
-is cut. What the pieces are is asked of Megatron itself: each rank's model is built without memory on a fake
-process group (`backend.pretend`), and its `sharded_state_dict` is filled from the files while it is written.
-Nothing but the tensor at hand is ever in memory.
+A distributed checkpoint (Megatron's torch_dist format) records for each stored piece its place in the whole tensor, so
+that any layout can load it. The layout that it is written for decides into which pieces and files it is divided.
+Megatron itself tells what the pieces are: each rank's model is built without memory on a fake process group
+(`backend.pretend`), and its `sharded_state_dict` is filled from the files while it is written. Only the tensor at hand
+is ever in memory.
 """
 
 from __future__ import annotations
