@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
+from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.state import load_trainer, random_states, set_random_states, sharded_state
@@ -136,8 +137,7 @@ class Saver:
             failure = _write_failed(self.root, "; ".join(reasons))
         except (OSError, RuntimeError, CheckpointingException) as error:
             failure = _write_failed(self.root, f"{type(error).__name__}: {error}")
-        failures = [""] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
+        failures = from_all(failure)
         if any(failures):
             self._pending = None
             pending.writer.close(abort=True)
@@ -337,17 +337,16 @@ def _check_complete(folder: Path) -> None:
 
 def _on_rank_0(action: Callable[[], None], root: Path) -> None:
     """Run on rank 0 while the others wait; its failure is everyone's UserError."""
-    failure = [""]
+    failure = ""
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            failure = [str(error)]
+            failure = str(error)
         except OSError as error:
-            failure = [_write_failed(root, str(error))]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise UserError(failure[0])
+            failure = _write_failed(root, str(error))
+    if failure := from_rank_0(failure):
+        raise UserError(failure)
 
 
 def _write_failed(root: Path, reason: str) -> str:

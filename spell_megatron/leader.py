@@ -24,6 +24,7 @@ from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, StopRequest
+from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import local_processes
 from spell_megatron.rollout.engines import Engines
@@ -85,6 +86,7 @@ class Leader:
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
             self._status.watch(self._engines.health)
+            from_rank_0("the engines are ready")
             self._stack = stack.pop_all()
         return self
 
@@ -214,6 +216,8 @@ class Follower:
         self.progress = Progress(enabled=False)
 
     def __enter__(self) -> Follower:
+        # Engines on the same GPUs measure the free memory before any rank takes some.
+        from_rank_0("the engines are ready")
         return self
 
     def __exit__(self, *exception: Any) -> None:

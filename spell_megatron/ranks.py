@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Set for the trainer's processes. An engine must not inherit them: vLLM would take them for its own."""
+ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""CUDA reads it when it starts. With 1, communication overlaps computation as Megatron's tensor parallelism expects."""
+
+TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ONE_QUEUE)
+"""Set for the trainer's processes. An engine must not inherit them: they are not meant for its processes."""
 
 
 class Ranks(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from spell_megatron.config.reading import Reading, read_config, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
-from spell_megatron.ranks import child_of_torchrun, launched_processes, rank, slurm_restarts
+from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, rank, slurm_restarts
 
 if TYPE_CHECKING:
     from spell_megatron.preflight import Findings
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.monitoring.stopping import block_sigusr1
 
     block_sigusr1()
+    os.environ.setdefault(ONE_QUEUE, "1")  # before anything starts CUDA
     if child_of_torchrun():
         from spell_megatron.processes.lifetime import end_with_parent
 

@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 
 from spell_megatron.errors import UserError
+from spell_megatron.processes.collective import TENSOR_LIMIT
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import ALONE, launched
 
@@ -51,7 +52,8 @@ def join(device: str, rendezvous: Rendezvous) -> None:
                 "The nodes of a job must reach each other on all ports; if they have several networks, NodeAddr in "
                 "`scontrol show node` must be an address of one that connects them."
             ) from error
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TENSOR_LIMIT)
 
 
 def _interface(address: str) -> str:

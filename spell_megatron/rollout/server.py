@@ -18,7 +18,7 @@ from pathlib import Path
 import spell_megatron
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
-from spell_megatron.ranks import TORCHRUN_VARIABLES
+from spell_megatron.ranks import TRAINER_VARIABLES
 from spell_megatron.rollout.transports.transport import Transport
 
 
@@ -111,7 +111,7 @@ def server_environment(transport: Transport, threads: int, gpus: Sequence[str], 
         key: that it demands. It is handed over here because command lines are public.
     """
     package_root = str(Path(spell_megatron.__file__).parents[1])
-    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
+    inherited = {name: value for name, value in os.environ.items() if name not in TRAINER_VARIABLES}
     common = {
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
         "VLLM_API_KEY": key,

@@ -22,6 +22,8 @@ from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.processes.collective import TENSOR_LIMIT
+from spell_megatron.training.corrections import correct_megatron
 from spell_megatron.training.cpu import parameters_without_memory, redirect_to_cpu
 from spell_megatron.training.layout import context_levels
 from spell_megatron.training.policy import PolicyModel
@@ -53,8 +55,6 @@ def initialise(policy: PolicyModel, training: TrainingConfig, device: str = "aut
     if own.type == "cuda":
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
-        # Overlap of communication and computation with tensor parallelism relies on one hardware queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         torch.set_num_threads(training.threads)
         redirect_to_cpu()
@@ -63,6 +63,7 @@ def initialise(policy: PolicyModel, training: TrainingConfig, device: str = "aut
 
     from megatron.core import tensor_parallel
 
+    correct_megatron()
     _make_groups(policy, training.parallel)
     random.seed(seed)
     np.random.seed(seed)
@@ -92,6 +93,7 @@ def _make_groups(policy: PolicyModel, parallel: ParallelConfig, **options: bool)
         hierarchical_context_parallel_sizes=context_levels(policy.arch, parallel) if parallel.context > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=int(TENSOR_LIMIT.total_seconds() / 60),
         **options,
     )
 
@@ -152,4 +154,4 @@ def _join(device: torch.device, rank: int, world_size: int) -> None:
         # Every rank must name the same port, so it follows from the job; several steps do not meet.
         job = int(ranks.slurm_job() or 0)
         os.environ["MASTER_PORT"] = str(20000 + (job * 7 + ranks.slurm_step()) % 10000)
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TENSOR_LIMIT)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
 
 class _NoStream:
@@ -88,13 +87,9 @@ def redirect_to_cpu() -> None:
     * tensor factories with device "cuda" or `pin_memory`: gradient buffers, norms and loss counters.
     * `Tensor.cuda`, `Module.cuda`: DDP, optimizer and schedules.
     * `Tensor.type`: optimizers look for the name "torch.cuda.FloatTensor".
-    * `moe_utils.te_general_gemm`: 0.16 leaves the name undefined without transformer-engine.
     * `maybe_move_tensor_to_cpu`: turns only CUDA tensors into the numpy arrays its callers expect.
     * gather and reduce-scatter of unequal parts: gloo has neither (expert tensor parallelism).
     * dynamo is switched off: compiling the small fused functions takes longer than CPU runs save.
-
-    torch's own AdamW takes the place of apex's. `_repair_distributed_optimizer` corrects two faults that Megatron's
-    distributed optimizer has with it.
     """
     import torch._dynamo.config
     import torch.utils._device
@@ -128,12 +123,9 @@ def redirect_to_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # Its warning that a fork moved the CPU's random state: here that state is the device's, and meant to move.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
-    _repair_distributed_optimizer()
 
 
 @contextmanager
@@ -195,34 +187,3 @@ def _uneven_reduce_scatter(original):
         return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
 
     return reduce_scatter
-
-
-def _repair_distributed_optimizer() -> None:
-    """Let Megatron's distributed optimizer load the state of torch's AdamW.
-
-    Its fully reshardable format holds no `step` per parameter although loading asks for one, and after
-    loading all parameters share one `step` tensor, which AdamW then advances once per parameter.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    set_state = DistributedOptimizer._set_main_param_and_optimizer_states
-    load = DistributedOptimizer.load_state_dict
-
-    def set_state_with_step(self, model_param, tensors):
-        if "step" not in tensors:
-            group, order = self.model_param_group_index_map[model_param]
-            state = self.optimizer.state.get(self.optimizer.param_groups[group]["params"][order], {})
-            if "step" in state:
-                tensors = {**tensors, "step": state["step"].clone()}
-        return set_state(self, model_param, tensors)
-
-    def load_with_own_steps(self, state_dict):
-        result = load(self, state_dict)
-        optimizer: Optimizer = self.optimizer
-        for state in optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-        return result
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_state_with_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps

@@ -98,8 +98,6 @@ class EngineWeights:
         except UserError as error:
             if self._engines is None or not self._engines.restartable:
                 raise
-            for _ in stream:  # the other ranks go on sending
-                pass
             return None, str(error)
 
     def revive(self) -> list[str]:

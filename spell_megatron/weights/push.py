@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -112,23 +113,31 @@ class WeightPusher:
             UserError: the engines did not take the weights, or received other weights. They are left
                 paused and labelled, so that they never serve a mixture; restart them.
         """
+        buckets = in_buckets(stream, self._bucket_bytes)
         if not self._engines:
-            for bucket in in_buckets(stream, self._bucket_bytes):
-                if self._channel:
-                    self._channel.prepare(bucket)
+            self._go_along(buckets)
             return None
         if self._broken:
+            self._go_along(buckets)
             raise UserError(f"The engines cannot take weights: {self._broken}")
         self._broken = (
             f"the push of version {version!r} was interrupted. They are paused and hold incomplete weights; "
             "restart them and resume the run from its last checkpoint."
         )
         try:
-            result = self._push(stream, version, running, verify)
+            result = self._push(buckets, version, running, verify)
         except (requests.RequestException, RuntimeError, OSError) as error:
+            self._go_along(buckets)  # the other ranks send the rest of the stream
             raise UserError(f"The engines did not take the weights ({error}): {self._broken}") from error
         self._broken = ""
         return result
+
+    def _go_along(self, buckets: Iterable[Bucket]) -> None:
+        """Takes part in what all ranks do for the rest of the stream, without sending anything."""
+        for bucket in buckets:
+            if self._channel and self.everywhere:
+                with suppress(RuntimeError):  # that of a rank which cannot prepare; rank 0 tells
+                    self._channel.prepare(bucket)
 
     def close(self) -> None:
         """Ends the connection; the engines keep serving what they have."""
@@ -154,7 +163,7 @@ class WeightPusher:
         _results(joining)
         return channel
 
-    def _push(self, stream: Iterable[tuple[str, torch.Tensor]], version: str, running: str, verify: bool) -> Push:
+    def _push(self, buckets: Iterable[Bucket], version: str, running: str, verify: bool) -> Push:
         start = time.monotonic()
         self._all("/pause", params={"mode": running})
         waited = time.monotonic() - start
@@ -162,7 +171,7 @@ class WeightPusher:
         self._all("/update_weight_version", {"new_version": f"{UPDATING} to {version}"})
         self._call_all("spell_watch_update", "yes" if verify else "no")
         self._all("/start_weight_update")
-        sent, size = self._send_all(stream, verify)
+        sent, size = self._send_all(buckets, verify)
         verified = self._check_reports(sent)
         self._all("/finish_weight_update")
         for engine, answer in zip(self._engines, self._all("/reset_prefix_cache"), strict=True):
@@ -172,12 +181,12 @@ class WeightPusher:
         self._all("/resume")
         return Push(len(sent), size, time.monotonic() - start, waited, verified if verify else 0)
 
-    def _send_all(self, stream: Iterable[tuple[str, torch.Tensor]], verify: bool) -> tuple[dict[str, str], int]:
-        """Sends the stream; returns the checksum of each tensor ("" unless `verify`) by its name, and all bytes."""
+    def _send_all(self, buckets: Iterable[Bucket], verify: bool) -> tuple[dict[str, str], int]:
+        """Sends the buckets; returns the checksum of each tensor ("" unless `verify`) by its name, and all bytes."""
         sent: dict[str, str] = {}
         size = 0
         loading: list[Future] = []
-        for bucket in in_buckets(stream, self._bucket_bytes):
+        for bucket in buckets:
             for name, tensor in bucket:
                 if name in sent:
                     raise RuntimeError(f"the stream holds {name} twice")

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from spell_megatron.processes.collective import from_all
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.weights.buckets import BUCKET_BYTES
 from spell_megatron.weights.names import Layout, Rule, global_name, rules
@@ -211,7 +212,4 @@ def _places(model: TreeGPTModel) -> list[_Place]:
         parallel_state.get_expert_model_parallel_rank(),
         parallel_state.get_expert_tensor_parallel_rank(),
     )
-    places: list[_Place] = [mine] * dist.get_world_size()
-    if len(places) > 1:
-        dist.all_gather_object(places, mine)
-    return places
+    return from_all(mine)

@@ -31,6 +31,8 @@ def test_vllm_understands_what_its_gpu_backends_are_told(monkeypatch):
     groups: list[dict] = []
     monkeypatch.setattr(nccl_common, "trainer_init", groups.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
     meeting = Meeting(invited.append, "127.0.0.1", 3, 60.0, 1 << 20)
     channel = NCCL.connect(meeting)
     info = nccl_common.NCCLWeightTransferInitInfo(**invited[0], rank_offset=1)

@@ -7,8 +7,8 @@ import pickle
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from spell_megatron.processes.collective import from_all
 from spell_megatron.rollout.transports.transport import Bucket, Meeting, Transport
 
 
@@ -24,18 +24,21 @@ class IpcChannel:
     def prepare(self, bucket: Bucket) -> dict[str, Any]:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        flat = [tensor.to("cuda").contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
-        buffer = torch.cat(flat)
-        torch.cuda.synchronize()
-        handles = {str(torch.cuda.get_device_properties(buffer.device).uuid): reduce_tensor(buffer)[1]}
-        if dist.is_initialized():
-            everyones: list[dict] = [{}] * dist.get_world_size()
-            dist.all_gather_object(everyones, handles)
-            handles = {gpu: handle for some in everyones for gpu, handle in some.items()}
+        own, fault, buffer = {}, "", None
+        try:
+            buffer = torch.cat([tensor.to("cuda").contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+            torch.cuda.synchronize()
+            own = {str(torch.cuda.get_device_properties(buffer.device).uuid): reduce_tensor(buffer)[1]}
+        except RuntimeError as error:
+            fault = str(error)
+        everyones = from_all((own, fault))  # also with a fault: the other ranks wait here
         # The buffer of the previous bucket is released only now: rank 0 comes here when the engines have read it.
         self._buffer = buffer
+        if faults := [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(everyones) if fault]:
+            raise RuntimeError("; ".join(faults))
+        handles = {gpu: handle for some, _ in everyones for gpu, handle in some.items()}
         return {
-            "tensor_sizes": [part.numel() for part in flat],
+            "tensor_sizes": [tensor.nbytes for _, tensor in bucket],
             "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
         }
 

@@ -29,10 +29,15 @@ class NcclChannel:
         self._broadcast = packed_nccl_broadcast_producer
 
     def prepare(self, bucket: Bucket) -> dict[str, Any]:
+        # The caller's stream makes the tensors. It is not the stream of the thread that sends: vLLM's `current_stream`
+        # has put the caller on a stream of its own.
+        self._made = torch.cuda.Event()
+        self._made.record(torch.cuda.current_stream())
         return {}
 
     def send(self, bucket: Bucket) -> None:
         torch.cuda.set_device(self._device)  # of this thread
+        self._made.synchronize()
         tensors = iter([(name, tensor.to("cuda")) for name, tensor in bucket])
         torch.cuda.current_stream().synchronize()  # the broadcast packs on streams of its own
         self._broadcast(tensors, self._group, 0, lambda item: item[1], **self._geometry)
