@@ -3,7 +3,8 @@
 RUN := .venv/bin/python
 # One thread per process: tests start several processes, and threads beyond the cores slow all of them down.
 # Files stay together, because the tests of one share engines and runs; in order, because the longest come early then.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+PYTEST := -m pytest -q --disable-warnings --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+TEST := OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 
 # Without compiled files, each of the many processes would compile vLLM, transformers and Megatron-Core: half a minute.
@@ -45,8 +46,9 @@ format: environment
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
 
+# Its tests share little, so the cores divide them evenly instead of file by file.
 test-fast: environment
-	@$(TEST) -m "not slow and not gpu and not engine and not processes and not browser and not slurm"
+	@$(TEST) --dist worksteal -m "not slow and not gpu and not engine and not processes and not browser and not slurm"
 
 test: environment
 	@$(TEST) -m "not slow and not gpu"
