@@ -204,9 +204,9 @@ def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
             f"Check that model.path is the model the run began with (see {folder / 'config.json'}), or "
             "remove the folder and resume from an older checkpoint."
         ) from error
-    random_states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
-    if random_states.exists():
-        set_random_states(torch.load(random_states, weights_only=True))
+    states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
+    if states.exists():
+        set_random_states(torch.load(states, weights_only=True))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
@@ -327,7 +327,7 @@ def _check_complete(folder: Path) -> None:
     if (folder / "meta.json").exists():
         return
     others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
-    remedy = "There is no complete one beside it; start the run anew."
+    remedy = "There is no complete one beside it; start the run again without --resume."
     if others:
         pointer = folder.parent / "latest"
         remedy = f"Complete ones are {', '.join(others)}: write one of these names into {pointer}."

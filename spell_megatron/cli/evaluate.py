@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -121,12 +122,13 @@ def _endpoint(arguments: argparse.Namespace, name: str) -> Endpoint | None:
 
 def _benchmarks(words: Sequence[str]) -> dict[str, Path | None]:
     """Benchmarks with their files, from NAME, NAME=PATH or `paper`."""
-    from spell_megatron.evaluation.benchmarks import BENCHMARKS
+    from spell_megatron.evaluation.results import COLUMNS
 
     benchmarks: dict[str, Path | None] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        for each in BENCHMARKS if word == "paper" else (name,):
+        paper = itertools.chain.from_iterable(COLUMNS.values())
+        for each in paper if word == "paper" else (name,):
             if each in benchmarks or each in ("", "paper") or (equals and not path):
                 raise UserError(
                     f"--benchmark {word} cannot be used: {each!r} is given twice, or a name or file is missing. Write "
