@@ -10,7 +10,8 @@ TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 # Without compiled files, each of the many processes would compile vLLM, transformers and Megatron-Core: half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart check format test-fast test test-slow test-312 environment environment-312 environment-slurm
+.PHONY: help quickstart check format test-fast test test-slow test-312 test-contracts
+.PHONY: environment environment-312 environment-contracts environment-slurm
 
 # The times are those of two cores.
 help:
@@ -22,8 +23,10 @@ help:
 	@echo "make test               all tests but the slow ones (18 minutes)"
 	@echo "make test-slow          the slow tests (about an hour)"
 	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (6 minutes)"
+	@echo "make test-contracts     tests of the code for GPUs with the Python files of packages that need one (5 minutes)"
 	@echo
 	@echo "make environment        only install what these commands need, into .venv"
+	@echo "make environment-contracts  fetch these Python files into .venv-contracts (downloads 0.3 GB)"
 	@echo "make environment-slurm  install what \`spell launch\` needs to submit jobs to Slurm, into .venv-slurm"
 
 environment:
@@ -48,10 +51,10 @@ format: environment
 
 # Its tests share little, so the cores divide them evenly instead of file by file.
 test-fast: environment
-	@$(TEST) --dist worksteal -m "not slow and not gpu and not engine and not processes and not browser and not slurm"
+	@$(TEST) --dist worksteal -m "not slow and not gpu and not contracts and not engine and not processes and not browser and not slurm"
 
 test: environment
-	@$(TEST) -m "not slow and not gpu"
+	@$(TEST) -m "not slow and not gpu and not contracts"
 
 test-slow: environment
 	@$(TEST) -m "slow and not gpu"
@@ -59,9 +62,17 @@ test-slow: environment
 environment-312:
 	@python3 tools/setup_environment.py .venv312
 
+environment-contracts: environment
+	@$(RUN) tools/fetch_contract_sources.py
+
 environment-slurm:
 	@python3 tools/setup_environment.py .venv-slurm
 
 # Without vLLM: the engines, which `make test` tries, do not depend on the version of Megatron-Core.
 test-312: environment-312
-	@$(TEST312) -m "not slow and not gpu and not engine" tests/training tests/weights
+	@$(TEST312) -m "not slow and not gpu and not contracts and not engine" tests/training tests/weights
+
+# Their sources are fetched first; without them these tests are skipped.
+test-contracts: environment-contracts environment-312
+	@$(TEST) -m contracts tests/gpu_contracts
+	@$(TEST312) -m contracts tests/gpu_contracts

@@ -1,6 +1,7 @@
 """Markers that follow from what a test uses, so that `make test-fast` can leave out what takes long.
 
-The markers `slow` and `gpu`, and `engine` on tests that start engines without the fixture, are in the tests themselves.
+The markers `slow`, `gpu` and `contracts`, and `engine` on tests that start engines without the fixture, are in the
+tests themselves.
 """
 
 import functools

@@ -114,7 +114,7 @@ def make(folder, versions, variable, builds, extras, modules):
     for build in builds:
         if pip(f"installing {build}", "install", "--no-compile", build):
             break
-        if "No matching distribution" not in tail(log):
+        if "no matching distribution" not in tail(log).lower():  # pip words it otherwise where it has constraints
             return fail(f"pip could not install {build}. The end of {log}:\n{tail(log)}")
     else:
         remedy = NO_CPU_BUILD if builds == CPU_BUILD else "See that pip is configured for an index that has one."
