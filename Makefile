@@ -51,7 +51,7 @@ format: environment
 
 # Its tests share little, so the cores divide them evenly instead of file by file.
 test-fast: environment
-	@$(TEST) --dist worksteal -m "not slow and not gpu and not contracts and not engine and not processes and not browser and not slurm"
+	@$(TEST) --dist worksteal -m fast
 
 test: environment
 	@$(TEST) -m "not slow and not gpu and not contracts"

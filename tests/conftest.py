@@ -5,7 +5,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from engine_fixtures import engines_for, policy  # noqa: F401  (fixtures)
-from tiers import markers_of
+from tiers import LONG, markers_of
 
 # A busy machine must not make a test fail; `hypothesis` would time each example.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for marker in markers_of(item):
             item.add_marker(marker)
+        if not any(item.get_closest_marker(name) for name in LONG):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Markers that follow from what a test uses, so that `make test-fast` can leave out what takes long.
 
-The markers `slow`, `gpu` and `contracts`, and `engine` on tests that start engines without the fixture, are in the
+The markers `slow`, `gpu`, `contracts` and `measures`, and `engine` on tests that start engines without the fixture, are in the
 tests themselves.
 """
 
@@ -12,6 +12,8 @@ from types import CodeType, FunctionType
 import pytest
 
 TESTS = str(Path(__file__).parent)
+LONG = ("slow", "gpu", "contracts", "measures", "engine", "processes", "browser", "slurm")
+"""Markers of the tests that `make test-fast` leaves out."""
 OF_FIXTURES = {"engines_for": "engine", "chromium": "browser", "slurm": "slurm", "nemo_run": "slurm"}
 PROCESSES = {"subprocess", "multiprocessing"}
 """Names in the code of a function that starts processes."""

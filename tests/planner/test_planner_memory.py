@@ -21,6 +21,7 @@ from spell_megatron.weights.huggingface import load_weights
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize(
     ("recompute", "offload"), [("none", False), ("selective", False), ("full", False), ("full", True)]
 )
