@@ -1,7 +1,7 @@
 """Markers that follow from what a test uses, so that `make test-fast` can leave out what takes long.
 
-The markers `slow`, `gpu`, `contracts` and `measures`, and `engine` on tests that start engines without the fixture, are in the
-tests themselves.
+The tests themselves have the markers `slow`, `gpu`, `contracts` and `measures`, and `engine` where they start engines
+without the fixture.
 """
 
 import functools
