@@ -22,7 +22,7 @@ from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
-from spell_megatron.processes.collective import TENSOR_LIMIT
+from spell_megatron.processes.collective import TENSOR_LIMIT, from_rank_0
 from spell_megatron.training.corrections import correct_megatron
 from spell_megatron.training.cpu import parameters_without_memory, redirect_to_cpu
 from spell_megatron.training.layout import context_levels
@@ -63,6 +63,7 @@ def initialise(policy: PolicyModel, training: TrainingConfig, device: str = "aut
 
     from megatron.core import tensor_parallel
 
+    from_rank_0(None)  # makes the group of messages while all ranks are here
     correct_megatron()
     _make_groups(policy, training.parallel)
     random.seed(seed)
