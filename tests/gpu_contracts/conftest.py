@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-FETCHED = Path(__file__).parents[2] / ".venv-contracts"
+ROOT = Path(__file__).parents[2]
+FETCHED = ROOT / ".venv-contracts"
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,13 @@ def contract_sources():
         return FETCHED / package
 
     return folder
+
+
+@pytest.fixture(scope="module", params=["for CPUs", pytest.param("for CUDA", marks=pytest.mark.contracts)])
+def with_vllm(request) -> dict[str, str]:
+    """The environment of a process that imports vLLM: the installed build, or the Python files of that for CUDA."""
+    pytest.importorskip("vllm", reason="this environment has no vLLM")
+    path = [str(ROOT)]
+    if request.param == "for CUDA":
+        path.insert(0, str(request.getfixturevalue("contract_sources")("vllm")))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}

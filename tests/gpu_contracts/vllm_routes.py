@@ -1,9 +1,12 @@
 """vLLM's routes for generation and for weights, as its server on GPUs has them, in front of an engine that only notes
 what it is told.
 
-Prints its port. `/told` gives what the engine was told, in order. It ends with its standard input. Requests pass vLLM's own routes, request models and `AsyncLLM`. What would go to its workers
-is bound to the signatures of its worker's methods and parsed by its weight transfer engines.
+Prints its port. `/told` gives what the engine was told, in order. It ends with its standard input. Requests pass vLLM's
+own routes, request models and `AsyncLLM`. What would go to its workers is bound to the signatures of its worker's
+methods and parsed by its weight transfer engines.
 """
+
+# ruff: noqa: E402  (imports after what they depend on)
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class Core:
             bound = signature.bind(None, *args, **kwargs)
             bound.apply_defaults()
             told.append([name, {key: value for key, value in bound.arguments.items() if key != "self"}])
-            return name != "is_scheduler_paused_async"
+            return ANSWERS.get(name, True)
 
         return call
 
@@ -94,7 +97,9 @@ class Engine(AsyncLLM):
 
 ANSWERS = {
     "spell_describe": {"workers": 2},
-    "spell_report_update": {"received": {name: "" for name in ("a", "b", "c")}, "missing": []},
+    "is_scheduler_paused_async": False,
+    "get_weight_version_async": "7",
+    "spell_report_update": {"received": dict.fromkeys(("a", "b", "c"), ""), "missing": []},
 }
 
 
