@@ -4,7 +4,7 @@ usage: flex_compiler.py 80|90|frames
 
 `torch.compile` captures the graphs of forward and backward on the CPU. Their tensors are moved to a fake GPU. Inductor
 writes the kernels, and Triton and ptxas compile them for this compute capability (80: A100, 90: H100). Only loading
-them is left out. Prints one line for each graph with its kernels: FORWARD or BACKWARD, and name: bytes of shared memory.
+them is left out. Prints one line for each graph: FORWARD or BACKWARD, and the bytes of shared memory of its kernels.
 
 `frames` compiles no kernels. It prints how often `torch.compile` starts anew over rows of many lengths.
 """
@@ -35,7 +35,7 @@ GPU = torch.device("cuda", 0)
 
 
 def capture() -> list[tuple[str, torch.fx.GraphModule]]:
-    """The graphs that `torch.compile` makes of rows of several lengths, and of a rank that has a part of the queries."""
+    """The graphs that `torch.compile` makes for rows of any length: all queries, and a rank's part of them."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
