@@ -26,6 +26,8 @@ from spell_megatron.training.layout import context_levels, layout_faults
 from spell_megatron.training.moe import GroupedExperts, Router, routers
 from spell_megatron.training.policy import Architecture, PolicyModel
 
+EXTRA_STATE = "._extra_state"
+
 
 class TreeGPTModel(GPTModel):
     """A Megatron GPT model over rows of prefix trees, without the vocabulary head in its forward pass.
@@ -43,6 +45,7 @@ class TreeGPTModel(GPTModel):
         self._frequencies = policy.rotary[0].to(torch.cuda.current_device())
         self._routers = routers(self)
         self._offload = offload
+        self.register_load_state_dict_post_hook(_want_no_extra_state)
 
     def forward(
         self,
@@ -76,6 +79,15 @@ class TreeGPTModel(GPTModel):
         with saved_tensors_hooks(_to_host, _to_device) if self._offload else nullcontext():
             return self.decoder(hidden_states=hidden, attention_mask=end, rotary_pos_emb=rotary, padding_mask=uncounted)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Megatron's, but the same entries and keys for plain and transformer-engine layers.
+
+        Megatron adds an `_extra_state` for some plain layers and for other ones of transformer-engine. It holds the
+        scales of FP8, which this model does not use.
+        """
+        entries = super().sharded_state_dict(*args, **kwargs)
+        return {name: entry for name, entry in entries.items() if EXTRA_STATE not in name}
+
     @property
     def layers(self) -> range:
         """Numbers, from 0, of the layers of this pipeline stage."""
@@ -86,6 +98,11 @@ class TreeGPTModel(GPTModel):
     def output_weight(self) -> Tensor | None:
         """The weight to give to `output_layer`: the shared embedding, or None where the layer has its own."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+
+def _want_no_extra_state(model: TreeGPTModel, incompatible: Any) -> None:
+    """Let a state dict load that has no `_extra_state` (see `sharded_state_dict`)."""
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if EXTRA_STATE not in name]
 
 
 # torch's own save_on_cpu would copy parameters too, and the positions that all layers share once per layer.
@@ -279,6 +296,8 @@ def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
         feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
     if isinstance(feed_forward, MoESubmodules):
         feed_forward.router = Router
+        # Checkpoints get the key that it has with transformer-engine: experts have no `mlp.linear_fc1`.
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if _wants_grouped_experts(use_te):
             experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
             if isinstance(experts, ModuleSpec):

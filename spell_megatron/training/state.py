@@ -13,7 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
 
+from spell_megatron.training.stored_keys import stored_key
 from spell_megatron.training.trainer import Trainer
 
 
@@ -73,6 +77,7 @@ def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
     if updates:
         _allocate_state(trainer.optimizer)
     wanted = sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
+    _use_stored_keys(wanted, folder)
     loaded = dist_checkpointing.load(wanted, str(folder))
     trainer.model.load_state_dict(loaded["model"])
     if updates:
@@ -82,6 +87,14 @@ def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
     trainer.scheduler.num_steps = updates
     trainer.scheduler.step(0)
     trainer.skipped = loaded["skipped"]
+
+
+def _use_stored_keys(wanted: dict[str, Any], folder: Path) -> None:
+    """Ask for each tensor by the key that it has in this checkpoint."""
+    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    for entry in nested_values(wanted):
+        if isinstance(entry, ShardedTensor):
+            entry.key = stored_key(entry.key, stored)
 
 
 def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
@@ -104,7 +117,11 @@ def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
             state = part.get("optimizer", part)
             for group, ours in zip(state["param_groups"], groups, strict=True):
                 group.update(ours)
-            state["state"]["common_step"] = torch.tensor(float(updates))
+            # torch's AdamW counts the steps of each parameter, and Megatron restores them from this. The Adam of
+            # transformer-engine counts those of the group, and refuses others.
+            state["state"].pop("common_step", None)
+            if any("step" in moments for moments in member.optimizer.state.values()):
+                state["state"]["common_step"] = torch.tensor(float(updates))
     optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))
 
 

@@ -9,7 +9,6 @@ is ever in memory.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
     is_main_replica,
@@ -52,6 +50,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
+from spell_megatron.training.stored_keys import stored_key
 from spell_megatron.weights.huggingface import Checkpoint
 from spell_megatron.weights.names import Rule
 from spell_megatron.weights.reshard import local_parameters, shard_place
@@ -80,18 +79,16 @@ class _Parameter:
         return [replace(self.entry, data=data)]
 
 
-def _rank(policy: PolicyModel, parallel: ParallelConfig, rank: int) -> tuple[list[_Parameter], list[ShardedObject]]:
-    """What rank `rank` of the layout holds of the model: parameters, and the objects that Megatron stores beside
-    them (empty ones, which it wants to find again)."""
+def _rank(policy: PolicyModel, parallel: ParallelConfig, rank: int) -> list[_Parameter]:
+    """What rank `rank` of the layout holds of the model."""
     with backend.pretend(policy, parallel, rank, parallel.fewest_processes):
         model = build_model(policy, TrainingConfig(parallel=parallel))
         entries = model.sharded_state_dict()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        parameters = [
+        return [
             _Parameter(rule, *shard_place(rule), parameter.shape, entries[names[id(parameter)]])
             for rule, parameter in local_parameters(model)
         ]
-        return parameters, [entry for entry in nested_values(entries) if isinstance(entry, ShardedObject)]
 
 
 def _stored_sizes(piece: ShardedTensor) -> torch.Size:
@@ -108,21 +105,13 @@ class _Fill(DefaultSavePlanner):
         self.parameters = 0
         """How many will be written."""
         self._owners: dict[MetadataIndex, tuple[_Parameter, int]] = {}
-        self._objects: dict[MetadataIndex, ShardedObject] = {}
         self._current: tuple[_Parameter | None, list[ShardedTensor]] = (None, [])
-
-    def add_object(self, index: MetadataIndex, stored: ShardedObject) -> None:
-        self._objects[index] = stored
 
     def add(self, index: MetadataIndex, parameter: _Parameter, number: int) -> None:
         self._owners[index] = parameter, number
         self.parameters += number == 0
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type is WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save([self._objects[write_item.index].data], buffer)  # in a list, as Megatron stores it
-            return buffer
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
         parameter, number = self._owners[write_item.index]
         if self._current[0] is not parameter:
             self._current = None, []
@@ -153,7 +142,7 @@ def write_megatron(
             on_progress(min(done, total), total)
 
     planner = _Fill(source, on_parameter)
-    plans = [_save_plan(planner, parameters, objects, policy.dtype) for parameters, objects in ranks]
+    plans = [_save_plan(planner, parameters, policy.dtype) for parameters in ranks]
     total = planner.parameters
     plans, metadata = create_default_global_save_plan(plans)
     writer = FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
@@ -165,16 +154,9 @@ def write_megatron(
     torch.save({}, folder / "common.pt")
 
 
-def _save_plan(
-    planner: _Fill, parameters: list[_Parameter], objects: list[ShardedObject], dtype: torch.dtype
-) -> SavePlan:
+def _save_plan(planner: _Fill, parameters: list[_Parameter], dtype: torch.dtype) -> SavePlan:
     """What one rank writes."""
     items = []
-    for stored in objects:
-        if is_main_replica(stored.replica_id):
-            index = MetadataIndex(stored.unique_key)
-            planner.add_object(index, stored)
-            items.append(WriteItem(index, WriteItemType.BYTE_IO))
     for parameter in parameters:
         pieces = parameter.pieces(torch.empty(parameter.shape, dtype=dtype, device="meta"))
         for number, piece in enumerate(pieces):
@@ -229,6 +211,7 @@ class _Stored:
 
     def read(self, pieces: list[ShardedTensor]) -> None:
         """Fill pieces with their values."""
+        pieces = [replace(piece, key=stored_key(piece.key, self._metadata.state_dict_metadata)) for piece in pieces]
         items = []
         for piece in pieces:
             stored = self._metadata.state_dict_metadata.get(piece.key)
@@ -265,7 +248,7 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
     if len(dtypes) != 1:
         raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")
     dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
-    parameters, _ = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
+    parameters = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
     stored = _Stored(reader, metadata, folder)
     for number, parameter in enumerate(parameters):
         values = torch.empty(parameter.shape, dtype=dtype)
