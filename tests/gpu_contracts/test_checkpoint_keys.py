@@ -32,7 +32,7 @@ def policies(tmp_path_factory) -> Path:
     [("dense", {"layers": OLD}), ("experts", {"0": NEW, "1": NEW}), ("some-dense", {"0": OLD, "1": NEW, "2": OLD})],
 )
 def test_keys_are_those_of_transformer_engine(case, layers, policies):
-    """transformer-engine keeps the norm of a dense feed-forward in its first linear layer, and that of experts apart."""
+    """transformer-engine keeps the norm of a dense feed-forward in its first linear layer, that of experts apart."""
     stored = [piece for rank in describe(policies / case).values() for piece in rank["stored"]]
     assert not [piece for piece in stored if piece[1] == ("no tensor",)]
     keys = {piece[0] for piece in stored}
