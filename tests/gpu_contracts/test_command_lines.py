@@ -51,7 +51,7 @@ def test_it_understands_every_flag(with_vllm, policy):
         assert "says" in answer, answer["refuses"]
         says = answer["says"]
         assert says.pop("version") == "0.32.0"
-        assert says.pop("file").startswith(with_vllm["PYTHONPATH"].split(":")[0]) == (":" in with_vllm["PYTHONPATH"])
+        assert (".venv-contracts" in says.pop("file")) == (".venv-contracts" in with_vllm["PYTHONPATH"])
         assert says == {
             "platform": "NonNvmlCudaPlatform",
             "model": str(policy(kind)),
