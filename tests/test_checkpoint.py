@@ -240,7 +240,8 @@ def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
         saving.finish()
         held.first = full_disk
         saving.save(2, {})
-        with pytest.raises(UserError, match="Writing a checkpoint to .* failed: rank 0: .*(File too large|OSError)"):
+        # torch says "unexpected pos" where a disk is full in the middle of a tensor
+        with pytest.raises(UserError, match="Writing a checkpoint to .* failed: rank 0: .*(too large|unexpected pos)"):
             saving.finish()
         assert names(run) == ["latest", "step_000001"]
         held.go.unlink()
