@@ -11,7 +11,7 @@ TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart check format test-fast test test-slow test-312 test-contracts
-.PHONY: environment environment-312 environment-contracts environment-slurm
+.PHONY: environment environment-312 environment-contracts environment-gpu environment-slurm
 
 # The times are those of two cores.
 help:
@@ -27,6 +27,7 @@ help:
 	@echo
 	@echo "make environment        only install what these commands need, into .venv"
 	@echo "make environment-contracts  fetch these Python files into .venv-contracts (downloads 0.3 GB)"
+	@echo "make environment-gpu    install everything for NVIDIA GPUs (CUDA 13) into .venv-gpu; needs nvcc, 25 GB of disk"
 	@echo "make environment-slurm  install what \`spell launch\` needs to submit jobs to Slurm, into .venv-slurm"
 
 environment:
@@ -64,6 +65,9 @@ environment-312:
 
 environment-contracts: environment
 	@$(RUN) tools/fetch_contract_sources.py
+
+environment-gpu:
+	@python3 tools/setup_environment.py .venv-gpu
 
 environment-slurm:
 	@python3 tools/setup_environment.py .venv-slurm

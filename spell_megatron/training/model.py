@@ -138,18 +138,18 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def build_model(policy: PolicyModel, training: TrainingConfig) -> TreeGPTModel:
+def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = False) -> TreeGPTModel:
     """Build this rank's part of the model, on its device, with uninitialised weights.
 
     `backend.initialise` must have been called. Weights come from `weights.huggingface.load_weights` or a
-    checkpoint.
+    checkpoint. `plain`: of Megatron's own layers, also where transformer-engine is installed.
 
     Raises:
         UserError: the model or the layout is not supported, or they do not fit each other.
     """
     arch, parallel = policy.arch, training.parallel
     raise_faults(layout_faults(arch, parallel), "the layout of the trainer")
-    use_te = _has_transformer_engine()
+    use_te = not plain and _has_transformer_engine()
     transformer_config = _transformer_config(policy, training, use_te)
     model = TreeGPTModel(
         config=transformer_config,
