@@ -50,6 +50,8 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
         architecture.architectures = ["Qwen3MoeForCausalLM"]
         architecture.save_pretrained(folder)
         config = run_config(DTYPE, 1024, 64, folder)
+        # Otherwise the engine's log-probabilities are those of a part of the vocabulary.
+        config.rollout.sampling.top_p = 1.0
         config.rollout = RolloutConfig(
             sampling=config.rollout.sampling,
             concurrency=8,

@@ -64,7 +64,7 @@ def run_stage(name: str, file: Path, limit: float, tiny: bool) -> dict:
     """The result of a stage, which its file then holds too."""
     file.unlink(missing_ok=True)
     start = time.monotonic()
-    command = [sys.executable, str(HERE / f"{name}.py"), "--result", str(file), *["--tiny"] * tiny]
+    command = [sys.executable, "-W", "ignore", str(HERE / f"{name}.py"), "--result", str(file), *["--tiny"] * tiny]
     print(f"stage {name}, at most {max(0, limit):.0f} s", flush=True)
     path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
     # A session of its own, so that the engines and trainers that it started end with it.

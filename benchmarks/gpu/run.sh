@@ -20,7 +20,8 @@ if [ "${1-}" = wheels ]; then
 fi
 packages=$PWD/build/gpu-packages
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-if ! "$python" -c 'import megatron.core, pydantic' 2>/dev/null; then
+if ! "$python" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+    megatron.core pydantic 2>/dev/null; then
     # Without them run.py goes on, and says which parts need them.
     if compgen -G "$wheels/*.whl" >/dev/null; then
         "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$packages" "$wheels"/*.whl || true
