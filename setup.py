@@ -11,8 +11,6 @@ README = HERE / "README.md"
 
 # torch and vllm belong together: every vllm release pins one release of torch.
 VLLM = "0.32.0"
-# its core library and its part for torch must be of one release
-TRANSFORMER_ENGINE = "2.11.0"
 
 setup(
     name="spell_megatron",
@@ -64,8 +62,8 @@ setup(
         "gpu": [
             "torch==2.13.0",
             f"vllm=={VLLM}",
-            f"transformer-engine[core_cu13]=={TRANSFORMER_ENGINE}",
-            f"transformer-engine-torch=={TRANSFORMER_ENGINE}",
+            "transformer-engine[core_cu13]==2.11.0",
+            "transformer-engine-torch==2.11.0",
         ],
         # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
