@@ -23,6 +23,11 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_page_holds_two_versions(page):
+    assert not re.findall(r"^(?:<<<<<<<|>>>>>>>).*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_paths_exist(page):
     text = page.read_text(encoding="utf-8")
     missing = []

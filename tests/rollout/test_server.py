@@ -12,6 +12,7 @@ import psutil
 import pytest
 from engine_fixtures import engine_config
 
+from spell_megatron.ranks import TRAINER_VARIABLES
 from spell_megatron.rollout.server import ServerSettings, held_port, last_words, server_command, server_environment
 from spell_megatron.rollout.transports.gloo import GLOO
 from spell_megatron.rollout.transports.ipc import IPC
@@ -47,6 +48,13 @@ def test_a_server_gets_what_its_transport_implies(policy):
     pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"
     assert [pickles in server_environment(t, 1, ["0"], "secret") for t in (GLOO, NCCL, IPC)] == [False, False, True]
     assert ["--enable-sleep-mode" in command(t) for t in (GLOO, NCCL, IPC)] == [False, False, True]
+
+
+def test_a_server_inherits_nothing_that_is_meant_for_trainer_processes(monkeypatch):
+    for name in TRAINER_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    for transport in (GLOO, NCCL, IPC):
+        assert not set(TRAINER_VARIABLES) & set(server_environment(transport, 1, ["0"], "secret"))
 
 
 def test_last_words_prefer_the_cause(tmp_path: Path):
