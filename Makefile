@@ -17,12 +17,12 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make quickstart         train a tiny policy by self-play on this machine; no GPU is needed"
 	@echo
-	@echo "make check              format, lint, types and structure of the code (20 seconds)"
+	@echo "make check              format, lint, types and structure of the code (10 seconds)"
 	@echo "make format             format the code, and correct what the linter can correct"
 	@echo "make test-fast          the tests that start no processes, engines, browser or Slurm (2 minutes)"
-	@echo "make test               all tests but the slow ones (18 minutes)"
+	@echo "make test               all tests but the slow ones (15 minutes)"
 	@echo "make test-slow          the slow tests (about an hour)"
-	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (6 minutes)"
+	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (5 minutes)"
 	@echo "make test-contracts     tests of the code for GPUs with the Python files of packages that need one (5 minutes)"
 	@echo
 	@echo "make environment        only install what these commands need, into .venv"
