@@ -115,6 +115,7 @@ def stages(driver: ModuleType, monkeypatch, out: Path, seconds: float, **codes: 
     return {name: json.loads((out / f"gpu-{i}-{name}.json").read_text()) for i, name in enumerate(codes, 1)}
 
 
+@pytest.mark.processes
 def test_no_stage_keeps_another_from_its_result(driver, monkeypatch, tmp_path, capsys):
     results = stages(
         driver,
@@ -137,6 +138,7 @@ def test_no_stage_keeps_another_from_its_result(driver, monkeypatch, tmp_path, c
     assert json.loads(printed[-1])["holds"] is False
 
 
+@pytest.mark.processes
 def test_a_stage_that_is_cut_off_leaves_no_process(driver, monkeypatch, tmp_path):
     code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'])\npart('one', holds=True, child=child.pid)\n"
     results = stages(driver, monkeypatch, tmp_path / "out", seconds=5, hangs=code + "time.sleep(1000)")
@@ -153,6 +155,7 @@ def processes(number: int) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.processes
 def test_a_stage_gets_the_time_that_the_one_before_left(driver, monkeypatch, tmp_path):
     slow = "time.sleep(6)\npart('one', holds=True)"  # longer than its own share
     results = stages(driver, monkeypatch, tmp_path / "out", seconds=10, quick="part('one', holds=True)", slow=slow)

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from spell_megatron.cli import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.measures
 def test_the_command(checkpoints, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {{path: {checkpoints / 'moe'}}}\ndata: {{documents: none}}\n")
