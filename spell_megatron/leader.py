@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint.folder import note_score
 from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.director import Director
@@ -179,7 +179,7 @@ class Leader:
         metrics["time/step"] = time.monotonic() - self._started
         metrics |= self._validate(step)
         if "validation/pass@1" in metrics:
-            checkpoint.note_score(self._folder, step, metrics["validation/pass@1"])
+            note_score(self._folder, step, metrics["validation/pass@1"])
         self._log.log(step, metrics)
         self.progress.summary(step, self._config.run.steps, metrics)
         self._last_metrics = metrics

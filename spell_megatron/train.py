@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 import torch.distributed as dist
 
-from spell_megatron.checkpoint import Saver, restore
+from spell_megatron.checkpoint.restore import restore
+from spell_megatron.checkpoint.saver import Saver
 from spell_megatron.config.schema import Config
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress

@@ -30,7 +30,9 @@ from trainer_cases import (
     weights,
 )
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint import saver as saver_file
+from spell_megatron.checkpoint.folder import best, latest, note_score
+from spell_megatron.checkpoint.restore import load
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
 
@@ -63,8 +65,8 @@ def names(run):
 def test_layout_and_retention(saved):
     run, trainer, _ = saved
     assert names(run) == ["latest", "step_000002", "step_000003"]
-    assert checkpoint.latest(run) == run / "checkpoints" / "step_000003"
-    folder = checkpoint.latest(run)
+    assert latest(run) == run / "checkpoints" / "step_000003"
+    folder = latest(run)
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "hf",
@@ -84,17 +86,17 @@ def test_the_best_checkpoint_is_kept(policy, tmp_path):
     trainer = make_trainer(config)
     for step, score in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.3)):
         save(tmp_path, step, trainer, config, {})
-        checkpoint.note_score(tmp_path, step, score)
-    assert checkpoint.best(tmp_path) == {"checkpoint": "step_000002", "score": 0.5}
+        note_score(tmp_path, step, score)
+    assert best(tmp_path) == {"checkpoint": "step_000002", "score": 0.5}
     assert names(tmp_path) == ["best.json", "latest", "step_000002", "step_000004"]
 
 
 def test_the_helper_of_a_trainer_that_is_killed_ends():
     code = (
         "import time; from megatron.core.dist_checkpointing.strategies import filesystem_async as megatron\n"
-        "from spell_megatron import checkpoint\n"
+        "from spell_megatron.checkpoint.saver import _start_manager\n"
         "if __name__ == '__main__':\n"
-        "    checkpoint._start_manager()\n"
+        "    _start_manager()\n"
         "    print(megatron._results_queue._manager._process.pid, flush=True)\n"
         "    time.sleep(60)"
     )
@@ -106,7 +108,7 @@ def test_the_helper_of_a_trainer_that_is_killed_ends():
 
 
 def test_no_checkpoint_yet(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
+    assert latest(tmp_path) is None
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -127,7 +129,7 @@ def test_resume_continues_exactly(distributed, policy, tmp_path):
     drawn, expected = draw(), go_on(trainer)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     other = make_trainer(config)
-    assert checkpoint.load(checkpoint.latest(tmp_path), other) == {"step": 1}
+    assert load(latest(tmp_path), other) == {"step": 1}
     assert draw() == drawn
     assert go_on(other) == expected
     assert difference(weights(other), weights(trainer)) == 0
@@ -142,7 +144,7 @@ def test_resume_before_the_first_update(distributed, policy, tmp_path):
     save(tmp_path, 0, trainer, config, {})
     assert difference(weights(trainer), weights(plain)) == 0
     resumed = make_trainer(config)
-    checkpoint.load(checkpoint.latest(tmp_path), resumed)
+    load(latest(tmp_path), resumed)
     for each in (trainer, plain, resumed):
         for seed in (0, 1):
             each.update(make_rows(seed))
@@ -158,7 +160,7 @@ def test_optimizer_settings_come_from_the_configuration(distributed, policy, tmp
     save(tmp_path, 1, trainer, config, {})
     changed = make_config(policy, training__optimizer__distributed=distributed, training__optimizer__lr=5e-5)
     other = make_trainer(changed)
-    checkpoint.load(checkpoint.latest(tmp_path), other)
+    load(latest(tmp_path), other)
     assert other.update(make_rows())["lr"] == 5e-5
 
 
@@ -170,7 +172,7 @@ def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):
     trainer.update(make_rows(0))
     save(tmp_path, 1, trainer, config, {})
     other = make_trainer(config)
-    checkpoint.load(checkpoint.latest(tmp_path), other)
+    load(latest(tmp_path), other)
     for seed in (1, 2, 3):
         assert other.update(make_rows(seed))["loss"] == trainer.update(make_rows(seed))["loss"]
     assert difference(weights(other), weights(trainer)) == 0
@@ -180,7 +182,7 @@ def test_bfloat16_resumes_with_its_float32_master_weights(policy, tmp_path):
 def held(monkeypatch, tmp_path):
     """Writing processes do nothing until `held.go` exists; then first what `held.first` says."""
 
-    class Held(checkpoint.TemporalAsyncCaller):
+    class Held(saver_file.TemporalAsyncCaller):
         go = tmp_path / "go"
 
         @staticmethod
@@ -196,7 +198,7 @@ def held(monkeypatch, tmp_path):
 
             super().schedule_async_call(request._replace(async_fn=write))
 
-    monkeypatch.setattr(checkpoint, "TemporalAsyncCaller", Held)
+    monkeypatch.setattr(saver_file, "TemporalAsyncCaller", Held)
     return Held
 
 
@@ -211,12 +213,12 @@ def test_asynchronous_save_holds_what_was_there_when_it_began(distributed, polic
         saving.save(1, {"step": 1})
         expected = [trainer.update(make_rows(seed))["grad_norm"] for seed in (1, 2)]
         saving.poll()
-        assert names(run) == ["step_000001.tmp"] and checkpoint.latest(run) is None
+        assert names(run) == ["step_000001.tmp"] and latest(run) is None
         held.go.touch()
         saving.save(2, {"step": 2})  # completes the one before
-        assert checkpoint.latest(run).name == "step_000001"
+        assert latest(run).name == "step_000001"
         resumed = make_trainer(config)
-        assert checkpoint.load(checkpoint.latest(run), resumed) == {"step": 1}
+        assert load(latest(run), resumed) == {"step": 1}
         assert [resumed.update(make_rows(seed))["grad_norm"] for seed in (1, 2)] == expected
         assert difference(weights(resumed), weights(trainer)) == 0
         while "step_000002" not in names(run):
@@ -250,7 +252,7 @@ def test_asynchronous_save_that_fails_or_is_left(policy, held, tmp_path):
     writer.join(timeout=600)
     assert writer.exitcode == -signal.SIGKILL
     assert names(run) == ["latest", "step_000001", "step_000003.tmp"]
-    assert checkpoint.latest(run).name == "step_000001"
+    assert latest(run).name == "step_000001"
 
 
 def test_incomplete_and_missing_folders(saved, tmp_path):
@@ -261,40 +263,40 @@ def test_incomplete_and_missing_folders(saved, tmp_path):
     root = tmp_path / "run" / "checkpoints"
     (root / "step_000003" / "meta.json").unlink()
     with pytest.raises(UserError, match="step_000003 is incomplete. Complete ones are step_000002"):
-        checkpoint.latest(tmp_path / "run")
+        latest(tmp_path / "run")
     with pytest.raises(UserError, match="is incomplete"):
-        checkpoint.load(root / "step_000003", trainer)
+        load(root / "step_000003", trainer)
     shutil.rmtree(root / "step_000003")
     with pytest.raises(UserError, match="step_000003 does not exist"):
-        checkpoint.latest(tmp_path / "run")
+        latest(tmp_path / "run")
 
 
 def test_another_model_is_refused(saved, tmp_path):
     run, *_ = saved
     make_policy("llama", tmp_path / "other")
     with pytest.raises(UserError, match="model.path"):
-        checkpoint.load(checkpoint.latest(run), make_trainer(make_config(tmp_path / "other")))
+        load(latest(run), make_trainer(make_config(tmp_path / "other")))
 
 
 def test_another_vocabulary_is_refused(saved, tmp_path):
     run, trainer, _ = saved
     folder = tmp_path / "step_000003"
-    shutil.copytree(checkpoint.latest(run), folder)
+    shutil.copytree(latest(run), folder)
     config = json.loads((folder / "hf" / "config.json").read_text())
     (folder / "hf" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
     with pytest.raises(UserError, match="vocabulary"):
-        checkpoint.load(folder, trainer)
+        load(folder, trainer)
 
 
 def test_a_model_of_equal_tensors_with_other_positions_is_refused(saved, tmp_path):
     run, trainer, _ = saved
     folder = tmp_path / "step_000003"
-    shutil.copytree(checkpoint.latest(run), folder)
+    shutil.copytree(latest(run), folder)
     config = json.loads((folder / "hf" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] *= 2
     (folder / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="rope_parameters"):
-        checkpoint.load(folder, trainer)
+        load(folder, trainer)
 
 
 def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
@@ -306,7 +308,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
     save(tmp_path, 2, trainer, config, {"n": 1})
     save(tmp_path, 2, trainer, config, {"n": 2})  # the same step again replaces it
     assert names(tmp_path) == ["latest", "step_000002"]
-    assert checkpoint.load(checkpoint.latest(tmp_path), trainer) == {"n": 2}
+    assert load(latest(tmp_path), trainer) == {"n": 2}
 
 
 def test_full_disk(saved, policy):
@@ -323,12 +325,12 @@ def test_full_disk(saved, policy):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     assert names(run) == before
-    assert checkpoint.load(checkpoint.latest(run), trainer)["step"] == 3
+    assert load(latest(run), trainer)["step"] == 3
 
 
 def test_too_little_space_is_found_before_writing(saved, monkeypatch):
     run, trainer, config = saved
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(saver_file.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     before = names(run)
     with pytest.raises(UserError, match="has 0.0 GB left"):
         save(run, 5, trainer, config, {})
@@ -346,12 +348,12 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
 
         def main():
             from trainer_cases import initialise, make_config, make_trainer, save
-            from spell_megatron import checkpoint
+            from spell_megatron.checkpoint import saver
             config = make_config(Path(sys.argv[1]), checkpoint__asynchronous=sys.argv[3] == "True")
             initialise(config)
             trainer = make_trainer(config)
             save(Path(sys.argv[2]), 1, trainer, config, {"step": 1})
-            checkpoint._save_hf = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            saver._save_hf = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
             save(Path(sys.argv[2]), 2, trainer, config, {"step": 2})
 
         if __name__ == "__main__":
@@ -376,6 +378,6 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
     assert "step_000002.tmp" in names(run)
     config = make_config(policy)
     trainer = make_trainer(config)
-    assert checkpoint.load(checkpoint.latest(run), trainer) == {"step": 1}
+    assert load(latest(run), trainer) == {"step": 1}
     save(run, 2, trainer, config, {"step": 2})
     assert names(run) == ["latest", "step_000001", "step_000002"]

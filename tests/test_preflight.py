@@ -15,7 +15,9 @@ from engine_fixtures import save_policy
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.preflight import CPU_HEAD_SIZES, Findings, inspect
+from spell_megatron.preflight.findings import Findings
+from spell_megatron.preflight.inspect import inspect
+from spell_megatron.preflight.model import CPU_HEAD_SIZES
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.sizes import checkpoint_bytes
 

@@ -8,15 +8,9 @@ import torch
 import transformers
 from families import FAMILIES, hf_model
 
-from spell_megatron import checkpoint
-from spell_megatron.config.schema import (
-    CheckpointConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    Section,
-    TrainingConfig,
-)
+from spell_megatron.checkpoint.saver import Saver
+from spell_megatron.config.schema import CheckpointConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
+from spell_megatron.config.section import Section
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
@@ -144,8 +138,8 @@ def make_trainer(config: Settings) -> Trainer:
     return Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
 
 
-def saver(run: Path, trainer: Trainer, config: Settings) -> checkpoint.Saver:
-    return checkpoint.Saver(run, trainer, config.checkpoint, config.model.path, config.model_dump_json())
+def saver(run: Path, trainer: Trainer, config: Settings) -> Saver:
+    return Saver(run, trainer, config.checkpoint, config.model.path, config.model_dump_json())
 
 
 def save(run: Path, step: int, trainer: Trainer, config: Settings, state: dict) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config.help import all_settings
-from spell_megatron.config.schema import Config, Section
+from spell_megatron.config.schema import Config
+from spell_megatron.config.section import Section
 from spell_megatron.errors import UserError
 
 RUN_SETTINGS = "settings, for the YAML file and as --SECTION.KEY=VALUE (values are YAML):"

@@ -25,7 +25,7 @@ from spell_megatron.processes.launch import launch_processes
 from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, rank, slurm_restarts
 
 if TYPE_CHECKING:
-    from spell_megatron.preflight import Findings
+    from spell_megatron.preflight.findings import Findings
 
 
 def add_parser(commands: Any) -> None:
@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: Path | None) -> Findings:
     """What rank 0 finds wrong with the settings on this machine."""
-    from spell_megatron.preflight import Findings, inspect
+    from spell_megatron.preflight.findings import Findings
+    from spell_megatron.preflight.inspect import inspect
 
     if rank() > 0:
         return Findings()

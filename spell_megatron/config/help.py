@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic_core import PydanticUndefined
 
-from spell_megatron.config.schema import Config, Section, subsection
+from spell_megatron.config.schema import Config
+from spell_megatron.config.section import Section, subsection
 
 
 @dataclass(frozen=True)

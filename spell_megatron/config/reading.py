@@ -15,8 +15,9 @@ import yaml
 
 from spell_megatron.config.faults import Fault, involves, raise_faults
 from spell_megatron.config.relations import relation_faults
-from spell_megatron.config.schema import Config, Schema, Section, subsection
+from spell_megatron.config.schema import Config
 from spell_megatron.config.schema_faults import kind_of, validate
+from spell_megatron.config.section import Schema, Section, subsection
 from spell_megatron.errors import UserError
 
 Files = str | Path | Sequence[str | Path] | None

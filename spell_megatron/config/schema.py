@@ -7,34 +7,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-# pydantic, not jsonargparse: pydantic reports every fault of a file, jsonargparse stops at the first.
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Task = Literal["docmath_qa", "doc_general_qa", "doc_mc"]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are errors. The docstring of an attribute is its help text."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-Schema = TypeVar("Schema", bound=Section)
-
-
-def subsection(schema: type[Section], name: object) -> type[Section] | None:
-    """The schema of the section `name` of a schema; None if that is a single setting or unknown."""
-    field = schema.model_fields.get(name) if isinstance(name, str) else None
-    annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+from spell_megatron.config.section import Section
+from spell_megatron.config.selfplay_sections import SelfPlayConfig, Task
 
 
 class RunConfig(Section):
@@ -69,99 +47,6 @@ class DataConfig(Section):
     sources: dict[str, list[Task]] = {}
     """Tasks of each value of the `source` column. A source not named here serves all tasks of `selfplay.tasks`. The
     clusters of a source are divided evenly among its tasks: a cluster keeps its task for the whole run."""
-
-
-class QuestionerConfig(Section):
-    """The role that asks questions about documents."""
-
-    enabled: bool = True
-    """Ask questions. If false, the questions come from the documents file, whose rows then also have task, question
-    and answer (RLVR, the paper's baseline). The grounding filter and the history are then off."""
-    new_documents: int = Field(5, ge=1)
-    """m: number of new documents that the questioner sees per attempt."""
-    history: int = Field(3, ge=0)
-    """L: number of solved questions remembered per task and cluster. 0 turns the history off."""
-    history_low: float = 0.0
-    """A question enters the history only if its mean responder reward is above this."""
-    history_high: float = 1.0
-    """A question enters the history only if its mean responder reward is below this. The paper asks for 0 < mean < 1.
-    The released code also admits 1; set 1.01 to do the same."""
-    max_reference_tokens: int = Field(40, ge=1)
-    """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
-    reward: Literal["gaussian", "azr", "r_zero"] = "gaussian"
-    """How the questioner's reward follows from the mean responder reward."""
-    mu: float = 0.5
-    """Mean responder reward at which the Gaussian reward is highest."""
-    sigma: float = Field(1 / 6, gt=0)
-    """Standard deviation of the Gaussian reward."""
-    bad_format_reward: float = -1.0
-    """Reward of a question that does not parse."""
-    ungrounded_reward: float = -0.5
-    """Reward of a question that the policy answers correctly without its documents."""
-    advantage_group: Literal["task", "batch"] = "task"
-    """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
-
-
-class GroundingConfig(Section):
-    """The filter of questions that need no documents."""
-
-    enabled: bool = True
-    """Drop questions that the policy answers correctly without documents."""
-    samples: int = Field(1, ge=1)
-    """Number of answers without documents per question."""
-    mc_samples: int = Field(4, ge=1)
-    """Number of answers without documents per multiple-choice question. Each sees the options in another order."""
-    mc_threshold: float = Field(0.5, gt=0, le=1)
-    """A multiple-choice question is dropped if more than this share of these answers is correct."""
-
-
-class VerifierConfig(Section):
-    """The role that judges answers."""
-
-    enabled: bool = True
-    """Let the policy judge answers. If false, rewards come from the rule check alone."""
-    votes: int | None = Field(None, ge=1)
-    """Number of judgments per answer. null: selfplay.group_size. With 1, the paper's ablation without a vote, the
-    verifier learns to agree with the rule check."""
-    agreement_low: float = 0.51
-    """Judgments of an answer are trained on if at least this share of the valid ones agrees with the majority."""
-    agreement_high: float = 0.99
-    """Judgments of an answer are trained on if at most this share of the valid ones agrees with the majority. A single
-    judgment always agrees with itself, so this limit does not apply to it."""
-    require_rule_agreement: bool = True
-    """Judgments of an answer are trained on only if the majority agrees with the rule check."""
-    share: float = Field(0.125, ge=0)
-    """Number of verifier rows per responder row in an update."""
-
-
-class SelfPlayConfig(Section):
-    """How a step asks, answers and judges questions."""
-
-    tasks: dict[Task, float] = {"docmath_qa": 1.0, "doc_general_qa": 1.0, "doc_mc": 1.0}
-    """Share of each task among the clusters that are drawn. Only the ratios count."""
-    prompts: str = "full"
-    """Prompt set: name of a folder in spell_megatron/selfplay/prompt_sets, or path of a folder."""
-    groups: int = Field(128, ge=1)
-    """N: number of mixed groups per update. A group is the answers to one question; it is mixed if some of them are
-    right and some wrong."""
-    group_size: int = Field(8, ge=2)
-    """G: number of answers per question, and of judgments per answer unless verifier.votes is set."""
-    clusters_per_round: int = Field(480, ge=1)
-    """Number of clusters in a round. The shares of the tasks hold within each round."""
-    max_rounds: int = Field(10, ge=1)
-    """Largest number of rounds in a step. After them the step updates with fewer than `groups` mixed groups."""
-    negatives_per_positive: float = Field(1.0, ge=0)
-    """Number of questioner rows with a reward of 0 or less per row with a positive reward."""
-    questioner: QuestionerConfig = QuestionerConfig()
-    grounding: GroundingConfig = GroundingConfig()
-    verifier: VerifierConfig = VerifierConfig()
-    shuffle_rewards: bool = False
-    """Control experiment: permute the advantages among the rows of each role before the update."""
-
-    @property
-    def votes(self) -> int:
-        """Judgments per answer."""
-        return self.verifier.votes or self.group_size
 
 
 class SamplingConfig(Section):

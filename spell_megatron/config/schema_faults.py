@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from spell_megatron.config.faults import Fault, involves
 from spell_megatron.config.help import Setting, all_settings
-from spell_megatron.config.schema import Schema, Section, subsection
+from spell_megatron.config.section import Schema, Section, subsection
 
 # What pydantic's ErrorDetails hold: "type", "loc" (a path of keys and list indices), "msg", "input", "ctx".
 Details = Mapping[str, Any]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from spell_megatron.config.schema import Task
+from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 
 DEFAULT_CLUSTER_CHARS = 48_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from spell_megatron.config.schema import Task
+from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, read_json_objects
 from spell_megatron.selfplay.references import known_answer, valid_unicode

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from spell_megatron.config.schema import Section
+from spell_megatron.config.section import Section
 
 
 class ContainerSection(Section):

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from spell_megatron.config.schema import SelfPlayConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.selfplay.outcomes import Outcome
 
 Role = Literal["questioner", "responder", "verifier"]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pyarrow
 import pyarrow.parquet
 
-from spell_megatron.config.schema import Task
+from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, read_json_objects
 from spell_megatron.selfplay.references import known_answer, shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from spell_megatron.config.schema import QuestionerConfig, VerifierConfig
+from spell_megatron.config.selfplay_sections import QuestionerConfig, VerifierConfig
 from spell_megatron.selfplay.outcomes import Outcome
 
 

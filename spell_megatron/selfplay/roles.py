@@ -8,7 +8,8 @@ import random
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from spell_megatron.config.schema import SamplingConfig, SelfPlayConfig
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.batch import Sample

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spell_megatron.config.schema import Task
+from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.documents import Cluster
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spell_megatron.config.schema import SamplingConfig, SelfPlayConfig
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.selfplay.advantages import assign_advantages, shuffle_advantages
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.batch import Group, Role, Sample, compose

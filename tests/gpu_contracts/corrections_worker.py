@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer_cases import initialise, make_config, make_policy, make_rows, make_trainer, save
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint.restore import restore
 from spell_megatron.training import corrections
 
 
@@ -23,7 +23,7 @@ def main() -> None:
         trainer = make_trainer(config)
         trainer.update(make_rows())
         save(Path(folder, "run"), 1, trainer, config, {"step": 1})
-        step, _ = checkpoint.restore(Path(folder, "run"), make_trainer(config))
+        step, _ = restore(Path(folder, "run"), make_trainer(config))
     print(f"RESULT resumed after step {step}")
 
 

@@ -10,7 +10,7 @@ from checkpoint_cases import CASES, config_of, describe, entries_of, same
 from megatron.core.models.gpt.gpt_model import GPTModel
 from trainer_cases import initialise, make_policy, make_rows, make_trainer, save
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint.restore import load
 from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.training import backend, model
 from spell_megatron.training.trainer import Trainer
@@ -58,7 +58,7 @@ def test_checkpoints_of_version_0_1_load(case, optimizer, policies, monkeypatch,
         with monkeypatch.context() as version_0_1:
             version_0_1.setattr(model.TreeGPTModel, "sharded_state_dict", old_state)
             folder = save(tmp_path, 1, trainer, config, {})
-        checkpoint.load(folder, other)
+        load(folder, other)
         same(entries_of(other), entries_of(trainer))
     finally:
         backend.shutdown()
@@ -90,7 +90,7 @@ def test_extra_state_is_neither_saved_nor_wanted(case, to_extra_state, policies,
     config = config_of(policies / case, "distributed")
     try:
         trainer, other = trainers(config, monkeypatch, kinds if to_extra_state else kinds[::-1])
-        checkpoint.load(save(tmp_path, 1, trainer, config, {}), other)
+        load(save(tmp_path, 1, trainer, config, {}), other)
         same(entries_of(other), entries_of(trainer))
     finally:
         backend.shutdown()

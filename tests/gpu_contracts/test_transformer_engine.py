@@ -17,7 +17,8 @@ from checkpoint_cases import CASES, OPTIMIZERS, config_of, describe, entries_of,
 from torch.distributed.checkpoint import FileSystemReader
 from trainer_cases import initialise, make_policy, make_rows, make_trainer, save
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint.folder import latest
+from spell_megatron.checkpoint.restore import load
 from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.training import backend
 from spell_megatron.weights.convert import compare, hf_to_megatron
@@ -63,9 +64,9 @@ def test_weights_and_optimizer_go_there_and_back(case, optimizer, folder):
     initialise(config)
     try:
         stayed, returned = make_trainer(config), make_trainer(config)
-        checkpoint.load(checkpoint.latest(folder / f"{case}_{optimizer}"), stayed)
+        load(latest(folder / f"{case}_{optimizer}"), stayed)
         same(torch.load(folder / f"{case}_{optimizer}_entries.pt"), entries_of(stayed))
-        checkpoint.load(checkpoint.latest(folder / f"{case}_{optimizer}_te"), returned)
+        load(latest(folder / f"{case}_{optimizer}_te"), returned)
         same(entries_of(returned), entries_of(stayed))
         for seed in (2, 3):
             one, two = (trainer.update(make_rows(seed)) for trainer in (stayed, returned))

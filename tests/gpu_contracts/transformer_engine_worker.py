@@ -17,7 +17,8 @@ def main(folder: Path) -> None:
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear
     from transformer_engine.pytorch.optimizers import FusedAdam
 
-    from spell_megatron import checkpoint
+    from spell_megatron.checkpoint.folder import latest
+    from spell_megatron.checkpoint.restore import load
     from spell_megatron.config.schema import ParallelConfig
     from spell_megatron.training import backend, model
     from spell_megatron.training.state import optimizer_parts
@@ -37,7 +38,7 @@ def main(folder: Path) -> None:
             assert any(issubclass(kind, GroupedLinear) for kind in kinds) == (case != "dense")
             inner = optimizer_parts(trainer.optimizer)[0].optimizer
             assert isinstance(inner, FusedAdam)
-            checkpoint.load(checkpoint.latest(run), trainer)
+            load(latest(run), trainer)
             assert all(group["step"] == 2 for group in inner.param_groups)
             torch.save(entries_of(trainer), folder / f"{run.name}_entries.pt")
             save(folder / f"{run.name}_te", 2, trainer, config, {})

@@ -11,7 +11,8 @@ import random
 import numpy as np
 from simulated_run import Bytes
 
-from spell_megatron.config.schema import SamplingConfig, SelfPlayConfig
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from spell_megatron.config.schema import SelfPlayConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.selfplay.batch import Group, Sample, compose
 from spell_megatron.selfplay.outcomes import Outcome
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from spell_megatron.config.schema import QuestionerConfig, VerifierConfig
+from spell_megatron.config.selfplay_sections import QuestionerConfig, VerifierConfig
 from spell_megatron.selfplay.rewards import (
     admissible,
     judgment_rewards,

@@ -7,7 +7,8 @@ import torch
 from torchrun import torchrun
 from trainer_cases import difference, make_config, make_policy, make_rows, make_trainer, weights
 
-from spell_megatron import checkpoint
+from spell_megatron.checkpoint.folder import latest
+from spell_megatron.checkpoint.restore import load
 
 pytestmark = pytest.mark.usefixtures("process_group")
 SEEDS = range(2)
@@ -59,7 +60,7 @@ def test_one_process_resumes_what_two_saved(family, distributed, folder):
     """The next update on one process: 1e-5 relative in loss and weights."""
     result = torch.load(folder / f"{family}_{distributed}.pt")
     trainer = make_trainer(make_config(folder / family, training__optimizer__distributed=distributed))
-    checkpoint.load(checkpoint.latest(folder / f"run_{family}_{distributed}"), trainer)
+    load(latest(folder / f"run_{family}_{distributed}"), trainer)
     assert difference(weights(trainer), result["weights"]) == 0
     for seed, expected in zip((2, 3, 4), result["next"]):
         metrics = trainer.update(make_rows(seed))

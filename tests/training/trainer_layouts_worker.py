@@ -16,7 +16,7 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     import torch.distributed as dist
     from trainer_cases import initialise, make_config, make_routed_rows, make_rows, make_trainer, save, weights
 
-    from spell_megatron import checkpoint
+    from spell_megatron.checkpoint.restore import load
     from spell_megatron.training import model
 
     grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
@@ -42,7 +42,7 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     before = saved.get(key)
     saved[key] = save(folder / name, 2, trainer, config, {})
     resumed = make_trainer(config)
-    checkpoint.load(before or saved[key], resumed)
+    load(before or saved[key], resumed)
     result["resumed"] = update(resumed, 2), weights(resumed)
     if dist.get_rank() == 0:
         torch.save(result, folder / f"{name}.pt")

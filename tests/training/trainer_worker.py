@@ -12,7 +12,8 @@ def main(folder: Path) -> None:
     import torch.distributed as dist
     from trainer_cases import initialise, make_config, make_rows, make_trainer, saver, weights
 
-    from spell_megatron import checkpoint
+    from spell_megatron.checkpoint.folder import latest
+    from spell_megatron.checkpoint.restore import load
     from spell_megatron.training import backend
 
     initialise(make_config(folder / "qwen3"))
@@ -48,7 +49,7 @@ def main(folder: Path) -> None:
                 saving.finish()
             result["next_weights"] = weights(trainer)
             resumed = make_trainer(config)
-            result["state"] = checkpoint.load(checkpoint.latest(run), resumed)
+            result["state"] = load(latest(run), resumed)
             result["resumed"] = [update(resumed, seed) for seed in (2, 3, 4)]
             result["resumed_weights"] = weights(resumed)
             if rank == 0:

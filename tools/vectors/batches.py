@@ -12,7 +12,7 @@ from collections import Counter
 from statistics import mean, stdev
 from typing import Any
 
-from spell_megatron.config.schema import QuestionerConfig, SelfPlayConfig, VerifierConfig
+from spell_megatron.config.selfplay_sections import QuestionerConfig, SelfPlayConfig, VerifierConfig
 from spell_megatron.selfplay import batch, rewards, sampler
 from spell_megatron.selfplay.advantages import assign_advantages
 from spell_megatron.selfplay.history import Entry, History

@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from spell_megatron.config.schema import QuestionerConfig
+from spell_megatron.config.selfplay_sections import QuestionerConfig
 from spell_megatron.selfplay import context, parsing, prompts, rewards
 from spell_megatron.selfplay.history import Entry
 from spell_megatron.selfplay.outcomes import Outcome

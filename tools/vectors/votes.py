@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from spell_megatron.config.schema import VerifierConfig
+from spell_megatron.config.selfplay_sections import VerifierConfig
 from spell_megatron.selfplay import parsing, rewards
 from vectors.functions import function
 

@@ -1,27 +1,15 @@
 """Checkpoints of a run: written beside the old ones, renamed when complete, `latest` replaced last.
 
-`<run>/checkpoints/step_000010/` holds
-
-    trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
-    hf/            the weights as a Hugging Face checkpoint
-    state.json     what the caller gave: step, history, sampler, ...
-    rng/           random states of each rank
-    config.json    the configuration that the run had
-    meta.json      step, optimizer steps, ranks, versions; its presence marks a complete checkpoint
-
-and `<run>/checkpoints/latest` names the newest one. All ranks must see the same file system. Saving
-starts processes, so that the script that calls it must be safe to import.
+Saving starts processes, so that the script that calls it must be safe to import.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from inspect import signature
 from multiprocessing.managers import SyncManager
@@ -36,13 +24,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
+from spell_megatron.checkpoint.folder import best
 from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
-from spell_megatron.training.policy import PolicyModel
-from spell_megatron.training.state import load_trainer, random_states, set_random_states, sharded_state
+from spell_megatron.training.state import random_states, sharded_state
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.reshard import export
@@ -145,89 +133,6 @@ class Saver:
             raise UserError(next(filter(None, failures)))
 
 
-def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
-    """Load the newest checkpoint of a run (see `load`); returns its step and the state saved with it.
-
-    Raises:
-        UserError: there is none, or it does not load.
-    """
-    newest = latest(run_folder)
-    if newest is None:
-        raise UserError(f"There is no checkpoint in {run_folder / 'checkpoints'}; start the run without --resume.")
-    state = load(newest, trainer)
-    return state["step"], state
-
-
-def latest(run_folder: Path) -> Path | None:
-    """Folder of the newest checkpoint of a run; None if it has none. UserError if it is incomplete."""
-    root = Path(run_folder) / "checkpoints"
-    pointer = root / "latest"
-    if not pointer.exists():
-        return None
-    folder = root / pointer.read_text(encoding="utf-8").strip()
-    _check_complete(folder)
-    return folder
-
-
-def best(run_folder: Path) -> dict[str, Any]:
-    """Which checkpoint of a run did best on its held-out questions: {"checkpoint", "score"}; {} if none is known."""
-    path = Path(run_folder) / "checkpoints" / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def note_score(run_folder: Path, step: int, score: float) -> None:
-    """Rank 0: if the checkpoint of `step` did better than the best one, keep it instead of that one."""
-    root = Path(run_folder) / "checkpoints"
-    if score > best(run_folder).get("score", -math.inf):
-        record = {"checkpoint": f"step_{step:06d}", "score": score}
-        write_text(root / "best.json", json.dumps(record), sync=True)
-
-
-def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer, schedule and random states in place; returns `state`.
-
-    All ranks call it, with a trainer that has not stepped yet. The layout of ranks may differ from the
-    one that saved; then ranks beyond those that saved keep the random states they have. The learning
-    rate, its schedule, weight decay and betas are those of the trainer's configuration. UserError if the
-    checkpoint is incomplete or belongs to another model.
-    """
-    folder = Path(folder)
-    _check_complete(folder)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    updates = meta["updates"]
-    _check_model(folder, trainer.policy)
-    try:
-        load_trainer(folder / "trainer", trainer, updates)
-    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
-        raise UserError(
-            f"The checkpoint {folder} does not load into this model ({type(error).__name__}: {error}). "
-            f"Check that model.path is the model the run began with (see {folder / 'config.json'}), or "
-            "remove the folder and resume from an older checkpoint."
-        ) from error
-    states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
-    if states.exists():
-        set_random_states(torch.load(states, weights_only=True))
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _check_model(folder: Path, policy: PolicyModel) -> None:
-    """UserError if a checkpoint belongs to another model.
-
-    Megatron itself loads a vocabulary of another size, whose padding may be the same, and ignores tensors in excess.
-    """
-
-    def traits(model: PolicyModel) -> dict[str, Any]:
-        of = model.hf_config
-        return {"model_type": of.model_type, **asdict(model.arch), "rope_parameters": of.rope_parameters}
-
-    saved, ours = traits(PolicyModel.load(folder / "hf")), traits(policy)
-    if different := [f"{name} {saved[name]} (now {ours[name]})" for name in saved if saved[name] != ours[name]]:
-        raise UserError(
-            f"The checkpoint {folder} was made with another model than that of model.path: {', '.join(different)}. Set "
-            "model.path to the model that the run began with."
-        )
-
-
 class _Pending:
     """A checkpoint that is not complete yet.
 
@@ -321,18 +226,6 @@ def _complete(pending: _Pending, keep: int) -> None:
     for path in root.glob("step_*"):
         if path not in kept:
             shutil.rmtree(path)
-
-
-def _check_complete(folder: Path) -> None:
-    if (folder / "meta.json").exists():
-        return
-    others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
-    remedy = "There is no complete one beside it; start the run again without --resume."
-    if others:
-        pointer = folder.parent / "latest"
-        remedy = f"Complete ones are {', '.join(others)}: write one of these names into {pointer}."
-    fault = "is incomplete" if folder.exists() else "does not exist"
-    raise UserError(f"The checkpoint {folder} {fault}. {remedy}")
 
 
 def _on_rank_0(action: Callable[[], None], root: Path) -> None:

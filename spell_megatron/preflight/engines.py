@@ -1,0 +1,63 @@
+"""The engines' addresses and ports."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from spell_megatron.config.schema import RolloutConfig
+from spell_megatron.preflight.findings import Findings
+
+
+def check_engine_urls(found: Findings, urls: Sequence[str]) -> None:
+    """Addresses of running engines are addresses, each listed once."""
+    seen: set[str] = set()
+    for url in urls:
+        if problem := url_problem(url):
+            found.fault("rollout.urls", f"{url!r} {problem}. Write it as http://host:8000")
+        if url.rstrip("/") in seen:
+            found.fault("rollout.urls", f"{url!r} is listed twice. Remove one")
+        seen.add(url.rstrip("/"))
+
+
+def check_ports(found: Findings, rollout: RolloutConfig) -> None:
+    """The ports of the engines to be started are free."""
+    if rollout.base_port is None or rollout.urls:
+        return
+    ports = range(rollout.base_port, min(rollout.base_port + rollout.replicas, 65536))
+    if taken := [str(port) for port in ports if not port_is_free(port)]:
+        found.fault(
+            "rollout.base_port rollout.replicas",
+            f"port {', '.join(taken)} is in use or not allowed. End the program that holds it, choose another "
+            "base_port, or leave it out, so that the run chooses free ports",
+        )
+
+
+def url_problem(url: str) -> str | None:
+    """What is wrong with an engine's address; None if nothing."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"is not an address ({error})"
+    if parts.scheme not in ("http", "https"):
+        return "does not begin with http:// or https://"
+    if not parts.hostname:
+        return "names no host"
+    if port == 0:
+        return "has no usable port"
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        return "has a path after the host, which the run adds itself"
+    return None
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1."""
+    with socket.socket() as candidate:
+        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            candidate.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

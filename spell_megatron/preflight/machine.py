@@ -1,0 +1,128 @@
+"""The machine: packages, GPUs, the run's folder and its disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spell_megatron.config.schema import Config, RunConfig
+from spell_megatron.preflight.findings import Findings
+from spell_megatron.ranks import launched_processes
+
+if TYPE_CHECKING:
+    from spell_megatron.training.policy import PolicyModel
+
+
+def check_packages(found: Findings, config: Config) -> None:
+    """The packages that the run needs are installed."""
+    if config.logging.wandb and not is_installed("wandb"):
+        found.fault(
+            "logging.wandb",
+            "the wandb package is not installed. Install it (pip install wandb), or set this to false",
+        )
+    for package in ("torch", "megatron.core", *(() if config.rollout.urls else ("vllm",))):
+        if not is_installed(package):
+            found.fault(
+                "run.device",
+                f"the package {package} is not installed in this Python. Install spell_megatron with the "
+                "extra 'cpu' (machines without a GPU) or 'gpu'",
+            )
+
+
+def check_trainer(found: Findings, config: Config) -> None:
+    """The trainer's device exists, with a GPU for each process."""
+    gpus, launched, processes = uses_gpus(config), launched_processes(), config.training.parallel.processes
+    if config.run.device == "cuda" and not gpus:
+        found.fault(
+            "run.device",
+            "this is cuda, but torch sees no GPU here. Set run.device to cpu or auto, or check that "
+            "`nvidia-smi` lists a GPU and that torch is a CUDA build",
+        )
+    elif not gpus and config.model.dtype == "bfloat16":
+        found.warn("model.dtype = bfloat16 is slow on CPUs; float32 is usually faster there")
+    elif gpus and launched is None:
+        import torch
+
+        if processes > (visible := torch.cuda.device_count()):
+            found.fault(
+                "training.parallel.processes",
+                f"{processes} trainer processes need a GPU each, and this machine shows {visible}. Lower it, or start "
+                "the processes on several machines with srun or torchrun",
+            )
+    if launched not in (None, processes):
+        found.warn(
+            f"training.parallel.processes = {processes} is not used: {launched} processes were started from outside"
+        )
+
+
+def check_run_folder(found: Findings, run: RunConfig, resume: Path | None, restarted: bool) -> None:
+    """The run's folder is new or continued, and can be written."""
+    folder = run.output_dir / run.name
+    has_checkpoint = (folder / "checkpoints" / "latest").exists()
+    if resume is not None and not resume.is_dir():
+        found.fault("run.name", f"there is no run in {resume}. Check the folder given to --resume")
+    elif resume is not None and not has_checkpoint:
+        found.fault(
+            "run.name",
+            f"the run in {folder} has no checkpoint to continue from. Remove the folder and start without --resume",
+        )
+    elif resume is None and holds_run(folder) and (has_checkpoint or not restarted):
+        remedy = "continue that run with --resume" if has_checkpoint else "remove the folder"
+        found.fault(
+            "run.name run.output_dir",
+            f"{folder} already holds a run. Choose another name with --run.name=…, or {remedy}",
+        )
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        found.fault("run.output_dir run.name", f"{existing} is a file. Choose another output folder")
+    elif not os.access(existing, os.W_OK):
+        found.fault("run.output_dir", f"{existing} is not writable. Choose another folder")
+
+
+def check_disk(found: Findings, config: Config, policy: PolicyModel) -> None:
+    """The disk has room for the checkpoints."""
+    from spell_megatron.weights.sizes import checkpoint_bytes
+
+    needed, kept = checkpoint_bytes(policy), config.checkpoint.keep
+    folder = config.run.output_dir.absolute()
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    message = (
+        f"a checkpoint takes about {needed / 1e9:.2f} GB, and the disk of {folder} has {free / 1e9:.2f} "
+        "GB left. Free some space, or choose another output_dir"
+    )
+    if free < needed:
+        found.fault("run.output_dir", message)
+    elif free < (kept + 1) * needed:
+        found.warn(f"checkpoint.keep = {kept} may not fit: {message}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether Python finds a package, which is not imported."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that holds it
+        return False
+
+
+def uses_gpus(config: Config) -> bool:
+    """Whether the run would use GPUs."""
+    if config.run.device == "cpu" or not is_installed("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left results here. Logs of engines that died at the start are none."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
+    path = path.absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -1,0 +1,97 @@
+"""The model's folder, and what the model cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spell_megatron.config.schema import Config
+from spell_megatron.preflight.findings import Findings
+from spell_megatron.preflight.machine import uses_gpus
+
+if TYPE_CHECKING:
+    from spell_megatron.training.policy import Architecture, PolicyModel
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads that vLLM serves on CPUs. With another size it dies at the first request."""
+
+
+def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel | None:
+    """Configuration, weights and tokenizer are complete; what config.json says, or None if it cannot be used."""
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        found.fault(
+            "model.path",
+            f"the folder {path} {kind}. Give the local folder of a Hugging Face checkpoint. Relative "
+            "paths are taken from the current directory, then from the folder of the YAML file",
+        )
+        return None
+    # transformers takes seconds to import: not before the folder is known to exist
+    from spell_megatron.tokenizer import PolicyTokenizer
+    from spell_megatron.training.policy import PolicyModel
+    from spell_megatron.weights.weight_files import weight_file_faults
+
+    for message in weight_file_faults(path):
+        found.fault("model.path", message)
+
+    policy = found.attempt("model.path", lambda: PolicyModel.load(path, dtype))
+    tokenizer = None
+    if policy is not None or not (path / "config.json").exists():  # it reads that file too
+        tokenizer = found.attempt("model.path", lambda: PolicyTokenizer(path))
+    if policy is not None and tokenizer is not None and tokenizer.vocab_size > policy.arch.vocabulary:
+        found.fault(
+            "model.path",
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
+            f"{policy.arch.vocabulary}. Use the tokenizer that belongs to the model",
+        )
+    return policy
+
+
+def check_lengths(found: Findings, config: Config, policy: PolicyModel) -> None:
+    """Prompts and responses fit the model's positions and a microbatch."""
+    longest, limit = config.rollout.sampling.longest_sequence, position_limit(policy.hf_config)
+    if longest > limit:
+        found.fault(
+            "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens "
+            "rollout.sampling.max_verdict_tokens rollout.sampling.max_no_context_tokens model.path",
+            f"the longest prompt and response together, {longest} tokens, are more than the model's "
+            f"{limit} positions. Lower max_prompt_tokens or max_response_tokens by {longest - limit}, or "
+            "configure the model's rope scaling",
+        )
+    sampling, budget = config.rollout.sampling, config.training.tokens_per_microbatch
+    if sampling.max_prompt_tokens + sampling.max_response_tokens > budget:
+        found.warn(
+            f"training.tokens_per_microbatch = {budget} is less than the longest row, max_prompt_tokens "
+            f"+ max_response_tokens = {sampling.max_prompt_tokens + sampling.max_response_tokens}. Such a row is a "
+            "microbatch of its own and may need more memory than you planned for"
+        )
+
+
+def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
+    """Trainer and engines can divide the model, and the engines serve its size of attention heads."""
+    from spell_megatron.training.layout import layout_faults
+
+    rollout = config.rollout
+    if not rollout.urls and not uses_gpus(config) and arch.head_dim not in CPU_HEAD_SIZES:
+        found.fault(
+            "model.path",
+            f"the model's attention heads have {arch.head_dim} dimensions, and vLLM's engines on CPUs "
+            f"serve only {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU",
+        )
+    found.faults += layout_faults(arch, config.training.parallel)
+    if not rollout.urls and arch.heads % rollout.tensor_parallel:
+        found.fault(
+            "rollout.tensor_parallel model.path",
+            f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
+        )
+
+
+def position_limit(hf_config: Any) -> int:
+    """Number of tokens that a model accepts in a sequence, as vLLM counts them.
+
+    A linear rope scaling multiplies max_position_embeddings; for yarn and llama3 it holds the extended
+    length already.
+    """
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    factor = parameters["factor"] if parameters.get("rope_type") == "linear" else 1.0
+    return int(hf_config.max_position_embeddings * factor)
