@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import date, datetime, time
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.errors import UserError
+
+_PROBE = "Xyzzy42"
+"""A user's message to try the chat template with."""
 
 
 class PolicyTokenizer:
@@ -16,21 +21,27 @@ class PolicyTokenizer:
     as Llama's tokenizers are).
 
     Attributes:
-        eos_ids: ids that end a response: the tokenizer's end-of-sequence token, and the ids in
+        eos_ids: ids that end a response: the tokenizer's end-of-sequence token, and the ids in config.json and
             generation_config.json.
         vocab_size: number of ids, added tokens included.
 
     Raises:
-        UserError: there is no readable tokenizer in the folder, or it has no end-of-sequence token.
+        UserError: there is no readable tokenizer in the folder, it has no end-of-sequence token, or its chat template
+            cannot render a conversation of one message of the user.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, today: date | None = None) -> None:
+        """today: the day that a chat template gets when it asks for the time, which is midnight; None: this day."""
         path = Path(path)
+        self._path, self._now = path, datetime.combine(today or date.today(), time())
         self._tokenizer = _load(path)
         self.eos_ids: set[int] = _eos_ids(path, self._tokenizer.eos_token_id)
         self.vocab_size: int = len(self._tokenizer)
         self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self._has_template = self._tokenizer.chat_template is not None
+        if self._has_template and _PROBE not in self._render(_PROBE, tokenize=False):
+            raise self._unusable_template("It leaves out the message of the user")
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of one user turn followed by the opening of the assistant's turn.
@@ -38,12 +49,31 @@ class PolicyTokenizer:
         A tokenizer without a chat template gives the beginning-of-sequence token, if it has one,
         and the plain text. Special tokens spelled out in the text are broken by a space, so that a
         document cannot end the user's turn.
+
+        Raises:
+            UserError: the chat template does not take this text.
         """
         text = self._without_special_tokens(text)
-        if self._tokenizer.chat_template is None:
-            return self._bos + self.encode(text)
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        return self._render(text, tokenize=True) if self._has_template else self._bos + self.encode(text)
+
+    def _render(self, text: str, tokenize: bool) -> Any:
+        """One user turn and the opening of the assistant's turn by the chat template, as token ids or as text."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=False,
+                strftime_now=self._now.strftime,  # in place of the clock that transformers gives to templates
+            )
+        except Exception as error:  # templates are programs, which fail in many ways
+            raise self._unusable_template(f"It fails with: {error}") from error
+
+    def _unusable_template(self, reason: str) -> UserError:
+        return UserError(
+            f"The chat template of the tokenizer in {self._path} cannot be used. {reason}. Each prompt is a "
+            "conversation of one message, whose role is user. Change the template (chat_template.jinja, or chat_template "
+            "in tokenizer_config.json) so that it renders one. Without a template, prompts are plain text."
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -87,13 +117,30 @@ def _load(path: Path):
 
 def _eos_ids(path: Path, tokenizer_eos: int | None) -> set[int]:
     ids = set() if tokenizer_eos is None else {tokenizer_eos}
-    config = path / "generation_config.json"
-    if config.is_file():
-        more = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update([more] if isinstance(more, int) else more or [])
+    for name in ("config.json", "generation_config.json"):
+        ids |= _named_eos_ids(path / name)
     if not ids:
         raise UserError(
             f"The tokenizer in {path} has no end-of-sequence token, so no response could ever end. "
             "Name one as eos_token in tokenizer_config.json or as eos_token_id in generation_config.json."
         )
     return ids
+
+
+def _named_eos_ids(path: Path) -> set[int]:
+    """The ids under eos_token_id in a JSON file; none if there is no such file."""
+    if not path.is_file():
+        return set()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object of settings. Copy it again.")
+    named = content.get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(
+            f"{path} has eos_token_id {json.dumps(named)}. It must be the id of a token, or a list of such ids."
+        )
+    return set(ids)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -53,9 +55,95 @@ def test_a_document_cannot_end_the_turn(byte_folder: Path):
     assert "< |im_end|>" in tokenizer.decode(ids)
 
 
-def test_generation_config_adds_ends(byte_folder: Path):
-    (byte_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [259, 257]}))
+def write_template(folder: Path, template: str) -> Path:
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+CLOCK = "{% set now = strftime_now('%d %b %Y %H:%M:%S:%f') %}{{ now + ' ' + messages[0].content }}"
+
+
+def test_the_clock_of_a_chat_template_stands_still(byte_folder: Path):
+    tokenizer = PolicyTokenizer(write_template(byte_folder, CLOCK), date(2024, 7, 26))
+    assert tokenizer.decode(tokenizer.prompt_ids("hi")) == "26 Jul 2024 00:00:00:000000 hi"
+
+
+def test_without_a_date_the_clock_stands_at_this_day(byte_folder: Path):
+    before, tokenizer, after = date.today(), PolicyTokenizer(write_template(byte_folder, CLOCK)), date.today()
+    ids = tokenizer.prompt_ids("hi")
+    assert tokenizer.decode(ids) in [f"{day:%d %b %Y} 00:00:00:000000 hi" for day in (before, after)]
+    time.sleep(0.001)  # the template prints microseconds
+    assert tokenizer.prompt_ids("hi") == ids
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('a system message, please') if messages[0].role != 'system' }}" + TEMPLATE, "please"),
+        ("{% for message in messages %}{{ message.content }}", "end of template"),
+        ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
+        ("{{ messages[1].content }}", "no element 1"),
+        ("{% for part in messages[0].content %}{{ part['text'] }}{% endfor %}", "leaves out"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_chat_template_that_renders_no_turn_of_a_user(byte_folder: Path, template: str, reason: str):
+    with pytest.raises(UserError, match=f"chat template of the tokenizer in {byte_folder} cannot be used.*{reason}"):
+        PolicyTokenizer(write_template(byte_folder, template))
+
+
+def test_a_chat_template_that_fails_on_some_texts(byte_folder: Path):
+    template = "{{ raise_exception('no images') if '<image>' in messages[0].content }}" + TEMPLATE
+    tokenizer = PolicyTokenizer(write_template(byte_folder, template))
+    with pytest.raises(UserError, match="It fails with: no images"):
+        tokenizer.prompt_ids("an <image> here")
+
+
+def test_several_chat_templates(byte_folder: Path):
+    path = byte_folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATE}]
+    path.write_text(json.dumps(config | {"chat_template": named}))
+    tokenizer = PolicyTokenizer(byte_folder)
+    assert tokenizer.decode(tokenizer.prompt_ids("hi")) == "user\nhi\nassistant\n"
+    path.write_text(json.dumps(config | {"chat_template": named[:1]}))
+    with pytest.raises(UserError, match="multiple chat templates with no default"):
+        PolicyTokenizer(byte_folder)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_generation_config_adds_ends(byte_folder: Path, mark: str):
+    text = mark + json.dumps({"eos_token_id": [259, 257]})
+    (byte_folder / "generation_config.json").write_text(text, encoding="utf-8")
     assert PolicyTokenizer(byte_folder).eos_ids == {257, 259}
+
+
+def test_the_model_configuration_adds_ends(byte_folder: Path):
+    (byte_folder / "config.json").write_text('{"model_type": "qwen3", "eos_token_id": [259, 256]}')
+    assert PolicyTokenizer(byte_folder).eos_ids == {256, 257, 259}
+    (byte_folder / "generation_config.json").write_text('{"eos_token_id": 258}')
+    assert PolicyTokenizer(byte_folder).eos_ids == {256, 257, 258, 259}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b'{"eos_', "cannot be read as JSON"),
+        (b"\xff\xfe{\x00}\x00", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[257]", "must hold a JSON object"),
+        (b'{"eos_token_id": "</s>"}', "must be the id of a token"),
+        (b'{"eos_token_id": [257, null]}', "must be the id of a token"),
+        (b'{"eos_token_id": true}', "must be the id of a token"),
+        (b'{"eos_token_id": -1}', "must be the id of a token"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_used(byte_folder: Path, content: bytes, reason: str):
+    (byte_folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"generation_config.json .*{reason}"):
+        PolicyTokenizer(byte_folder)
 
 
 @pytest.mark.parametrize("with_config", [False, True])
