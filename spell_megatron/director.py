@@ -44,7 +44,7 @@ class Director:
     ) -> None:
         self.config, self.engines, self._stop = config, engines, stop
         sampling, selfplay = config.rollout.sampling, config.selfplay
-        self._tokenizer = PolicyTokenizer(config.model.path)
+        self._tokenizer = PolicyTokenizer(config.model.path, config.model.prompt_date)
         self._prompts = PromptSet.load(selfplay.prompts)
         sampler = ClusterSampler(
             load_clusters(config.data.documents),

@@ -72,8 +72,8 @@ class PolicyTokenizer:
     def _unusable_template(self, reason: str) -> UserError:
         return UserError(
             f"The chat template of the tokenizer in {self._path} cannot be used. {reason}. Each prompt is a "
-            "conversation of one message, whose role is user. Change the template (chat_template.jinja, or chat_template "
-            "in tokenizer_config.json) so that it renders one. Without a template, prompts are plain text."
+            "conversation of one message, whose role is user. Change the template (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json) so that it renders one. Without a template, prompts are plain text."
         )
 
     def decode(self, ids: Iterable[int]) -> str:

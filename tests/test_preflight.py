@@ -98,6 +98,10 @@ def break_file(name: str, content: bytes | None):
     return change
 
 
+def add_file(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,6 +111,8 @@ def break_file(name: str, content: bytes | None):
         (break_file("model.safetensors", None), "lacks model.safetensors"),
         (break_file("model.safetensors", b"version https://git-lfs"), "not a complete safetensors file"),
         (break_file("tokenizer.json", None), "no tokenizer"),
+        (add_file("generation_config.json", b'{"eos_'), "generation_config.json cannot be read"),
+        (add_file("chat_template.jinja", b"{{ raise_exception('be a system') }}"), "It fails with: be a system"),
     ],
 )
 def test_an_incomplete_model(setup, dense, tmp_path, change, message):

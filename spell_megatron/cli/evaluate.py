@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spell_megatron.cli.arguments import add_command, add_config, add_number, overrides_of, quiet_libraries
-from spell_megatron.config.reading import read_config
+from spell_megatron.config.reading import noted_prompt_date, read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 
@@ -145,6 +145,7 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
     model = arguments.model or Path("none")
     if (model / "hf" / "config.json").is_file():  # a step of a run
         model = model / "hf"
+    of_run = model.absolute().parent / "config.json" if model.name == "hf" else None
     if not (model / "config.json").is_file() and not arguments.server and not arguments.answers:
         raise UserError(f"There is no model in {model}: it has no config.json. Give --model a Hugging Face checkpoint.")
     overrides = [
@@ -159,4 +160,7 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
     # what only training needs may be missing
     needed = ("model", "rollout", "run", "selfplay")
     reading.faults = [fault for fault in reading.faults if fault.keys[0].partition(".")[0] in needed]
-    return reading.checked()
+    config = reading.checked()
+    if config.model.prompt_date is None and of_run:
+        config.model.prompt_date = noted_prompt_date(of_run)
+    return config

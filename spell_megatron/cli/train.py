@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from spell_megatron.cli.arguments import (
     quiet_libraries,
     settings_help,
 )
-from spell_megatron.config.reading import Reading, read_config, to_yaml
+from spell_megatron.config.reading import Reading, noted_prompt_date, read_config, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
@@ -121,6 +122,7 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
         reading = read_config(arguments.config or own, overrides)
         run = reading.settings.run
         run.output_dir, run.name = location.parent, location.name
+        _pin_date(reading.settings, folder)
         return reading, folder
     if arguments.config is None:
         raise UserError(
@@ -129,7 +131,16 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
         )
     reading = read_config(arguments.config, overrides)
     run = reading.settings.run
-    return reading, None if arguments.resume is None else run.output_dir / run.name
+    resumed = None if arguments.resume is None else run.output_dir / run.name
+    _pin_date(reading.settings, resumed)
+    return reading, resumed
+
+
+def _pin_date(config: Config, resumed: Path | None) -> None:
+    """The day for chat templates is that of the run's beginning, unless the settings name another one."""
+    if config.model.prompt_date is None and rank() == 0:  # other ranks make no prompts
+        began = noted_prompt_date(resumed / "config.yaml") if resumed else None
+        config.model.prompt_date = began or date.today()
 
 
 def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:

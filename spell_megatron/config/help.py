@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,5 +62,5 @@ def _type_name(annotation: Any) -> str:
         return f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
     if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
-    names = {int: "integer", float: "number", str: "text", bool: "true|false", Path: "path"}
+    names = {int: "integer", float: "number", str: "text", bool: "true|false", Path: "path", date: "date"}
     return names[annotation]

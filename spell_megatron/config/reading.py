@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Generic
 
@@ -94,6 +95,16 @@ def read_section(schema: type[Schema], files: Files, overrides: Sequence[str] = 
     settings, faults = validate(schema, raw)
     overridden = [_split_override(override)[0] for override in overrides]
     return Reading(settings, override_faults + faults, contents, overridden)
+
+
+def noted_prompt_date(settings: Path) -> date | None:
+    """`model.prompt_date` in a file of a run's settings; None if there is no such file, or it does not say.
+
+    Raises UserError if the file cannot be read.
+    """
+    model = _read_yaml(settings).get("model") if settings.is_file() else None
+    noted = model.get("prompt_date") if isinstance(model, dict) else None
+    return date.fromisoformat(str(noted)) if noted else None
 
 
 def to_yaml(config: Config) -> str:

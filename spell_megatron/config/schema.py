@@ -6,6 +6,7 @@ The text under each setting is its help (`spell train --help`). Checks between s
 from __future__ import annotations
 
 import math
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,9 @@ class ModelConfig(Section):
     """Folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in trainer and engines. Use float32 on CPUs, where bfloat16 is slow."""
+    prompt_date: date | None = None
+    """Day (2026-11-29) for chat templates that print the date, such as Llama 3.1's. null: the day on which the run
+    began, after a resume too; in an evaluation the day of the model's run, or else that on which the evaluation began."""
 
 
 class DataConfig(Section):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
         answered = _score(questions, read_answers(evaluation.answers, every))
         settings: dict[str, Any] = {"model": str(evaluation.answers)}
     else:
+        _pin_date(evaluation)
         answered = _score(questions, _answer(evaluation, questions, progress))
         settings = _settings(evaluation) | {"samples": evaluation.samples}
     if evaluation.judge:
@@ -126,7 +128,7 @@ def _questions(evaluation: Evaluation, progress: Progress) -> dict[str, list[Ben
 def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) -> Iterator[dict[str, Any]]:
     """The samples of all questions, from the journal; those that it does not have are generated first."""
     prompts = PromptSet.load(evaluation.config.selfplay.prompts)
-    tokenizer = PolicyTokenizer(evaluation.config.model.path)
+    tokenizer = PolicyTokenizer(evaluation.config.model.path, evaluation.config.model.prompt_date)
     every = [question for members in questions.values() for question in members]
     with Journal(evaluation.folder / "samples.jsonl") as journal:
         _check_settings(evaluation.folder / "evaluation.json", _settings(evaluation))
@@ -136,6 +138,14 @@ def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) ->
             with progress.stage("generating", total) as advance:
                 _generate(evaluation, prompts, tokenizer, wanted, journal, lambda n: advance(total - len(wanted) + n))
     return (row for row in journal.rows() if row["sample"] < evaluation.samples)  # one at a time: they are long
+
+
+def _pin_date(evaluation: Evaluation) -> None:
+    """The day for chat templates is that of the evaluation's beginning, unless the settings name another one."""
+    model = evaluation.config.model
+    if model.prompt_date is None:
+        noted = _noted_settings(evaluation.folder / "evaluation.json").get("prompt_date")
+        model.prompt_date = date.fromisoformat(noted) if noted else date.today()
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
@@ -150,6 +160,7 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": config.run.seed,
+        "prompt_date": str(config.model.prompt_date),
     }
 
 
@@ -159,19 +170,27 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: they differ.
     """
-    if not path.exists():
+    earlier = _noted_settings(path)
+    if not earlier:
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Give this evaluation another --out.") from error
+    earlier.setdefault("prompt_date", settings["prompt_date"])  # earlier versions did not note it
     changed = [f"{k} was {earlier.get(k)!r} and is {v!r}" for k, v in settings.items() if earlier.get(k) != v]
     if changed:
         raise UserError(
             f"{path.parent} holds samples of another evaluation: {'; '.join(changed)}. Give this one another --out, "
             "or the same settings as before."
         )
+
+
+def _noted_settings(path: Path) -> dict[str, Any]:
+    """The settings that a folder's samples were made with; {} if there are none yet."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Give this evaluation another --out.") from error
 
 
 def _generate(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,22 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
     assert spell("train", *words, "--resume")[0] == 0
     status, _, errors = spell("train", *words)
     assert status == 2 and "already holds a run" in errors and "--resume" in errors
+
+
+def test_the_day_of_the_prompts_is_that_of_the_runs_beginning(spell, inputs, tmp_path):
+    def day(*words) -> str:
+        return yaml.safe_load(spell("train", *words, "--dry-run")[1])["model"]["prompt_date"]
+
+    before, begun, after = date.today(), day("--config", inputs / "run.yaml"), date.today()
+    assert begun in (str(before), str(after))
+    run = tmp_path / "runs" / "old"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step_000001")
+    words = ["--config", inputs / "run.yaml", "--run.name=old", "--model.prompt_date=2024-07-26", "--dry-run"]
+    (run / "config.yaml").write_text(spell("train", *words, "--resume")[1])
+    assert day("--resume", run) == "2024-07-26"
+    assert day("--config", inputs / "run.yaml", "--run.name=old", "--resume") == "2024-07-26"
+    assert day("--resume", run, "--model.prompt_date=2025-01-01") == "2025-01-01"
 
 
 # Stands in for the training itself, which the launcher knows nothing about: sitecustomize is imported by

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -364,6 +366,32 @@ def test_a_step_of_a_run_is_a_model(tokenizer_folder, stub, mine, tmp_path):
         (step / "hf" / file.name).write_bytes(file.read_bytes())
     assert main(command(step, stub, mine, tmp_path / "out")) == 0
     assert len(stub.requests) == 20
+
+
+def test_the_day_of_the_prompts_is_that_of_the_run_or_of_the_evaluations_beginning(
+    tokenizer_folder, stub, mine, tmp_path
+):
+    step = tmp_path / "checkpoints" / "step_000012"
+    shutil.copytree(tokenizer_folder, step / "hf")
+    shutil.copyfile(ROOT / "examples" / "quickstart" / "policy" / "config.json", step / "hf" / "config.json")
+    (step / "hf" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') + messages[0].content }}")
+    (step / "config.json").write_text('{"model": {"prompt_date": "2024-07-26"}}')
+
+    ours = PolicyTokenizer(step / "hf", date(2024, 7, 26)).prompt_ids("")
+    assert main(command(step, stub, mine, tmp_path / "of_run")) == 0
+    assert all(body["prompt"][:11] == ours for _, body, _ in stub.requests)
+    (step / "config.json").unlink()  # a model that is of no run
+    out = tmp_path / "of_model"
+    before, status, after = date.today(), main(command(step, stub, mine, out, "--samples", "1")), date.today()
+    settings = json.loads((out / "evaluation.json").read_text())
+    assert status == 0 and settings["prompt_date"] in (str(before), str(after))
+    (out / "evaluation.json").write_text(json.dumps(settings | {"prompt_date": "2024-07-26"}))
+    stub.requests.clear()
+    assert main(command(step, stub, mine, out, "--samples", "2")) == 0  # on another day
+    assert len(stub.requests) == 5 and all(body["prompt"][:11] == ours for _, body, _ in stub.requests)
+    del settings["prompt_date"]  # as earlier versions wrote it
+    (out / "evaluation.json").write_text(json.dumps(settings))
+    assert main(command(step, stub, mine, out, "--samples", "3")) == 0
 
 
 # --------------------------------------------------------------------------- answers from elsewhere
