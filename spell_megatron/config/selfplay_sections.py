@@ -16,7 +16,7 @@ class QuestionerConfig(Section):
 
     enabled: bool = True
     """Ask questions. If false, the questions come from the documents file, whose rows then also have task, question
-    and answer (RLVR, the paper's baseline). The grounding filter and the history are then off."""
+    and answer (RLVR, the paper's baseline). The grounding filter, the gate and the history are then off."""
     new_documents: int = Field(5, ge=1)
     """m: number of new documents that the questioner sees per attempt."""
     history: int = Field(3, ge=0)
@@ -38,6 +38,9 @@ class QuestionerConfig(Section):
     """Reward of a question that does not parse."""
     ungrounded_reward: float = -0.5
     """Reward of a question that the policy answers correctly without its documents."""
+    unconfirmed_reward: float = -0.5
+    """Reward of a question whose reference does not pass selfplay.gate. A penalty can drive the questioner to questions
+    that are ever easier; with 0 such questions are only left out."""
     advantage_group: Literal["task", "batch"] = "task"
     """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
 
@@ -53,6 +56,23 @@ class GroundingConfig(Section):
     """Number of answers without documents per multiple-choice question. Each sees the options in another order."""
     mc_threshold: float = Field(0.5, gt=0, le=1)
     """A multiple-choice question is dropped if more than this share of these answers is correct."""
+
+
+class GateConfig(Section):
+    """The check that a question's reference follows from the documents. It needs no labels."""
+
+    enabled: bool = False
+    """Answer each question from the documents that its questioner saw, before the responder does. Drop the question if
+    too few of these answers reach its reference."""
+    answers: int = Field(4, ge=1)
+    """Number of these answers per question."""
+    distractors: int = Field(0, ge=0)
+    """Number of other documents of the cluster that are mixed in. As many as fit are used."""
+    condition: Literal["share", "majority"] = "share"
+    """share: the share of answers that reach the reference must be at least `threshold`. majority: more answers must
+    reach the reference than give any other answer."""
+    threshold: float = Field(0.75, gt=0, le=1)
+    """Smallest share of answers that must reach the reference, for the condition `share`."""
 
 
 class VerifierConfig(Section):
@@ -94,6 +114,7 @@ class SelfPlayConfig(Section):
     """Number of questioner rows with a reward of 0 or less per row with a positive reward."""
     questioner: QuestionerConfig = QuestionerConfig()
     grounding: GroundingConfig = GroundingConfig()
+    gate: GateConfig = GateConfig()
     verifier: VerifierConfig = VerifierConfig()
     shuffle_rewards: bool = False
     """Control experiment: permute the advantages among the rows of each role before the update."""

@@ -53,6 +53,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "prediction": _text(sample.prediction),
         "rule_score": None if sample.rule_score is None else float(sample.rule_score),
         "verdict": None if sample.verdict is None else float(sample.verdict),
+        "gate": sample.gate,
         "output": _text(sample.response),
         "prompt": _text(sample.prompt),
         "cluster_id": _text(sample.cluster_id),
@@ -68,7 +69,8 @@ def _kind(sample: Sample) -> str:
     """Why a question's reward is not positive, in the words of the released code; `good` for all other samples."""
     if sample.role != "questioner" or sample.outcome is None or not sample.outcome.negative:
         return "good"
-    return {Outcome.BAD_FORMAT: "bad_format", Outcome.UNGROUNDED: "bad_ground"}.get(sample.outcome, "zero_variance")
+    kinds = {Outcome.BAD_FORMAT: "bad_format", Outcome.UNGROUNDED: "bad_ground", Outcome.UNCONFIRMED: "unconfirmed"}
+    return kinds.get(sample.outcome, "zero_variance")
 
 
 def _text(text: str | None) -> str | None:
@@ -81,7 +83,7 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     import pyarrow.parquet as pq
 
     whole = dict.fromkeys(("step", "prompt_tokens", "response_tokens"), pa.int64())
-    real = dict.fromkeys(("reward", "advantage", "rule_score", "verdict"), pa.float64())
+    real = dict.fromkeys(("reward", "advantage", "rule_score", "verdict", "gate"), pa.float64())
     other = {"document_ids": pa.list_(pa.string()), "truncated": pa.bool_()}
     types = {**whole, **real, **other}
     empty = Sample("", "", "responder", "", "", [], [], [], "", 0.0)

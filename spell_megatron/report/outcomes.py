@@ -12,6 +12,7 @@ OUTCOME_COLOURS = {
     Outcome.ALL_1: "blue",
     Outcome.ALL_0: "orange",
     Outcome.UNGROUNDED: "purple",
+    Outcome.UNCONFIRMED: "teal",
     Outcome.BAD_FORMAT: "red",
 }
 """Outcomes with a curve of their own; the others are shown together."""
@@ -39,7 +40,8 @@ def funnel() -> list[dict[str, Any]]:
     stages = (
         ("attempts", "grey", list(Outcome)),
         ("a usable question", "purple", [outcome for outcome in Outcome if outcome.valid]),
-        ("… that needs its documents", "orange", [outcome for outcome in Outcome if outcome.answered]),
+        ("… that needs its documents", "teal", [o for o in Outcome if o.answered or o is Outcome.UNCONFIRMED]),
+        ("… that is put to the responder", "orange", [outcome for outcome in Outcome if outcome.answered]),
         ("… that some answers get right", "blue", [Outcome.MIXED, Outcome.ALL_1]),
         ("… and others wrong: mixed", "green", [Outcome.MIXED]),
     )

@@ -129,6 +129,22 @@ def _outcomes(tasks: Sequence[str]) -> Section:
                 "share",
                 all_or_by_task(tasks, "right without documents", "rate/no_context_right"),
             ),
+            Panel(
+                "Answers in the gate that reach the reference",
+                "Share of the gate's answers. A question whose reference too few of them reach is refused.",
+                "share",
+                all_or_by_task(tasks, "reach the reference", "rate/gate_answers_reaching_reference"),
+            ),
+            Panel(
+                "What the gate costs",
+                "Tokens of its prompts, most of which the engines have in their cache, and of its answers.",
+                "number",
+                single(
+                    ("prompt tokens", "selfplay/count/gate_prompt_tokens"),
+                    ("response tokens", "selfplay/count/gate_response_tokens"),
+                    ("response tokens of all roles", "selfplay/generated_tokens"),
+                ),
+            ),
         ],
     )
 

@@ -26,6 +26,7 @@ class Sample:
         group: names the samples that it is compared with.
         logprobs: the engine's log-probabilities of `response_ids`.
         outcome: how the attempt ended; None while it is under way.
+        gate: share of the answers in the gate that reach a question's reference; None if it was not checked.
         routing: the experts to which the engine sent the tokens before the last, as many as it returned: integers
             [tokens, layers, experts per token]. None without experts.
     """
@@ -48,6 +49,7 @@ class Sample:
     prediction: str | None = None
     rule_score: float | None = None
     verdict: float | None = None
+    gate: float | None = None
     document_ids: list[str] = field(default_factory=list)
     truncated: bool = False
     routing: np.ndarray | None = field(default=None, compare=False, repr=False)

@@ -23,8 +23,9 @@ COUNTED_RATES = (
     ("yes_on_right", "valid_votes_on_right"),
     ("yes_on_wrong", "valid_votes_on_wrong"),
     ("no_context_right", "no_context_answers"),
+    ("gate_answers_reaching_reference", "gate_answers"),
 )
-COUNTS = ("context_documents_cut", "verifier_prompt_too_long")
+COUNTS = ("context_documents_cut", "verifier_prompt_too_long", "gate_prompt_tokens", "gate_response_tokens")
 
 
 def vote_counts(votes: Sequence[int], verdict: int | None, rule: int) -> dict[str, int]:

@@ -47,6 +47,12 @@ class Outcome(StrEnum):
         "answered without documents",
         "The policy answers its questions without the documents. Train on documents that it does not know.",
     )
+    UNCONFIRMED = (
+        "unconfirmed",
+        "reference not confirmed",
+        "The policy does not reach its own references from the documents that it asked about: read its questions in "
+        "{dumps}. Show the questioner fewer documents, or lower selfplay.gate.threshold.",
+    )
     BAD_FORMAT = (
         "bad_format",
         "bad format",
@@ -96,12 +102,18 @@ class Outcome(StrEnum):
     @property
     def valid(self) -> bool:
         """Whether the questioner's text was a usable question."""
-        return self.answered or self is Outcome.UNGROUNDED
+        return self.answered or self in (Outcome.UNGROUNDED, Outcome.UNCONFIRMED)
 
     @property
     def negative(self) -> bool:
         """Whether the question has a reward that is not positive, and may be trained on to make it less likely."""
-        return self in (Outcome.BAD_FORMAT, Outcome.UNGROUNDED, Outcome.ALL_0, Outcome.ALL_1)
+        return self in (
+            Outcome.BAD_FORMAT,
+            Outcome.UNGROUNDED,
+            Outcome.UNCONFIRMED,
+            Outcome.ALL_0,
+            Outcome.ALL_1,
+        )
 
     @property
     def dropped(self) -> bool:

@@ -70,6 +70,8 @@ def question_reward(outcome: Outcome, mean: float, config: QuestionerConfig) -> 
         return config.bad_format_reward
     if outcome is Outcome.UNGROUNDED:
         return config.ungrounded_reward
+    if outcome is Outcome.UNCONFIRMED:
+        return config.unconfirmed_reward
     return questioner_reward(mean, config) if outcome.answered else 0.0
 
 

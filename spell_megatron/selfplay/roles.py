@@ -1,18 +1,19 @@
-"""One cluster's way through the roles: ask, check that the question needs its documents, answer, judge."""
+"""One cluster's way through the roles: ask, check the question, answer, judge."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.checks import Checks
 from spell_megatron.selfplay.context import choose_context, shorten_context
 from spell_megatron.selfplay.history import Entry, History
 from spell_megatron.selfplay.metrics import vote_counts
@@ -30,6 +31,7 @@ from spell_megatron.selfplay.rewards import (
 )
 from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.step_client import Prompt, StepClient
+from spell_megatron.selfplay.together import gather
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Roles:
         self._history = history
         self._client = client
         self._tokenizer = client.tokenizer
+        self._checks = Checks(config, sampling, prompts, client)
 
     async def play(self, attempt: Attempt) -> None:
         """Take an attempt from its question to the judgments of its answers.
@@ -87,9 +90,9 @@ class Roles:
         if not self._config.questioner.enabled:
             return Question(attempt.task, attempt.cluster.question, attempt.cluster.answer)
         question = await self._ask(attempt)
-        if isinstance(question, Outcome) or not self._config.grounding.enabled:
+        if isinstance(question, Outcome):
             return question
-        return Outcome.UNGROUNDED if await self._answered_without_documents(attempt, question) else question
+        return await self._checks.fault(attempt, question) or question
 
     async def _ask(self, attempt: Attempt) -> Question | Outcome:
         """The questioner's question, if its text is one; otherwise how the attempt ends."""
@@ -132,32 +135,6 @@ class Roles:
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt.ids) <= self._sampling.max_prompt_tokens
 
-    # The check that a question needs its documents
-
-    async def _answered_without_documents(self, attempt: Attempt, question: Question) -> bool:
-        """Whether the policy answers the question right with no documents before it.
-
-        One right answer of a multiple-choice question proves nothing (a guess is right one time in
-        four), so there the options are shown in several orders and most answers must be right.
-        """
-        config = self._config.grounding
-        if attempt.task == "doc_mc":
-            rng = random.Random(self._client.seed(attempt, "permutation", 0))
-            variants = [question.permuted(rng.sample(range(4), 4)) for _ in range(config.mc_samples)]
-        else:
-            variants = [question] * config.samples
-        right = await _gather(self._no_context_score(attempt, variant, i) for i, variant in enumerate(variants))
-        attempt.counts["no_context_answers"] += len(right)
-        attempt.counts["no_context_right"] += sum(right)
-        return sum(right) > (config.mc_threshold * len(right) if attempt.task == "doc_mc" else 0.1)
-
-    async def _no_context_score(self, attempt: Attempt, question: Question, index: int) -> int:
-        limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
-        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
-        (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
-        prediction = parse_answer(attempt.task, reply.text, reply.truncated)
-        return rule_score(attempt.task, prediction, question.reference)
-
     # The responder
 
     async def _answers(self, attempt: Attempt, question: Question) -> Outcome:
@@ -167,7 +144,7 @@ class Roles:
             return Outcome.RESPONDER_PROMPT_TOO_LONG
         attempt.stage = "answers"
         # One request per answer, so that each is judged as soon as it ends.
-        attempt.answers = await _gather(
+        attempt.answers = await gather(
             self._answer(attempt, question, prompt, i) for i in range(self._config.group_size)
         )
         mean = attempt.mean_reward
@@ -225,14 +202,3 @@ class Roles:
         if trainable(votes, verdict, rule, self._config.verifier):
             attempt.trainable_judgments.append(rows)
         return verdict
-
-
-async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines together; when one fails, cancel the others and raise its error as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except ExceptionGroup as failed:
-        user_errors = [error for error in failed.exceptions if isinstance(error, UserError)]
-        raise (user_errors or failed.exceptions)[0] from None
-    return [task.result() for task in tasks]

@@ -245,8 +245,9 @@ def test_every_metric_that_is_plotted_is_logged(simulated):
     plotted = {metric for curve in curves for metric in curve.metrics} | {row.metric for row in table(logged)}
     assert {curve.error for curve in curves} == {None, "validation/standard_error"}
     mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
+    of_gate = {metric for metric in plotted if metric.endswith("rate/gate_answers_reaching_reference")}
     # a checkpoint comes every fifty steps of a simulated run
-    assert plotted - set(logged) - {"time/checkpoint"} == mixture_of_experts
+    assert plotted - set(logged) - {"time/checkpoint"} == mixture_of_experts | of_gate
 
 
 def test_evaluations_stand_beside_runs(simulated, tmp_path):

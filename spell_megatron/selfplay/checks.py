@@ -1,0 +1,132 @@
+"""What a question must pass before it is put to the responder: it needs its documents, and they confirm its answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.selfplay_sections import GateConfig, SelfPlayConfig
+from spell_megatron.selfplay.attempt import Attempt
+from spell_megatron.selfplay.outcomes import Outcome
+from spell_megatron.selfplay.parsing import LETTERS, Question, parse_answer
+from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.scoring import rule_score
+from spell_megatron.selfplay.step_client import Prompt, StepClient
+from spell_megatron.selfplay.together import gather
+
+
+class Checks:
+    """Checks the questions of one step by the policy's own answers. Nobody trains on these answers."""
+
+    def __init__(
+        self, config: SelfPlayConfig, sampling: SamplingConfig, prompts: PromptSet, client: StepClient
+    ) -> None:
+        self._config = config
+        self._sampling = sampling
+        self._prompts = prompts
+        self._client = client
+
+    async def fault(self, attempt: Attempt, question: Question) -> Outcome | None:
+        """How the attempt ends because of its question; None if the responder can have it."""
+        if self._config.grounding.enabled and await self._answered_without_documents(attempt, question):
+            return Outcome.UNGROUNDED
+        if self._config.gate.enabled and not await self._confirmed(attempt, question):
+            return Outcome.UNCONFIRMED
+        return None
+
+    # The check that a question needs its documents
+
+    async def _answered_without_documents(self, attempt: Attempt, question: Question) -> bool:
+        """Whether the policy answers the question right with no documents before it.
+
+        One right answer of a multiple-choice question proves nothing (a guess is right one time in
+        four), so there the options are shown in several orders and most answers must be right.
+        """
+        config = self._config.grounding
+        if attempt.task == "doc_mc":
+            rng = random.Random(self._client.seed(attempt, "permutation", 0))
+            variants = [question.permuted(rng.sample(range(4), 4)) for _ in range(config.mc_samples)]
+        else:
+            variants = [question] * config.samples
+        right = await gather(self._no_context_score(attempt, variant, i) for i, variant in enumerate(variants))
+        attempt.counts["no_context_answers"] += len(right)
+        attempt.counts["no_context_right"] += sum(right)
+        return sum(right) > (config.mc_threshold * len(right) if attempt.task == "doc_mc" else 0.1)
+
+    async def _no_context_score(self, attempt: Attempt, question: Question, index: int) -> int:
+        limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
+        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
+        (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
+        prediction = parse_answer(attempt.task, reply.text, reply.truncated)
+        return rule_score(attempt.task, prediction, question.reference)
+
+    # The gate: the check that the documents confirm the reference
+
+    async def _confirmed(self, attempt: Attempt, question: Question) -> bool:
+        """Whether enough answers from the questioner's own documents reach its reference."""
+        rng = random.Random(self._client.seed(attempt, "gate", 0))
+        documents = self._gate_documents(attempt, question, rng)
+        if attempt.task == "doc_mc":  # in several orders, so that a liking for a letter confirms nothing
+            orders = [rng.sample(range(4), 4) for _ in range(self._config.gate.answers)]
+            answers = await gather(
+                self._permuted_answer(attempt, question, documents, order, i) for i, order in enumerate(orders)
+            )
+        else:
+            prompt = self._gate_prompt(attempt, question, documents)
+            answers = await self._gate_answers(attempt, prompt, 0, self._config.gate.answers)
+        reached = [bool(rule_score(attempt.task, answer, question.reference)) for answer in answers]
+        attempt.counts["gate_answers"] += len(reached)
+        attempt.counts["gate_answers_reaching_reference"] += sum(reached)
+        if attempt.question:
+            attempt.question.gate = sum(reached) / len(reached)
+        others = [answer for answer, right in zip(answers, reached, strict=True) if answer is not None and not right]
+        return confirms(sum(reached), len(reached), _largest_group(attempt.task, others), self._config.gate)
+
+    def _gate_documents(self, attempt: Attempt, question: Question, rng: random.Random) -> list[str]:
+        """The documents that the questioner saw and as many distractors as fit, in the cluster's order."""
+        documents = attempt.cluster.documents
+        others = [index for index in range(len(documents)) if index not in attempt.context]
+        distractors = rng.sample(others, min(self._config.gate.distractors, len(others)))
+        while True:
+            shown = [documents[index] for index in sorted((*attempt.context, *distractors))]
+            prompt = self._gate_prompt(attempt, question, shown)
+            if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
+                return shown
+            distractors.pop()
+
+    def _gate_prompt(self, attempt: Attempt, question: Question, documents: Sequence[str]) -> Prompt:
+        return self._client.prompt(self._prompts.responder(attempt.task, question.text, documents))
+
+    async def _gate_answers(self, attempt: Attempt, prompt: Prompt, index: int, n: int) -> list[str | None]:
+        """n answers to a prompt; none of them states anything if the prompt is too long."""
+        if len(prompt.ids) > self._sampling.max_prompt_tokens:
+            return [None] * n
+        limit = self._sampling.max_response_tokens
+        replies = await self._client.generate(attempt, "gate", prompt, limit, index=index, n=n, prompt_routing=False)
+        attempt.counts["gate_prompt_tokens"] += len(prompt.ids)
+        attempt.counts["gate_response_tokens"] += sum(len(reply.completion.token_ids) for reply in replies)
+        return [parse_answer(attempt.task, reply.text, reply.truncated) for reply in replies]
+
+    async def _permuted_answer(
+        self, attempt: Attempt, question: Question, documents: Sequence[str], order: Sequence[int], index: int
+    ) -> str | None:
+        """An answer to the multiple-choice question with its options in another order, as a letter of the first."""
+        prompt = self._gate_prompt(attempt, question.permuted(order), documents)
+        (answer,) = await self._gate_answers(attempt, prompt, index, 1)
+        return None if answer is None else LETTERS[order[LETTERS.index(answer)]]
+
+
+def confirms(reached: int, answers: int, largest_other: int, config: GateConfig) -> bool:
+    """Whether answers confirm a reference.
+
+    Args:
+        reached: number of answers that reach it, of `answers` in all.
+        largest_other: how often the most frequent other answer was given.
+    """
+    return reached > largest_other if config.condition == "majority" else reached / answers >= config.threshold
+
+
+def _largest_group(task: str, answers: Sequence[str]) -> int:
+    """How often the most frequent of some answers was given. Answers are the same if the rule check says so."""
+    return max((sum(bool(rule_score(task, other, answer)) for other in answers) for answer in answers), default=0)
