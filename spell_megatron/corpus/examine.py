@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Examined:
     """Without its text."""
     fault: str = ""
     digest: bytes = b""
-    """Equal for documents that differ only in white space."""
+    """Equal for documents that differ only in white space, and in how accents are written."""
     signature: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
     pieces: Sequence[tuple[str, int]] = ()
     """Text and number of tokens of each."""
@@ -160,7 +161,8 @@ def _examine(document: Document, options: Options, evaluation: EvaluationSets | 
     hashes = word_hashes(tokens or [text])  # without any word, only an equal text is a repetition
     if evaluation and (fault := evaluation.overlap(hashes)):
         return Examined(origin, fault)
-    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+    same = unicodedata.normalize("NFC", " ".join(text.split()))
+    digest = hashlib.blake2b(same.encode(), digest_size=16).digest()
     return Examined(origin, "", digest, signature(hashes), _cut(text, options))
 
 

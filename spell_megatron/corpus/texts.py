@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 
-# Chinese and Japanese are written without spaces: each of their characters counts as a word.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[{_UNSPACED}]")
-_BOUNDARIES = [re.compile(p) for p in (r"\n(?=#)", r"\n[ \t]*\n", r"\n", r"(?<=[.!?])\s", r"\s")]
+from spell_megatron.corpus.characters import CLAUSE_ENDS, CLOSING, INVISIBLE, MARKS, SENTENCE_ENDS, SIGNS, UNSPACED
+from spell_megatron.corpus.controls import without_controls
+
+_LATIN_WORD = re.compile(r"[^\W_]+")
+_WORD = re.compile(rf"[^\W_{UNSPACED}]+(?:[{MARKS}]+[^\W_{UNSPACED}]*)*|[{UNSPACED}][{MARKS}]*")
+# Anything but letters of Europe and common punctuation, among which are no marks and no letters without blanks.
+_OTHER = re.compile(r"[^\x00-\xac\xae-\u02ff\u2010-\u2027\u2030-\u205e\u20a0-\u20bf]")
+_INVISIBLE, _SIGN = re.compile(f"[{INVISIBLE}]+"), re.compile(f"[{SIGNS}]+")
+_UNSPACED, _MARK = re.compile(f"[{UNSPACED}]"), re.compile(f"[{MARKS}]")
+_SENTENCE_END = rf"(?<=[.!?])\s|(?<=[{SENTENCE_ENDS}])[{SENTENCE_ENDS}{CLOSING}]*\s?"
+_BOUNDARIES = [
+    re.compile(p)
+    for p in (r"\n(?=#)", r"\n[ \t]*\n", r"\n", _SENTENCE_END, rf"\s|(?<=[{CLAUSE_ENDS}])")
+]  # fmt: skip
 
 
 def clean(text: str) -> str:
-    """Newlines as \\n, at most two blank lines in a row, and no control characters (form feeds, escapes)."""
+    """Newlines as \\n, at most two blank lines in a row, and what control characters mean in their place."""
     # JSON can hold lone surrogates, which UTF-8 cannot.
-    text = text.encode("utf-8", "replace").decode()
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+    text = without_controls(text.encode("utf-8", "replace").decode())
     text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text).strip()
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; every Chinese or Japanese character is one."""
-    return _WORD.findall(text.lower())
+    """The words of a text in lower case, to compare texts by.
+
+    A word is letters and digits with the marks on them. Equal words need not be equal bytes: accents may be written as
+    characters of their own, letters joined or wide; soft hyphens and other invisible characters are not there. Where a
+    script has no blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), every letter is a word.
+    """
+    if text.isascii():
+        return _LATIN_WORD.findall(text.lower())
+    if other := _OTHER.search(text):
+        text = _SIGN.sub(" ", _INVISIBLE.sub("", text))
+    text = unicodedata.normalize("NFKC", text).lower()
+    return (_WORD if other else _LATIN_WORD).findall(text)
+
+
+def count_words(text: str) -> int:
+    """Number of words as a reader counts them: what stands between blanks; without blanks between words, `words`."""
+    parts = text.split()
+    if text.isascii() or not _UNSPACED.search(text):
+        return len(parts)
+    return sum(len(words(part)) if _UNSPACED.search(part) else 1 for part in parts)
 
 
 def split_text(text: str, limit: int, length: Callable[[str], int] = len) -> list[str]:
@@ -35,7 +62,7 @@ def split_text(text: str, limit: int, length: Callable[[str], int] = len) -> lis
     if len(text) <= 1 or length(text) <= limit:
         return [text]
     middle = len(text) // 2
-    cut = middle
+    cut = _before_marks(text, middle)
     for boundary in _BOUNDARIES:
         matches = boundary.finditer(text, len(text) // 4, len(text) - len(text) // 4)
         if places := [match.end() for match in matches if 0 < match.end() < len(text)]:
@@ -43,3 +70,16 @@ def split_text(text: str, limit: int, length: Callable[[str], int] = len) -> lis
             break
     halves = text[:cut].strip("\n"), text[cut:].strip("\n")
     return [piece for half in halves for piece in split_text(half, limit, length)]
+
+
+def _before_marks(text: str, place: int) -> int:
+    """The nearest place before that separates no letter from its marks; `place` if there is none."""
+    nearest = place
+    while nearest > 0 and (_MARK.match(text, nearest) or _joined(text, nearest)):
+        nearest -= 1
+    return nearest or place
+
+
+def _joined(text: str, place: int) -> bool:
+    """Whether an invisible joiner holds the characters at a place together."""
+    return "\u200d" in text[place - 1 : place + 1]

@@ -12,6 +12,7 @@ from spell_megatron.corpus.options import Options
 from spell_megatron.corpus.pieces import Pieces
 from spell_megatron.corpus.summary import Summary, statistics_path
 from spell_megatron.corpus.table import row_of, write_table
+from spell_megatron.corpus.texts import count_words
 from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_file
 from spell_megatron.selfplay.documents import Cluster
@@ -113,7 +114,7 @@ def _counted(rows: Iterator[dict[str, Any]], summary: Summary) -> Iterator[dict[
     """The rows as they are; the summary counts them as they pass."""
     for row in rows:
         summary.cluster_documents.append(len(row["documents"]))
-        summary.cluster_words.append(sum(len(text.split()) for text in row["documents"]))
+        summary.cluster_words.append(sum(map(count_words, row["documents"])))
         summary.tasks[row["task"] or "none"] += 1
         summary.sources[row["source"]] += 1
         yield row

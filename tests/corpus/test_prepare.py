@@ -210,7 +210,7 @@ def test_control_characters_and_surrogates_do_not_survive(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Top\x00\x1b[0m\ud800\f" + body + " \n\n\n\n\n\nEnd"}))
     prepare([tmp_path / "a.jsonl"], tmp_path / "out.parquet")
     (cluster,) = load_clusters(tmp_path / "out.parquet")
-    assert cluster.documents == ("Top[0m?\n\n" + body + "\n\n\nEnd",)
+    assert cluster.documents == ("Top?\n\n" + body + "\n\n\nEnd",)
 
 
 def test_long_documents_are_cut_and_budgets_hold(tmp_path):
