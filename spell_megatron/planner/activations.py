@@ -13,6 +13,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.logprobs import VOCABULARY_BLOCK
 from spell_megatron.training.policy import Architecture
+from spell_megatron.training.prefix_tree import largest_tree
 
 
 def element_bytes(config: Config) -> int:
@@ -21,9 +22,11 @@ def element_bytes(config: Config) -> int:
 
 
 def row_tokens(config: Config) -> int:
-    """Number of tokens of the longest row that the trainer may meet."""
+    """Number of tokens of the largest tree that the trainer may meet."""
     sampling = config.rollout.sampling
-    return max(config.training.tokens_per_microbatch, sampling.max_prompt_tokens + sampling.max_response_tokens)
+    return largest_tree(
+        config.training.tokens_per_microbatch, sampling.max_prompt_tokens + sampling.max_response_tokens
+    )
 
 
 def stage_activations(

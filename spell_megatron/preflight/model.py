@@ -62,8 +62,8 @@ def check_lengths(found: Findings, config: Config, policy: PolicyModel) -> None:
     if sampling.max_prompt_tokens + sampling.max_response_tokens > budget:
         found.warn(
             f"training.tokens_per_microbatch = {budget} is less than the longest row, max_prompt_tokens "
-            f"+ max_response_tokens = {sampling.max_prompt_tokens + sampling.max_response_tokens}. Such a row is a "
-            "microbatch of its own and may need more memory than you planned for"
+            f"+ max_response_tokens = {sampling.max_prompt_tokens + sampling.max_response_tokens}. Such rows are "
+            "microbatches of up to an eighth more tokens than they have, and may need more memory than you planned for"
         )
 
 

@@ -114,11 +114,17 @@ EMPTY = Tree(
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
     """Merge rows into trees of at most `max_tokens` tokens.
 
-    A tree over the budget is cut between rows where that repeats the fewest tokens; a single row longer
-    than the budget becomes a tree of its own size. Trees that fit together share one forest. Rows
-    without a response are left out. Tree.row counts in `rows`.
+    A tree over the budget is cut between rows where that repeats the fewest tokens. A row longer than the budget
+    exceeds it, and rows that share most of their tokens with it may do so with it (see `largest_tree`). Trees that
+    fit together share one forest. Rows without a response are left out. Tree.row counts in `rows`.
     """
-    return _Sorted(rows).pack(max_tokens)
+    return _Sorted(rows, max_tokens).pack(max_tokens)
+
+
+def largest_tree(max_tokens: int, longest_row: int) -> int:
+    """Most tokens of a tree whose longest row has `longest_row` tokens: the budget, or for a row over the budget an
+    eighth more than that row, so that rows which differ from it in few tokens share its computation."""
+    return max_tokens if longest_row <= max_tokens else longest_row + longest_row // 8
 
 
 def plan(rows: Sequence[Row], max_tokens: int, ranks: int, cost: Cost = Cost()) -> list[list[Tree]]:
@@ -129,17 +135,16 @@ def plan(rows: Sequence[Row], max_tokens: int, ranks: int, cost: Cost = Cost()) 
     rank end at least 5 % sooner, repeated prefixes included. Ranks with fewer trees get `EMPTY` ones.
     Each rank's trees come in descending cost, so that ranks that exchange tokens meet similar sizes.
     """
-    table = _Sorted(rows)
-    budgets = [max_tokens]
+    table = _Sorted(rows, max_tokens)
+    whole = table.pack(max_tokens)
+    best, shortest = _assign(whole, ranks, cost)
     if ranks > 1:
-        total = sum(len(tree.tokens) for tree in table.pack(max_tokens))
-        budgets += [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]  # 10 % for uneven cuts
-    best: list[list[Tree]] = []
-    shortest = float("inf")
-    for budget in dict.fromkeys(min(b, max_tokens) for b in budgets):
-        assigned, slowest = _assign(table.pack(budget), ranks, cost)
-        if not best or slowest < 0.95 * shortest:
-            best, shortest = assigned, slowest
+        total = sum(len(tree.tokens) for tree in whole)
+        budgets = [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]  # 10 % for uneven cuts
+        for budget in dict.fromkeys(b for b in budgets if b < max_tokens):
+            assigned, slowest = _assign(table.pack(budget), ranks, cost)
+            if slowest < 0.95 * shortest:
+                best, shortest = assigned, slowest
     count = max(1, *(len(trees) for trees in best))
     return [trees + [EMPTY] * (count - len(trees)) for trees in best]
 
@@ -158,7 +163,8 @@ def _assign(trees: list[Tree], ranks: int, cost: Cost) -> tuple[list[list[Tree]]
 class _Sorted:
     """Rows in depth-first order with the common prefix length of each with the one before."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], max_tokens: int) -> None:
+        """max_tokens: the budget of the device. `pack` may be asked for smaller trees than that."""
         self.rows = rows
         # Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first.
         keys = {
@@ -167,9 +173,12 @@ class _Sorted:
         self.order = sorted(keys, key=keys.__getitem__)
         del keys
         self.lengths = np.array([len(rows[i].tokens) for i in self.order], dtype=np.int64)
+        # Most tokens of a tree because of a row that no tree can hold within the budget; 0 for the other rows.
+        self.allowed = np.where(self.lengths > max_tokens, self.lengths + self.lengths // 8, 0)
         self.shared = np.zeros(len(self.order), dtype=np.int64)
         for k in range(1, len(self.order)):
             self.shared[k] = _common_prefix(rows[self.order[k - 1]].tokens, rows[self.order[k]].tokens)
+        self.before = _previous_smaller(self.shared)
         # own[k]: tokens that the rows before k add to the common radix tree. Row k adds those numbered from there.
         self.own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
         self.routed_by = self._routed_by()
@@ -182,7 +191,7 @@ class _Sorted:
                 number = int(self.own[k] - self.shared[k])
                 yield first, slice(number + first, number + end)
                 end = first
-            k -= 1  # what a row shares with the one before it are that one's tokens
+            k = self.before[k]  # what a row shares with the one before it are that one's tokens, or of one further back
 
     def _routed_by(self) -> np.ndarray:
         """int32, for each token of the common radix tree: the row whose routing it takes (see `Tree`)."""
@@ -195,16 +204,17 @@ class _Sorted:
 
     def pack(self, max_tokens: int) -> list[Tree]:
         """See the function `pack`."""
-        bins: list[tuple[int, list[tuple[int, int]]]] = []  # tokens, runs of sorted rows
+        bins: list[list[tuple[int, int]]] = []  # runs of sorted rows
         runs = [(self._tokens(first, last), first, last) for first, last in self._cut(max_tokens)]
+        room = np.zeros(len(runs) + 1, dtype=np.int64)  # of each bin, the next one included
         for tokens, first, last in sorted(runs, key=lambda run: (-run[0], run[1])):  # first fit decreasing
-            for b, (used, members) in enumerate(bins):
-                if used + tokens <= max_tokens:
-                    bins[b] = used + tokens, [*members, (first, last)]
-                    break
-            else:
-                bins.append((tokens, [(first, last)]))
-        return [self._build([k for first, last in sorted(runs) for k in range(first, last)]) for _, runs in bins]
+            room[len(bins)] = max(max_tokens, tokens)
+            b = int(np.argmax(room[: len(bins) + 1] >= tokens))
+            if b == len(bins):
+                bins.append([])
+            bins[b].append((first, last))
+            room[b] -= tokens
+        return [self._build([k for first, last in sorted(members) for k in range(first, last)]) for members in bins]
 
     def _tokens(self, first: int, last: int) -> int:
         """Tokens of the tree of sorted rows first..last-1."""
@@ -214,19 +224,27 @@ class _Sorted:
         """Runs of sorted rows, each within the budget, that compute the fewest tokens in all.
 
         Dynamic programme over the place of the last cut. A cut before row i computes the prefix that i
-        shares with its predecessor once more; one token is added so that free cuts stay few.
+        shares with its predecessor once more; one token is added so that free cuts stay few. Only rows that share
+        half of their tokens with their predecessors let a run exceed the budget because of a row that does.
         """
         n = len(self.order)
         own = self.own
         begin = self.shared - own[:-1]  # a run first..last-1 holds own[last] + begin[first] tokens
         best = np.zeros(n + 1, dtype=np.int64)
         came_from = np.zeros(n + 1, dtype=np.int64)
-        low = 0  # no run that starts before this fits any more
+        limit = np.full(n, max_tokens, dtype=np.int64)  # of a run from each row to the last one looked at
+        largest = max(max_tokens, int(self.allowed.max(initial=0)))
+        low = joined = 0  # no run that starts before `low` fits any more, or before `joined` may exceed the budget
         for last in range(1, n + 1):
-            while low < last - 1 and own[last] - own[low] > max_tokens:
+            while low < last - 1 and own[last] - own[low] > largest:
                 low += 1
+            if 2 * self.shared[last - 1] < self.lengths[last - 1]:
+                limit[low : last - 1] = max_tokens
+                joined = last - 1
+            if self.allowed[last - 1]:
+                np.maximum(limit[joined:last], self.allowed[last - 1], out=limit[joined:last])
             price = best[low:last] + self.shared[low:last] + 1
-            fits = begin[low:last] + own[last] <= max_tokens
+            fits = begin[low:last] + own[last] <= limit[low:last]
             fits[-1] = True  # a single row may exceed the budget
             first = low + int(np.argmin(np.where(fits, price, np.iinfo(np.int64).max)))
             best[last], came_from[last] = best[first] + self.shared[first] + 1, first
@@ -267,6 +285,18 @@ class _Sorted:
         end[path[:previous]] = total
         source, target, rows, offset = (np.concatenate(column).astype(np.int64) for column in zip(*edges))
         return Tree(tokens, depth, end, source, target, rows, offset, fresh, routed_by)
+
+
+def _previous_smaller(values: np.ndarray) -> list[int]:
+    """For each number the place of the nearest one before it that is smaller; -1 if there is none."""
+    result: list[int] = []
+    numbers = values.tolist()
+    for place, number in enumerate(numbers):
+        before = place - 1
+        while before >= 0 and numbers[before] >= number:
+            before = result[before]
+        result.append(before)
+    return result
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -1,5 +1,6 @@
 """Prefix trees against their definitions, on generated rows."""
 
+import itertools
 import time
 
 import numpy as np
@@ -48,7 +49,8 @@ def ancestors(tree, q):
 def check(rows, trees, max_tokens):
     seen = set()
     for tree in trees:
-        assert len(tree.tokens) <= max_tokens or len(set(tree.row)) == 1
+        longest = max(len(rows[row].tokens) for row in tree.row)
+        assert len(tree.tokens) <= max_tokens or (max_tokens < longest and len(tree.tokens) <= longest * 9 // 8)
         children = set()
         for q in range(len(tree.tokens)):
             path = ancestors(tree, q)
@@ -99,15 +101,19 @@ def test_cuts_repeat_the_fewest_tokens(rows, max_tokens):
     rows = [r for r in rows if len(r.weights)]
     ordered = sorted(rows, key=lambda r: list(r.tokens))
 
-    def size(run):
-        return len({tuple(r.tokens[:i]) for r in run for i in range(1, len(r.tokens) + 1)})
+    def prefixes(run):
+        return {tuple(r.tokens[:i]) for r in run for i in range(1, len(r.tokens) + 1)}
+
+    def fits(run):
+        longest = max(len(r.tokens) for r in run)
+        half_shared = all(len(prefixes([a]) & prefixes([b])) * 2 >= len(b.tokens) for a, b in itertools.pairwise(run))
+        limit = longest * 9 // 8 if longest > max_tokens and half_shared else max_tokens
+        return len(run) == 1 or len(prefixes(run)) <= limit
 
     best = {0: 0}
     for last in range(1, len(ordered) + 1):
         best[last] = min(
-            best[first] + size(ordered[first:last])
-            for first in range(last)
-            if first == last - 1 or size(ordered[first:last]) <= max_tokens
+            best[first] + len(prefixes(ordered[first:last])) for first in range(last) if fits(ordered[first:last])
         )
     packed = sum(len(tree.tokens) for tree in pack(rows, max_tokens))
     # Forests may merge prefixes that cut runs share; free cuts cost nothing, and each cut is priced one
@@ -202,6 +208,34 @@ def test_groups_stay_whole():
     assert len(trees) == 4
     groups = [{int(order[r]) // 8 for r in tree.row} for tree in trees]
     assert sorted(g for group in groups for g in group) == list(range(7))
+
+
+def long_rows(count, prompt, response, first=0):
+    head = np.arange(first, first + prompt)
+    return [make_row(np.concatenate([head, 10_000 + count * np.arange(response) + i]), prompt) for i in range(count)]
+
+
+def test_rows_over_the_budget_share_their_prefix():
+    (tree,) = pack(long_rows(8, 1000, 2), 1001)
+    assert len(tree.tokens) == 1016 == 1000 + 8 * 2
+    (tree,) = pack([long_rows(1, 1000, 2)[0]] * 8, 1001)
+    assert len(tree.tokens) == 1002
+    # an eighth of 1,300 tokens has room for five more responses of 30
+    trees = pack(long_rows(12, 1270, 30), 1001)
+    assert [len(tree.tokens) for tree in trees] == [1270 + 30 * 6] * 2
+    check(long_rows(12, 1270, 30), trees, 1001)
+
+
+def test_what_shares_nothing_stays_away_from_a_row_over_the_budget():
+    long, short = long_rows(2, 1000, 2), long_rows(2, 40, 20, first=5000)
+    beginning = make_row([*range(10), 7, 7, 7, 7], 10)  # shares less than half of the row behind it
+    assert sorted(len(tree.tokens) for tree in pack([*long, *short, beginning], 1001)) == [80 + 14, 1004]
+
+
+def test_smaller_trees_for_many_ranks_are_cut_as_before():
+    """Only the budget of the device lets a row exceed it, not the smaller one that spreads rows over ranks."""
+    plans = plan(long_rows(8, 80, 8), 1000, 8)
+    assert [[len(tree.tokens) for tree in trees] for trees in plans] == [[88]] * 8
 
 
 def test_one_group_over_two_ranks_is_cut_only_if_that_pays():
