@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +22,8 @@ from spell_megatron.errors import UserError
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.inspect import inspect
 from spell_megatron.preflight.model import CPU_HEAD_SIZES
+from spell_megatron.processes import folder_lock
+from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.sizes import checkpoint_bytes
 
@@ -87,6 +93,52 @@ def test_all_faults_come_in_one_error(setup, tmp_path):
         "selfplay.prompts",
         "validation.questions",
     ]
+
+
+def live_run(folder: Path, **fields: object) -> None:
+    """status.json as a run writes it every five seconds, also one of a version that had no locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"state": "running", "step": 2, "steps": 9, "job": None, "restart": 0, "pid": os.getpid()}
+    about |= {"started": time.time() - 60, "time": time.time(), "host": socket.gethostname()}
+    (folder / "status.json").write_text(json.dumps(about | fields))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_is_alive_is_left_alone(setup, tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(folder_lock, "BEAT", 0.05)  # looks for three of them
+    run = tmp_path / "runs" / "live"
+    config = setup(run={"name": "live"})
+    if resume:
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "latest").write_text("step_000001")
+    folder = run if resume else None
+    live_run(run)
+    said = only_fault(config, folder)
+    for part in (f"in use by `spell train`, process {os.getpid()} on", "since 20", "spell stop", "--run.name"):
+        assert part in said
+    assert "remove the folder" not in said
+    live_run(run, host="n7", pid=1, job="4711")
+    assert "process 1 on n7, Slurm job 4711" in only_fault(config, folder)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for dead in (
+        {"pid": ended.pid},
+        {"host": "n7", "time": time.time() - 3600},
+        {"time": time.time() - 3600},  # its number belongs to another process now
+        {"state": "finished"},
+    ):
+        live_run(run, **dead)
+        assert inspect(config, folder).faults == []
+    live_run(run, host="n7", time=time.time() - 3600)  # its clock is wrong
+    beat = threading.Timer(0.02, live_run, (run,), {"host": "n7", "time": time.time() - 3595})
+    beat.start()
+    assert "on n7" in only_fault(config, folder)
+    beat.join()
+    for damaged in ("", "[]", '{"state": 1', '{"time": "x"}', '{"time": 1.0}'):
+        (run / "status.json").write_text(damaged)
+        assert inspect(config, folder).faults == []
+    with FolderLock(run, "`spell train`", ""):
+        assert "in use by" in only_fault(config, folder)
 
 
 def break_file(name: str, content: bytes | None):

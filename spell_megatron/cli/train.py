@@ -6,7 +6,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,12 @@ def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: 
     if rank() > 0:
         return Findings()
     known_faulty = {key for fault in reading.faults for key in fault.keys}
-    restarted = arguments.rendezvous is not None and slurm_restarts() > 0
-    return inspect(reading.settings, resume, known_faulty, restarted)
+    return inspect(reading.settings, resume, known_faulty, _restarted(arguments))
+
+
+def _restarted(arguments: argparse.Namespace) -> bool:
+    """Whether Slurm has queued this job again."""
+    return arguments.rendezvous is not None and slurm_restarts() > 0
 
 
 def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitStatus:
@@ -102,10 +107,30 @@ def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitS
         from spell_megatron.processes.rendezvous import Rendezvous
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
-    stopped = train(config, resume=resume, rendezvous=rendezvous)
+    with _run_folder(config, known=resume or _restarted(arguments)):
+        stopped = train(config, resume=resume, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
     return stopped.exit_status if stopped else ExitStatus.SUCCESS
+
+
+@contextmanager
+def _run_folder(config: Config, known: bool) -> Iterator[None]:
+    """Keep other processes out of the run's folder; rank 0 does it for all. `known`: the folder may hold a run."""
+    if rank() > 0:
+        yield
+        return
+    from spell_megatron.monitoring.run_lock import run_lock
+    from spell_megatron.preflight.machine import holds_run
+
+    folder = config.run.output_dir / config.run.name
+    with run_lock(folder):
+        if not known and holds_run(folder):  # preflight looked before the folder was ours
+            raise UserError(
+                f"Another process has meanwhile made a run in {folder}. Choose another name with --run.name=…, or "
+                "continue that run with --resume."
+            )
+        yield
 
 
 def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Reading[Config], Path | None]:

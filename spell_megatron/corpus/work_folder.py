@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.processes.folder_lock import FolderLock
 
 
 class WorkFolder:
@@ -32,12 +32,9 @@ class WorkFolder:
         """
         self = cls(out.with_name(f".{out.name}.work"), progress)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / "lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(f"Another `spell prepare` is at work on {out}. Wait for it, or stop it.") from error
+            remedy = "Wait for it, or stop it."
+            with FolderLock(out.parent, f"`spell prepare --out {out.name}`", remedy, f".{out.name}.lock"):
+                self._folder.mkdir(parents=True, exist_ok=True)
                 try:
                     self._clear_unless(fingerprint)
                     yield self

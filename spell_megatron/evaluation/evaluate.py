@@ -26,6 +26,7 @@ from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
 from spell_megatron.files import write_text
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.prompts import PromptSet
@@ -87,7 +88,13 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     """
     template = load_prompt(evaluation.judge_prompt)
     questions = _questions(evaluation, progress)
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
+    remedy = "Wait until it has ended, or give this one another --out."
+    with FolderLock(evaluation.folder, "`spell evaluate`", remedy):
+        return _evaluate(evaluation, template, questions, progress)
+
+
+def _evaluate(evaluation: Evaluation, template: str, questions: Questions, progress: Progress) -> dict[str, Any]:
+    """`evaluate` in a folder that no other process writes to."""
     if evaluation.answers:
         every = [question for members in questions.values() for question in members]
         answered = _score(questions, read_answers(evaluation.answers, every))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +11,16 @@ from typing import Any
 from spell_megatron.errors import UserError
 from spell_megatron.files import json_lines
 
-log = logging.getLogger(__name__)
-
 
 class Journal:
     """A JSONL file to which every result is appended as soon as there is one. A context manager.
 
-    A line is written by one system call, so that a process that is killed leaves whole lines; only a machine that
-    fails can cut the last one, and opening the file removes what is left of it.
+    One process may have it open; `evaluate` keeps its folder for itself. A line is written by one system call, so that
+    a process that is killed leaves whole lines; only a machine that fails can cut the last one, and opening the file
+    removes what is left of it.
 
     Raises:
-        UserError: another process has the file open, or it is not a journal.
+        UserError: it is not a journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,15 +28,6 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise UserError(
-                f"Another process is writing {self.path}. Wait until it has ended, or give this one another --out."
-            ) from error
-        except OSError:
-            log.warning("%s is on a filesystem without locks: let only one process write it", self.path)
         self._drop_torn_line()
         return self
 

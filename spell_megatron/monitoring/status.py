@@ -101,7 +101,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def ended(status: dict[str, Any]) -> bool:
     """Whether the run says itself that it has ended."""
-    return status["state"] in ("finished", "stopped", "failed")
+    return status.get("state") in ("finished", "stopped", "failed")
 
 
 def silent(status: dict[str, Any]) -> float:

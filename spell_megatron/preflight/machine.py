@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spell_megatron.config.schema import Config, RunConfig
+from spell_megatron.monitoring.run_lock import in_use_by_another
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.ranks import launched_processes
 
@@ -59,10 +60,12 @@ def check_trainer(found: Findings, config: Config) -> None:
 
 
 def check_run_folder(found: Findings, run: RunConfig, resume: Path | None, restarted: bool) -> None:
-    """The run's folder is new or continued, and can be written."""
+    """The run's folder is new or continued, no other process works in it, and it can be written."""
     folder = run.output_dir / run.name
     has_checkpoint = (folder / "checkpoints" / "latest").exists()
-    if resume is not None and not resume.is_dir():
+    if in_use := in_use_by_another(folder):
+        found.fault("run.name run.output_dir", in_use)
+    elif resume is not None and not resume.is_dir():
         found.fault("run.name", f"there is no run in {resume}. Check the folder given to --resume")
     elif resume is not None and not has_checkpoint:
         found.fault(

@@ -12,6 +12,7 @@ from torch import Tensor
 from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_folder
+from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import Checkpoint, copy_side_files, save_checkpoint
 from spell_megatron.weights.megatron import OnProgress, locate, read_megatron, write_megatron
@@ -27,7 +28,8 @@ def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progre
             the model, the output exists already, or the disk is full.
     """
     described = PolicyModel.load(hf)
-    with Checkpoint(hf) as source, appearing_folder(_new(Path(megatron))) as partial:
+    out = Path(megatron)
+    with Checkpoint(hf) as source, _alone(out), appearing_folder(_new(out)) as partial:
         _check_room(partial, source.nbytes())
         source.check(described, set(source.files))
         policy = replace(described, dtype=source.dtype())
@@ -43,7 +45,9 @@ def megatron_to_hf(megatron: Path, hf: Path, on_progress: OnProgress | None = No
             output exists already, or the disk is full.
     """
     _, side_files = locate(Path(megatron))
-    save_checkpoint(read_megatron(megatron, on_progress), side_files, _new(Path(hf)))
+    out = Path(hf)
+    with _alone(out):
+        save_checkpoint(read_megatron(megatron, on_progress), side_files, _new(out))
 
 
 def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> int:
@@ -67,6 +71,12 @@ def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+def _alone(out: Path) -> FolderLock:
+    """Keep other conversions away from what this one makes."""
+    remedy = "Wait for it, or choose another place."
+    return FolderLock(out.parent, f"a conversion to {out.name}", remedy, f".{out.name}.lock")
 
 
 def _new(out: Path) -> Path:

@@ -8,11 +8,17 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
+
+from spell_megatron.errors import UserError
+from spell_megatron.monitoring.run_lock import run_lock
+from spell_megatron.preflight import inspect as inspection
+from spell_megatron.preflight.findings import Findings
 
 
 def test_a_dry_run_prints_everything_resolved_and_writes_nothing(spell, inputs, tmp_path):
@@ -86,6 +92,34 @@ def test_the_day_of_the_prompts_is_that_of_the_runs_beginning(spell, inputs, tmp
     assert day("--resume", run) == "2024-07-26"
     assert day("--config", inputs / "run.yaml", "--run.name=old", "--resume") == "2024-07-26"
     assert day("--resume", run, "--model.prompt_date=2025-01-01") == "2025-01-01"
+
+
+def test_a_run_folder_belongs_to_one_process(inputs, spell, monkeypatch):
+    folder, seen = Path("runs") / "mine", []
+
+    def train(config, resume, rendezvous):
+        seen.append([path.name for path in folder.iterdir()])
+        with pytest.raises(UserError, match="in use by `spell train`"), run_lock(folder):
+            pass
+
+    monkeypatch.setitem(sys.modules, "spell_megatron.train", types.SimpleNamespace(run=train))
+    words = ("train", "--config", inputs / "run.yaml", "--run.name=mine")
+    assert spell(*words)[0] == 0
+    assert seen == [["lock-1"]] and list(folder.iterdir()) == []
+    with run_lock(folder):
+        status, _, errors = spell(*words)
+    assert status == 2 and "in use by `spell train`" in errors and len(seen) == 1
+
+    class AfterPreflight(Findings):
+        """Another process begins and ends a run before this one has the folder."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            (folder / "metrics.jsonl").write_text("{}\n")
+
+    monkeypatch.setattr(inspection, "inspect", lambda *_: AfterPreflight())
+    status, _, errors = spell(*words)
+    assert status == 2 and "has meanwhile made a run" in errors and len(seen) == 1
 
 
 # Stands in for the training itself, which the launcher knows nothing about: sitecustomize is imported by

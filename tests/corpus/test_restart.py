@@ -135,7 +135,7 @@ def test_two_at_work_on_one_output_are_kept_apart(tmp_path, monkeypatch):
 
     def second(*arguments):
         monkeypatch.setattr(stages, "write", write)
-        with pytest.raises(UserError, match="Another `spell prepare` is at work on"):
+        with pytest.raises(UserError, match="is in use by `spell prepare --out out.parquet`"):
             prepare([tmp_path / "corpus.jsonl"], out)
         return write(*arguments)
 

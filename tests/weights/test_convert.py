@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from spell_megatron.cli import main
 from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
@@ -104,6 +105,9 @@ def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     status, message = spell(*forth, out)
     assert status == 2 and "exists already" in message
     assert "exists already" in spell(*home, out, "--hf", back)[1]
+    with FolderLock(tmp_path, "another", "", ".b.lock"):
+        assert "in use by another" in spell(*forth, tmp_path / "b")[1]
+        assert "in use by another" in spell(*home, out, "--hf", tmp_path / "b")[1]
     assert "does not divide" in spell(*forth, tmp_path / "b", "--tp", 3)[1]
     assert "--pp is 0" in spell(*forth, tmp_path / "b", "--pp", 0)[1]
     assert "no Megatron distributed checkpoint" in spell(*home, source, "--hf", tmp_path / "b")[1]
