@@ -66,8 +66,11 @@ class GateConfig(Section):
     too few of these answers reach its reference."""
     answers: int = Field(4, ge=1)
     """Number of these answers per question."""
-    distractors: int = Field(0, ge=0)
+    distractors: int = Field(2, ge=0)
     """Number of other documents of the cluster that are mixed in. As many as fit are used."""
+    shuffle: bool = True
+    """Draw other distractors and another order of the documents for each of the answers. An answer that was guessed
+    changes with them. If false, all answers of a question share one prompt, which costs less on long documents."""
     condition: Literal["share", "majority"] = "share"
     """share: the share of answers that reach the reference must be at least `threshold`. majority: more answers must
     reach the reference than give any other answer."""

@@ -65,56 +65,52 @@ class Checks:
 
     async def _confirmed(self, attempt: Attempt, question: Question) -> bool:
         """Whether enough answers from the questioner's own documents reach its reference."""
-        rng = random.Random(self._client.seed(attempt, "gate", 0))
-        documents = self._gate_documents(attempt, question, rng)
-        if attempt.task == "doc_mc":  # in several orders, so that a liking for a letter confirms nothing
-            orders = [rng.sample(range(4), 4) for _ in range(self._config.gate.answers)]
-            answers = await gather(
-                self._permuted_answer(attempt, question, documents, order, i) for i, order in enumerate(orders)
-            )
-        else:
-            prompt = self._gate_prompt(attempt, question, documents)
-            answers = await self._gate_answers(attempt, prompt, 0, self._config.gate.answers)
+        gate = self._config.gate
+        answers = await gather(self._gate_answer(attempt, question, i) for i in range(gate.answers))
         reached = [bool(rule_score(attempt.task, answer, question.reference)) for answer in answers]
         attempt.counts["gate_answers"] += len(reached)
         attempt.counts["gate_answers_reaching_reference"] += sum(reached)
         if attempt.question:
             attempt.question.gate = sum(reached) / len(reached)
         others = [answer for answer, right in zip(answers, reached, strict=True) if answer is not None and not right]
-        return confirms(sum(reached), len(reached), _largest_group(attempt.task, others), self._config.gate)
+        return confirms(sum(reached), len(reached), _largest_group(attempt.task, others), gate)
 
-    def _gate_documents(self, attempt: Attempt, question: Question, rng: random.Random) -> list[str]:
-        """The documents that the questioner saw and as many distractors as fit, in the cluster's order."""
-        documents = attempt.cluster.documents
-        others = [index for index in range(len(documents)) if index not in attempt.context]
-        distractors = rng.sample(others, min(self._config.gate.distractors, len(others)))
-        while True:
-            shown = [documents[index] for index in sorted((*attempt.context, *distractors))]
-            prompt = self._gate_prompt(attempt, question, shown)
-            if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
-                return shown
-            distractors.pop()
+    async def _gate_answer(self, attempt: Attempt, question: Question, index: int) -> str | None:
+        """An answer over the questioner's documents; None if it states nothing, or its prompt is too long.
 
-    def _gate_prompt(self, attempt: Attempt, question: Question, documents: Sequence[str]) -> Prompt:
-        return self._client.prompt(self._prompts.responder(attempt.task, question.text, documents))
-
-    async def _gate_answers(self, attempt: Attempt, prompt: Prompt, index: int, n: int) -> list[str | None]:
-        """n answers to a prompt; none of them states anything if the prompt is too long."""
+        Options of multiple choice are shown in another order each time, so that a liking for a letter confirms nothing.
+        The answer is the letter that its option has in the question itself.
+        """
+        rng = random.Random(self._client.seed(attempt, "gate documents", index if self._config.gate.shuffle else 0))
+        order: Sequence[int] = ()
+        shown = question
+        if attempt.task == "doc_mc":
+            order = random.Random(self._client.seed(attempt, "gate options", index)).sample(range(4), 4)
+            shown = question.permuted(order)
+        prompt = self._gate_prompt(attempt, shown, rng)
         if len(prompt.ids) > self._sampling.max_prompt_tokens:
-            return [None] * n
+            return None
         limit = self._sampling.max_response_tokens
-        replies = await self._client.generate(attempt, "gate", prompt, limit, index=index, n=n, prompt_routing=False)
+        (reply,) = await self._client.generate(attempt, "gate", prompt, limit, index=index, prompt_routing=False)
         attempt.counts["gate_prompt_tokens"] += len(prompt.ids)
-        attempt.counts["gate_response_tokens"] += sum(len(reply.completion.token_ids) for reply in replies)
-        return [parse_answer(attempt.task, reply.text, reply.truncated) for reply in replies]
+        attempt.counts["gate_response_tokens"] += len(reply.completion.token_ids)
+        answer = parse_answer(attempt.task, reply.text, reply.truncated)
+        return LETTERS[order[LETTERS.index(answer)]] if order and answer else answer
 
-    async def _permuted_answer(
-        self, attempt: Attempt, question: Question, documents: Sequence[str], order: Sequence[int], index: int
-    ) -> str | None:
-        """An answer to the multiple-choice question with its options in another order, as a letter of the first."""
-        prompt = self._gate_prompt(attempt, question.permuted(order), documents)
-        (answer,) = await self._gate_answers(attempt, prompt, index, 1)
-        return None if answer is None else LETTERS[order[LETTERS.index(answer)]]
+    def _gate_prompt(self, attempt: Attempt, question: Question, rng: random.Random) -> Prompt:
+        """The responder's prompt over the questioner's documents and as many distractors as fit."""
+        documents, gate = attempt.cluster.documents, self._config.gate
+        others = [index for index in range(len(documents)) if index not in attempt.context]
+        distractors = rng.sample(others, min(gate.distractors, len(others)))
+        while True:
+            indices = sorted((*attempt.context, *distractors))
+            if gate.shuffle:
+                rng.shuffle(indices)
+            shown = [documents[index] for index in indices]
+            prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, shown))
+            if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
+                return prompt
+            distractors.pop()
 
 
 def confirms(reached: int, answers: int, largest_other: int, config: GateConfig) -> bool:

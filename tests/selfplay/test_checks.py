@@ -1,5 +1,6 @@
 """The gate: whether the documents confirm a question's reference."""
 
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -42,8 +43,10 @@ class Witness(ScriptedPolicy):
 
 
 def gated(prompts, policy, gate=None, **settings):
+    """A step with the gate, whose prompts hold at most six of the seven documents."""
+    gate = {"enabled": True, "distractors": 1} | (gate or {})
     settings = {"questioner": {"history": 0}, "kinds": ("mixed",), "groups": 20} | settings
-    return roll(make_selfplay(prompts, gate={"enabled": True} | (gate or {}), **settings), policy)
+    return roll(make_selfplay(prompts, gate=gate, **settings), policy)
 
 
 def even(number, seed):
@@ -81,30 +84,38 @@ def test_questions_that_fail_are_trained_on_as_negatives_with_their_reward(promp
     assert {row.reward for row in negatives(0.0)} == {0.0}
 
 
-def test_the_gate_shows_the_documents_of_the_questioner(prompts):
+def numbers_of(prompt):
+    """The numbers of the documents in a prompt, in its order."""
+    return [int(part.split()[0]) for part in prompt.split("|")[2].split("Document ")[1:]]
+
+
+def test_all_answers_of_a_question_share_a_prompt_over_the_documents_of_its_questioner(prompts):
     policy = Witness(even)
-    rollout = gated(prompts, policy)
-    shown = {}
-    for _, prompt, *_ in policy.requests:
-        if prompt.startswith("responder") and documents_in(prompt) < 7 and "|Empty|" not in prompt:
-            shown.setdefault(prompt.split("|")[2], 0)
+    rollout = gated(prompts, policy, {"distractors": 0, "shuffle": False}, tasks={"doc_general_qa": 1.0})
     asked = {row.prompt.split("|")[2] for row in rows_of(rollout.samples, "questioner")}
-    assert asked <= set(shown)
-    assert all(documents_in(text) == CONTEXT for text in shown)
+    assert asked <= {prompt.split("|")[2] for prompt in policy.gate_prompts}
+    assert all(len(numbers_of(prompt)) == CONTEXT for prompt in policy.gate_prompts)
+    assert set(Counter(policy.gate_prompts).values()) == {4}
 
 
-def test_distractors_are_other_documents_in_the_order_of_the_cluster(prompts):
+def test_distractors_are_other_documents_and_each_answer_has_its_own_order(prompts):
     policy = Witness(even)
-    gated(prompts, policy, {"distractors": 1})
+    gated(prompts, policy, {"distractors": 1}, tasks={"doc_general_qa": 1.0}, groups=4)
+    by_question = {}
     for prompt in policy.gate_prompts:
-        numbers = [int(part.split()[0]) for part in prompt.split("|")[2].split("Document ")[1:]]
-        assert len(numbers) == CONTEXT + 1 and numbers == sorted(numbers)
+        numbers = numbers_of(prompt)
+        assert len(set(numbers)) == CONTEXT + 1
+        by_question.setdefault(prompt.split("|")[3], []).append(numbers)
+    for orders in by_question.values():
+        assert len(orders) == 4 and len(set(map(tuple, orders))) > 1
+        assert len(set.intersection(*map(set, orders))) >= CONTEXT  # the questioner's documents are in each
+    assert any(len(set.union(*map(set, orders))) == CONTEXT + 2 for orders in by_question.values())
 
 
 def test_distractors_that_do_not_fit_are_left_out(prompts):
     policy = Witness(even)
     sampling = SamplingConfig(max_prompt_tokens=195)  # a token is a byte; with a sixth document there are at least 200
-    gated(prompts, policy, {"distractors": 1}, sampling=sampling, tasks={"doc_general_qa": 1.0}, groups=2)
+    gated(prompts, policy, sampling=sampling, tasks={"doc_general_qa": 1.0}, groups=2)
     assert {documents_in(prompt) for prompt in policy.gate_prompts} == {CONTEXT}
 
 
@@ -161,7 +172,7 @@ def test_the_cost_is_counted(prompts):
     prompt_bytes = sum(
         len(prompt)
         for _, prompt, *_ in policy.requests
-        if prompt.startswith("responder") and "|Empty|" not in prompt and documents_in(prompt) == CONTEXT
+        if prompt.startswith("responder") and "|Empty|" not in prompt and documents_in(prompt) == CONTEXT + 1
     )
     assert rollout.metrics["selfplay/count/gate_prompt_tokens"] == prompt_bytes
     assert rollout.metrics["selfplay/count/gate_response_tokens"] > 0
