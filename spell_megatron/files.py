@@ -1,4 +1,4 @@
-"""Files and folders that appear when they are complete, and files with one JSON value a line."""
+"""Files and folders that appear when they are complete, files of other machines, files with one JSON value a line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spell_megatron.errors import UserError
+
+Value = TypeVar("Value")
+
+LATE = 120.0
+"""Seconds after which a machine sees what another has written to a shared filesystem. NFS may take one minute."""
+_PAUSE = 0.2  # seconds between two looks
 
 MAX_FAULTS = 10
 """Faulty lines of a file that an error names."""
@@ -65,6 +72,39 @@ def appearing_folder(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def when_there(path: Path, look: Callable[[Path], Value | None], seconds: float = LATE) -> Value:
+    """What `look` finds at a path where another machine writes, as soon as it finds it.
+
+    A machine may see a shared filesystem as it was a while ago: without the file, with an empty one or a part of it, or
+    with a handle of a file that has been replaced.
+
+    Args:
+        path: of a file or folder.
+        look: None, an OSError or a ValueError: what is there is not complete.
+        seconds: how long to wait.
+
+    Raises:
+        TimeoutError: it was not found in time; the message says what was seen last.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            found = look(path)
+            if found is not None:
+                return found
+            seen = "it is not complete"
+        except OSError as error:
+            seen = error.strerror or str(error)
+        except ValueError as error:
+            seen = str(error)
+        if time.monotonic() > deadline:
+            raise TimeoutError(seen)
+        # A networked filesystem may remember that a file is not there; listing its folder makes it look again.
+        with suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(min(_PAUSE, seconds))
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:

@@ -56,6 +56,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             join(config.run.device, rendezvous)
         policy = PolicyModel.load(config.model.path, config.model.dtype)
         backend.initialise(policy, config.training, config.run.device, config.run.seed)
+        resume = from_rank_0(resume)  # a job's script decides it on each node, and may not see the checkpoint there yet
         rank: Rank = Leader(config, folder, stop, rendezvous) if dist.get_rank() == 0 else Follower(config, stop)
         stack.enter_context(rank)
         with rank.progress.stage("loading the policy"):

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
-from spell_megatron.files import write_text
+from spell_megatron.files import when_there, write_text
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -46,6 +47,21 @@ def note_score(run_folder: Path, step: int, score: float) -> None:
     if score > best(run_folder).get("score", -math.inf):
         record = {"checkpoint": f"step_{step:06d}", "score": score}
         write_text(root / "best.json", json.dumps(record), sync=True)
+
+
+def wait_until_seen(path: Path) -> None:
+    """Wait until this node sees what rank 0 has on the filesystem that all nodes share.
+
+    Raises:
+        UserError: it does not see it.
+    """
+    try:
+        when_there(path, lambda path: path.exists() or None)
+    except TimeoutError as error:
+        raise UserError(
+            f"The node {socket.gethostname()} does not see {path}, which is there on the node of rank 0. "
+            "run.output_dir must be on a filesystem that all nodes of the job share."
+        ) from error
 
 
 def check_complete(folder: Path) -> None:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spell_megatron.checkpoint.folder import check_complete, latest
+from spell_megatron.checkpoint.folder import check_complete, latest, wait_until_seen
 from spell_megatron.errors import UserError
+from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.state import load_trainer, set_random_states
 from spell_megatron.training.trainer import Trainer
@@ -25,11 +26,25 @@ def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: there is none, or it does not load.
     """
-    newest = latest(run_folder)
-    if newest is None:
-        raise UserError(f"There is no checkpoint in {run_folder / 'checkpoints'}; start the run without --resume.")
-    state = load(newest, trainer)
+    state = load(_newest(run_folder), trainer)
     return state["step"], state
+
+
+def _newest(run_folder: Path) -> Path:
+    """The newest checkpoint that rank 0 sees, on all ranks. Other nodes may still see an older one."""
+    newest, fault = None, ""
+    if dist.get_rank() == 0:
+        try:
+            newest = latest(run_folder)
+        except UserError as error:
+            fault = str(error)
+    newest, fault = from_rank_0((newest, fault))
+    if newest is None:
+        raise UserError(
+            fault or f"There is no checkpoint in {run_folder / 'checkpoints'}; start the run without --resume."
+        )
+    wait_until_seen(newest / "meta.json")
+    return newest
 
 
 def load(folder: Path, trainer: Trainer) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spell_megatron.checkpoint.folder import best
+from spell_megatron.checkpoint.folder import best, wait_until_seen
 from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
@@ -85,6 +85,8 @@ class Saver:
 
         def write() -> None:
             _start_manager()
+            for made in ("trainer", "rng"):
+                wait_until_seen(partial / made)
             pending.start(partial / "trainer", trainer, asynchronous)
             _save_hf(partial / "hf", trainer, self._source)
             torch.save(random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")

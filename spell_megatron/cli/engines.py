@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import signal
 
-    from spell_megatron.processes.rendezvous import Rendezvous
+    from spell_megatron.processes.rendezvous import Rendezvous, await_settings
     from spell_megatron.rollout.engine_nodes import serve
 
     # The default action would end this process before it has stopped the engines.
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
     node = rank()
     leave_step()  # its processes are no trainers
+    await_settings([arguments.config])
     config = load_config(arguments.config)
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     logs = config.run.output_dir / config.run.name / "logs"

@@ -135,6 +135,10 @@ def _run_folder(config: Config, known: bool) -> Iterator[None]:
 
 def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Reading[Config], Path | None]:
     """The settings, and the folder of the run to be continued, if any."""
+    if arguments.rendezvous:
+        from spell_megatron.processes.rendezvous import await_settings
+
+        await_settings(arguments.config or ())
     if arguments.resume:
         folder = Path(arguments.resume)
         own = folder / "config.yaml"

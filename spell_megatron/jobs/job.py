@@ -90,7 +90,7 @@ def prologue(config: Config) -> str:
     # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
     unset = "unset SLURM_UNBUFFEREDIO"
     both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
-    nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}" || exit 1'
+    nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}.tmp" || exit 1\n{_appears(NODES)}'
     ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))
     return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
 
@@ -100,10 +100,16 @@ def _prepare(config: Config, folder: str) -> str:
         [
             f"export SPELL_RENDEZVOUS={folder}",
             'mkdir -p "$(dirname "$SPELL_RENDEZVOUS")" && mkdir -m 700 "$SPELL_RENDEZVOUS" || exit 1',
-            f"cat > \"$SPELL_RENDEZVOUS/config.yaml\" <<'{_END}' || exit 1",
+            f"cat > \"$SPELL_RENDEZVOUS/config.yaml.tmp\" <<'{_END}' || exit 1",
             to_yaml(config) + _END,
+            _appears("config.yaml"),
         ]
     )
+
+
+def _appears(name: str) -> str:
+    """Gives a file of the rendezvous its name when it is complete: other nodes see all of it or nothing."""
+    return f'mv "$SPELL_RENDEZVOUS/{name}.tmp" "$SPELL_RENDEZVOUS/{name}" || exit 1'
 
 
 def _run_folder(config: Config) -> str:

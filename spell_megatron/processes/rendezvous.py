@@ -4,25 +4,29 @@ Nothing has a fixed port. Each process that others have to reach listens on a po
 then writes down where. The folder belongs to one start of one job (its name holds the job's id and restart
 count), so that what an earlier start wrote is never read.
 
+Nodes may see the folder late, and not all at the same time. A file appears whole, by a rename; no hard links and no
+locks are needed.
+
 The job script writes `nodes`, what `scontrol show node` says of the job's nodes, for a node's name need not
 resolve on the others, and inside a container there is no scontrol.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import secrets
 import socket
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import yaml
+
 from spell_megatron.errors import UserError
-from spell_megatron.files import appearing_file
+from spell_megatron.files import LATE, appearing_file, when_there
 from spell_megatron.ranks import slurm_node
 
 NODES = "nodes"
@@ -40,17 +44,37 @@ class Rendezvous:
         self.folder = folder.absolute()
         self.engine_nodes = engine_nodes
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
+            fault = when_there(self.folder, _made)
+        except TimeoutError as error:
+            fault = str(error)
+        if fault:
             raise UserError(
                 f"The folder {folder}, by which the processes of the job find each other, cannot be made "
-                f"({error.strerror}). It must be on a filesystem that every node and container of the job sees."
-            ) from error
+                f"({fault}). It must be on a filesystem that every node and container of the job sees."
+            )
 
     def publish(self, name: str, content: dict) -> None:
-        """Write a file for the others; they see all of it or nothing."""
-        with appearing_file(self.folder / name) as partial:
-            _write_private(partial, json.dumps(content))
+        """Write a file for the others; they see all of it or nothing.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._write(name, json.dumps(content))
+
+    def _write(self, name: str, text: str) -> None:
+        def write(path: Path) -> bool:
+            with appearing_file(path) as partial:
+                _write_private(partial, text)
+            return True
+
+        path = self.folder / name
+        try:
+            when_there(path, write)  # a server that fails may be back soon
+        except TimeoutError as error:
+            raise UserError(
+                f"{path}, by which the processes of the job find each other, cannot be written: {error}. The folder of "
+                "the run must be on a filesystem that all nodes of the job can write."
+            ) from error
 
     def wait(self, name: str, seconds: float = math.inf, accept: Callable[[dict], bool] = lambda content: True) -> dict:
         """The content of a file, once another process has written one that `accept` holds for.
@@ -58,31 +82,41 @@ class Rendezvous:
         Raises:
             UserError: it is not there after `seconds`.
         """
-        path, deadline = self.folder / name, time.monotonic() + seconds
-        while True:
-            with suppress(FileNotFoundError):
-                if accept(content := json.loads(path.read_text(encoding="utf-8"))):
-                    return content
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{path} was not written within {seconds:g} s. Either the process that should write it failed (its "
-                    "log, beside this one, says why), or the folder is not on a filesystem that all nodes of the job "
-                    "share."
-                )
-            # A networked filesystem may remember that a file is not there; listing its folder makes it look again.
-            os.listdir(self.folder)
-            time.sleep(0.2)
+
+        def read(path: Path) -> dict | None:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) and accept(content) else None
+
+        path = self.folder / name
+        try:
+            return when_there(path, read, seconds)
+        except TimeoutError as error:
+            raise UserError(
+                f"{path} was not written within {seconds:g} s. Either the process that should write it failed (its "
+                "log, beside this one, says why), or the folder is not on a filesystem that all nodes of the job "
+                "share."
+            ) from error
 
     def key(self) -> str:
         """The API key of the job's engines: made by the first process that asks, and the same for all."""
         path = self.folder / "key"
-        if not path.exists():
-            temporary = self.folder / f".key.{socket.gethostname()}.{os.getpid()}"
-            _write_private(temporary, secrets.token_urlsafe(32))
-            with suppress(FileExistsError):  # unlike a rename, a link leaves the file of another as it is
-                os.link(temporary, path)
-            temporary.unlink()
-        return path.read_text(encoding="utf-8")
+        if not path.exists() and self._first("key"):
+            self._write("key", secrets.token_urlsafe(32))
+        try:
+            return when_there(path, lambda path: path.read_text(encoding="utf-8") or None)
+        except TimeoutError as error:
+            raise UserError(
+                f"The key of the job's engines, {path}, cannot be read ({error}). The process that should write it "
+                "failed (its log, beside this one, says why), or the nodes of the job do not share the folder."
+            ) from error
+
+    def _first(self, name: str) -> bool:
+        """Whether this process is the first that asks for this name; to make a folder is atomic everywhere."""
+        try:
+            (self.folder / f".{name}").mkdir()
+            return True
+        except OSError:  # it exists; or nothing can be written here, which whoever waits for the first is told
+            return False
 
     def address(self) -> str:
         """IPv4 address of this node, as the other nodes of the job know it.
@@ -93,7 +127,7 @@ class Rendezvous:
             UserError: the name does not resolve, or only to an address that the others cannot reach.
         """
         name = slurm_node() or socket.gethostname()
-        nodes = self._nodes()
+        nodes = self._nodes(name)
         address = nodes.get(name, name)
         try:
             found = str(socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0])
@@ -115,11 +149,57 @@ class Rendezvous:
             )
         return found
 
-    def _nodes(self) -> dict[str, str]:
-        with suppress(FileNotFoundError):
-            text = (self.folder / NODES).read_text(encoding="utf-8")
-            return dict(re.findall(r"NodeName=(\S+) .*?NodeAddr=(\S+)", text))
-        return {}
+    def _nodes(self, name: str) -> dict[str, str]:
+        """The addresses of the job's nodes by their names; none if the file does not come to know this node."""
+
+        def read(path: Path) -> dict[str, str] | None:
+            # What follows an address shows that all of the address is there.
+            nodes = dict(re.findall(r"NodeName=(\S+) .*?NodeAddr=(\S+)\s", path.read_text(encoding="utf-8")))
+            return nodes if name in nodes else None
+
+        try:
+            return when_there(self.folder / NODES, read, LATE if slurm_node() else 0.0)
+        except TimeoutError:
+            return {}
+
+
+def await_settings(files: Iterable[Path]) -> None:
+    """Wait until this node sees the settings of its job, which another node has just written.
+
+    Raises:
+        UserError: it does not see them.
+    """
+    for file in files:
+        try:
+            when_there(file, _settings)
+        except TimeoutError as error:
+            raise UserError(
+                f"This node does not see the settings of the job, {file} ({error}). The run's folder must be on a "
+                "filesystem that all nodes of the job share."
+            ) from error
+
+
+def _settings(file: Path) -> dict | None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not complete: {error}") from error
+    return content if isinstance(content, dict) else None
+
+
+def _made(folder: Path) -> str:
+    """Make a folder; why that is impossible, "" if it is there.
+
+    Raises:
+        OSError: another process has just made it or its parent, and it is not to be seen yet.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        if folder.is_file() or error.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE, errno.EIO):
+            return error.strerror or str(error)
+        raise
+    return ""
 
 
 def _write_private(path: Path, text: str) -> None:
