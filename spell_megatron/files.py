@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spell_megatron.encodings import utf8_stream
 from spell_megatron.errors import UserError
 
 Value = TypeVar("Value")
@@ -108,9 +109,14 @@ def when_there(path: Path, look: Callable[[Path], Value | None], seconds: float 
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """`parse_json_lines` of a file."""
-    with path.open("rb") as lines:
-        yield from parse_json_lines(lines)
+    """`parse_json_lines` of a file; one that is packed or of another kind, whatever its name, has one faulty line."""
+    with path.open("rb") as file:
+        try:
+            lines = utf8_stream(file)
+        except ValueError as error:
+            yield 1, None, f"is not JSON: {error}"
+        else:
+            yield from parse_json_lines(lines)
 
 
 def parse_json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any, str]]:

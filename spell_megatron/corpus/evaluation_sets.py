@@ -6,16 +6,18 @@ import functools
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from spell_megatron.corpus.reading import table_rows
+from spell_megatron.corpus.input_tables import table_rows
 from spell_megatron.corpus.texts import words
 from spell_megatron.corpus.word_sequences import sequences, word_hashes
+from spell_megatron.encodings import ZIP_FAULTS, utf8
 from spell_megatron.errors import UserError
+from spell_megatron.folders import is_left_behind, walk
 
 SUFFIXES = {".jsonl", ".json", ".parquet", ".zip"}
 
@@ -31,8 +33,8 @@ class EvaluationSets:
     """Where `write` has left the sequences."""
 
     @staticmethod
-    def write(folder: Path, files: Sequence[Path], words: int) -> None:
-        hashes, owners = evaluation_sequences(files, words)
+    def write(folder: Path, files: Sequence[Path], words: int, note: Callable[[str], None]) -> None:
+        hashes, owners = evaluation_sequences(files, words, note)
         np.save(folder / "hashes.npy", hashes)
         np.save(folder / "owners.npy", owners)
 
@@ -60,7 +62,8 @@ def find_evaluation_files(given: Sequence[Path]) -> tuple[list[Path], list[str]]
     for path in given:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            below = (folder.path / name for folder in walk(path) for name in folder.files)
+            files = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
             if not files:
                 faults.append(f"{path} holds no evaluation sets (.jsonl, .json, .parquet, .zip)")
         elif path.exists() and path.suffix.lower() not in SUFFIXES:
@@ -69,13 +72,16 @@ def find_evaluation_files(given: Sequence[Path]) -> tuple[list[Path], list[str]]
     return found, faults
 
 
-def evaluation_sequences(files: Sequence[Path], n: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_sequences(
+    files: Sequence[Path], n: int, note: Callable[[str], None] = lambda text: None
+) -> tuple[np.ndarray, np.ndarray]:
     """All sequences of n words in evaluation sets: sorted hashes [sequences], and the number of each one's file.
 
     All strings count, wherever they stand in a row: questions, answers, contexts.
 
     Args:
         files: .jsonl, .json (a list of rows, or one a line), .parquet, or a .zip archive of such files.
+        note: is told of rows with bytes that are not UTF-8; what stands beside such bytes counts.
 
     Raises:
         UserError: if a file cannot be read, or holds no text of n words.
@@ -83,7 +89,9 @@ def evaluation_sequences(files: Sequence[Path], n: int) -> tuple[np.ndarray, np.
     hashes = np.zeros(0, np.uint64)
     owners = np.zeros(0, np.uint16)
     for number, path in enumerate(files):
-        parts = [sequences(word_hashes(words(text)), n) for row in _evaluation_rows(path) for text in _strings(row)]
+        parts = [
+            sequences(word_hashes(words(text)), n) for row in _evaluation_rows(path, note) for text in _strings(row)
+        ]
         own = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
         if not len(own):
             raise UserError(
@@ -108,26 +116,32 @@ def shared_sequence(hashes: np.ndarray, n: int, known: np.ndarray) -> int | None
     return int(places[shared[0]]) if len(shared) else None
 
 
-def _evaluation_rows(path: Path) -> Iterator[object]:
+def _evaluation_rows(path: Path, note: Callable[[str], None]) -> Iterator[object]:
     suffix = path.suffix.lower()
     if suffix == ".zip":
-        yield from _archive_rows(path)
+        yield from _archive_rows(path, note)
     elif suffix == ".json" and (value := _json_value(path)) is not None:
         yield value
     else:
-        for number, row in table_rows(path):
-            if row is None:
-                raise UserError(f"{path}: line {number} is not JSON. Correct the evaluation set, or leave it out.")
+        faults = 0
+        for _, row, fault in table_rows(path):
+            if row is None and fault:
+                raise UserError(f"{path}: {fault}. Correct the evaluation set, or leave it out.")
+            if fault and not faults:
+                note(f"{path}: {fault}")
+            faults += bool(fault)
             yield row
+        if faults > 1:
+            note(f"{path}: there are {faults} such rows")
 
 
-def _archive_rows(path: Path) -> Iterator[object]:
+def _archive_rows(path: Path, note: Callable[[str], None]) -> Iterator[object]:
     try:
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
             for name in archive.namelist():
-                if Path(name).suffix.lower() in SUFFIXES - {".zip"}:
-                    yield from _evaluation_rows(Path(archive.extract(name, folder)))
-    except (zipfile.BadZipFile, OSError, RuntimeError, UserError) as error:  # RuntimeError: it has a password
+                if Path(name).suffix.lower() in SUFFIXES - {".zip"} and not is_left_behind(name):
+                    yield from _evaluation_rows(Path(archive.extract(name, folder)), note)
+    except (*ZIP_FAULTS, UserError) as error:
         raise UserError(f"{path}: not a readable archive ({error}).") from error
 
 
@@ -135,8 +149,8 @@ def _json_value(path: Path) -> object:
     """The value of a .json file; None: the file may have one row a line."""
     data = b""
     try:
-        data = path.read_bytes()
-        return json.loads(data)
+        data = utf8(path.read_bytes())
+        return json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             raise UserError(f"{path}: not a readable JSON file ({error}).") from error

@@ -16,9 +16,10 @@ import numpy as np
 from spell_megatron.corpus import reading
 from spell_megatron.corpus.duplicates import signature
 from spell_megatron.corpus.evaluation_sets import EvaluationSets
+from spell_megatron.corpus.input_tables import LacksColumn, UnusableFile, holds_clusters
 from spell_megatron.corpus.options import Options
 from spell_megatron.corpus.pieces import PieceWriter
-from spell_megatron.corpus.reading import Counts, Document, File
+from spell_megatron.corpus.reading import Counts, Document, File, printable
 from spell_megatron.corpus.table import row_of, write_table
 from spell_megatron.corpus.texts import clean, split_text, words
 from spell_megatron.corpus.web_text import web_fault
@@ -26,7 +27,7 @@ from spell_megatron.corpus.word_sequences import word_hashes
 from spell_megatron.corpus.workers import ordered_map
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.selfplay.documents import Cluster, load_clusters
+from spell_megatron.selfplay.documents import Cluster, load_clusters, read_clusters
 from spell_megatron.tokenizer import PolicyTokenizer
 
 PARALLEL_BYTES = 32 * 2**20
@@ -62,8 +63,7 @@ def examine_files(
         Whether any document or given cluster is usable.
 
     Raises:
-        UserError: a file is damaged or cannot be read, lacks the column of texts, or two given clusters have the same
-            id.
+        UserError: all tables lack the column of texts or of quality, or two given clusters have the same id.
     """
     given: dict[str, Cluster] = {}
     examine = functools.partial(_examine_batch, options=options, evaluation=evaluation)
@@ -96,25 +96,51 @@ def _documents(
     options: Options,
     counts: Counts,
 ) -> Iterator[Document]:
-    """The documents of all files; clusters that the files hold go to `given`."""
+    """The documents of all files; clusters that the files hold go to `given`.
+
+    A file that cannot be used is counted and named, unless all tables lack the column.
+    """
+    lacking: list[LacksColumn] = []
     for file in files:
-        counts.files += 1
-        if not (file.is_table and reading.holds_clusters(file.path)):
-            yield from reading.read_documents(
-                file, options.text_column, options.quality_column, options.min_quality, counts
-            )
-            continue
-        for cluster in load_clusters(file.path):
-            if cluster.id in given:
-                raise UserError(
-                    f"{file.path}: the cluster id {cluster.id!r} was already in an earlier input. "
-                    "Give each cluster an id of its own."
-                )
-            counts.documents += len(cluster.documents)
-            if fault := _fault_of_cluster(cluster, evaluation, options):
-                counts.skipped[fault] += len(cluster.documents)
+        try:
+            if file.is_table and holds_clusters(file.path):
+                _take_clusters(file.path, given, evaluation, options, counts)
             else:
-                given[cluster.id] = cluster
+                yield from reading.read_documents(
+                    file, options.text_column, options.quality_column, options.min_quality, counts
+                )
+            counts.files += 1
+        except UnusableFile as fault:
+            counts.skipped_files[fault.kind] += 1
+            counts.notes.append(printable(fault))
+            lacking += [fault] if isinstance(fault, LacksColumn) else []
+    if lacking and len(lacking) == sum(file.is_table for file in files):
+        raise lacking[0]
+
+
+def _take_clusters(
+    path: Path, given: dict[str, Cluster], evaluation: EvaluationSets | None, options: Options, counts: Counts
+) -> None:
+    """Add the clusters of a file that are kept to `given`; rows that are no clusters are counted and named."""
+    try:
+        clusters, faults = read_clusters(path)
+    except UserError as error:
+        raise UnusableFile("damaged", str(error)) from error
+    if faults:
+        counts.documents += len(faults)
+        counts.skipped["in rows that are no clusters"] += len(faults)
+        counts.notes.append(printable(f"{path}: {len(faults)} faults; the first: {faults[0]}"))
+    for cluster in clusters:
+        if cluster.id in given:
+            raise UserError(
+                f"{path}: the cluster id {cluster.id!r} was already in an earlier input. "
+                "Give each cluster an id of its own."
+            )
+        counts.documents += len(cluster.documents)
+        if fault := _fault_of_cluster(cluster, evaluation, options):
+            counts.skipped[fault] += len(cluster.documents)
+        else:
+            given[cluster.id] = cluster
 
 
 def _fault_of_cluster(cluster: Cluster, evaluation: EvaluationSets | None, options: Options) -> str:

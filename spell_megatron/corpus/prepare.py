@@ -34,6 +34,7 @@ from spell_megatron.corpus.vectors import write_vectors
 from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.write import write
 from spell_megatron.errors import UserError
+from spell_megatron.files import MAX_FAULTS
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.tokenizer import PolicyTokenizer
 
@@ -61,7 +62,7 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
     progress = Progress(console=Console(stderr=True))
 
     def read_sets(folder: Path) -> None:
-        EvaluationSets.write(folder, sets, options.overlap_words)
+        EvaluationSets.write(folder, sets, options.overlap_words, progress.line)
 
     def examine(folder: Path) -> None:
         if not examine_files(folder, files, evaluation, options, counts, progress):
@@ -136,8 +137,9 @@ def _fingerprint(files: Sequence[File], sets: Sequence[Path], options: Options) 
 def _nothing_usable(inputs: Sequence[Path], counts: Counts) -> str:
     reasons = [f"{count} documents {reason}" for reason, count in counts.skipped.items()]
     reasons += [f"{count} files {reason}" for reason, count in counts.skipped_files.items()]
+    named = f" ({'; '.join(note.rstrip('.') for note in counts.notes[:MAX_FAULTS])})" if counts.notes else ""
     return (
-        f"No usable documents in {', '.join(map(str, inputs))}: {'; '.join(reasons) or 'there are no files'}. "
+        f"No usable documents in {', '.join(map(str, inputs))}: {'; '.join(reasons) or 'there are no files'}{named}. "
         "Documents are .txt, .md, .jsonl and .parquet files, and UTF-8 files without an extension."
     )
 

@@ -6,21 +6,18 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from spell_megatron.errors import UserError
-from spell_megatron.files import json_lines
+from spell_megatron.corpus.input_tables import table_rows
+from spell_megatron.encodings import packed, utf8
+from spell_megatron.folders import walk
+from spell_megatron.selfplay.references import shown
 
 TEXT_SUFFIXES = {".txt", ".md"}
 TABLE_SUFFIXES = {".jsonl", ".parquet"}
-# Tables with one of these pairs of columns hold clusters already.
-CLUSTER_COLUMNS = [{"cluster_id", "documents"}, {"question_id", "paragraphs"}]
-_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -66,42 +63,41 @@ class Counts:
 
 
 def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) -> list[File]:
-    """Files to read, in a fixed order. Hidden files, and the files `written` by us, are left out."""
+    """Files to read, in a fixed order. What is hidden or left behind, and the files `written` by us, are left out."""
     found: list[File] = []
-    taken = {path.resolve() for path in written}
+    taken = {os.path.realpath(path) for path in written}
     several = sum(path.is_dir() for path in inputs) > 1
     for given in inputs:
         if given.is_dir():
-            inside = _walk(given, Path(given.name) if several else Path(), counts)
+            inside = _below(given, Path(given.name) if several else Path(), counts)
         else:
             inside = iter([(given, given.name if len(inputs) == 1 else str(given), "")])
         for path, name, folder in inside:
-            if path.resolve() not in taken:
-                taken.add(path.resolve())
-                found += _file(path, _printable(name), _printable(folder), counts)
+            if (real := os.path.realpath(path)) not in taken:
+                taken.add(real)
+                found += _file(path, printable(name), printable(folder), counts)
     return found
 
 
-def _walk(root: Path, prefix: Path, counts: Counts) -> Iterator[tuple[Path, str, str]]:
+def _below(root: Path, prefix: Path, counts: Counts) -> Iterator[tuple[Path, str, str]]:
     """(path, name, folder that makes a cluster or "") of the files below a folder.
 
     Args:
         prefix: how names and folders begin, because two inputs may hold folders of the same name.
     """
 
-    def unreadable(error: OSError) -> None:
-        counts.skipped_files["unreadable folders"] += 1
-        counts.notes.append(f"{_printable(error.filename)}: {error.strerror}")
+    def left_out(kind: str, path: Path, why: str) -> None:
+        counts.skipped_files[kind] += 1
+        counts.notes.append(f"{printable(path)}: {why}")
 
-    for where, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = Path(where).relative_to(root)
+    for found in walk(root, left_out):
+        inside = found.path.relative_to(root)
         folder = "" if inside == Path() else (prefix / inside).as_posix()
-        for name in sorted(name for name in names if not name.startswith(".")):
-            if inside == Path() and subfolders and Path(name).stem.upper() == "README":
+        for name in found.files:
+            if inside == Path() and found.subfolders and Path(name).stem.upper() == "README":
                 counts.skipped_files["README beside sub-folders"] += 1
             else:
-                yield Path(where) / name, (prefix / inside / name).as_posix(), folder
+                yield found.path / name, (prefix / inside / name).as_posix(), folder
 
 
 def _file(path: Path, name: str, folder: str, counts: Counts) -> list[File]:
@@ -114,7 +110,7 @@ def _file(path: Path, name: str, folder: str, counts: Counts) -> list[File]:
         return [File(path, name)]
     if suffix in TEXT_SUFFIXES or not suffix:
         return [File(path, name, folder)]
-    counts.skipped_files[f"{_printable(suffix)} (not a format read here)"] += 1
+    counts.skipped_files[f"{printable(suffix)} (not a format read here)"] += 1
     return []
 
 
@@ -124,7 +120,7 @@ def read_documents(
     """The documents of a text file or a table, which are counted. Documents below the least quality are left out.
 
     Raises:
-        UserError: a table without one of the columns, or damaged.
+        UnusableFile: a table without one of the columns, or damaged.
     """
     if not file.is_table:
         counts.documents += 1
@@ -132,29 +128,71 @@ def read_documents(
         if text is not None:
             yield Document(file.name, text, file.folder)
         return
-    bad = 0
     columns = [text_column] + ([quality_column] if quality_column else [])
-    for number, row in table_rows(file.path, columns):
-        counts.documents += 1
-        if not isinstance(row, dict):
-            bad += 1
-            counts.skipped["not a JSON object"] += 1
-            continue
-        if not isinstance(row.get(text_column), str):
-            counts.skipped[f"without a text in {text_column!r}"] += 1
-        elif quality_column and not _reaches(row.get(quality_column), min_quality):
-            counts.skipped[f"with {quality_column} below {min_quality:g}"] += 1
-        else:
-            yield Document(f"{file.name}:{number}", row[text_column])
-    if bad:
-        counts.notes.append(f"{_printable(file.path)}: {bad} lines are not JSON objects")
+    faults = _Faults()
+    try:
+        for number, row, fault in table_rows(file.path, columns):
+            counts.documents += 1
+            faults.note(fault)
+            if not isinstance(row, dict):
+                counts.skipped["not a JSON object"] += 1
+                faults.note("" if fault else f"line {number} is not a JSON object")
+                continue
+            text, bad = _text_of(row.get(text_column))
+            if text is None:
+                reason = f"without a text in {text_column!r}"
+            elif bad and _is_damaged(text, bad):
+                reason = "not UTF-8 text"
+            else:
+                reason = _fault_of_quality(row, quality_column, min_quality, number, faults)
+            if reason:
+                counts.skipped[reason] += 1
+            else:
+                yield Document(f"{file.name}:{number}", str(text))
+    finally:
+        if faults.count:
+            counts.notes.append(f"{printable(file.path)}: {faults.count} faulty rows; the first: {faults.first}")
 
 
-def _reaches(value: object, least: float) -> bool:
-    return isinstance(value, int | float) and not math.isnan(value) and value >= least
+@dataclass
+class _Faults:
+    """How many rows of a file have faults, and what the first is."""
+
+    count: int = 0
+    first: str = ""
+
+    def note(self, fault: str) -> None:
+        """Count a row's fault; "": it has none."""
+        self.count += bool(fault)
+        self.first = self.first or fault
 
 
-def _printable(path: object) -> str:
+def _fault_of_quality(row: Mapping[str, object], column: str, least: float, number: int, faults: _Faults) -> str:
+    """Why a row is left out for its quality; "" if it is kept."""
+    if not column:
+        return ""
+    value = row.get(column)
+    score = _number(value)
+    if score is None:
+        if value is not None:
+            faults.note(f"row {number} has {shown(value)} in {column!r}, which is no number")
+        return f"without a number in {column!r}"
+    # A score of 0.9 that is stored in four bytes is a little less.
+    return "" if score >= least or math.isclose(score, least, rel_tol=1e-7) else f"with {column} below {least:g}"
+
+
+def _number(value: object) -> float | None:
+    """A number, also a decimal and one that is written as text; None for anything else."""
+    if not isinstance(value, int | float | Decimal | str) or "_" in str(value):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def printable(path: object) -> str:
     """The name of a file, whose bytes need not be UTF-8, as valid text."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
@@ -170,87 +208,38 @@ def _read_text(path: Path, counts: Counts) -> str | None:
     except OSError as error:
         counts.documents -= 1
         counts.skipped_files["unreadable"] += 1
-        counts.notes.append(f"{_printable(path)}: {error.strerror}")
+        counts.notes.append(f"{printable(path)}: {error.strerror}")
         return None
-    text = data.decode("utf-8-sig", errors="replace")
-    bad = text.count("\ufffd")
-    if b"\0" in data or bad > max(10, len(text) // 100):
+    text, bad = _decoded(data)
+    if _is_damaged(text, bad):
         counts.documents -= 1
         counts.skipped_files["not UTF-8 text"] += 1
-        counts.notes.append(f"{_printable(path)}: not UTF-8 text, left out; convert it with iconv")
+        why = f"this is {packed(data)}" if packed(data) else "not UTF-8 text, left out; convert it with iconv"
+        counts.notes.append(f"{printable(path)}: {why}")
         return None
     if bad:
-        counts.notes.append(f"{_printable(path)}: bytes that are not UTF-8: {bad}, replaced by U+FFFD")
+        counts.notes.append(f"{printable(path)}: bytes that are not UTF-8: {bad}, replaced by U+FFFD")
     return text
 
 
-def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, object]]:
-    """(number from 1, row) of a .jsonl or .parquet file, read piece by piece.
-
-    In .jsonl the numbers count lines, and a line that is not JSON gives None. In .parquet they count rows.
-
-    Args:
-        columns: the columns to read, which must be there; all if empty.
-
-    Raises:
-        UserError: if the file cannot be read, is damaged, or lacks a column.
-    """
-    if path.suffix.lower() == ".parquet":
-        table = _parquet(path)
-        _check_columns(path, columns, table.schema_arrow.names)
-        number = 0
-        try:
-            for batch in table.iter_batches(batch_size=_ROWS, columns=list(columns) or None):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number} ({error}). Write the file again.") from error
-        return
-    # Lines need not have all columns, but some line must have each.
-    found: dict[str, None] = {}
-    objects = 0
-    for number, row in _json_lines(path):
-        if isinstance(row, dict) and objects < _ROWS:
-            found |= dict.fromkeys(row)
-            objects += 1
-            if objects == _ROWS:
-                _check_columns(path, columns, found, f" in the first {_ROWS} lines")
-        yield number, row
-    if 0 < objects < _ROWS:
-        _check_columns(path, columns, found)
+def _text_of(value: object) -> tuple[str | None, int]:
+    """(a text of a table, wrong characters in it); some programs write texts as bytes. None: it is no text."""
+    if isinstance(value, bytes):
+        return _decoded(value)
+    return (value, value.count("\ufffd")) if isinstance(value, str) else (None, 0)
 
 
-def holds_clusters(path: Path) -> bool:
-    """Whether the rows of a table are clusters, not documents."""
-    if path.suffix.lower() == ".parquet":
-        columns = set(_parquet(path).schema_arrow.names)
-    else:
-        columns = set(next((row for _, row in _json_lines(path) if isinstance(row, dict)), ()))
-    return any(pair <= columns for pair in CLUSTER_COLUMNS)
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
+def _decoded(data: bytes) -> tuple[str, int]:
+    """(text of bytes in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; wrong bytes in them)."""
+    data = utf8(data)
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}).") from error
+        text, bad = data.decode("utf-8-sig"), 0
+    except UnicodeDecodeError:
+        text = data.decode("utf-8-sig", "replace")
+        bad = text.count("\ufffd")
+    return text, bad + text.count("\0")
 
 
-def _check_columns(path: Path, wanted: Iterable[str], columns: Iterable[str], where: str = "") -> None:
-    columns = list(columns)
-    if missing := [name for name in wanted if name not in columns]:
-        raise UserError(
-            f"{path}: there is no column {missing[0]!r}{where}. The columns are {', '.join(columns)}. Name the one "
-            "that holds the text with --text-column and the one of a quality score, if any, with --quality-column "
-            "(or give the table the columns cluster_id and documents if its rows are clusters)."
-        )
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, value) of each line that is not blank; None for lines that are not JSON."""
-    try:
-        for number, value, _ in json_lines(path):
-            yield number, value
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Make the file readable or leave it out.") from error
+def _is_damaged(text: str, bad: int) -> bool:
+    """Whether so many wrong characters say that this is no text, or a text in another encoding."""
+    return bad > max(10, len(text) // 100)

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from spell_megatron.encodings import ZIP_FAULTS, utf8_stream
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BENCHMARKS, BenchmarkQuestion, Format, RowFault
 from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.files import MAX_FAULTS, parse_json_lines
+from spell_megatron.folders import is_left_behind, walk
+from spell_megatron.parquet import parquet_rows
 
 
 def load_benchmark(name: str, path: Path | None = None, limit: int | None = None) -> list[BenchmarkQuestion]:
@@ -54,7 +57,8 @@ def _files(name: str, form: Format, path: Path) -> list[Path]:
     """The file itself, or the files of a folder that hold the benchmark's rows."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if _holds(form, file.relative_to(path).as_posix()))
+    below = (folder.path / name for folder in walk(path) for name in folder.files)
+    files = sorted(file for file in below if _holds(form, file.relative_to(path).as_posix()))
     if not files and (archive := path / "data.zip").is_file():  # as LongBench's repository is
         return [archive]
     missing = [part for part in form.parts if not any(part in file.name for file in files)]
@@ -162,8 +166,7 @@ def _rows(name: str, form: Format, path: Path) -> Iterator[tuple[str, Mapping[st
         if path.suffix.lower() not in read:
             raise ValueError("it is none of .json, .jsonl, .parquet and .zip")
         yield from read[path.suffix.lower()](form, path)
-    # pyarrow's errors are ValueErrors and OSErrors
-    except (ValueError, RecursionError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, *ZIP_FAULTS) as error:
         raise UserError(
             f"{path} cannot be read as {name}: {error}. Fetch it again, or name another file with --benchmark "
             f"{name}=PATH."
@@ -172,7 +175,7 @@ def _rows(name: str, form: Format, path: Path) -> Iterator[tuple[str, Mapping[st
 
 def _zip_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.namelist() if _holds(form, member)]
+        members = [name for name in archive.namelist() if _holds(form, name) and not is_left_behind(name)]
         if not members:
             raise ValueError(f"it holds no file named like {form.files}")
         for member in members:
@@ -181,10 +184,10 @@ def _zip_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _parquet_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow.parquet as parquet
-
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-        yield from ((path.name, row) for row in batch.to_pylist())
+    for number, row, wrong in parquet_rows(path):
+        if wrong:
+            raise ValueError(f"row {number} holds bytes that are not UTF-8 in {', '.join(map(repr, wrong))}")
+        yield path.name, row
 
 
 def _file_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -194,6 +197,7 @@ def _file_rows(form: Format, path: Path) -> Iterator[tuple[str, Mapping[str, Any
 
 def _json_rows(name: str, file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSON list, or of a file with one JSON object a line (whichever its name says it is)."""
+    file = utf8_stream(file)
     start = file.read(1)
     while start and (start.isspace() or start in codecs.BOM_UTF8):
         start = file.read(1)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow
-import pyarrow.parquet
-
 from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
-from spell_megatron.files import MAX_FAULTS, read_json_objects
-from spell_megatron.selfplay.references import known_answer, shown
+from spell_megatron.files import MAX_FAULTS, json_lines
+from spell_megatron.parquet import DamagedError, parquet_rows
+from spell_megatron.selfplay.references import known_answer, shown, valid_unicode
 
 # Names of the columns: in our files of clusters, in files of questions, and in the released SPELL data.
 COLUMNS = {"id": "cluster_id", "documents": "documents", "source": "source"}
 QUESTION_COLUMNS = {"id": "id", "documents": "documents", "source": "source"}
 REFERENCE_COLUMNS = {"id": "question_id", "documents": "paragraphs", "source": "data_source"}
+_READ = {
+    *COLUMNS.values(), *QUESTION_COLUMNS.values(), *REFERENCE_COLUMNS.values(),
+    "document_ids", "task", "question", "answer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
         UserError: the file cannot be read, or rows have faults. It names the first ten by row and column.
     """
     path = Path(path)
-    rows = _read_rows(path)
-    if not rows:
-        raise UserError(f"The documents file {path} holds no clusters. `spell prepare` writes such files.")
-    columns = COLUMNS
-    if "paragraphs" in rows[0][1] and "documents" not in rows[0][1]:
-        columns = REFERENCE_COLUMNS
-    elif "question" in rows[0][1]:
-        columns = QUESTION_COLUMNS
-        rows = [(place, {"id": place} | row) for place, row in rows]
-    clusters: list[Cluster] = []
-    faults: list[str] = []
-    first_place: dict[str, str] = {}
-    for place, row in rows:
-        cluster, row_faults = _parse_row(row, columns)
-        if cluster and cluster.id in first_place:
-            row_faults.append(f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}")
-        elif cluster:
-            first_place[cluster.id] = place
-            clusters.append(cluster)
-        faults += [f"{place}, {fault}" for fault in row_faults]
+    clusters, faults = read_clusters(path)
     if faults:
         more = f" (and {len(faults) - MAX_FAULTS} more)" if len(faults) > MAX_FAULTS else ""
         raise UserError(
@@ -85,11 +68,49 @@ def load_clusters(path: str | Path) -> list[Cluster]:
             "document_ids (as many), source and task are optional. Correct the rows, or write the file again with "
             "`spell prepare`."
         )
+    if not clusters:
+        raise UserError(f"The documents file {path} holds no clusters. `spell prepare` writes such files.")
     return clusters
 
 
-def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place, such as `line 3`."""
+def read_clusters(path: Path) -> tuple[list[Cluster], list[str]]:
+    """(clusters of the rows without faults, faults of the others) of a file as `load_clusters` reads it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    clusters: list[Cluster] = []
+    faults: list[str] = []
+    first_place: dict[str, str] = {}
+    columns: Mapping[str, str] = {}
+    for place, row, wrong in _read_rows(path):
+        if not isinstance(row, dict):
+            faults.append(f"{place} {wrong or 'is not a JSON object'}")
+            continue
+        columns = columns or _columns(row)
+        cluster, row_faults = _parse_row({"id": place} | row if columns is QUESTION_COLUMNS else row, columns)
+        row_faults += [f"column {wrong}: holds bytes that are not UTF-8"] if wrong in _READ else []
+        if cluster and cluster.id in first_place:
+            row_faults.append(f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}")
+        elif cluster:
+            first_place[cluster.id] = place
+            clusters += [] if row_faults else [cluster]
+        faults += [f"{place}, {fault}" for fault in row_faults]
+    return clusters, faults
+
+
+def _columns(row: Mapping[str, Any]) -> Mapping[str, str]:
+    """The names of the columns of a file with this first row."""
+    if "paragraphs" in row and "documents" not in row:
+        return REFERENCE_COLUMNS
+    return QUESTION_COLUMNS if "question" in row else COLUMNS
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """(place, row, fault) of the rows of a file.
+
+    The place is such as `line 3`. The fault says what a line is not, or names a column of the row that is not UTF-8.
+    """
     if not path.is_file():
         raise UserError(
             f"The documents file {path} does not exist or is not a file. Set data.documents to a parquet or "
@@ -97,15 +118,20 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         )
     if path.stat().st_size == 0:
         raise UserError(f"The documents file {path} is empty. `spell prepare` makes one of your texts.")
-    if path.suffix == ".parquet":
-        try:
-            table = pyarrow.parquet.read_table(path)
-            return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The documents file {path} cannot be read as parquet: {error}. Write it again.") from error
-    if path.suffix in (".jsonl", ".json"):
-        return [(f"line {number}", row) for number, row in read_json_objects(path, "documents file")]
-    raise UserError(f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either.")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            for number, row, wrong in parquet_rows(path):
+                yield f"row {number}", row, next((name for name in wrong if name in _READ), "")
+        elif suffix in (".jsonl", ".json"):
+            for number, value, fault in json_lines(path):
+                yield f"line {number}", value, fault
+        else:
+            raise UserError(f"The documents file {path} is neither .parquet nor .jsonl. `spell prepare` writes either.")
+    except DamagedError as error:
+        raise UserError(f"The documents file {path} cannot be read as parquet: {error}. Write it again.") from error
+    except OSError as error:
+        raise UserError(f"The documents file {path} cannot be read: {error.strerror}. Correct its name.") from error
 
 
 def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster | None, list[str]]:
@@ -116,7 +142,12 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
         return None, [f"column {name} is missing (columns found: {found})" for name in missing]
     faults: list[str] = []
     identifier = row[columns["id"]]
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int) or not str(identifier).strip():
+    if (
+        isinstance(identifier, bool)
+        or not isinstance(identifier, str | int)
+        or not str(identifier).strip()
+        or not _is_unicode(str(identifier))
+    ):
         faults.append(f"column {columns['id']}: must be a non-empty string or an integer, not {shown(identifier)}")
         identifier = None
     documents = _documents(row[columns["documents"]], columns["documents"], faults)
@@ -155,11 +186,11 @@ def _document_ids(document_ids: Any, identifier: object, count: int, faults: lis
     if not isinstance(document_ids, list) or len(document_ids) != count:
         faults.append(f"column document_ids: must be a list with one id for each of the {count} documents")
         return ()
-    return tuple(map(str, document_ids))
+    return tuple(valid_unicode(str(name)) for name in document_ids)
 
 
 def _source(source: Any, column: str, faults: list[str]) -> str:
-    if isinstance(source, str):
+    if isinstance(source, str) and _is_unicode(source):
         return source
     if source is not None:
         faults.append(f"column {column}: must be a string, not {shown(source)}")
@@ -175,7 +206,7 @@ def _question(row: Mapping[str, Any], faults: list[str]) -> tuple[str, str]:
         answer = known_answer(str(row.get("task")), row.get("answer"))
     except ValueError as error:
         faults.append(f"column answer: {error}")
-    return str(question), answer
+    return valid_unicode(str(question)), answer
 
 
 def _is_unicode(text: str) -> bool:

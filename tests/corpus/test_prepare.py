@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     write(folder / "e.pdf", "not read")
     write(folder / ".hidden.txt", article("chess", 1))
     (folder / "f.txt").write_bytes("£".encode("latin-1") + article("chess", 2).encode())
-    (folder / "g.txt").write_bytes(article("chess", 3).encode("utf-16"))
+    (folder / "g.txt").write_bytes(article("chess", 3).encode("utf-16-le"))  # without a byte order mark
     (folder / "h.txt").symlink_to(folder / "gone.txt")
     summary = prepare([folder], tmp_path / "out.parquet")
     assert summary.counts.skipped == {"repeated": 1, "empty": 1, "shorter than 200 characters": 1}
@@ -319,7 +320,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     os.makedirs(folder)
     for number in range(2):
         Path(os.fsdecode(folder + b"/%d\xe8.txt" % number)).write_text(article("bread", number))
-    Path(os.fsdecode(folder + b"/bad\xe9.txt")).write_bytes(b"\xff\xfe\x00" * 100)
+    Path(os.fsdecode(folder + b"/bad\xe9.txt")).write_bytes(b"\xff\x00\xfe" * 100)
     Path(os.fsdecode(folder + b"/other.\xe9x")).write_bytes(b"")
     summary = prepare([Path(os.fsdecode(folder)).parent], tmp_path / "out.parquet")
     (cluster,) = load_clusters(tmp_path / "out.parquet")
@@ -355,9 +356,9 @@ def test_a_table_damaged_inside_is_named_with_the_place(tmp_path):
     middle = len(data) // 2
     data[middle : middle + 5000] = bytes(5000)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"a.parquet: damaged after row \d+ .*Write the file again"):
-        prepare([path], tmp_path / "out.parquet")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.parquet"]
+    summary = prepare([path], tmp_path / "out.parquet")
+    assert re.search(r"a.parquet: damaged after row \d+ .*Write the file again", str(summary))
+    assert summary.counts.skipped_files == {"damaged": 1} and 0 < sum(summary.cluster_documents) < 1500
 
 
 def test_contradicting_options_are_named_together(tmp_path):
@@ -448,8 +449,9 @@ def test_quality_scores_and_length(tmp_path):
     path = table(tmp_path / "a.jsonl", rows)
     options = Options(quality_column="score", max_document_chars=1000, drop_long=True)
     summary = prepare([path], tmp_path / "out.parquet", options)
-    assert written(tmp_path / "out.parquet") == {"a.jsonl:1", "a.jsonl:3", "a.jsonl:6"}
-    assert summary.counts.skipped == {"with score below 1": 4, "longer than 1000 characters": 1}
+    assert written(tmp_path / "out.parquet") == {"a.jsonl:1", "a.jsonl:3", "a.jsonl:5", "a.jsonl:6"}
+    left_out = {"with score below 1": 1, "without a number in 'score'": 2, "longer than 1000 characters": 1}
+    assert summary.counts.skipped == left_out
     with pytest.raises(UserError, match="no column 'stars'.*--quality-column"):
         prepare([path], tmp_path / "out.parquet", Options(quality_column="stars"))
 

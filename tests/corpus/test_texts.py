@@ -139,13 +139,13 @@ def test_cuts_by_another_length():
     ],
 )
 def test_cuts_come_after_sentences(sentence, end):
-    pieces = split_text((sentence + end) * 8, 3 * len(sentence + end))
-    assert len(pieces) == 4 and all(piece == (sentence + end) * 2 for piece in pieces)
+    pieces = split_text((sentence + end) * 3, 2 * len(sentence + end))  # the middle is inside a sentence
+    assert sorted(pieces) == [sentence + end, (sentence + end) * 2]
 
 
 def test_cuts_come_between_clauses_or_at_blanks_where_no_sentence_ends():
-    assert split_text("春夏秋冬，" * 8, 25) == ["春夏秋冬，" * 4] * 2
-    assert split_text("ภาษาไทย " * 8, 40) == ["ภาษาไทย " * 4] * 2  # Thai ends sentences with blanks
+    assert sorted(split_text("春夏秋冬，" * 3, 10)) == ["春夏秋冬，", "春夏秋冬，" * 2]
+    assert sorted(split_text("ภาษาไทย " * 3, 16)) == ["ภาษาไทย ", "ภาษาไทย " * 2]  # Thai ends sentences with blanks
 
 
 def test_cuts_leave_marks_with_their_letters():

@@ -1,5 +1,7 @@
 """The benchmarks' formats, in each container that they come in; what is wrong with a file is said."""
 
+import gzip
+import io
 import json
 import os
 import shutil
@@ -85,6 +87,61 @@ def test_longbench_v2_asks_as_training_does():
     assert first.question == (
         "What explains the fall in deliveries?\n\nChoices:\n(A) A storm\n(B) A strike\n(C) Lower prices\n(D) A new road"
     )
+
+
+def test_what_macos_leaves_behind_is_no_part_of_a_benchmark(tmp_path):
+    """Also in an archive that was made there; and folders may be links."""
+    (tmp_path / "linked").symlink_to(folder("docmath"))
+    for name in ("._complong_testmini.json", ".cache/complong_testmini.json", "__MACOSX/complong_testmini.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert load_benchmark("docmath", tmp_path) == load_benchmark("docmath", folder("docmath"))
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("__MACOSX/data/._hotpotqa.jsonl", b"\0\5\x16\7")
+        archive.write(folder("hotpotqa") / "data" / "hotpotqa.jsonl", "data/hotpotqa.jsonl")
+    assert load_benchmark("hotpotqa", tmp_path / "data.zip") == load_benchmark("hotpotqa", folder("hotpotqa"))
+
+
+def damaged_archive() -> bytes:
+    """An archive whose file cannot be unpacked, though its list of files is whole."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/hotpotqa.jsonl", json.dumps({"input": "x" * 1000}))
+    data = bytearray(content.getvalue())
+    data[60:70] = b"\xff" * 10
+    return bytes(data)
+
+
+def wrong_strings() -> bytes:
+    content = io.BytesIO()
+    strings = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"input": strings, "context": strings, "answers": ["x", "y"]}), content)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("hotpotqa.parquet", wrong_strings(), "row 2 holds bytes that are not UTF-8 in 'input', 'context'"),
+        ("hotpotqa.parquet", b"PAR1", "not a readable parquet file"),
+        ("hotpotqa.jsonl", gzip.compress(b"{}"), "this is gzip data"),
+        ("hotpotqa.zip", damaged_archive(), "cannot be read as hotpotqa"),
+        ("hotpotqa.zip", damaged_archive()[:-30], "cannot be read as hotpotqa"),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_benchmark("hotpotqa", tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_files_with_a_byte_order_mark(encoding, kind, tmp_path):
+    rows = [{"input": "Où ?", "context": "漢", "answers": ["x"]}] * 2
+    text = json.dumps(rows, ensure_ascii=False) if kind == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"hotpotqa.{kind}").write_bytes(text.encode(encoding))
+    assert [question.question for question in load_benchmark("hotpotqa", tmp_path)] == ["Où ?"] * 2
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

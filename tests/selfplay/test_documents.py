@@ -43,6 +43,8 @@ FAULTY = [
     ),
     ({"cluster_id": "", "documents": ["x"]}, "column cluster_id: must be a non-empty string"),
     ({"cluster_id": None, "documents": ["x"]}, "column cluster_id: must be"),
+    ({"cluster_id": "\udc00", "documents": ["x"]}, "column cluster_id: must be"),  # half of a surrogate pair
+    ({"cluster_id": "a", "documents": ["x"], "source": "\ud800"}, "column source: must be"),
     ({"cluster_id": "ok", "documents": ["x"]}, "column cluster_id: 'ok' is already the id of line 1"),
     ({"cluster_id": "a", "texts": ["x"]}, "column documents is missing (columns found: cluster_id, texts)"),
     (
@@ -129,6 +131,25 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_clusters(tmp_path / name)
+
+
+def test_strings_of_parquet_that_are_not_utf8(tmp_path):
+    """They are faults of their row; other columns do not matter."""
+    texts = pa.array([b"fine", b"caf\xe9", b"\xff"], pa.binary()).view(pa.string())
+    documents = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), texts)
+    table = pa.table({"cluster_id": ["a", "b", "c"], "documents": documents, "unused": texts})
+    pq.write_table(table, tmp_path / "a.parquet")
+    fault = "has 2 fault.*row 2, column documents: holds bytes that are not UTF-8; row 3, column documents"
+    with pytest.raises(UserError, match=fault):
+        load_clusters(tmp_path / "a.parquet")
+    pq.write_table(table.slice(0, 1), tmp_path / "b.PARQUET")
+    assert load_clusters(tmp_path / "b.PARQUET") == [Cluster("a", ("fine",), ("a/0",), "")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_lines_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes('{"cluster_id": "a", "documents": ["é漢"]}\r\n'.encode(encoding))
+    assert load_clusters(tmp_path / "a.jsonl") == [Cluster("a", ("é漢",), ("a/0",), "")]
 
 
 def test_a_folder_is_no_file(tmp_path):
