@@ -24,5 +24,7 @@ class ExitStatus(IntEnum):
     """Of `spell train`: stopped with a checkpoint on SIGUSR1, to be started again."""
     INTERRUPTED = 130
     """By Ctrl-C."""
+    CLOSED_PIPE = 141
+    """Nobody reads the output any more (`spell train --help | head`); as of programs that SIGPIPE ends."""
     TERMINATED = 143
     """By SIGTERM; `spell train` saves a checkpoint first if there is anything to save."""

@@ -48,6 +48,28 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+def check_writable(folder: Path, names: Iterable[str]) -> None:
+    """Make a folder if it is not there, and see before the work begins that files of these names can be written in it.
+
+    Raises:
+        UserError: one of them cannot.
+    """
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in names):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            path.with_name(path.name + ".tmp").open("ab").close()
+            path.with_name(path.name + ".tmp").unlink()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error.strerror}. Name another place, or make this one writable."
+        ) from error
+
+
 @contextmanager
 def appearing_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `out` when the block ends well, and else is removed.

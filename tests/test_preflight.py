@@ -315,3 +315,11 @@ def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
     config = setup(model={"path": tmp_path / "none"})
     assert inspect(config, known_faulty={"model.path"}).faults == []
     assert len(inspect(config, known_faulty={"model.dtype"}).faults) == 1
+
+
+def test_metrics_that_cannot_be_read_are_found_before_a_resume(setup, tmp_path):
+    run = tmp_path / "runs" / "torn"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step_000001")
+    (run / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl is no file" in only_fault(setup(run={"name": "torn"}), run)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
 from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
 COMMANDS = (train, launch, engines, status, stop, evaluate, plan, prepare, convert, report)
@@ -23,13 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = command_parser()
     try:
-        arguments, rest = parser.parse_known_args(argv)
-        if rest and not arguments.takes_settings:
-            parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
-        arguments.rest, arguments.argv = rest, argv
-        return arguments.command(arguments)
+        try:
+            arguments, rest = parser.parse_known_args(argv)
+            if rest and not arguments.takes_settings:
+                parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+            arguments.rest, arguments.argv = rest, argv
+            return arguments.command(arguments)
+        finally:
+            _flush()
     except UserError as error:
         return _tell(error)
+    except BrokenPipeError:
+        if not end_unread():
+            raise
+        return ExitStatus.CLOSED_PIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -39,10 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitStatus.INTERRUPTED
 
 
+def _flush() -> None:
+    """Write what was printed, while a disk that is full can still be told. That nobody reads it any more is no fault."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not end_unread():
+            raise
+
+
 def _tell(message: object) -> ExitStatus:
     """Print the message of an error that the user can correct."""
     process = f" (process {rank()})" if (launched_processes() or 1) > 1 else ""
-    print(f"spell{process}: {message}", file=sys.stderr)
+    try:
+        print(f"spell{process}: {message}", file=sys.stderr)
+    except BrokenPipeError:
+        end_unread()
     return ExitStatus.USER_ERROR
 
 

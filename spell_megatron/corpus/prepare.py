@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from spell_megatron import __version__
 from spell_megatron.corpus import reading
@@ -34,8 +33,8 @@ from spell_megatron.corpus.vectors import write_vectors
 from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.write import write
 from spell_megatron.errors import UserError
-from spell_megatron.files import MAX_FAULTS
-from spell_megatron.monitoring.progress import Progress
+from spell_megatron.files import MAX_FAULTS, check_writable
+from spell_megatron.monitoring.progress import PatientConsole, Progress
 from spell_megatron.tokenizer import PolicyTokenizer
 
 
@@ -57,9 +56,10 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     sets = _check(inputs, out, options)
+    check_writable(out.parent, [out.name, statistics_path(out).name])
     counts = Counts()
     files = reading.find_files(inputs, [out, statistics_path(out)], counts)
-    progress = Progress(console=Console(stderr=True))
+    progress = Progress(console=PatientConsole(stderr=True))
 
     def read_sets(folder: Path) -> None:
         EvaluationSets.write(folder, sets, options.overlap_words, progress.line)

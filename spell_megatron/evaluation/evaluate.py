@@ -24,7 +24,7 @@ from spell_megatron.evaluation.markdown import markdown
 from spell_megatron.evaluation.openai_server import OpenAIServer
 from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
-from spell_megatron.files import write_text
+from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.client import GenerationError
@@ -76,6 +76,8 @@ class Evaluation:
     judge_everything: bool = False
 
 
+OUTPUTS = ("evaluation.json", "samples.jsonl", "judgments.jsonl", "scores.json", "scores.md", "pass_at_k.svg")
+
 Questions = Mapping[str, Sequence[BenchmarkQuestion]]
 """Benchmark -> its questions."""
 
@@ -86,6 +88,7 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: for whatever the user can correct. What was generated and judged before stays.
     """
+    check_writable(evaluation.folder, OUTPUTS)
     template = load_prompt(evaluation.judge_prompt)
     questions = _questions(evaluation, progress)
     remedy = "Wait until it has ended, or give this one another --out."

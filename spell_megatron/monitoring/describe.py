@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.files import json_lines
 from spell_megatron.monitoring import status
+from spell_megatron.monitoring.metrics import read_records
 
 SHOWN = (
     ("selfplay/reward", "reward {:.3f}"),
@@ -76,8 +76,7 @@ def _place(state: dict[str, Any]) -> str:
 
 def _metrics(folder: Path) -> list[dict]:
     try:
-        # the last line may be half written
-        return [row for _, row, fault in json_lines(folder / "metrics.jsonl") if not fault]
+        return read_records(folder / "metrics.jsonl")
     except FileNotFoundError:
         return []
 

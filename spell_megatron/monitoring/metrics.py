@@ -83,9 +83,15 @@ class MetricsLogger:
         """Remove records after a step, and a last line that a crash cut short."""
         if not self._path.exists():
             return
-        records = [record for _, record, _ in json_lines(self._path) if isinstance(record, dict)]
-        kept = [json.dumps(record) for record in records if record.get("step", last_step + 1) <= last_step]
+        records = read_records(self._path)
+        kept = [json.dumps(record) for record in records if record["step"] <= last_step]
         write_text(self._path, "".join(line + "\n" for line in kept))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. Lines that a crash has cut or filled with something else are left out."""
+    rows = (row for _, row, _ in json_lines(path) if isinstance(row, dict))
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def _plain(value: Any) -> int | float | str:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 
 from spell_megatron.monitoring.status import Status
+from spell_megatron.monitoring.unread import silence
 
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines of one stage where there is no terminal."""
@@ -29,6 +30,14 @@ SHOWN = (
 """Metrics in the line of a step, in their order, and how they are shown."""
 
 
+class PatientConsole(Console):
+    """A console whose program goes on, in silence, when nobody reads any more: hours of work are not lost for it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(self.file)
+
+
 class Progress:
     """Shows the stages of a run, and a line per step that stays.
 
@@ -43,7 +52,7 @@ class Progress:
             console: where to show it; standard output by default.
             status: it gets the stages too.
         """
-        self.console = console or Console(quiet=not enabled)
+        self.console = console or PatientConsole(quiet=not enabled)
         self._status = status
 
     @contextmanager

@@ -25,6 +25,8 @@ INTERVAL = 5.0
 SILENT_AFTER = 60.0
 """Seconds without a heartbeat after which a run is taken for dead."""
 
+_FIELDS = {"state", "steps", "host", "pid", "job", "restart", "time"}
+
 
 class Status:
     """Keeps `status.json` of a run up to date. A context manager: on leaving, the file says how the run ended.
@@ -90,13 +92,25 @@ def read(folder: Path) -> dict[str, Any]:
     """What a run last said of itself.
 
     Raises:
-        UserError: there is no run in this folder, or one of an earlier version.
+        UserError: there is no run in this folder, one of an earlier version, or its file is damaged.
     """
+    path = folder / "status.json"
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(said, dict) or not isinstance(said.get("time"), int | float) or not said.keys() >= _FIELDS:
+            raise ValueError("it does not say what it should")
+        return said
     except FileNotFoundError:
         what = "is not a folder" if not folder.is_dir() else "has no status.json: no run has been started in it"
         raise UserError(f"{folder} {what}. Give the folder of a run, run.output_dir/run.name.") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder} is not a folder. Give the folder of a run, run.output_dir/run.name.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). A run that is alive writes it again within {INTERVAL:.0f} seconds: try "
+            f"again. If it stays so, the run has died: see {folder / 'logs'}, and continue it with "
+            f"`spell train --resume {folder}`."
+        ) from error
 
 
 def ended(status: dict[str, Any]) -> bool:

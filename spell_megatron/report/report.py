@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
-from spell_megatron.files import write_text
+from spell_megatron.files import check_writable, write_text
 from spell_megatron.report.evaluations import is_evaluation, read_evaluation
 from spell_megatron.report.render import render
 from spell_megatron.report.runs import Run, is_run, read_run
@@ -35,10 +36,11 @@ def write_report(
 
     Raises:
         UserError: a folder is no run and no evaluation that has ended, there is no evaluation and no run has logged a
-            step yet, or `out` is a folder.
+            step yet, or `out` cannot be written.
     """
-    if out.is_dir():
+    if os.path.isdir(out):
         raise UserError(f"{out} is a folder. Name the file to write, such as {out / 'report.html'}.")
+    check_writable(out.parent, [out.name])
     names = dict(zip(folders, _names(folders), strict=True))
     evaluations = [read_evaluation(folder, name) for folder, name in names.items() if is_evaluation(folder)]
     runs = [read_run(folder, name) for folder, name in names.items() if not is_evaluation(folder) or is_run(folder)]
@@ -49,7 +51,6 @@ def write_report(
         )
     questions = _questions(runs, transcripts, text_chars, on_progress)
     page = render(runs, evaluations, questions, text_chars)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     steps = sum(len(run.steps) for run in runs)
     line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, "

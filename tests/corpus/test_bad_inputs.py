@@ -263,3 +263,13 @@ def test_what_systems_and_editors_leave_behind_is_no_document(tmp_path):
     summary = prepare([folder], tmp_path / "out.parquet")
     assert summary.counts.documents == 1 and not summary.counts.skipped_files
     assert os.listdir(folder)
+
+
+def test_an_output_that_cannot_be_written_is_known_before_anything_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text(good(1))
+    (tmp_path / "b.statistics.json").mkdir()
+    long = "x" * 236  # the name of the statistics is longer than that of the corpus
+    for out in (tmp_path / "a.txt" / "o.parquet", tmp_path / "b.parquet", tmp_path / f"{long}.parquet"):
+        with pytest.raises(UserError, match="Cannot write"):
+            prepare([tmp_path / "a.txt"], out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.statistics.json"]

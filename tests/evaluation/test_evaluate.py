@@ -532,3 +532,18 @@ def test_a_vllm_server_counts_the_tokens_that_were_meant(engines_for, tmp_path, 
     headers = {"Authorization": f"Bearer {engines.api_key}"}
     answer = requests.post(f"{engines.urls[0]}/v1/completions", json=body, headers=headers, timeout=60).json()
     assert answer["usage"]["prompt_tokens"] == 101
+
+
+@pytest.mark.parametrize("output", ["", "scores.json", "judgments.jsonl", "pass_at_k.svg"])
+def test_an_output_that_cannot_be_written_is_known_before_anything_is_generated(
+    tmp_path, tokenizer_folder, mine, stub, capsys, output
+):
+    out = tmp_path / "out"
+    if output:
+        (out / output).mkdir(parents=True)
+    else:
+        out.touch()
+    words = ["--model", tokenizer_folder, "--server", stub.url, "--server-model", "stub", "--out", out]
+    assert main([str(word) for word in ("evaluate", "--benchmark", f"mine={mine}", *words)]) == 2
+    assert f"Cannot write {out / output}: " in capsys.readouterr().err
+    assert not stub.requests

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spell_megatron.config.schema import LoggingConfig
+from spell_megatron.monitoring.describe import describe
 from spell_megatron.monitoring.metrics import MetricsLogger
 
 SETTINGS = {"run": {"name": "test"}}
@@ -61,6 +62,24 @@ def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("a")] == [
         (0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)
     ]  # fmt: skip
+
+
+ODD_ENDS = [
+    b"\xff\xfe\x80", bytes(4096), b'{"step": null}\n', b'{"step": "4"}\n', b'{"step": [1], "a": 2}\n', b'{"a": 1}\n',
+    b"[1]\n", b"7\n", b'{"step": 2, "note": "caf\xc3', b"\x1f\x8b\x08", b"[" * 100_000, b"1" * 5000, b"\r\0\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ODD_ENDS, ids=lambda end: ascii(end[:12]))
+def test_odd_bytes_at_the_end_do_not_stop_a_resumed_run(tmp_path, end):
+    """A machine that fails can leave anything after the last line that reached the disk."""
+    lines = b'{"step": 0, "a": 0}\n{"step": 1, "a": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines + end)
+    said = {"state": "running", "steps": 9, "host": "n1", "pid": 1, "job": None, "restart": 0, "time": 0.0}
+    assert any("1/9" in line for line in describe(tmp_path, said))
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS, resume_step=1) as log:
+        log.log(2, {"a": 2})
+    assert without_time(tmp_path) == [{"step": step, "a": step} for step in range(3)]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

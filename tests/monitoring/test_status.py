@@ -51,10 +51,30 @@ def test_a_failure_is_told(tmp_path):
 
 
 def test_a_folder_without_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        status.read(tmp_path / "file")
     with pytest.raises(UserError, match="has no status.json"):
         status.read(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         status.read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"state": "runn', b"[]", b"{}", b"null", b'{"state": 3, "time": "x"}', b"\xff\xfe", bytes(99)],
+)
+def test_a_damaged_status(tmp_path, content):
+    """A machine that fails can leave an empty file or a part."""
+    (tmp_path / "status.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"status.json cannot be read .*--resume"):
+        status.read(tmp_path)
+    with Status(tmp_path, steps=1):  # the next start does not mind
+        assert status.read(tmp_path)["steps"] == 1
+    (tmp_path / "status.json").unlink()
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(UserError, match="status.json cannot be read"):
+        status.read(tmp_path)
 
 
 def test_a_request_to_stop_by_file(tmp_path):

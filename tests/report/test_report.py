@@ -330,3 +330,14 @@ def test_the_command(simulated, tmp_path, capsys):
     ):
         assert main(["report", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_transcripts_are_read(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    (tmp_path / "file").touch()
+    read: list[int] = []
+    for out in (tmp_path / "file" / "report.html", tmp_path / ("x" * 252 + ".html")):
+        with pytest.raises(UserError, match="Cannot write"):
+            write_report([run], out, on_progress=lambda done, total: read.append(done))
+    assert not read
+    write_report([run], tmp_path / "new" / "folder" / "report.html")

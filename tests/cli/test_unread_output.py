@@ -1,0 +1,62 @@
+"""Output that nobody reads: a closed pipe ends a command quietly, and work that goes on is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+STATUS = {"state": "failed", "steps": 2, "host": "n1", "pid": 1, "job": None, "restart": 0, "time": 0.0}
+
+
+def run_unread(*words: str | Path, stderr_too: bool = False) -> tuple[int, str]:
+    """(exit status, what stands on standard error) of a command whose standard output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "spell_megatron", *map(str, words)]
+    errors = subprocess.STDOUT if stderr_too else subprocess.PIPE
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=errors, text=True, timeout=120, env=buffered)
+    os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+def test_help_that_nobody_reads():
+    assert run_unread("train", "--help") == (0, "")
+
+
+def test_a_long_answer_that_nobody_reads(tmp_path):
+    """`spell train --dry-run` prints more than Python keeps back."""
+    message = "x" * 100_000
+    (tmp_path / "status.json").write_text(json.dumps(STATUS | {"message": message}))
+    assert run_unread("status", tmp_path) == (141, "")
+
+
+def test_the_exit_status_of_a_short_answer_stays(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps(STATUS))
+    assert run_unread("status", tmp_path) == (3, "")
+    assert run_unread("status", tmp_path / "nowhere", stderr_too=True)[0] == 2
+
+
+def test_work_is_finished_though_nobody_reads(tmp_path):
+    questions, answers, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl", tmp_path / "out"
+    row = {"id": "1", "task": "docmath_qa", "question": "How many?", "answer": "5", "documents": ["Five."]}
+    questions.write_text(json.dumps(row))
+    answers.write_text(json.dumps({"id": "1", "text": "\\boxed{5}"}))
+    words = ["evaluate", "--answers", answers, "--benchmark", f"mine={questions}", "--out", out]
+    assert run_unread(*words) == (0, "")
+    assert json.loads((out / "scores.json").read_text())["benchmarks"]["mine"]["score"]["pass@1"]["mean"] == 1
+
+
+def test_a_full_disk_under_the_output_is_a_message(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps(STATUS))
+    command = [sys.executable, "-m", "spell_megatron", "status", tmp_path]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
