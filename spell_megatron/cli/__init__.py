@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flush() -> None:
-    """Write what was printed, while a disk that is full can still be told. That nobody reads it any more is no fault."""
+    """Write what was printed, while a full disk can still be told. That nobody reads it any more is no fault."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

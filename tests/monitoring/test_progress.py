@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 from rich.console import Console
 
 from spell_megatron.monitoring import progress as module
-from spell_megatron.monitoring.progress import Progress, gain
+from spell_megatron.monitoring.progress import PatientConsole, Progress, gain
 
 
 @pytest.fixture
@@ -99,3 +100,16 @@ def test_the_gain_compares_the_first_and_the_last_validation():
     after = {"validation/pass@1": 0.5, "validation/pass@4": 0.75}
     assert gain(before, after) == "; held-out pass@1 40.0% -> 50.0%, pass@4 70.0% -> 75.0%"
     assert gain({}, after) == gain(before, {}) == ""
+
+
+def test_work_goes_on_when_nobody_reads_its_progress():
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as unread:
+        progress = Progress(console=PatientConsole(file=unread))
+        progress.line("read")
+        os.close(reader)
+        for _ in range(3):
+            with progress.stage("work", 2) as advance:
+                progress.line("not read")
+                advance(1)
+        unread.write("nor this")
