@@ -39,9 +39,11 @@ class PolicyTokenizer:
         self.vocab_size: int = len(self._tokenizer)
         self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        self._has_template = self._tokenizer.chat_template is not None
-        if self._has_template and _PROBE not in self._render(_PROBE, tokenize=False):
-            raise self._unusable_template("It leaves out the message of the user")
+        self._template: str | None = None
+        if self._tokenizer.chat_template is not None:
+            if _PROBE not in self._render(_PROBE, tokenize=False):
+                raise self._unusable_template("It leaves out the message of the user")
+            self._template = self._tokenizer.get_chat_template()
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of one user turn followed by the opening of the assistant's turn.
@@ -54,7 +56,7 @@ class PolicyTokenizer:
             UserError: the chat template does not take this text.
         """
         text = self._without_special_tokens(text)
-        return self._render(text, tokenize=True) if self._has_template else self._bos + self.encode(text)
+        return self._bos + self.encode(text) if self._template is None else self._render(text, tokenize=True)
 
     def _render(self, text: str, tokenize: bool) -> Any:
         """One user turn and the opening of the assistant's turn by the chat template, as token ids or as text."""
@@ -73,8 +75,20 @@ class PolicyTokenizer:
         return UserError(
             f"The chat template of the tokenizer in {self._path} cannot be used. {reason}. Each prompt is a "
             "conversation of one message, whose role is user. Change the template (chat_template.jinja, or "
-            "chat_template in tokenizer_config.json) so that it renders one. Without a template, prompts are plain text."
+            "chat_template in tokenizer_config.json) so that it renders one; without any, prompts are plain text."
         )
+
+    def differences(self, other: PolicyTokenizer) -> list[str]:
+        """In what this tokenizer and another one give other prompts, or end responses otherwise."""
+        ours, theirs = self._tokenizer, other._tokenizer
+        aspects = {
+            "the vocabulary": ours.get_vocab() != theirs.get_vocab(),
+            "how a text is cut into tokens": _rules(ours) != _rules(theirs),
+            "the special tokens": (self._bos, set(self._special)) != (other._bos, set(other._special)),
+            "the tokens that end a response": self.eos_ids != other.eos_ids,
+            "the chat template": self._template != other._template,
+        }
+        return [aspect for aspect, differs in aspects.items() if differs]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -95,10 +109,15 @@ class PolicyTokenizer:
         return text
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that may hold a vocabulary; [] if it has no tokenizer."""
+    return [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()]
+
+
 def _load(path: Path):
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    files = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file()]
+    files = tokenizer_files(path)
     if not files:
         raise UserError(
             f"There is no tokenizer in {path}: neither tokenizer.json nor tokenizer.model. Point "
@@ -113,6 +132,12 @@ def _load(path: Path):
             f"The tokenizer in {path} cannot be read ({files[0]}): {error}. It must be one that "
             "transformers' AutoTokenizer loads without code of its own."
         ) from error
+
+
+def _rules(tokenizer: Any) -> str | None:
+    """How a text becomes tokens, as the tokenizers package writes it; None of a tokenizer of another package."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else backend.to_str()
 
 
 def _eos_ids(path: Path, tokenizer_eos: int | None) -> set[int]:

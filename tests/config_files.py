@@ -1,4 +1,4 @@
-"""Files of settings, and what is wrong with them."""
+"""Files of settings, and what is wrong with them; a checkpoint as preflight reads it."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
     first, *lines = str(error.value).splitlines()
     assert first.startswith(f"{len(lines)} fault") and str(path) in first
     return [line.strip() for line in lines]
+
+
+def add_checkpoint(run: Path, policy: Path) -> Path:
+    """What preflight reads of the newest checkpoint of a run; returns its folder."""
+    step = run / "checkpoints" / "step_000001"
+    step.mkdir(parents=True)
+    (step / "meta.json").touch()
+    (step / "hf").symlink_to(policy)
+    (step.parent / "latest").write_text(step.name)
+    return step

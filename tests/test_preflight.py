@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_files import add_checkpoint
 from engine_fixtures import save_policy
 
 from spell_megatron.config.faults import raise_faults
@@ -104,13 +105,12 @@ def live_run(folder: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_is_alive_is_left_alone(setup, tmp_path, monkeypatch, resume):
+def test_a_run_that_is_alive_is_left_alone(setup, dense, tmp_path, monkeypatch, resume):
     monkeypatch.setattr(folder_lock, "BEAT", 0.05)  # looks for three of them
     run = tmp_path / "runs" / "live"
     config = setup(run={"name": "live"})
     if resume:
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "checkpoints" / "latest").write_text("step_000001")
+        add_checkpoint(run, dense)
     folder = run if resume else None
     live_run(run)
     said = only_fault(config, folder)
@@ -253,7 +253,7 @@ def test_a_port_in_use(setup):
     assert inspect(config) == Findings()
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_path):
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, dense, tmp_path):
     config = setup()
     folder = tmp_path / "runs" / "spell"
     (folder / "logs").mkdir(parents=True)
@@ -261,13 +261,25 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, tmp_pa
     assert inspect(config).faults == []  # an engine that died at the start leaves no results
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "already holds a run" in only_fault(config)
-    assert "remove the folder" in only_fault(config)
+    assert "remove the folder, which loses its settings, metrics, logs and rollouts" in only_fault(config)
     assert "no checkpoint to continue from" in only_fault(config, resume=folder)
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "latest").write_text("step_000001")
+    step = add_checkpoint(folder, dense)
     assert "--resume" in only_fault(config)
+    (step / "meta.json").unlink()
+    assert "step_000001 is incomplete" in only_fault(config, resume=folder)
+    (step / "meta.json").touch()
     assert inspect(config, resume=folder).faults == []
     assert "no run in" in only_fault(config, resume=tmp_path / "elsewhere")
+
+
+def test_a_run_is_not_resumed_with_another_model_of_the_same_sizes(setup, dense, tmp_path):
+    step = add_checkpoint(tmp_path / "runs" / "spell", dense)
+    other = shutil.copytree(dense, tmp_path / "other")
+    config = setup(model={"path": other})
+    assert inspect(config, resume=step.parents[1]).faults == []
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    fault = only_fault(config, resume=step.parents[1])
+    assert fault.startswith("model.path") and "another model" in fault and "the chat template" in fault
 
 
 def test_an_output_folder_that_cannot_be_one(setup, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,31 @@ def latest(run_folder: Path) -> Path | None:
     pointer = root / "latest"
     if not pointer.exists():
         return None
-    folder = root / pointer.read_text(encoding="utf-8").strip()
-    check_complete(folder)
-    return folder
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{pointer} cannot be read: {error}. {go_on_without(root / 'none')}.") from error
+    if not name.startswith("step_") or "/" in name:
+        raise UserError(f"{pointer} does not hold the name of a checkpoint. {go_on_without(root / 'none')}.")
+    check_complete(root / name)
+    return root / name
 
 
 def best(run_folder: Path) -> dict[str, Any]:
-    """Which checkpoint of a run did best on its held-out questions: {"checkpoint", "score"}; {} if none is known."""
+    """Which checkpoint of a run did best on its held-out questions: {"checkpoint", "score"}; {} if none is known.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
     path = Path(run_folder) / "checkpoints" / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    record = read_object(
+        path, "Write {} into it: the best checkpoint so far then counts as any other and may be deleted"
+    )
+    if record and not (isinstance(record.get("checkpoint"), str) and isinstance(record.get("score"), float | int)):
+        raise UserError(f"{path} does not name a checkpoint and its score. Write {{}} into it.")
+    return record
 
 
 def note_score(run_folder: Path, step: int, score: float) -> None:
@@ -64,13 +81,40 @@ def wait_until_seen(path: Path) -> None:
         ) from error
 
 
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds; UserError, which ends with the remedy, if it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. {remedy}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. {remedy}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object. {remedy}.")
+    return content
+
+
 def check_complete(folder: Path) -> None:
-    if (folder / "meta.json").exists():
-        return
-    others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
-    remedy = "There is no complete one beside it; start the run again without --resume."
+    """UserError if a checkpoint is not there, or was not written to its end."""
+    if not (folder / "meta.json").exists():
+        fault = "is incomplete: it lacks meta.json" if folder.exists() else "does not exist"
+        raise UserError(f"The checkpoint {folder} {fault}. {go_on_without(folder)}.")
+
+
+def go_on_without(folder: Path) -> str:
+    """What to do if a checkpoint cannot be used, and what that loses."""
+    others = sorted(path.parent.name for path in folder.parent.glob("step_*/meta.json") if path.parent != folder)
+    others = [name for name in others if name.removeprefix("step_").isdecimal()]  # not what a save left halfway
     if others:
-        pointer = folder.parent / "latest"
-        remedy = f"Complete ones are {', '.join(others)}: write one of these names into {pointer}."
-    fault = "is incomplete" if folder.exists() else "does not exist"
-    raise UserError(f"The checkpoint {folder} {fault}. {remedy}")
+        name, pointer = others[-1], shlex.quote(str(folder.parent / "latest"))
+        return (
+            f"To resume from {name}, which loses the updates after it, run `echo {name} > {pointer}` and resume again. "
+            f"Complete ones are {', '.join(others)}"
+        )
+    weights = folder / "hf"
+    if not (weights / "config.json").is_file():
+        return "The run has no other complete checkpoint. Start a new one, under another run.name"
+    return (
+        "The run has no other complete checkpoint. A new run, under another run.name, can begin with the weights of "
+        f"this one (--model.path={shlex.quote(str(weights))}), without its optimizer's state and history of questions"
+    )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spell_megatron.checkpoint.folder import check_complete, latest, wait_until_seen
+from spell_megatron.checkpoint.folder import best, check_complete, go_on_without, latest, read_object, wait_until_seen
+from spell_megatron.checkpoint.same_model import check_same_model
 from spell_megatron.errors import UserError
-from spell_megatron.processes.collective import from_rank_0
-from spell_megatron.training.policy import PolicyModel
+from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.training.state import load_trainer, set_random_states
 from spell_megatron.training.trainer import Trainer
+
+Result = TypeVar("Result")
 
 
 def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
@@ -26,7 +28,10 @@ def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: there is none, or it does not load.
     """
-    state = load(_newest(run_folder), trainer)
+    newest = _newest(run_folder)
+    state = load(newest, trainer)
+    if not isinstance(state.get("step"), int):
+        raise UserError(f"{newest / 'state.json'} is damaged: it names no step. {go_on_without(newest)}.")
     return state["step"], state
 
 
@@ -36,10 +41,11 @@ def _newest(run_folder: Path) -> Path:
     if dist.get_rank() == 0:
         try:
             newest = latest(run_folder)
+            best(run_folder)  # the next save needs it
         except UserError as error:
             fault = str(error)
     newest, fault = from_rank_0((newest, fault))
-    if newest is None:
+    if fault or newest is None:
         raise UserError(
             fault or f"There is no checkpoint in {run_folder / 'checkpoints'}; start the run without --resume."
         )
@@ -50,43 +56,72 @@ def _newest(run_folder: Path) -> Path:
 def load(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer, schedule and random states in place; returns `state`.
 
-    All ranks call it, with a trainer that has not stepped yet. The layout of ranks may differ from the
-    one that saved; then ranks beyond those that saved keep the random states they have. The learning
-    rate, its schedule, weight decay and betas are those of the trainer's configuration. UserError if the
-    checkpoint is incomplete or belongs to another model.
+    All ranks call it, with a trainer that has not stepped yet. Layout, type of the weights and kind of optimizer may
+    differ from those that saved. With more ranks those beyond keep the random states they have. The learning rate, its
+    schedule, weight decay and betas are those of the trainer's configuration. UserError, on all ranks, if the
+    checkpoint is incomplete or damaged, or belongs to another model.
     """
     folder = Path(folder)
-    check_complete(folder)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    updates = meta["updates"]
-    _check_model(folder, trainer.policy)
+    updates, random, state = _together(lambda: _small_files(folder, trainer))
     try:
         load_trainer(folder / "trainer", trainer, updates)
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
-        raise UserError(
-            f"The checkpoint {folder} does not load into this model ({type(error).__name__}: {error}). "
-            f"Check that model.path is the model the run began with (see {folder / 'config.json'}), or "
-            "remove the folder and resume from an older checkpoint."
-        ) from error
-    states = folder / "rng" / f"rank_{dist.get_rank():05d}.pt"
-    if states.exists():
-        set_random_states(torch.load(states, weights_only=True))
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        raise UserError(f"{folder / 'trainer'} cannot be loaded: {_reason(error)}. {go_on_without(folder)}.") from error
+    if random is not None:
+        set_random_states(random)
+    return state
 
 
-def _check_model(folder: Path, policy: PolicyModel) -> None:
-    """UserError if a checkpoint belongs to another model.
+def _small_files(folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any] | None, dict[str, Any]]:
+    """(updates, this rank's random states if it has some, state) of a checkpoint of the trainer's model.
 
-    Megatron itself loads a vocabulary of another size, whose padding may be the same, and ignores tensors in excess.
+    Everything but the tensors is read, so that a damaged file is named before the load, which takes minutes.
     """
+    check_complete(folder)
+    meta = read_object(folder / "meta.json", go_on_without(folder))
+    updates, ranks = meta.get("updates"), meta.get("ranks")
+    if not isinstance(updates, int) or not isinstance(ranks, int):
+        raise UserError(f"{folder / 'meta.json'} is damaged: it lacks updates or ranks. {go_on_without(folder)}.")
+    state = read_object(folder / "state.json", go_on_without(folder))
+    tensors = folder / "trainer"
+    read_object(tensors / "metadata.json", go_on_without(folder))
+    _read(tensors / ".metadata", lambda path: FileSystemReader(str(path.parent)).read_metadata(), folder)
+    _read(tensors / "common.pt", _load_plain, folder)
+    rank = dist.get_rank()
+    random = _read(folder / "rng" / f"rank_{rank:05d}.pt", _load_plain, folder) if rank < ranks else None
+    if rank == 0:
+        check_same_model(folder, trainer.policy)
+    return updates, random, state
 
-    def traits(model: PolicyModel) -> dict[str, Any]:
-        of = model.hf_config
-        return {"model_type": of.model_type, **asdict(model.arch), "rope_parameters": of.rope_parameters}
 
-    saved, ours = traits(PolicyModel.load(folder / "hf")), traits(policy)
-    if different := [f"{name} {saved[name]} (now {ours[name]})" for name in saved if saved[name] != ours[name]]:
-        raise UserError(
-            f"The checkpoint {folder} was made with another model than that of model.path: {', '.join(different)}. Set "
-            "model.path to the model that the run began with."
-        )
+def _load_plain(path: Path) -> dict[str, Any]:
+    """Plain values and tensors of a file; loading executes nothing."""
+    return torch.load(path, weights_only=True)
+
+
+def _read(path: Path, read: Callable[[Path], Result], folder: Path) -> Result:
+    """What `read` returns of a file of a checkpoint; UserError if the file is gone or damaged."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. {go_on_without(folder)}.") from None
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}. {go_on_without(folder)}.") from error
+
+
+def _together(action: Callable[[], Result]) -> Result:
+    """What an action returns; if it raises a UserError on any rank, all raise it."""
+    result, failure = None, ""
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+    if failures := list(filter(None, from_all(failure))):
+        raise UserError(failures[0])
+    return cast(Result, result)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+    return f"{type(error).__name__}: {error}"

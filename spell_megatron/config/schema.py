@@ -40,7 +40,7 @@ class ModelConfig(Section):
     """Type of the weights in trainer and engines. Use float32 on CPUs, where bfloat16 is slow."""
     prompt_date: date | None = None
     """Day (2026-11-29) for chat templates that print the date, such as Llama 3.1's. null: the day on which the run
-    began, after a resume too; in an evaluation the day of the model's run, or else that on which the evaluation began."""
+    began, after a resume too; in an evaluation the day of the model's run, or else that of the evaluation's start."""
 
 
 class DataConfig(Section):

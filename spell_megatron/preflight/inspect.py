@@ -18,7 +18,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import check_disk, check_packages, check_run_folder, check_trainer
-from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder
+from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder, check_resumed_model
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.sampler import ClusterSampler
@@ -49,6 +49,8 @@ def inspect(
         found.attempt("model.path", lambda: policy.rotary)
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
+        if resume is not None:
+            check_resumed_model(found, config.run.output_dir / config.run.name, policy)
     check_engine_urls(found, config.rollout.urls)
     check_ports(found, config.rollout)
     check_trainer(found, config)

@@ -16,6 +16,9 @@ from spell_megatron.ranks import launched_processes
 if TYPE_CHECKING:
     from spell_megatron.training.policy import PolicyModel
 
+WITHOUT_CHECKPOINT = "its settings, metrics, logs and rollouts"
+"""What the folder of a run holds before its first checkpoint."""
+
 
 def check_packages(found: Findings, config: Config) -> None:
     """The packages that the run needs are installed."""
@@ -70,10 +73,13 @@ def check_run_folder(found: Findings, run: RunConfig, resume: Path | None, resta
     elif resume is not None and not has_checkpoint:
         found.fault(
             "run.name",
-            f"the run in {folder} has no checkpoint to continue from. Remove the folder and start without --resume",
+            f"the run in {folder} has no checkpoint to continue from. Start without --resume and with another "
+            f"--run.name, or first remove the folder, which loses {WITHOUT_CHECKPOINT}",
         )
     elif resume is None and holds_run(folder) and (has_checkpoint or not restarted):
-        remedy = "continue that run with --resume" if has_checkpoint else "remove the folder"
+        remedy = "continue that run with --resume"
+        if not has_checkpoint:
+            remedy = f"remove the folder, which loses {WITHOUT_CHECKPOINT} (it has no checkpoint)"
         found.fault(
             "run.name run.output_dir",
             f"{folder} already holds a run. Choose another name with --run.name=…, or {remedy}",

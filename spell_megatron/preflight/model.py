@@ -47,6 +47,16 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
     return policy
 
 
+def check_resumed_model(found: Findings, run_folder: Path, policy: PolicyModel) -> None:
+    """The newest checkpoint of the run to be continued is complete, and of this model."""
+    from spell_megatron.checkpoint.folder import latest
+    from spell_megatron.checkpoint.same_model import check_same_model
+
+    newest = found.attempt("run.name", lambda: latest(run_folder))
+    if newest is not None:
+        found.attempt("model.path", lambda: check_same_model(newest, policy))
+
+
 def check_lengths(found: Findings, config: Config, policy: PolicyModel) -> None:
     """Prompts and responses fit the model's positions and a microbatch."""
     longest, limit = config.rollout.sampling.longest_sequence, position_limit(policy.hf_config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class PolicyModel:
     hf_config: PretrainedConfig
     arch: Architecture
     dtype: torch.dtype
+    folder: Path | None = None
+    """Where that config.json is."""
 
     @classmethod
     def load(cls, folder: Path | str, dtype: str | None = None) -> PolicyModel:
@@ -76,7 +78,7 @@ class PolicyModel:
             raise UserError(
                 f"{path} cannot be read as a model configuration ({error}). Supported are {supported()}."
             ) from error
-        return cls.of(hf_config, dtype)
+        return replace(cls.of(hf_config, dtype), folder=Path(folder))
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, dtype: str | None = None) -> PolicyModel:

@@ -6,6 +6,7 @@ Megatron saves and loads it in any layout.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import FileSystemReader
 
 from spell_megatron.training.stored_keys import stored_key
@@ -73,15 +74,23 @@ def _pad_buckets(optimizer) -> None:
 
 
 def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
-    """Load weights, optimizer and schedule after `updates` updates into a trainer that has made none."""
+    """Load weights, optimizer and schedule after `updates` updates into a trainer that has made none.
+
+    The checkpoint may be of another layout, type of weights or kind of optimizer (`training.optimizer.distributed`).
+    """
     if updates:
         _allocate_state(trainer.optimizer)
     wanted = sharded_state(trainer, with_optimizer=updates > 0, is_loading=True)
     _use_stored_keys(wanted, folder)
+    # Under its own name Megatron would mix in the plain values that a checkpoint holds of the optimizer. Their places
+    # depend on its kind, and this optimizer has its own.
+    tensors = {"tensors of the optimizer": wanted.pop("optimizer", {})}
     loaded = dist_checkpointing.load(wanted, str(folder))
     trainer.model.load_state_dict(loaded["model"])
     if updates:
-        _load_optimizer(trainer.optimizer, loaded["optimizer"], updates)
+        # A load of its own, because Megatron lets nobody read a tensor twice in one load, and both may want a weight.
+        loaded |= dist_checkpointing.load(tensors, str(folder))
+        _load_optimizer(trainer.optimizer, loaded["tensors of the optimizer"], updates)
     else:
         trainer.optimizer.reload_model_params()
     trainer.scheduler.num_steps = updates
@@ -93,16 +102,36 @@ def _use_stored_keys(wanted: dict[str, Any], folder: Path) -> None:
     """Ask for each tensor by the key that it has in this checkpoint."""
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     for entry in nested_values(wanted):
-        if isinstance(entry, ShardedTensor):
-            entry.key = stored_key(entry.key, stored)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            entry.key = _most_exact(stored_key(entry.key, stored), entry.data.dtype, stored)
+
+
+_MASTERS = "optimizer.state.param.", "optimizer.state.fp32_param."
+"""What stands before a weight's key in the keys of its float32 copies, of the distributed and the other optimizer."""
+
+
+def _most_exact(key: str, dtype: torch.dtype, stored: Mapping[str, Any]) -> str:
+    """The key under which a checkpoint holds a float32 weight or its float32 copy; `key` for anything else.
+
+    Weights in bfloat16 have such a copy. Weights in float32 have one in the distributed optimizer only.
+    """
+    weight = key
+    for master in _MASTERS:
+        weight = weight.removeprefix(master)
+    copies = [master + weight for master in _MASTERS if master + weight in stored]
+    wants_copy = weight != key
+    if wants_copy and key not in stored:
+        return copies[0] if copies else weight
+    rounded = not wants_copy and dtype == torch.float32 and key in stored and stored[key].properties.dtype != dtype
+    return copies[0] if copies and rounded else key
 
 
 def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
     """Give the optimizer its moments and master weights; everything else it has already.
 
     The tensors carry names that fit every layout, but the plain values around them (rates, number of steps)
-    are kept per Megatron optimizer, of which expert parallelism makes two. They are therefore taken from this
-    optimizer, which also is what lets the configuration change rates.
+    are kept per Megatron optimizer, of which expert parallelism makes two, in places that depend on its kind. They are
+    therefore taken from this optimizer, which also is what lets the configuration change rates.
     """
     own = optimizer_parts(optimizer)
     parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
@@ -119,7 +148,6 @@ def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
                 group.update(ours)
             # torch's AdamW counts the steps of each parameter, and Megatron restores them from this. The Adam of
             # transformer-engine counts those of the group, and refuses others.
-            state["state"].pop("common_step", None)
             if any("step" in moments for moments in member.optimizer.state.values()):
                 state["state"]["common_step"] = torch.tensor(float(updates))
     optimizer.load_state_dict(parts[0] if len(own) == 1 else dict(enumerate(parts)))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from config_files import add_checkpoint
 
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.run_lock import run_lock
@@ -48,8 +49,7 @@ def test_several_files_and_resuming_with_them(spell, inputs, tmp_path):
     resolved = yaml.safe_load(spell(*words)[1])
     assert (resolved["run"]["name"], resolved["model"]["path"]) == ("more", str(inputs / "policy"))
     folder = tmp_path / "runs" / "more"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "latest").write_text("step_000001")
+    add_checkpoint(folder, inputs / "policy")
     assert "(continued)" in spell(*words, "--resume")[1]
 
 
@@ -65,8 +65,7 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
     moved.mkdir(parents=True)
     (moved / "config.yaml").write_text(text)
     (moved / "metrics.jsonl").write_text('{"step": 1}\n')
-    (moved / "checkpoints").mkdir()
-    (moved / "checkpoints" / "latest").write_text("step_000001")
+    add_checkpoint(moved, inputs / "policy")
     status, output, _ = spell("train", "--resume", "elsewhere/moved", "--dry-run", "--run.steps=9")
     assert status == 0
     run = yaml.safe_load(output)["run"]
@@ -85,8 +84,7 @@ def test_the_day_of_the_prompts_is_that_of_the_runs_beginning(spell, inputs, tmp
     before, begun, after = date.today(), day("--config", inputs / "run.yaml"), date.today()
     assert begun in (str(before), str(after))
     run = tmp_path / "runs" / "old"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "latest").write_text("step_000001")
+    add_checkpoint(run, inputs / "policy")
     words = ["--config", inputs / "run.yaml", "--run.name=old", "--model.prompt_date=2024-07-26", "--dry-run"]
     (run / "config.yaml").write_text(spell("train", *words, "--resume")[1])
     assert day("--resume", run) == "2024-07-26"

@@ -1,7 +1,8 @@
 """Started by torchrun: updates in every layout of a list, whose results `test_trainer_layouts` reads.
 
 Each case makes two updates and saves them; then a fresh trainer goes on with a third one from the checkpoint
-that the case before with the same policy has saved, or from its own, if it is the first.
+that the case before with the same policy has saved, or from its own, if it is the first. The case before may have
+another layout and another kind of optimizer.
 
 usage: trainer_layouts_worker.py FOLDER   (holds policies and cases.json; results are written beside them)
 """
@@ -38,7 +39,7 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
         "weights": weights(trainer),
     }
     training = config.training
-    key = f"{policy} {training.optimizer.distributed} {training.moe_aux_loss} {training.importance_sampling}"
+    key = f"{policy} {training.moe_aux_loss} {training.importance_sampling}"
     before = saved.get(key)
     saved[key] = save(folder / name, 2, trainer, config, {})
     resumed = make_trainer(config)
