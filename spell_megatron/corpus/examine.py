@@ -129,7 +129,7 @@ def _take_clusters(
     if faults:
         counts.documents += len(faults)
         counts.skipped["in rows that are no clusters"] += len(faults)
-        counts.notes.append(printable(f"{path}: {len(faults)} faults; the first: {faults[0]}"))
+        counts.notes.append(printable(f"{path}: faults: {len(faults)}; the first: {faults[0]}"))
     for cluster in clusters:
         if cluster.id in given:
             raise UserError(

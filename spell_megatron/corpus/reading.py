@@ -151,7 +151,7 @@ def read_documents(
                 yield Document(f"{file.name}:{number}", str(text))
     finally:
         if faults.count:
-            counts.notes.append(f"{printable(file.path)}: {faults.count} faulty rows; the first: {faults.first}")
+            counts.notes.append(f"{printable(file.path)}: faulty rows: {faults.count}; the first: {faults.first}")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.files import MAX_FAULTS, read_json_objects
+from spell_megatron.selfplay.references import valid_unicode
 
 
 def read_answers(path: Path, questions: Sequence[BenchmarkQuestion]) -> list[dict[str, Any]]:
@@ -26,7 +27,11 @@ def read_answers(path: Path, questions: Sequence[BenchmarkQuestion]) -> list[dic
     faults: list[str] = []
     for number, row in read_json_objects(path, "file of answers"):
         try:
-            key, text, cut = (row.get("benchmark", only), str(row["id"])), row["text"], row.get("cut", False)
+            key, text, cut = (
+                (row.get("benchmark", only), valid_unicode(str(row["id"]))),
+                row["text"],
+                row.get("cut", False),
+            )
             if key not in wanted:
                 raise ValueError(f"there is no question {key[1]!r} of {key[0]!r}")
             if not isinstance(text, str) or not isinstance(cut, bool):

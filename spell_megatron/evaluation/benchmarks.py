@@ -88,7 +88,7 @@ def _frames(row: Mapping[str, Any], number: int, file: str) -> BenchmarkQuestion
     if isinstance(items, str):  # tables keep the list as JSON
         try:
             items = json.loads(items)
-        except ValueError:
+        except (ValueError, RecursionError):
             items = None
     if (
         not isinstance(items, list)

@@ -198,9 +198,15 @@ def _noted_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(noted, dict):
+            raise ValueError("it is not a JSON object")
+        return noted
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Give this evaluation another --out.") from error
+        raise UserError(
+            f"{path} is damaged ({error}). Remove it if the settings are as before: the samples stay. Or give this "
+            "evaluation another --out."
+        ) from error
 
 
 def _generate(

@@ -52,6 +52,7 @@ class Journal:
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows in the order in which they were appended, also by earlier processes."""
         for number, row, fault in json_lines(self.path):
+            fault = fault or ("" if isinstance(row, dict) else "is not a JSON object")
             if fault:
                 raise UserError(
                     f"Line {number} of {self.path} is damaged: it {fault}. Remove that line, and what it held is made "

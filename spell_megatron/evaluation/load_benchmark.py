@@ -19,6 +19,7 @@ from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.files import MAX_FAULTS, parse_json_lines
 from spell_megatron.folders import is_left_behind, walk
 from spell_megatron.parquet import parquet_rows
+from spell_megatron.selfplay.references import valid_unicode
 
 
 def load_benchmark(name: str, path: Path | None = None, limit: int | None = None) -> list[BenchmarkQuestion]:
@@ -109,6 +110,7 @@ def _read(name: str, form: Format, path: Path, files: Sequence[Path]) -> list[Be
 
 def _unique(questions: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
     """The same questions with ids that differ: an id that occurred before gets a number behind it."""
+    questions = [replace(q, id=valid_unicode(q.id), subset=valid_unicode(q.subset)) for q in questions]
     given = {question.id for question in questions}
     seen: Counter[str] = Counter()
     result = []

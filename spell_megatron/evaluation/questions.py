@@ -59,4 +59,6 @@ def _question(row: Mapping[str, Any], number: int) -> HeldOutQuestion:
         raise ValueError("documents must be a list of texts that are not empty")
     answer = known_answer(task, row["answer"])
     key = number if row.get("id") is None else row["id"]
-    return HeldOutQuestion(str(key), task, valid_unicode(question), answer, tuple(map(valid_unicode, documents)))
+    return HeldOutQuestion(
+        valid_unicode(str(key)), task, valid_unicode(question), answer, tuple(map(valid_unicode, documents))
+    )

@@ -62,7 +62,7 @@ def test_strings_of_parquet_that_are_not_utf8(tmp_path, kind):
     pq.write_table(pa.table({"text": columns_of_kinds()[kind]}), path)
     documents, summary = texts_of(path)
     assert documents == sorted([good(1).strip(), good(2) + " caf\ufffd", good(3).strip()])
-    assert kind == "binary" or "a.parquet: 1 faulty rows; the first: row 2 holds bytes" in str(summary)
+    assert kind == "binary" or "a.parquet: faulty rows: 1; the first: row 2 holds bytes" in str(summary)
 
 
 def test_a_row_that_is_mostly_not_utf8_is_left_out(tmp_path):
@@ -145,7 +145,7 @@ def test_bad_files_are_counted_and_named_and_the_others_used(tmp_path):
     notes = "\n".join(summary.counts.notes)
     for name in set(bad_files()) - {"empty.jsonl", "empty.txt"}:
         assert f"/{name}: " in notes, name
-    assert "good.jsonl: 1 faulty rows; the first: line 2 is not JSON" in notes
+    assert "good.jsonl: faulty rows: 1; the first: line 2 is not JSON" in notes
     for name, what in (("gzip.jsonl", "gunzip"), ("zip.jsonl", "zip archive"), ("pdf.txt", "PDF"), ("office", "zip")):
         (note,) = (note for note in summary.counts.notes if f"/{name}: " in note)
         assert what in note

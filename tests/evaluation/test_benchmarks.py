@@ -16,6 +16,7 @@ import pytest
 
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.benchmarks import BENCHMARKS
+from spell_megatron.evaluation.generate import sample_seed
 from spell_megatron.evaluation.load_benchmark import load_benchmark
 from spell_megatron.selfplay.prompts import PromptSet
 
@@ -306,8 +307,9 @@ def test_windows_files_long_lines_and_unicode(tmp_path):
 
 
 def test_half_a_surrogate_pair_does_not_stop_an_evaluation(tmp_path):
-    row = rows_of("hotpotqa")[0] | {"input": "Who \ud83d?", "context": "It \ude00 was."}
+    row = rows_of("hotpotqa")[0] | {"input": "Who \ud83d?", "context": "It \ude00 was.", "_id": "\ud83d"}
     question = loaded("hotpotqa", tmp_path / "set.jsonl", row)[0]
+    assert sample_seed(0, question, 0) and question.id == "?"
     assert question.question == "Who ??" and question.documents == ("It ? was.",)
 
 

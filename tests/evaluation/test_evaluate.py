@@ -337,6 +337,9 @@ def test_a_journal_has_whole_lines(tmp_path):
             assert [row["i"] for row in rows] == list(range(torn.count(b"\n")))
             journal.append({"i": "new"})
             assert list(journal.rows())[-1] == {"i": "new"}
+    path.write_bytes(b"{}\n[1]\n{}\n")
+    with Journal(path) as journal, pytest.raises(UserError, match="Line 2 of .* is damaged: it is not a JSON object"):
+        list(journal.rows())
     path.write_bytes(b"{}\nno json\n{}\n")
     with Journal(path) as journal, pytest.raises(UserError, match="Line 2 of .* is damaged"):
         list(journal.rows())
