@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from config_files import add_checkpoint
-from engine_fixtures import save_policy
+from engine_fixtures import VOCABULARY, engine_sizes, save_policy
+from families import hf_model
+from hf_models import edit
+from transformers import AutoModelForCausalLM
 
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import Config
@@ -175,6 +178,62 @@ def test_an_incomplete_model(setup, dense, tmp_path, change, message):
     assert fault.startswith("model.path: ") and message in fault
 
 
+def edit_config(**fields: object):
+    """A change of config.json; None removes a field."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | fields
+        kept = {name: value for name, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return change
+
+
+SCALE = "model.layers.0.mlp.up_proj.weight_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([edit_config(architectures=None)], 'Add "architectures": ["Qwen3ForCausalLM"]'),
+        ([edit_config(attention_bias=True)], "lacks model.layers.0.self_attn.q_proj.bias"),
+        ([edit_config(quantization_config={"quant_method": "fp8"})], "(fp8), and the weights are not quantised"),
+        (
+            [
+                edit_config(quantization_config={"quant_method": "fp8"}),
+                edit(lambda tensors: tensors.update({SCALE: torch.ones(1)})),
+            ],
+            "are quantised (fp8), and only plain weights can be trained",
+        ),
+        ([edit(lambda tensors: tensors.update({SCALE: torch.ones(1)}))], f"holds {SCALE}, which its config.json"),
+        (
+            [edit(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}))],
+            "has the type F8_E4M3",
+        ),
+        (
+            [edit_config(tie_word_embeddings=True)],
+            "lm_head.weight with other values than model.embed_tokens.weight",
+        ),
+    ],
+)
+def test_a_model_whose_weights_and_config_differ(setup, dense, tmp_path, changes, message):
+    folder = shutil.copytree(dense, tmp_path / "broken")
+    for change in changes:
+        change(folder)
+    faults = [str(fault) for fault in inspect(setup(model={"path": folder})).faults]
+    assert any(fault.startswith("model.path: ") and message in fault for fault in faults), faults
+    assert len(faults) == 1 + (
+        "attention_bias" in json.loads((folder / "config.json").read_text()) and "q_proj.bias" in message
+    )
+
+
+def test_experts_that_are_stored_together(setup, tmp_path):
+    save_policy("moe", tmp_path / "moe", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "moe", save_original_format=False)
+    assert inspect(setup(model={"path": tmp_path / "moe"})) == Findings()
+
+
 def test_a_model_that_lacks_a_shard_or_a_half(setup, dense, tmp_path):
     folder = tmp_path / "sharded"
     shutil.copytree(dense, folder)
@@ -221,8 +280,9 @@ def test_settings_that_this_machine_or_model_cannot_serve(setup, sections, key, 
 
 def test_a_head_size_that_engines_on_cpus_lack(setup, dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "odd")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 48}))
+    hf_model(
+        "qwen3", vocab_size=VOCABULARY, num_hidden_layers=2, **engine_sizes("qwen3") | {"head_dim": 48}
+    ).save_pretrained(folder)
     fault = only_fault(setup(model={"path": folder}))
     assert fault.startswith("model.path") and "48 dimensions" in fault
     attached = setup(model={"path": folder}, rollout={"urls": ["http://localhost:8000"]})

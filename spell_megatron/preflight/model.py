@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+from spell_megatron.preflight.engine_model import check_engine_model, check_positions, quantization_fault
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import uses_gpus
 
@@ -31,10 +33,15 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
     from spell_megatron.training.policy import PolicyModel
     from spell_megatron.weights.weight_files import weight_file_faults
 
-    for message in weight_file_faults(path):
+    incomplete = list(weight_file_faults(path))
+    for message in incomplete:
         found.fault("model.path", message)
 
     policy = found.attempt("model.path", lambda: PolicyModel.load(path, dtype))
+    if policy is not None:
+        check_engine_model(found, path, policy)
+        if not incomplete:
+            check_weights(found, path, policy)
     tokenizer = None
     if policy is not None or not (path / "config.json").exists():  # it reads that file too
         tokenizer = found.attempt("model.path", lambda: PolicyTokenizer(path))
@@ -57,17 +64,24 @@ def check_resumed_model(found: Findings, run_folder: Path, policy: PolicyModel) 
         found.attempt("model.path", lambda: check_same_model(newest, policy))
 
 
+def check_weights(found: Findings, folder: Path, policy: PolicyModel) -> None:
+    """The stored tensors are those that config.json describes."""
+    from spell_megatron.weights.hf_checkpoint import Checkpoint
+
+    fault = None
+    try:
+        with Checkpoint(folder) as checkpoint:
+            checkpoint.check(policy, set(checkpoint.files))
+    except UserError as error:
+        fault = error
+    quantization = quantization_fault(folder, policy, plain=fault is None)
+    if quantization or fault:
+        found.fault("model.path", quantization or str(fault))
+
+
 def check_lengths(found: Findings, config: Config, policy: PolicyModel) -> None:
     """Prompts and responses fit the model's positions and a microbatch."""
-    longest, limit = config.rollout.sampling.longest_sequence, position_limit(policy.hf_config)
-    if longest > limit:
-        found.fault(
-            "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens "
-            "rollout.sampling.max_verdict_tokens rollout.sampling.max_no_context_tokens model.path",
-            f"the longest prompt and response together, {longest} tokens, are more than the model's "
-            f"{limit} positions. Lower max_prompt_tokens or max_response_tokens by {longest - limit}, or "
-            "configure the model's rope scaling",
-        )
+    check_positions(found, config.rollout.sampling, policy.hf_config)
     sampling, budget = config.rollout.sampling, config.training.tokens_per_microbatch
     if sampling.max_prompt_tokens + sampling.max_response_tokens > budget:
         found.warn(
@@ -94,14 +108,3 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
             "rollout.tensor_parallel model.path",
             f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
         )
-
-
-def position_limit(hf_config: Any) -> int:
-    """Number of tokens that a model accepts in a sequence, as vLLM counts them.
-
-    A linear rope scaling multiplies max_position_embeddings; for yarn and llama3 it holds the extended
-    length already.
-    """
-    parameters = getattr(hf_config, "rope_parameters", None) or {}
-    factor = parameters["factor"] if parameters.get("rope_type") == "linear" else 1.0
-    return int(hf_config.max_position_embeddings * factor)

@@ -163,10 +163,11 @@ def _faults(about: Mapping[str, Any], model: ModelConfig, longest: int) -> Itera
     """Reasons why an engine that describes itself so does not suit the run."""
     wanted = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     sizes = [wanted.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if [about["architecture"], about["sizes"]] != [wanted["architectures"][0], sizes]:
+    architecture = (wanted.get("architectures") or ["without architectures"])[0]
+    if [about["architecture"], about["sizes"]] != [architecture, sizes]:
         yield (
             f"it serves {about['architecture']} with hidden size, layers, vocabulary {about['sizes']}, but "
-            f"model.path is {wanted['architectures'][0]} with {sizes}"
+            f"model.path is {architecture} with {sizes}"
         )
     if about["dtype"] != model.dtype:
         yield f"it computes in {about['dtype']}, but model.dtype is {model.dtype}"

@@ -14,7 +14,8 @@ from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_folder
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.huggingface import Checkpoint, copy_side_files, save_checkpoint
+from spell_megatron.weights.hf_checkpoint import Checkpoint
+from spell_megatron.weights.huggingface import copy_side_files, save_checkpoint
 from spell_megatron.weights.megatron import OnProgress, locate, read_megatron, write_megatron
 
 
@@ -54,9 +55,10 @@ def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> 
     """Compare every tensor of the two checkpoints bit by bit; returns how many there are.
 
     Raises:
-        UserError: names the first tensor that differs.
+        UserError: names the first tensor that differs, or those that one of the two lacks.
     """
     with Checkpoint(hf) as checkpoint:
+        checkpoint.check(PolicyModel.load(hf), set(checkpoint.files))
         count = 0
         for name, tensor in read_megatron(megatron, on_progress):
             count += 1

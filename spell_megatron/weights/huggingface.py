@@ -8,149 +8,20 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spell_megatron.errors import UserError
 from spell_megatron.files import appearing_folder
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.policy import PolicyModel
+from spell_megatron.weights.hf_checkpoint import INDEX, SINGLE, TYPES, Checkpoint
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Types of weights by their names in safetensors files."""
-
-MAPPED_BYTES = 64 << 20
-
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that make a checkpoint usable: configuration, tokenizer, chat template."""
-
-
-class Checkpoint:
-    """The tensors of a checkpoint folder, opened file by file and read one by one. A context manager."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._stack = Path(folder), ExitStack()
-        self._opened: dict[str, object] = {}
-        self._mapped = 0
-        self.files: dict[str, str] = self._locate()
-        """File name of each tensor."""
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _locate(self) -> dict[str, str]:
-        """File name of each tensor."""
-        if (self.folder / INDEX).is_file():
-            try:
-                return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.folder / INDEX} is not an index of safetensors files ({error!r}). Copy it "
-                    "again from where the checkpoint came from."
-                ) from error
-        if not (self.folder / SINGLE).is_file():
-            raise UserError(
-                f"{self.folder} holds no weights: there is neither {SINGLE} nor {INDEX}. Only safetensors "
-                "are read; convert other formats with transformers' save_pretrained."
-            )
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-
-    def _open(self, file: str):
-        if file not in self._opened:
-            path = self.folder / file
-            if not path.is_file():
-                raise UserError(
-                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole checkpoint."
-                )
-            try:
-                self._opened[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy it again."
-                ) from error
-        return self._opened[file]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, which lies in the file's pages until it is used."""
-        tensor = self._open(self.files[name]).get_tensor(name)
-        self._mapped += tensor.nbytes
-        if self._mapped > MAPPED_BYTES:  # pages that were read stay in memory as long as the file is open
-            self._stack.close()
-            self._opened.clear()
-            self._mapped = 0
-        return tensor
-
-    def dtype(self) -> torch.dtype:
-        """The one type of all tensors; UserError if there are several."""
-        names = [name for name in self.files if not name.endswith("rotary_emb.inv_freq")]
-        types = {name: self._slice(name).get_dtype() for name in names}
-        if len(set(types.values())) > 1:
-            found = ", ".join(f"{kind} ({next(n for n in types if types[n] == kind)})" for kind in set(types.values()))
-            raise UserError(
-                f"{self.folder} holds weights of several types: {found}. Save it in one, with transformers' "
-                "save_pretrained after model.to(torch.bfloat16), say."
-            )
-        kind = next(iter(types.values()))
-        if kind not in TYPES:
-            raise UserError(f"{self.folder} holds weights of type {kind}; {', '.join(TYPES)} can be read.")
-        return TYPES[kind]
-
-    def nbytes(self) -> int:
-        """Size of the files."""
-        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
-
-    def check(self, policy: PolicyModel, own: set[str]) -> None:
-        """All tensors of the model are there, no others are, and those named in `own` have their shapes."""
-        shapes = hf_shapes(policy)
-        missing = [name for name in shapes if name not in self.files]
-        if missing:
-            raise UserError(
-                f"{self.folder} lacks {len(missing)} tensors that its config.json asks for, such as "
-                f"{missing[0]}. Copy the whole checkpoint, or correct config.json."
-            )
-        ignored = {"lm_head.weight"} if policy.arch.tied else set()
-        unexpected = [
-            name
-            for name in self.files
-            if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
-        ]
-        if unexpected:
-            raise UserError(
-                f"{self.folder} holds {len(unexpected)} tensors that its config.json does not explain, "
-                f"such as {unexpected[0]}. The model would not compute what it was trained to; correct "
-                "config.json."
-            )
-        for name in sorted(shapes.keys() & own, key=lambda name: (self.files[name], name)):
-            if self.shape(name) != shapes[name]:
-                raise UserError(
-                    f"{name} in {self.folder / self.files[name]} has shape "
-                    f"{list(self.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
-                    "configuration are of different models."
-                )
-
-    def _slice(self, name: str):
-        try:
-            return self._open(self.files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.folder / INDEX} places {name} in {self.files[name]}, but it is not there "
-                f"({error}). Copy the whole checkpoint."
-            ) from error
 
 
 @torch.no_grad()

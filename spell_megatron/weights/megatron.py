@@ -48,10 +48,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from spell_megatron.config.schema import ParallelConfig, TrainingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
-from spell_megatron.training.model import build_model
+from spell_megatron.training.model import EXTRA_STATE, build_model
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.stored_keys import stored_key
-from spell_megatron.weights.huggingface import Checkpoint
+from spell_megatron.weights.hf_checkpoint import Checkpoint, listed
 from spell_megatron.weights.names import Rule
 from spell_megatron.weights.reshard import local_parameters, shard_place
 
@@ -209,6 +209,18 @@ class _Stored:
                     self._chunks.setdefault((key, tuple(chunk.offsets[:axes])), []).append(chunk)
         reader.set_up_storage_reader(metadata, True)
 
+    def refuse_others(self, parameters: list[_Parameter], dtype: torch.dtype) -> None:
+        """UserError if the checkpoint holds other weights than those of the parameters."""
+        known = self._metadata.state_dict_metadata
+        nothing = (p.pieces(torch.empty(p.shape, dtype=dtype, device="meta")) for p in parameters)
+        wanted = {stored_key(piece.key, known) for pieces in nothing for piece in pieces}
+        others = [key for key, entry in known.items() if _is_weight(key, entry) and key not in wanted]
+        if others:
+            raise UserError(
+                f"{self._folder} holds {listed(others)}, which its config.json does not explain. The model would not "
+                "compute what it was trained to; correct config.json."
+            )
+
     def read(self, pieces: list[ShardedTensor]) -> None:
         """Fill pieces with their values."""
         pieces = [replace(piece, key=stored_key(piece.key, self._metadata.state_dict_metadata)) for piece in pieces]
@@ -250,6 +262,7 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
     dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
     parameters = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
     stored = _Stored(reader, metadata, folder)
+    stored.refuse_others(parameters, dtype)
     for number, parameter in enumerate(parameters):
         values = torch.empty(parameter.shape, dtype=dtype)
         stored.read(parameter.pieces(values))
@@ -259,7 +272,7 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
 
 
 def _is_weight(key: str, metadata: object) -> bool:
-    return hasattr(metadata, "properties") and not key.startswith("optimizer.")
+    return hasattr(metadata, "properties") and not key.startswith("optimizer.") and EXTRA_STATE not in key
 
 
 def locate(folder: Path) -> tuple[Path, Path]:

@@ -108,6 +108,37 @@ def hf_shapes(policy: PolicyModel) -> dict[str, tuple[int, ...]]:
     return {name: shape for rule in rules(policy).values() for name, shape in zip(rule.names, rule.shapes, strict=True)}
 
 
+@dataclass(frozen=True)
+class ExpertPart:
+    """A matrix of one expert within a stored tensor that holds those of all experts of a layer."""
+
+    stored: str
+    """Name of the stored tensor."""
+    expert: int
+    rows: slice
+    shape: tuple[int, int]
+
+
+def expert_parts(stored: str, shape: tuple[int, ...]) -> dict[str, ExpertPart]:
+    """The experts' matrices in a tensor as transformers 5 can store it, by their names where each is stored by itself.
+
+    It stores `experts.gate_up_proj` [experts, gate and up, hidden] and `experts.down_proj` [experts, hidden, width].
+    {} if the tensor is none of these.
+    """
+    match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", stored)
+    if not match or len(shape) != 3 or (match[2] == "gate_up_proj" and shape[1] % 2):
+        return {}
+    names = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
+    rows = shape[1] // len(names)
+    return {
+        f"{match[1]}.{expert}.{name}.weight": ExpertPart(
+            stored, expert, slice(place * rows, (place + 1) * rows), (rows, shape[2])
+        )
+        for expert in range(shape[0])
+        for place, name in enumerate(names)
+    }
+
+
 _Shapes = tuple[tuple[int, ...], ...]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_models import CASES, edit, make
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from spell_megatron.cli import main
 from spell_megatron.config.schema import ParallelConfig, TrainingConfig
@@ -115,6 +116,34 @@ def test_the_command_and_its_refusals(checkpoint, tmp_path, capsys):
     assert sys.excepthook is hook  # torch's would begin an error's lines with the ranks that were made here
 
 
+def test_experts_stored_together(checkpoint, tmp_path):
+    """As transformers 5 can save them: converted and compared like experts that are stored one by one."""
+    source, fused = checkpoint("qwen3-moe-normalised"), tmp_path / "fused"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(fused, save_original_format=False)
+    assert not load_file(fused / "model.safetensors").keys() & {"model.layers.0.mlp.experts.0.up_proj.weight"}
+    hf_to_megatron(fused, tmp_path / "megatron", ParallelConfig(expert=3))
+    assert compare(tmp_path / "megatron", fused) == len(load_file(source / "model.safetensors"))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert same(source, tmp_path / "back")
+
+
+def test_comparing_names_what_one_side_lacks(checkpoint, tmp_path):
+    source, out = checkpoint("qwen2-tied-yarn"), tmp_path / "out"
+    hf_to_megatron(source, out, ParallelConfig())
+    other = shutil.copytree(source, tmp_path / "other")
+    edit(lambda t: t.update({"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])}))(other)
+    with pytest.raises(UserError, match=r"holds lm_head.weight with other values.*Set tie_word_embeddings to false"):
+        compare(out, other)
+    with pytest.raises(UserError, match="lm_head.weight with other values"):
+        hf_to_megatron(other, tmp_path / "b", ParallelConfig())
+    edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(other)
+    assert compare(out, other) == len(load_file(source / "model.safetensors"))
+    edit(lambda t: t.update({"value_head.weight": torch.zeros(1)}))(other)
+    with pytest.raises(UserError, match="holds value_head.weight"):
+        compare(out, other)
+
+
 def test_damaged_inputs_are_named(checkpoint, tmp_path):
     source, out = checkpoint("qwen3"), tmp_path / "out"
 
@@ -155,6 +184,11 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
 
+    def tie(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    assert "holds output_layer.weight, which its config.json does not explain" in refused_back(6, tie)
     assert "damaged" in refused_back(1, cut_piece)
     assert "damaged" in refused_back(2, lambda f: (f / "__0_0.distcp").unlink())
     assert "lacks .metadata" in refused_back(3, lambda f: (f / ".metadata").unlink())

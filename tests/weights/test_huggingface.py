@@ -127,7 +127,7 @@ def test_missing_tensor(hf_checkpoint, tmp_path):
     message = damaged(
         hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     )
-    assert "lacks 1 tensors" in message and "model.layers.1.mlp.up_proj.weight" in message
+    assert "lacks model.layers.1.mlp.up_proj.weight, which" in message
 
 
 def test_unexpected_tensor(hf_checkpoint, tmp_path):
@@ -142,6 +142,65 @@ def test_head_of_a_tied_model_may_be_stored_too(hf_checkpoint, tmp_path):
     edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(copy)
     model = load(copy)
     assert "lm_head.weight" not in dict(export(model))
+
+
+def test_another_head_of_a_tied_model_is_refused(hf_checkpoint, tmp_path):
+    """Also where it differs in one bit or in its type: config.json says that it is not there."""
+    _, folder = hf_checkpoint("qwen2-tied-yarn")
+
+    def changed(tensors):
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1, -1] += 1e-3
+        tensors["lm_head.weight"] = head
+
+    message = damaged(folder, tmp_path / "a", edit(changed))
+    assert "lm_head.weight with other values" in message and "Set tie_word_embeddings to false" in message
+    other_type = edit(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].bfloat16()}))
+    assert "lm_head.weight with other values" in damaged(folder, tmp_path / "b", other_type)
+
+
+def test_all_tensors_in_excess_are_named(hf_checkpoint, tmp_path):
+    _, folder = hf_checkpoint("qwen3-narrow-heads")
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight_scale_inv" for layer in range(3)]
+
+    def ones(names):
+        return {name: torch.ones(1) for name in names}
+
+    message = damaged(folder, tmp_path / "a", edit(lambda t: t.update(ones(names[:2]))))
+    assert f"holds {names[0]}, {names[1]}, which" in message
+    extra = ones([*names, "model.vision.weight", "value_head.weight"])
+    assert "and 2 more tensors" in damaged(folder, tmp_path / "b", edit(lambda t: t.update(extra)))
+
+
+def test_a_missing_head_is_told_with_both_remedies(hf_checkpoint, tmp_path):
+    message = damaged(hf_checkpoint("qwen3-narrow-heads")[1], tmp_path, edit(lambda t: t.pop("lm_head.weight")))
+    assert "lacks lm_head.weight" in message and "set tie_word_embeddings to true" in message
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
+def test_experts_stored_together_are_read_bit_by_bit(shard_size, hf_checkpoint, tmp_path):
+    """As transformers 5 can save them, in one file and in several."""
+    model, folder = hf_checkpoint("qwen3-moe-some-dense-layers")
+    model.save_pretrained(tmp_path, save_original_format=False, max_shard_size=shard_size)
+    stored = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    assert "model.layers.1.mlp.experts.gate_up_proj" in stored
+    assert same(dict(export(load(tmp_path))), load_file(folder / "model.safetensors"))
+
+
+def test_experts_of_other_shapes_are_refused(hf_checkpoint, tmp_path):
+    model, _ = hf_checkpoint("qwen3-moe-normalised")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+
+    def refused(number: int, change) -> str:
+        return damaged(tmp_path / "fused", tmp_path / str(number), edit(change))
+
+    turned = refused(1, lambda t: t.update({name: t[name].transpose(1, 2).contiguous()}))
+    assert "experts.0.gate_proj.weight" in turned and "has shape [24, 80]" in turned
+    fewer = refused(2, lambda t: t.update({name: t[name][:5].clone()}))
+    assert "lacks model.layers.0.mlp.experts.5.gate_proj.weight" in fewer
+    twice = {"model.layers.0.mlp.experts.2.up_proj.weight": torch.zeros(40, 48)}
+    assert f"holds {next(iter(twice))} twice: by itself and within {name}" in refused(3, lambda t: t.update(twice))
 
 
 def test_wrong_shape(hf_checkpoint, tmp_path):

@@ -1,0 +1,186 @@
+"""What vLLM makes of a model's config.json, where that is not what the trainer and transformers make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.preflight.findings import Findings
+
+if TYPE_CHECKING:
+    from spell_megatron.training.policy import PolicyModel
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of config.json that changes what vLLM computes, but not what the trainer does, or the other way round.
+
+    Attributes:
+        families: the model types for which it does; (): for all.
+        effect: what vLLM does.
+        neutral: the value with which both compute the same, as nothing, null, false and 0 do.
+    """
+
+    field: str
+    families: tuple[str, ...]
+    effect: str
+    neutral: Any = None
+
+
+_LLAMA, _QWEN = ("llama", "mistral"), ("qwen2", "qwen3", "qwen3_moe")
+OPTIONS = (
+    Option("attention_bias", ("qwen3", "qwen3_moe"), "vLLM has no bias on the attention's output (o_proj.bias)"),
+    Option("attention_bias", ("mistral",), "vLLM adds biases to the attention"),
+    Option("mlp_bias", ("mistral",), "vLLM adds biases to the feed-forward"),
+    Option("bias", _LLAMA, "vLLM adds biases to the attention"),
+    Option("logit_scale", _LLAMA, "vLLM scales the logits", 1.0),
+    Option("sliding_window", ("llama",), "vLLM's attention sees a window only"),
+    Option("llama_4_scaling", ("mistral",), "vLLM scales the queries by their positions"),
+    Option("ada_rms_norm_t_cond", ("mistral",), "vLLM adds layers"),
+    Option("qk_norm", ("qwen2",), "vLLM adds norms to queries and keys"),
+    Option("dual_chunk_attention_config", _QWEN, "vLLM's attention goes over two chunks"),
+    Option("shared_expert_intermediate_size", ("qwen3_moe",), "vLLM adds a shared expert"),
+)
+ROTARY_OPTIONS = ("rope_dim", "mrope_section", "use_fope")
+"""Fields of the rope scaling that vLLM alone reads."""
+
+LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+"""vLLM takes the smallest of them for the model's positions."""
+
+
+def check_engine_model(found: Findings, folder: Path, policy: PolicyModel) -> None:
+    """vLLM serves this model, and computes what the trainer does."""
+    for message in (*_class_faults(policy.hf_config), *_option_faults(policy), *_rotary_faults(policy.hf_config)):
+        found.fault("model.path", f"{folder / 'config.json'}: {message}")
+
+
+def _class_faults(hf_config: Any) -> Iterator[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]
+    named = (hf_config.architectures or [""])[0]
+    if not named:
+        yield f'there is no "architectures", by which vLLM chooses the model. Add "architectures": ["{expected}"]'
+    elif named.lower() != expected.lower():
+        yield f'"architectures" says {named}, and the trainer trains {expected}. Set it to ["{expected}"]'
+
+
+def _option_faults(policy: PolicyModel) -> Iterator[str]:
+    config, arch = policy.hf_config, policy.arch
+    for option in OPTIONS:
+        value = getattr(config, option.field, None)
+        if (not option.families or config.model_type in option.families) and value and value != option.neutral:
+            yield (
+                f"with {option.field} {value!r}, {option.effect}, unlike the trainer. Remove {option.field} if the "
+                "model was trained without it; otherwise the model cannot be trained here"
+            )
+    if getattr(config, "is_causal", True) is False:
+        yield "with is_causal false, vLLM's attention sees what comes later, unlike the trainer's. Remove is_causal"
+    # In vLLM it goes before attention_bias for queries, keys and values.
+    own = getattr(config, "qkv_bias", None)
+    if config.model_type in _LLAMA and own is not None and bool(own) != arch.qkv_bias:
+        yield f"vLLM reads qkv_bias {own!r}, and the trainer attention_bias. Remove qkv_bias"
+    if config.model_type == "qwen2" and arch.head_dim != arch.hidden // arch.heads:
+        yield (
+            f"head_dim is {arch.head_dim}, and vLLM's Qwen2 has heads of hidden_size / num_attention_heads = "
+            f"{arch.hidden // arch.heads} dimensions. The model cannot be trained here"
+        )
+
+
+def _rotary_faults(hf_config: Any) -> Iterator[str]:
+    parameters = hf_config.rope_parameters
+    if alone := [name for name in ROTARY_OPTIONS if parameters.get(name)]:
+        yield f"vLLM changes the rotary embedding by {alone[0]}, unlike the trainer. Remove {alone[0]}"
+    if parameters.get("rope_type") != "yarn":
+        return
+    numbers = ("factor", "beta_fast", "beta_slow")
+    if empty := [name for name in numbers if name in parameters and not parameters[name]]:
+        remedy = "Write the factor" if empty[0] == "factor" else f"Remove {empty[0]}"
+        yield f"the rope scaling has {empty[0]} {parameters[empty[0]]!r}, with which vLLM does not start. {remedy}"
+
+
+def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:
+    """What is wrong if config.json describes quantised weights; "" if it does not.
+
+    Args:
+        plain: whether the stored tensors are those of a model that is not quantised.
+    """
+    fields = ("quantization_config", "compression_config")
+    field = next((name for name in fields if getattr(policy.hf_config, name, None)), "")
+    if not field:
+        return ""
+    described = getattr(policy.hf_config, field)
+    method = described.get("quant_method", "") if isinstance(described, dict) else ""
+    kind = f" ({method})" if method else ""
+    if plain:
+        return (
+            f"{folder / 'config.json'} has {field}{kind}, and the weights are not quantised: vLLM would wait for "
+            f"scales that are not there. Remove {field}"
+        )
+    return (
+        f"the weights in {folder} are quantised{kind}, and only plain weights can be trained. Convert them to "
+        f"bfloat16, and remove {field} from config.json"
+    )
+
+
+def check_positions(found: Findings, sampling: SamplingConfig, hf_config: Any) -> None:
+    """The longest prompt and response fit the positions of the model in vLLM."""
+    longest, limit, field = sampling.longest_sequence, *position_limit(hf_config)
+    if longest <= limit:
+        return
+    keys = (
+        "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens "
+        "rollout.sampling.max_verdict_tokens rollout.sampling.max_no_context_tokens model.path"
+    )
+    lower = f"Lower max_prompt_tokens or max_response_tokens by {longest - limit}"
+    extended = _extended(hf_config)
+    if limit < longest <= extended:
+        text = f"{hf_config.rope_parameters['factor']:g} x original_max_position_embeddings, its rope scaling"
+        lower = f"Raise {field} to {extended} ({text}) in config.json, or l{lower[1:]}"
+    elif field == "rope scaling":
+        lower += ", or correct factor and original_max_position_embeddings of the rope scaling in config.json"
+    elif field == "max_position_embeddings":
+        lower += ", or configure the model's rope scaling"
+    else:
+        lower += f", or raise {field} in config.json"
+    found.fault(
+        keys,
+        f"the longest prompt and response together, {longest} tokens, are more than the model's {limit} positions "
+        f"({field}). {lower}",
+    )
+
+
+def position_limit(hf_config: Any) -> tuple[int, str]:
+    """Number of tokens that vLLM serves in a sequence, and what in config.json sets it.
+
+    A linear rope scaling multiplies max_position_embeddings. For yarn and llama3 it holds the extended length already;
+    vLLM's table for yarn ends at factor times original length, and behind it vLLM reads anything.
+    """
+    present = {name: value for name in LENGTH_FIELDS if (value := getattr(hf_config, name, None)) is not None}
+    if own := getattr(hf_config, "model_max_length", None):
+        present = {"model_max_length": own}
+    field = min(present, key=lambda name: present[name])
+    parameters = hf_config.rope_parameters
+    limit = present[field] * (parameters["factor"] if parameters.get("rope_type") == "linear" else 1.0)
+    if parameters.get("rope_type") == "yarn" and _extended(hf_config) < limit:
+        return _extended(hf_config), "rope scaling"
+    return int(limit), field
+
+
+def _extended(hf_config: Any) -> int:
+    """Positions to which yarn or llama3 extends a model; 0 without them."""
+    parameters = hf_config.rope_parameters
+    if parameters.get("rope_type") not in ("yarn", "llama3") or not parameters.get("factor"):
+        return 0
+    return int(parameters["factor"] * parameters["original_max_position_embeddings"])

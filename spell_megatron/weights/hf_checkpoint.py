@@ -1,0 +1,201 @@
+"""The safetensors files of a Hugging Face checkpoint: which tensors they hold, and these one by one."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spell_megatron.errors import UserError
+from spell_megatron.training.policy import PolicyModel
+from spell_megatron.weights.names import ExpertPart, expert_parts, hf_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Types of weights by their names in safetensors files."""
+
+MAPPED_BYTES = 64 << 20
+
+HEAD = "output_layer.weight"
+"""Megatron's name of the vocabulary head."""
+
+COMPUTED = "rotary_emb.inv_freq"
+"""End of the names of tensors that old checkpoints store, although they follow from config.json."""
+
+_COMPARED_ROWS = 4096
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, opened file by file and read one by one. A context manager.
+
+    Experts that are stored as one tensor of them all have the names of single experts here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._stack = Path(folder), ExitStack()
+        self._opened: dict[str, object] = {}
+        self._mapped = 0
+        self._parts: dict[str, ExpertPart] = {}
+        self.files: dict[str, str] = self._locate()
+        """File name of each tensor."""
+        self._split_experts()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _locate(self) -> dict[str, str]:
+        """File name of each tensor."""
+        if (self.folder / INDEX).is_file():
+            try:
+                return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.folder / INDEX} is not an index of safetensors files ({error!r}). Copy it "
+                    "again from where the checkpoint came from."
+                ) from error
+        if not (self.folder / SINGLE).is_file():
+            raise UserError(
+                f"{self.folder} holds no weights: there is neither {SINGLE} nor {INDEX}. Only safetensors "
+                "are read; convert other formats with transformers' save_pretrained."
+            )
+        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+
+    def _open(self, file: str):
+        if file not in self._opened:
+            path = self.folder / file
+            if not path.is_file():
+                raise UserError(
+                    f"{self.folder / INDEX} names {file}, but that file is missing. Copy the whole checkpoint."
+                )
+            try:
+                self._opened[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy it again."
+                ) from error
+        return self._opened[file]
+
+    def _split_experts(self) -> None:
+        """Give each expert names of its own, where a tensor holds all of them."""
+        for stored in [name for name in self.files if ".experts." in name]:
+            parts = expert_parts(stored, tuple(self._slice(stored).get_shape()))
+            if twice := self.files.keys() & parts.keys():
+                raise UserError(
+                    f"{self.folder} holds {min(twice)} twice: by itself and within {stored}. Remove one of the two."
+                )
+            if parts:
+                self._parts |= parts
+                self.files |= dict.fromkeys(parts, self.files.pop(stored))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._parts[name].shape if name in self._parts else tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, which lies in the file's pages until it is used."""
+        part = self._parts.get(name)
+        if part:
+            tensor = self._slice(name)[part.expert : part.expert + 1, part.rows][0]
+        else:
+            tensor = self._open(self.files[name]).get_tensor(name)
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED_BYTES:  # pages that were read stay in memory as long as the file is open
+            self._stack.close()
+            self._opened.clear()
+            self._mapped = 0
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The one type of all tensors; UserError if there are several."""
+        names = [name for name in self.files if not name.endswith(COMPUTED)]
+        types = {name: self._slice(name).get_dtype() for name in names}
+        if len(set(types.values())) > 1:
+            found = ", ".join(f"{kind} ({next(n for n in types if types[n] == kind)})" for kind in set(types.values()))
+            raise UserError(
+                f"{self.folder} holds weights of several types: {found}. Save it in one, with transformers' "
+                "save_pretrained after model.to(torch.bfloat16), say."
+            )
+        kind = next(iter(types.values()))
+        if kind not in TYPES:
+            raise UserError(f"{self.folder} holds weights of type {kind}; {', '.join(TYPES)} can be read.")
+        return TYPES[kind]
+
+    def nbytes(self) -> int:
+        """Size of the files."""
+        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+
+    def check(self, policy: PolicyModel, own: set[str]) -> None:
+        """All tensors of the model are there, no others are, and those named in `own` have their shapes and are plain.
+
+        The vocabulary head of a model with tied embeddings may be stored too if it is the embedding, bit by bit.
+
+        Raises:
+            UserError: with the names of the tensors that are wrong.
+        """
+        shapes = hf_shapes(policy)
+        (embedding,), (head,) = (policy.family.names[name] for name in ("embedding.word_embeddings.weight", HEAD))
+        missing = [name for name in shapes if name not in self.files]
+        if missing:
+            tie = f", or set tie_word_embeddings to true if {head} is the embedding" if head in missing else ""
+            raise UserError(
+                f"{self.folder} lacks {listed(missing)}, which its config.json asks for. Copy the whole checkpoint, "
+                f"or correct config.json{tie}."
+            )
+        ignored = {head} if policy.arch.tied else set()
+        unexpected = [name for name in self.files if name not in shapes and name not in ignored]
+        unexpected = [name for name in unexpected if not name.endswith(COMPUTED)]
+        if unexpected:
+            raise UserError(
+                f"{self.folder} holds {listed(unexpected)}, which its config.json does not explain. The model would "
+                "not compute what it was trained to; correct config.json."
+            )
+        for name in sorted(shapes.keys() & own, key=lambda name: (self.files[name], name)):
+            if self.shape(name) != shapes[name]:
+                raise UserError(
+                    f"{name} in {self.folder / self.files[name]} has shape "
+                    f"{list(self.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
+                    "configuration are of different models."
+                )
+            if (kind := self._slice(name).get_dtype()) not in TYPES:
+                raise UserError(
+                    f"{name} in {self.folder / self.files[name]} has the type {kind}; {', '.join(TYPES)} can be read. "
+                    "Quantised weights cannot be trained: convert the checkpoint to bfloat16."
+                )
+        if ignored and head in self.files and not self._equal(head, embedding):
+            raise UserError(
+                f"{self.folder} holds {head} with other values than {embedding}, and its config.json says "
+                "tie_word_embeddings true, so that the head would not be used. Set tie_word_embeddings to false in "
+                f"config.json to use it, or remove {head} from the checkpoint."
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two matrices have the same type, shape and bits."""
+        slices = [self._slice(name) for name in (one, other)]
+        if len({(part.get_dtype(), *part.get_shape()) for part in slices}) > 1:
+            return False
+        starts = range(0, self.shape(one)[0], _COMPARED_ROWS)
+        blocks = ([part[start : start + _COMPARED_ROWS].view(torch.uint8) for part in slices] for start in starts)
+        return all(torch.equal(*pair) for pair in blocks)
+
+    def _slice(self, name: str):
+        try:
+            return self._open(self.files[name]).get_slice(self._parts[name].stored if name in self._parts else name)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self.folder / INDEX} places {name} in {self.files[name]}, but it is not there "
+                f"({error}). Copy the whole checkpoint."
+            ) from error
+
+
+def listed(names: list[str]) -> str:
+    """Some names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
