@@ -1,5 +1,6 @@
 """Errors that a user can cause and correct, and the exit statuses of the `spell` command."""
 
+import errno
 from enum import IntEnum
 
 
@@ -8,6 +9,28 @@ class UserError(Exception):
 
     The command line prints the message without a stack trace and exits with `ExitStatus.USER_ERROR`.
     """
+
+
+_PERMISSION = "this user has no permission. Correct the permissions, or choose another place"
+_OPEN_FILES = "too many files are open. Raise the limit (ulimit -n)"
+_EXPLANATIONS = {
+    errno.ENOSPC: "the disk is full. Free some space, or choose another disk",
+    errno.EDQUOT: "the disk quota is used up. Free some space, ask for a larger quota, or choose another disk",
+    errno.EROFS: "the filesystem can only be read. Choose another place, or have it mounted for writing",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ESTALE: "the shared filesystem has lost the file (a stale handle). Another machine may have replaced it; try "
+    "again, and if that does not help, have the filesystem mounted again",
+    errno.EIO: "the disk or the shared filesystem reports an error (EIO). The system's log may say more",
+    errno.EFBIG: "the file becomes larger than is allowed. Raise the limit (ulimit -f), or choose another filesystem",
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+}
+
+
+def explain(error: OSError) -> str | None:
+    """What is wrong with a disk, a filesystem or its permissions, and the remedy; None: the error is another one."""
+    return _EXPLANATIONS.get(error.errno or 0)
 
 
 class ExitStatus(IntEnum):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spell_megatron.encodings import utf8_stream
-from spell_megatron.errors import UserError
+from spell_megatron.errors import UserError, explain
 
 Value = TypeVar("Value")
 
@@ -88,11 +88,8 @@ def appearing_folder(out: Path) -> Iterator[Path]:
         os.rename(partial, out)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise UserError(
-            f"{out} could not be written: {reason}. What was there before is unchanged. "
-            "Free some space or choose another folder."
-        ) from error
+        reason = explain(error) or f"{error}. Choose another folder"
+        raise UserError(f"{out} could not be written: {reason}. What was there before is unchanged.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -166,6 +166,7 @@ def add_file(name: str, content: bytes):
         (break_file("model.safetensors", None), "lacks model.safetensors"),
         (break_file("model.safetensors", b"version https://git-lfs"), "not a complete safetensors file"),
         (break_file("tokenizer.json", None), "no tokenizer"),
+        (lambda folder: (folder / "notes.txt").symlink_to("/nowhere"), "notes.txt, which goes into every checkpoint"),
         (add_file("generation_config.json", b'{"eos_'), "generation_config.json cannot be read"),
         (add_file("chat_template.jinja", b"{{ raise_exception('be a system') }}"), "It fails with: be a system"),
     ],
@@ -389,9 +390,8 @@ def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
     assert len(inspect(config, known_faulty={"model.dtype"}).faults) == 1
 
 
-def test_metrics_that_cannot_be_read_are_found_before_a_resume(setup, tmp_path):
+def test_metrics_that_cannot_be_read_are_found_before_a_resume(setup, dense, tmp_path):
     run = tmp_path / "runs" / "torn"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "latest").write_text("step_000001")
+    add_checkpoint(run, dense)
     (run / "metrics.jsonl").mkdir()
     assert "metrics.jsonl is no file" in only_fault(setup(run={"name": "torn"}), run)

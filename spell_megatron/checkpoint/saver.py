@@ -32,8 +32,9 @@ from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
 from spell_megatron.training.state import random_states, sharded_state
 from spell_megatron.training.trainer import Trainer
-from spell_megatron.weights.huggingface import save_checkpoint
+from spell_megatron.weights.huggingface import write_checkpoint
 from spell_megatron.weights.reshard import export
+from spell_megatron.weights.side_files import SideFiles, read_side_files
 from spell_megatron.weights.sizes import checkpoint_bytes
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
@@ -55,11 +56,16 @@ class Saver:
     ) -> None:
         """
         Args:
-            source: Hugging Face checkpoint that the run began with; its tokenizer is copied into each checkpoint.
+            source: Hugging Face checkpoint that the run began with; each checkpoint gets its configuration and
+                tokenizer, which are read now.
             configuration: of the run, as JSON.
+
+        Raises:
+            UserError: they cannot be read.
         """
         self.root, self._trainer = Path(run_folder) / "checkpoints", trainer
-        self._settings, self._source, self._configuration = settings, source, configuration
+        self._settings, self._configuration = settings, configuration
+        self._side_files = read_side_files(source) if dist.get_rank() == 0 else {}
         self._pending: _Pending | None = None
 
     def __enter__(self) -> Saver:
@@ -88,7 +94,7 @@ class Saver:
             for made in ("trainer", "rng"):
                 wait_until_seen(partial / made)
             pending.start(partial / "trainer", trainer, asynchronous)
-            _save_hf(partial / "hf", trainer, self._source)
+            _save_hf(partial / "hf", trainer, self._side_files)
             torch.save(random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
@@ -166,12 +172,12 @@ class _Pending:
             finalize()
 
 
-def _save_hf(folder: Path, trainer: Trainer, source: Path) -> None:
+def _save_hf(folder: Path, trainer: Trainer, side_files: SideFiles) -> None:
     """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
     weights = export(trainer.model)
     try:
         if dist.get_rank() == 0:
-            save_checkpoint(weights, source, folder)
+            write_checkpoint(weights, trainer.policy, side_files, folder)
     finally:
         for _ in weights:
             pass

@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
-from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.errors import ExitStatus, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
@@ -39,9 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return ExitStatus.CLOSED_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        explanation = explain(error)
+        if explanation is None:
             raise
-        return _tell(f"{error}. Free some space. A run then goes on from its last checkpoint with --resume.")
+        go_on = {
+            "train": " The run goes on from its last checkpoint with --resume.",
+            "evaluate": " What is done stays.",
+        }
+        place = f"{error.filename}: " if error.filename else ""
+        return _tell(f"{place}{explanation}.{go_on.get(argv[0], '')}")
     except KeyboardInterrupt:
         print("spell: interrupted", file=sys.stderr)
         return ExitStatus.INTERRUPTED

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spell_megatron.errors import UserError
+from spell_megatron.errors import UserError, explain
 from spell_megatron.files import write_text
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.processes.folder_lock import FolderLock
@@ -42,9 +42,10 @@ class WorkFolder:
                     if self.finished or not self._done():
                         shutil.rmtree(self._folder)
         except OSError as error:
+            reason = explain(error) or error.strerror or error
             raise UserError(
-                f"Cannot write {out}: {error.strerror or error} ({error.filename or self._folder}). Free some space, "
-                "or name another --out; what is finished is not repeated."
+                f"Cannot write {out}: {error.filename or self._folder}: {reason}. Run the same command again, or name "
+                "another --out; what is finished is not repeated."
             ) from error
 
     def _done(self) -> list[Path]:

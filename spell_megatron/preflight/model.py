@@ -31,12 +31,14 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
     # transformers takes seconds to import: not before the folder is known to exist
     from spell_megatron.tokenizer import PolicyTokenizer
     from spell_megatron.training.policy import PolicyModel
+    from spell_megatron.weights.side_files import read_side_files
     from spell_megatron.weights.weight_files import weight_file_faults
 
     incomplete = list(weight_file_faults(path))
     for message in incomplete:
         found.fault("model.path", message)
 
+    found.attempt("model.path", lambda: read_side_files(path))
     policy = found.attempt("model.path", lambda: PolicyModel.load(path, dtype))
     if policy is not None:
         check_engine_model(found, path, policy)

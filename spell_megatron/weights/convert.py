@@ -15,8 +15,9 @@ from spell_megatron.files import appearing_folder
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.hf_checkpoint import Checkpoint
-from spell_megatron.weights.huggingface import copy_side_files, save_checkpoint
+from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.megatron import OnProgress, locate, read_megatron, write_megatron
+from spell_megatron.weights.side_files import read_side_files, write_side_files
 
 
 def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progress: OnProgress | None = None) -> None:
@@ -28,14 +29,14 @@ def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progre
         UserError: the architecture is unknown, a file or tensor is missing or damaged, the layout does not fit
             the model, the output exists already, or the disk is full.
     """
-    described = PolicyModel.load(hf)
+    described, side_files = PolicyModel.load(hf), read_side_files(Path(hf))
     out = Path(megatron)
     with Checkpoint(hf) as source, _alone(out), appearing_folder(_new(out)) as partial:
         _check_room(partial, source.nbytes())
         source.check(described, set(source.files))
         policy = replace(described, dtype=source.dtype())
         write_megatron(partial, source, policy, parallel, on_progress)
-        copy_side_files(hf, partial, policy.dtype)
+        write_side_files(side_files, partial, policy.dtype)
 
 
 def megatron_to_hf(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> None:

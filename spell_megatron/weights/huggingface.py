@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,9 +18,7 @@ from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.hf_checkpoint import INDEX, SINGLE, TYPES, Checkpoint
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
-
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Files beside the weights that make a checkpoint usable: configuration, tokenizer, chat template."""
+from spell_megatron.weights.side_files import SideFiles, read_side_files, write_side_files
 
 
 @torch.no_grad()
@@ -48,25 +45,43 @@ def save_checkpoint(
     out_folder: Path | str,
     shard_bytes: int = 2_000_000_000,
 ) -> None:
+    """Write a stream of (name, tensor) as a Hugging Face checkpoint, with the side files of another one.
+
+    Args:
+        source_folder: checkpoint of the same architecture, from which configuration, tokenizer and chat template come.
+        stream, out_folder, shard_bytes: see `write_checkpoint`.
+
+    Raises:
+        UserError: as `write_checkpoint`, or a side file cannot be read.
+    """
+    source = Path(source_folder)
+    write_checkpoint(stream, PolicyModel.load(source), read_side_files(source), Path(out_folder), shard_bytes)
+
+
+def write_checkpoint(
+    stream: Iterable[tuple[str, Tensor]],
+    policy: PolicyModel,
+    side_files: SideFiles,
+    out_folder: Path,
+    shard_bytes: int = 2_000_000_000,
+) -> None:
     """Write a stream of (name, tensor) as a Hugging Face checkpoint.
 
     The folder appears under its name only when it is complete; one that is already there is replaced.
-    Configuration, tokenizer and chat template are copied from `source_folder`.
 
     Args:
-        stream: whole tensors under Hugging Face names, in the order of `names.rules`; read once, one tensor
-            held at a time.
-        source_folder: checkpoint of the same architecture.
+        stream: whole tensors of the policy under Hugging Face names, in the order of `names.rules`; read once, one
+            tensor held at a time.
+        side_files: configuration, tokenizer and chat template.
         out_folder: where to write.
         shard_bytes: most bytes per file; larger models are written as several files and an index.
 
     Raises:
         UserError: the disk is full or the place cannot be written to.
     """
-    source = Path(source_folder)
-    with appearing_folder(Path(out_folder)) as partial:
-        dtype = _write_shards(stream, partial, hf_shapes(PolicyModel.load(source)), shard_bytes)
-        copy_side_files(source, partial, dtype)
+    with appearing_folder(out_folder) as partial:
+        dtype = _write_shards(stream, partial, hf_shapes(policy), shard_bytes)
+        write_side_files(side_files, partial, dtype)
 
 
 def _write_shards(
@@ -121,15 +136,3 @@ def _write_file(
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, tokenizer and chat template, and note the weights' type in config.json."""
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            if not file.name.endswith(".index.json") and file.name != "metadata.json":
-                shutil.copyfile(file, folder / file.name)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

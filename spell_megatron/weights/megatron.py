@@ -148,7 +148,12 @@ def write_megatron(
     writer = FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
     writer.set_up_storage_writer(True)
     plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
-    results = [writer.write_data(plan, planner).wait() for plan in plans if plan.items]
+    try:
+        results = [writer.write_data(plan, planner).wait() for plan in plans if plan.items]
+    except RuntimeError as error:  # of torch.save, which does not say why it cannot write
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
     writer.finish(metadata, results)
     save_config(FORMAT, str(folder))
     torch.save({}, folder / "common.pt")
