@@ -64,6 +64,15 @@ def _of_unicode() -> tuple[str, str, str]:
     return _class(marks) + _BEYOND, _class(invisible), _class(signs)
 
 
+def _plain() -> str:
+    codes = (*range(0xAD), *range(0xAE, 0x300), *range(0x2010, 0x2028), *range(0x2030, 0x205F), *range(0x20A0, 0x20C0))
+    forms = {character: unicodedata.normalize("NFKC", character) for character in map(chr, codes)}
+    return _class([one for one, form in forms.items() if form == one or not any(map(str.isalnum, form))])
+
+
+PLAIN = _plain()
+"""Letters of Europe and common punctuation whose compatibility forms are no other letters or digits; no marks."""
+
 MARKS, INVISIBLE, SIGNS = _of_unicode()
 """Accents, vowel signs and so on, which belong to the letter before; characters of a word that nobody sees (soft
 hyphens, joiners, directions); signs such as ™, which compatibility forms would turn into letters."""

@@ -6,13 +6,21 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from spell_megatron.corpus.characters import CLAUSE_ENDS, CLOSING, INVISIBLE, MARKS, SENTENCE_ENDS, SIGNS, UNSPACED
+from spell_megatron.corpus.characters import (
+    CLAUSE_ENDS,
+    CLOSING,
+    INVISIBLE,
+    MARKS,
+    PLAIN,
+    SENTENCE_ENDS,
+    SIGNS,
+    UNSPACED,
+)
 from spell_megatron.corpus.controls import without_controls
 
 _LATIN_WORD = re.compile(r"[^\W_]+")
 _WORD = re.compile(rf"[^\W_{UNSPACED}]+(?:[{MARKS}]+[^\W_{UNSPACED}]*)*|[{UNSPACED}][{MARKS}]*")
-# Anything but letters of Europe and common punctuation, among which are no marks and no letters without blanks.
-_OTHER = re.compile(r"[^\x00-\xac\xae-\u02ff\u2010-\u2027\u2030-\u205e\u20a0-\u20bf]")
+_OTHER = re.compile(f"[^{PLAIN}]")
 _INVISIBLE, _SIGN = re.compile(f"[{INVISIBLE}]+"), re.compile(f"[{SIGNS}]+")
 _UNSPACED, _MARK = re.compile(f"[{UNSPACED}]"), re.compile(f"[{MARKS}]")
 _SENTENCE_END = rf"(?<=[.!?])\s|(?<=[{SENTENCE_ENDS}])[{SENTENCE_ENDS}{CLOSING}]*\s?"
@@ -37,12 +45,10 @@ def words(text: str) -> list[str]:
     characters of their own, letters joined or wide; soft hyphens and other invisible characters are not there. Where a
     script has no blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), every letter is a word.
     """
-    if text.isascii():
+    if text.isascii() or not _OTHER.search(text):
         return _LATIN_WORD.findall(text.lower())
-    if other := _OTHER.search(text):
-        text = _SIGN.sub(" ", _INVISIBLE.sub("", text))
-    text = unicodedata.normalize("NFKC", text).lower()
-    return (_WORD if other else _LATIN_WORD).findall(text)
+    text = _SIGN.sub(" ", _INVISIBLE.sub("", text))
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def count_words(text: str) -> int:

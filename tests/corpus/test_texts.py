@@ -70,7 +70,7 @@ LATIN = st.text(st.one_of(st.characters(max_codepoint=0x17F), st.sampled_from("â
 @given(LATIN)
 def test_words_of_european_text_are_runs_of_letters_and_digits(text):
     """As they were before other scripts were looked at: old results stay."""
-    text = text.replace("\u00ad", "")
+    text = text.replace("\u00ad", "")  # the soft hyphen
     assert words(text) == re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     if text.isascii():
         assert words(text) == re.findall(r"[a-z0-9]+", text.lower())
