@@ -8,6 +8,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
@@ -21,6 +22,8 @@ COMMANDS = (train, launch, engines, status, stop, evaluate, plan, prepare, conve
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with suppress(AttributeError):  # texts and names of files that the terminal's encoding lacks are still told
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = command_parser()
     try:
         try:

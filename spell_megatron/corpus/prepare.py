@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -110,8 +111,10 @@ def _check(inputs: Sequence[Path], out: Path, options: Options) -> list[Path]:
         faults.append("there are no inputs; name files or folders")
     if out.suffix not in reading.TABLE_SUFFIXES:
         faults.append(f"the output {out} must end in .parquet or .jsonl")
-    elif out.is_dir():
+    elif os.path.isdir(out):
         faults.append(f"the output {out} is a folder")
+    elif reading.printable(out) != str(out):
+        faults.append(f"the name of the output, {reading.printable(out)}, must be UTF-8")
     sets, faults_of_sets = find_evaluation_files(options.decontaminate)
     faults += faults_of_sets
     if options.tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -49,6 +50,32 @@ def test_overlap_is_found_wherever_the_text_stands(tmp_path, suffix):
     assert owner("so " + " ".join(f"Q{i}" for i in range(13))) == 0
     assert owner(" ".join(f"other{i}" for i in range(3, 19))) == 1
     assert owner("") is None
+
+
+def shares(text: str, question: str, folder, n: int = 13) -> bool:
+    known, _ = evaluation_sequences([write_set(folder / "set.jsonl", [{"question": question}])], n)
+    return shared_sequence(word_hashes(words(text)), n, known) is not None
+
+
+def test_overlap_is_found_however_letters_are_written(tmp_path):
+    question = "Près du café où s’étaient échouées des péniches, la société a réparé l’écluse détériorée"
+    for form in ("NFC", "NFD"):
+        assert shares("Alors, " + unicodedata.normalize(form, question.upper()), question, tmp_path)
+
+
+def test_seven_words_of_hindi_are_seven(tmp_path):
+    """Vowel signs do not cut words into several."""
+    shared = "बंदरगाह कार्यालय हर जहाज़ की गहराई लिखता"
+    question = f"{shared} है क्योंकि नदी में रेत जमती रहती है"
+    assert not shares(f"पुराने नियम से {shared} था पर अब नहीं लिखता", question, tmp_path)
+    assert shares(f"पुराने नियम से {shared} था", question, tmp_path, 7)
+    assert shares(f"नियम: {question}।", question, tmp_path)
+
+
+def test_overlap_in_scripts_without_blanks(tmp_path):
+    for question in ("港务局每年春天登记每艘挖泥船的吃水深度", "ท่าเรือจดความลึกของเรือทุกลำ"):
+        assert shares(f"前言{question}結語", question, tmp_path)
+        assert not shares(question[:12] + "。" + question[13:], question, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["\ufeff{}\r\n\r\n{}", "{}\n", "\ufeff \n[{}]", "[\n{},\n{}\n]", "{}"])

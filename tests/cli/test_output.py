@@ -1,4 +1,4 @@
-"""Output that nobody reads: a closed pipe ends a command quietly."""
+"""Output that cannot be shown: nobody reads it, the disk is full, or the terminal lacks the characters."""
 
 from __future__ import annotations
 
@@ -40,10 +40,19 @@ def test_the_exit_status_of_a_short_answer_stays(tmp_path):
     assert run_unread("status", tmp_path / "nowhere", stderr_too=True)[0] == 2
 
 
+def test_names_that_the_terminal_cannot_show_are_told_all_the_same(tmp_path):
+    run = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xe6\xbc\xa2")
+    os.mkdir(run)
+    (Path(run) / "status.json").write_text(json.dumps(STATUS))
+    command = [sys.executable, "-m", "spell_megatron", "status", run]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 3 and r"caf\udce9 \u6f22: failed" in done.stdout and not done.stderr
+
+
 def test_a_full_disk_under_the_output_is_a_message(tmp_path):
     (tmp_path / "status.json").write_text(json.dumps(STATUS))
     command = [sys.executable, "-m", "spell_megatron", "status", tmp_path]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2 and "No space left on device" in done.stderr
+    assert done.returncode == 2 and "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
