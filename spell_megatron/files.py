@@ -127,6 +127,29 @@ def when_there(path: Path, look: Callable[[Path], Value | None], seconds: float 
         time.sleep(min(_PAUSE, seconds))
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder with its parents, unless it is there.
+
+    Another machine may just have made it, so that it can neither be made nor seen yet: then it is waited for.
+
+    Raises:
+        OSError: it cannot be made; or it is not seen in time.
+    """
+
+    def make(folder: Path) -> OSError | bool:
+        try:
+            folder.mkdir(mode, parents=True, exist_ok=True)
+        except OSError as error:
+            if folder.is_file() or error.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE):
+                return error
+            raise
+        return True
+
+    made = when_there(folder, make)
+    if isinstance(made, OSError):
+        raise made
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
     """`parse_json_lines` of a file; one that is packed or of another kind, whatever its name, has one faulty line."""
     with path.open("rb") as file:

@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.files import make_folder
 from spell_megatron.processes.holder import Holder
 
 BEAT = 5.0
@@ -70,7 +71,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> FolderLock:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._acquire()
         self._thread.start()
         return self

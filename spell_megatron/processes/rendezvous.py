@@ -13,7 +13,6 @@ resolve on the others, and inside a container there is no scontrol.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from spell_megatron.errors import UserError
-from spell_megatron.files import LATE, appearing_file, when_there
+from spell_megatron.files import LATE, appearing_file, make_folder, when_there
 from spell_megatron.ranks import slurm_node
 
 NODES = "nodes"
@@ -44,14 +43,13 @@ class Rendezvous:
         self.folder = folder.absolute()
         self.engine_nodes = engine_nodes
         try:
-            fault = when_there(self.folder, _made)
-        except TimeoutError as error:
-            fault = str(error)
-        if fault:
+            make_folder(self.folder, 0o700)
+        except OSError as error:
             raise UserError(
                 f"The folder {folder}, by which the processes of the job find each other, cannot be made "
-                f"({fault}). It must be on a filesystem that every node and container of the job sees."
-            )
+                f"({error.strerror or error}). It must be on a filesystem that every node and container of the job "
+                "sees."
+            ) from error
 
     def publish(self, name: str, content: dict) -> None:
         """Write a file for the others; they see all of it or nothing.
@@ -185,21 +183,6 @@ def _settings(file: Path) -> dict | None:
     except yaml.YAMLError as error:
         raise ValueError(f"it is not complete: {error}") from error
     return content if isinstance(content, dict) else None
-
-
-def _made(folder: Path) -> str:
-    """Make a folder; why that is impossible, "" if it is there.
-
-    Raises:
-        OSError: another process has just made it or its parent, and it is not to be seen yet.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        if folder.is_file() or error.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE, errno.EIO):
-            return error.strerror or str(error)
-        raise
-    return ""
 
 
 def _write_private(path: Path, text: str) -> None:

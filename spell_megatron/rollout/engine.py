@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+from urllib3.exceptions import MaxRetryError
 
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.transports import TRANSPORTS
 
 _WATCH_SECONDS = 5.0  # between looks at an engine that has been asked for something
+_CONNECT_SECONDS = 10.0
+_CUT_SECONDS = 60.0
+"""How long an engine may be out of reach before it is taken for lost."""
+
+
+class _Patience(Retry):
+    """Connects again where an engine's machine cannot be reached, for half a minute and more.
+
+    A request that may have arrived is never repeated.
+    """
+
+    def increment(self, method=None, url=None, response=None, error=None, _pool=None, _stacktrace=None):
+        if _refused(error):
+            raise MaxRetryError(_pool, url, error) from error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the engine's machine says that nobody listens there. Else it could not be reached, or not in time."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class Engine:
@@ -25,20 +51,31 @@ class Engine:
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy stands between us and an engine
         self._session.headers["Authorization"] = f"Bearer {api_key}"
+        patience = _Patience(total=None, connect=6, read=False, redirect=0, status=0, other=0, backoff_factor=0.5)
+        self._session.mount(f"{self.url}/", HTTPAdapter(max_retries=patience))
 
     def healthy(self) -> bool:
         """Whether the server answers its health check."""
         try:
-            return self._session.get(f"{self.url}/health", timeout=10).status_code == 200
+            return _health(self.url) == 200
         except requests.RequestException:
             return False
 
     def responds(self, seconds: float) -> bool:
-        """Whether it and all its workers answer a call within `seconds`; an engine that hangs calls itself healthy."""
-        try:
-            return self.healthy() and bool(self.call("spell_describe", timeout=seconds))
-        except requests.RequestException:
-            return False
+        """Whether it and all its workers answer a call within `seconds`; an engine that hangs calls itself healthy.
+
+        One that cannot be reached, which is not the same as having ended, is asked again for a minute.
+        """
+        deadline = time.monotonic() + _CUT_SECONDS
+        while True:
+            try:
+                return _health(self.url) == 200 and bool(self.call("spell_describe", timeout=seconds))
+            except requests.ConnectionError as error:
+                if _refused(error) or time.monotonic() > deadline:
+                    return False
+            except requests.RequestException:
+                return False
+            time.sleep(1)
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON of a route. Raises requests.RequestException."""
@@ -67,7 +104,9 @@ class Engine:
                 holds what the server said), or the engine ended meanwhile.
         """
         response = self._watched(
-            lambda: self._session.post(f"{self.url}{path}", json=body, params=params, timeout=timeout)
+            lambda: self._session.post(
+                f"{self.url}{path}", json=body, params=params, timeout=(_CONNECT_SECONDS, timeout)
+            )
         )
         if not response.ok:
             raise requests.HTTPError(
@@ -96,20 +135,23 @@ class Engine:
         return answer.result()
 
     def _ended(self) -> bool:
-        """Whether the server is gone, or says that its core has died. A server that is slow has not ended."""
-        with requests.Session() as session:  # the server may just be closing an open connection that was idle
-            session.trust_env = False
-            try:
-                return session.get(f"{self.url}/health", timeout=10).status_code >= 500
-            except requests.Timeout:
-                return False
-            except requests.RequestException:
-                return True
+        """Whether the server is gone, or says that its core has died. One that is slow or out of reach has not ended."""
+        try:
+            return _health(self.url) >= 500
+        except requests.RequestException as error:
+            return _refused(error)
 
     def call(self, method: str, *args: str, timeout: float = 600.0) -> list:
         """Calls a method of `worker.WorkerExtension` in every worker; returns one result for each."""
         body = {"method": method, "args": list(args)}
         return self.post("/collective_rpc", body, timeout=timeout)["results"]
+
+
+def _health(url: str) -> int:
+    """The status of an engine's answer to a health check. Raises requests.RequestException."""
+    with requests.Session() as session:  # the server may just be closing an open connection that was idle
+        session.trust_env = False
+        return session.get(f"{url}/health", timeout=_CONNECT_SECONDS).status_code
 
 
 def check_engine(engine: Engine, model: ModelConfig, rollout: RolloutConfig, start_as: str) -> dict[str, Any]:

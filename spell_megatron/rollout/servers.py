@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import make_folder
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.placement import Device, place
 from spell_megatron.rollout.server import (
@@ -64,7 +65,7 @@ class Servers:
         Raises:
             UserError: a port is taken, or a server ends or is not ready in rollout.start_timeout seconds.
         """
-        self._log_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._log_folder)
         return self._start(range(len(self._replicas)))
 
     def restart(self, broken: Collection[str]) -> list[str]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import psutil
 import pytest
 import requests
 from engine_fixtures import engine_config, open_engines
+from urllib3.util import connection
 
-from spell_megatron.rollout.engine import _faults
+from spell_megatron.rollout import engine
+from spell_megatron.rollout.engine import Engine, _faults, _Patience
 
 
 @pytest.mark.slow
@@ -27,6 +35,67 @@ def test_a_call_to_a_core_that_dies_fails(policy, tmp_path: Path):
             with pytest.raises(requests.ConnectionError, match="has ended while"):
                 call.result(timeout=120)
         assert engines.failed() == [0]
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.server.posts += 1
+        content = json.dumps({"results": [{"workers": 1}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server that counts what it is asked to do."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.posts = 0
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_engine_that_is_out_of_reach_has_not_ended(server, monkeypatch):
+    """Its network is cut for some seconds: a request is made again only if it cannot have arrived."""
+    monkeypatch.setattr(_Patience, "get_backoff_time", lambda _: 0)
+    monkeypatch.setattr(engine, "time", Mock(monotonic=time.monotonic))  # does not sleep
+    one = Engine(f"http://127.0.0.1:{server.server_port}", "key")
+    connect, cut = connection.create_connection, OSError(errno.EHOSTUNREACH, "No route to host")
+
+    def network(*ways: object) -> None:
+        monkeypatch.setattr(connection, "create_connection", Mock(side_effect=[*ways, *[DEFAULT] * 9], wraps=connect))
+
+    network(cut, cut)
+    assert one.call("spell_describe") == [{"workers": 1}] and server.posts == 1
+    network(cut)
+    assert not one._ended()
+    network(cut, cut)
+    assert one.responds(10)
+    network(cut)
+    assert not one.healthy()  # at once: whoever watches an engine wants to know
+    monkeypatch.setattr(engine, "_CUT_SECONDS", 0.0)
+    network(*[cut] * 9)
+    assert not one.responds(10)
+    with pytest.raises(requests.ConnectionError, match="No route to host"):
+        one.call("spell_describe")
+    gone = Engine("http://127.0.0.1:1", "key")  # refused: its machine is there, and it is not
+    monkeypatch.setattr(connection, "create_connection", Mock(wraps=connect))
+    with pytest.raises(requests.ConnectionError, match="refused"):
+        gone.call("spell_describe")
+    assert connection.create_connection.call_count == 1
+    assert gone._ended() and not gone.responds(10)
 
 
 def test_an_engine_of_an_unknown_transport_does_not_fit(policy):
