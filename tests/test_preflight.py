@@ -390,8 +390,11 @@ def test_what_depends_on_a_known_fault_is_left_out(setup, tmp_path):
     assert len(inspect(config, known_faulty={"model.dtype"}).faults) == 1
 
 
-def test_metrics_that_cannot_be_read_are_found_before_a_resume(setup, dense, tmp_path):
+def test_parts_of_a_run_that_cannot_be_read_are_found_before_a_resume(setup, dense, tmp_path):
     run = tmp_path / "runs" / "torn"
     add_checkpoint(run, dense)
     (run / "metrics.jsonl").mkdir()
     assert "metrics.jsonl is no file" in only_fault(setup(run={"name": "torn"}), run)
+    (run / "metrics.jsonl").rmdir()
+    (run / "tensorboard").touch()
+    assert "tensorboard is no folder" in only_fault(setup(run={"name": "torn"}), run)

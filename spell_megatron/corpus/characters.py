@@ -57,7 +57,7 @@ def _of_unicode() -> tuple[str, str, str]:
                 marks.append(character)
             case "Cf" if character != "\u200b":  # which separates words
                 invisible.append(character)
-            case "So" if any(map(str.isalnum, unicodedata.normalize("NFKC", character))):
+            case "So" if len(form := unicodedata.normalize("NFKC", character)) > 1 and any(map(str.isalnum, form)):
                 signs.append(character)
             case _ if character == "\u0640":  # lengthens Arabic words
                 invisible.append(character)
@@ -75,4 +75,4 @@ PLAIN = _plain()
 
 MARKS, INVISIBLE, SIGNS = _of_unicode()
 """Accents, vowel signs and so on, which belong to the letter before; characters of a word that nobody sees (soft
-hyphens, joiners, directions); signs such as ™, which compatibility forms would turn into letters."""
+hyphens, joiners, directions); signs such as ™, which compatibility forms would turn into several letters."""

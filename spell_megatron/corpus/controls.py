@@ -6,6 +6,7 @@ import re
 
 _KINDS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff"
 _ANY, _CONTROL = re.compile(f"[{_KINDS}\xad]"), re.compile(f"\xad\n?|[{_KINDS}]")
+_RETURN = re.compile(r"\r+\n|\r")  # a copy that took a line end for two characters makes \r\r\n of \r\n
 # Colours and movements; titles and links, which end with BEL or ESC \; character sets; keypad and the like.
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]+[0-~]|\x1b[78=>]")
 _STRUCK_LINE = re.compile(r"[^\n]*\x08[^\n]*")
@@ -23,7 +24,8 @@ def without_controls(text: str) -> str:
     backspaces) is there once. Escape sequences, soft hyphens, byte order marks and other controls go. Joiners inside
     words stay: they belong to the spelling.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\r" in text:
+        text = _RETURN.sub("\n", text)
     if not _ANY.search(text):
         return text
     if "\x1b" in text:

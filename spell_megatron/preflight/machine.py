@@ -84,9 +84,10 @@ def check_run_folder(found: Findings, run: RunConfig, resume: Path | None, resta
             "run.name run.output_dir",
             f"{folder} already holds a run. Choose another name with --run.name=…, or {remedy}",
         )
-    metrics = folder / "metrics.jsonl"
-    if resume is not None and metrics.exists() and not (metrics.is_file() and os.access(metrics, os.R_OK | os.W_OK)):
-        found.fault("run.name", f"{metrics} is no file that can be read and written. Correct or remove it")
+    for path in (folder / name for name in ("metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "logs")):
+        what, right = ("file", path.is_file()) if path.suffix else ("folder", path.is_dir())
+        if path.exists() and not (right and os.access(path, os.R_OK | os.W_OK)):
+            found.fault("run.name", f"{path} is no {what} that can be read and written. Correct that, or move it away")
     existing = nearest_existing(folder)
     if not existing.is_dir():
         found.fault("run.output_dir run.name", f"{existing} is a file. Choose another output folder")

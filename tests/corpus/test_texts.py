@@ -50,6 +50,7 @@ def test_words_of_other_scripts(text, number):
         ("ﻻ", "لا"),  # a form that PDF files have
         ("financial", "ﬁnancial"),
         ("２０２４年", "2024年"),
+        ("一見", "⼀⾒"),  # radicals, which PDF files have instead of the characters
         ("ｶﾞｽ", "ガス"),
         ("word", "wo\ufeffrd"),
     ],
@@ -91,7 +92,7 @@ def test_counted_words_are_those_of_a_reader():
         ("one\ftwo", "one\n\ntwo"),
         ("one\x85two\u2028three\u2029four", "one\ntwo\nthree\n\nfour"),
         ("one\x1etwo\x1fthree", "one\ntwo three"),
-        ("one\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("one\r\ntwo\rthree\r\r\nfour", "one\ntwo\nthree\nfour"),
         ("N\bNA\bAM\bME\bE", "NAME"),  # bold of nroff
         ("N\bN\bN\bNA\bA\bA", "NA"),
         ("_\bN_\bA and N\b_A\b_", "NA and NA"),  # underlined, both ways
