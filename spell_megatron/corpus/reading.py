@@ -138,17 +138,24 @@ def read_documents(
                 counts.skipped["not a JSON object"] += 1
                 faults.note("" if fault else f"line {number} is not a JSON object")
                 continue
-            text, bad = _text_of(row.get(text_column))
-            if text is None:
+            value, bad = row.get(text_column), 0
+            if isinstance(value, bytes):  # some programs write texts so
+                value, bad = _decoded(value)
+                faults.note(
+                    f"row {number} holds bytes that are not UTF-8 in {text_column!r}, now U+FFFD" if bad else ""
+                )
+            elif fault and isinstance(value, str):
+                bad = value.count("\ufffd")
+            if not isinstance(value, str):
                 reason = f"without a text in {text_column!r}"
-            elif bad and _is_damaged(text, bad):
+            elif _is_damaged(value, bad):
                 reason = "not UTF-8 text"
             else:
                 reason = _fault_of_quality(row, quality_column, min_quality, number, faults)
             if reason:
                 counts.skipped[reason] += 1
             else:
-                yield Document(f"{file.name}:{number}", str(text))
+                yield Document(f"{file.name}:{number}", value)
     finally:
         if faults.count:
             counts.notes.append(f"{printable(file.path)}: faulty rows: {faults.count}; the first: {faults.first}")
@@ -220,13 +227,6 @@ def _read_text(path: Path, counts: Counts) -> str | None:
     if bad:
         counts.notes.append(f"{printable(path)}: bytes that are not UTF-8: {bad}, replaced by U+FFFD")
     return text
-
-
-def _text_of(value: object) -> tuple[str | None, int]:
-    """(a text of a table, wrong characters in it); some programs write texts as bytes. None: it is no text."""
-    if isinstance(value, bytes):
-        return _decoded(value)
-    return (value, value.count("\ufffd")) if isinstance(value, str) else (None, 0)
 
 
 def _decoded(data: bytes) -> tuple[str, int]:

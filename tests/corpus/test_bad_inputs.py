@@ -62,7 +62,7 @@ def test_strings_of_parquet_that_are_not_utf8(tmp_path, kind):
     pq.write_table(pa.table({"text": columns_of_kinds()[kind]}), path)
     documents, summary = texts_of(path)
     assert documents == sorted([good(1).strip(), good(2) + " caf\ufffd", good(3).strip()])
-    assert kind == "binary" or "a.parquet: faulty rows: 1; the first: row 2 holds bytes" in str(summary)
+    assert "a.parquet: faulty rows: 1; the first: row 2 holds bytes" in str(summary)
 
 
 def test_a_row_that_is_mostly_not_utf8_is_left_out(tmp_path):
@@ -71,6 +71,11 @@ def test_a_row_that_is_mostly_not_utf8_is_left_out(tmp_path):
     documents, summary = texts_of(tmp_path / "a.parquet")
     assert documents == [good(1).strip()]
     assert summary.counts.skipped == {"not UTF-8 text": 1, "without a text in 'text'": 1}
+
+
+def test_a_text_may_hold_replacement_characters_of_its_own(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": good(1) + "\ufffd" * 50}))
+    assert texts_of(tmp_path / "a.jsonl")[0] == [good(1) + "\ufffd" * 50]
 
 
 def test_columns_of_other_types_do_not_matter(tmp_path):
