@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.corpus.input_tables import table_rows
 from spell_megatron.encodings import packed, utf8
@@ -138,7 +139,8 @@ def read_documents(
                 counts.skipped["not a JSON object"] += 1
                 faults.note("" if fault else f"line {number} is not a JSON object")
                 continue
-            value, bad = row.get(text_column), 0
+            value: Any = row.get(text_column)
+            bad = 0
             if isinstance(value, bytes):  # some programs write texts so
                 value, bad = _decoded(value)
                 faults.note(
