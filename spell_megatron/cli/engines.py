@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import signal
 
-    from spell_megatron.processes.rendezvous import Rendezvous, await_settings
+    from spell_megatron.processes.rendezvous import BEGUN, Rendezvous, await_settings
     from spell_megatron.rollout.engine_nodes import serve
 
     # The default action would end this process before it has stopped the engines.
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     await_settings([arguments.config])
     config = load_config(arguments.config)
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
+    rendezvous.wait(BEGUN)  # the folder of the logs may belong to another job
     logs = config.run.output_dir / config.run.name / "logs"
     serve(
         config.model,

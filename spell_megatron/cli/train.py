@@ -104,10 +104,12 @@ def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitS
 
     rendezvous = None
     if arguments.rendezvous:
-        from spell_megatron.processes.rendezvous import Rendezvous
+        from spell_megatron.processes.rendezvous import BEGUN, Rendezvous
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
     with _run_folder(config, known=resume or _restarted(arguments)):
+        if rendezvous and rank() == 0:
+            rendezvous.publish(BEGUN, {})
         stopped = train(config, resume=resume, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it

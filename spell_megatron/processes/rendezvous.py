@@ -29,6 +29,8 @@ from spell_megatron.files import LATE, appearing_file, make_folder, when_there
 from spell_megatron.ranks import slurm_node
 
 NODES = "nodes"
+BEGUN = "begun"
+"""Published by rank 0 when it has the run's folder for itself; before that no process of the job may write there."""
 
 
 class Rendezvous:

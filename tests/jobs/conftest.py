@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,16 +27,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
 
 @pytest.fixture(scope="session")
 def nemo_run() -> Callable[..., subprocess.CompletedProcess]:
-    """nemo_run(*arguments, **environment): a Python that has nemo-run."""
+    """nemo_run(*arguments, enter=(), **environment): a Python that has nemo-run; `enter`: words before the command."""
     python = ROOT / ".venv-slurm" / "bin" / "python"
     if not python.exists():
         if find_spec("nemo_run") is None:
             pytest.skip("no nemo-run: `make environment-slurm` installs it into .venv-slurm")
         python = Path(sys.executable)
 
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    def run(*arguments: object, enter: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [python, *map(str, arguments)],
+            [*enter, python, *map(str, arguments)],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             capture_output=True,

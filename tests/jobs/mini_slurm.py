@@ -2,7 +2,7 @@
 
 Nothing outside the folder is touched, no root is needed and no service of the system is used: keys, ports, logs
 and the spool are the cluster's own. All nodes are 127.0.0.1 under names (n1, n2, ...) that do not resolve, as
-they may not on a real cluster.
+they may not on a real cluster. With a `Network` (network.py) each node is a machine of its own, and so is the head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+
+from network import Network
+
+HEAD = "head"
+"""The machine of slurmctld, where jobs are submitted."""
 
 _SBIN = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
@@ -36,16 +41,26 @@ class MiniSlurm:
 
     Slurm allocates the devices as it would GPUs, and there is nothing behind them.
 
+    With `network` the nodes and HEAD are its machines.
+
     With `accounting` jobs are recorded in a database, and only the user's account, `project`, may submit some.
 
     Attributes:
         environment: what a process needs in its environment to be a client of this cluster.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 2, accounting: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 4,
+        cpus: int = 4,
+        gpus: int = 2,
+        accounting: bool = False,
+        network: Network | None = None,
+    ) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
-        self._cpus, self._gpus, self._accounting = cpus, gpus, accounting
+        self._cpus, self._gpus, self._accounting, self._network = cpus, gpus, accounting, network
         self._conf = self.folder / "slurm.conf"
         path = os.pathsep.join([os.environ["PATH"], *_SBIN])
         self.environment = {"SLURM_CONF": str(self._conf), "PATH": path}
@@ -75,9 +90,15 @@ class MiniSlurm:
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a command that talks to the cluster prints."""
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*self.enter(HEAD), *command], env=os.environ | self.environment, capture_output=True, text=True
+        )
         assert done.returncode == 0 or not check, f"{command} ended with {done.returncode}: {done.stderr}"
         return done.stdout
+
+    def enter(self, machine: str) -> list[str]:
+        """Words before a command that is to run on a node or HEAD."""
+        return self._network.enter(machine) if self._network else []
 
     def job(self, job_id: str) -> dict[str, str]:
         """The fields of `scontrol show job`; none if the controller of a busy machine does not answer."""
@@ -94,12 +115,15 @@ class MiniSlurm:
 
     def stop(self) -> None:
         """Ends all jobs, and then the daemons."""
-        if any(daemon.args[0].endswith("slurmd") and daemon.poll() is None for daemon in self._daemons):
+        if any(
+            any(str(word).endswith("/slurmd") for word in daemon.args) and daemon.poll() is None
+            for daemon in self._daemons
+        ):
             self.run("scancel", "--user", getpass.getuser(), check=False)
             deadline = time.monotonic() + 20
             while self.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
                 time.sleep(0.1)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons):  # those on machines of a network end with these
             daemon.terminate()
             try:
                 daemon.wait(5)
@@ -115,9 +139,9 @@ class MiniSlurm:
         self._until(lambda: (munge / "socket").exists(), "munged does not answer")
         if self._accounting:
             self._start_accounting()
-        self._start("slurmctld", "-D", "-i")
+        self._start("slurmctld", "-D", "-i", machine=HEAD)
         for node in self.nodes:
-            self._start("slurmd", "-D", "-N", node, log=f"slurmd-{node}")
+            self._start("slurmd", "-D", "-N", node, log=f"slurmd-{node}", machine=node)
         self._until(self._idle, "the nodes do not become idle")
 
     def _start_accounting(self) -> None:
@@ -175,11 +199,18 @@ class MiniSlurm:
             assert not ended and time.monotonic() < deadline, f"{what}; ended: {ended}; see {self.folder / 'log'}"
             time.sleep(0.05)
 
-    def _start(self, name: str, *arguments: str, log: str = "", environment: dict[str, str] | None = None) -> None:
+    def _start(
+        self,
+        name: str,
+        *arguments: str,
+        log: str = "",
+        machine: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> None:
         with (self.folder / "log" / (log or name)).open("wb") as output:
             self._daemons.append(
                 subprocess.Popen(
-                    [_program(name), *arguments],
+                    [*(self.enter(machine) if machine else ()), _program(name), *arguments],
                     env=os.environ | self.environment | (environment or {}),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -189,12 +220,13 @@ class MiniSlurm:
             )
 
     def _configuration(self) -> str:
-        user, host, folder = getpass.getuser(), socket.gethostname().split(".")[0], self.folder
+        user, folder = getpass.getuser(), self.folder
+        host = HEAD if self._network else socket.gethostname().split(".")[0]
         controller, *ports = _free_ports(1 + len(self.nodes))
         # cred_expire is also how long a requeued job waits; its default is two minutes.
         lines = f"""
             ClusterName=mini
-            SlurmctldHost={host}(127.0.0.1)
+            SlurmctldHost={host}({self.address(HEAD)})
             SlurmctldPort={controller}
             SlurmUser={user}
             SlurmdUser={user}
@@ -226,10 +258,11 @@ class MiniSlurm:
             MinJobAge=3600
             MessageTimeout=30
             CompleteWait=0
+            SlurmdTimeout={10 if self._network else 300}
         """.split("\n")
         lines += [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} "
-            f"CoresPerSocket={self._cpus} RealMemory=16000 Gres=gpu:{self._gpus} State=UNKNOWN"
+            f"NodeName={node} NodeHostname={node if self._network else host} NodeAddr={self.address(node)} Port={port} "
+            f"CPUs={self._cpus} CoresPerSocket={self._cpus} RealMemory=16000 Gres=gpu:{self._gpus} State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         # jobs of `urgent` take nodes from those of `batch`
@@ -237,6 +270,9 @@ class MiniSlurm:
         lines.append(f"PartitionName=batch {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60")
         lines.append(f"PartitionName=urgent {common} PriorityTier=9 PreemptMode=OFF")
         return "\n".join(line.strip() for line in lines) + "\n"
+
+    def address(self, machine: str) -> str:
+        return self._network.addresses[machine] if self._network else "127.0.0.1"
 
 
 def _program(name: str) -> str | None:

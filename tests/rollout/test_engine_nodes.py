@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from engine_fixtures import engine_config, open_engines
 
+from spell_megatron.cli import main
+from spell_megatron.config.reading import to_yaml
 from spell_megatron.errors import UserError
-from spell_megatron.processes.rendezvous import Rendezvous
+from spell_megatron.processes.rendezvous import BEGUN, Rendezvous
+from spell_megatron.rollout import engine_nodes
 from spell_megatron.rollout.engine_nodes import serve
 from spell_megatron.rollout.transports.gloo import GLOO
 
@@ -26,3 +30,20 @@ def test_engines_of_other_nodes_are_found(engines_for, policy, tmp_path: Path):
         config = engine_config(policy("dense"), replicas=3)
         nodes = Rendezvous(tmp_path, 2)
         serve(config.model, config.rollout, tmp_path, nodes, 0, device="cpu", seed=0, routing=True, trainers=0)
+
+
+def test_engines_wait_until_the_trainer_has_the_folder(policy, tmp_path: Path, monkeypatch):
+    """Until then the run may belong to another job, whose logs they would write into."""
+    config, events = tmp_path / "config.yaml", []
+    config.write_text(to_yaml(engine_config(policy("dense"))))
+    monkeypatch.setattr(engine_nodes, "serve", lambda *_, **__: events.append("engines start"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    rendezvous = Rendezvous(tmp_path / "meeting")
+
+    def begin() -> None:
+        events.append("trainer begins")
+        rendezvous.publish(BEGUN, {})
+
+    threading.Timer(0.3, begin).start()
+    assert main(["engines", "--config", str(config), "--rendezvous", str(rendezvous.folder)]) == 0
+    assert events == ["trainer begins", "engines start"]
