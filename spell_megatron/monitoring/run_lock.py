@@ -9,7 +9,6 @@ from pathlib import Path
 
 from spell_megatron.monitoring import status
 from spell_megatron.processes.folder_lock import FolderLock, in_use, lives, newest, read_holder
-from spell_megatron.processes.holder import Holder
 from spell_megatron.ranks import slurm_job
 
 
@@ -39,7 +38,7 @@ def _by_status(folder: Path) -> str:
         said = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(said, dict) or not isinstance(said.get("time"), (int, float)) or status.ended(said):
         return ""
-    holder = Holder.of(said | {"since": said.get("started"), "started": ""}, "`spell train`")
+    holder = status.holder(said)
     # The age that it names itself may come from a clock that is wrong, or the file from a copy of the folder.
     doubtful = time.time() - said["time"] > status.SILENT_AFTER
     return in_use(folder, holder, _remedy(folder)) if lives(path, holder, doubtful=doubtful) else ""

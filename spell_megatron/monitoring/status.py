@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
-from spell_megatron.files import write_text
+from spell_megatron.files import when_there, write_text
+from spell_megatron.processes.folder_lock import lives, silent_for
+from spell_megatron.processes.holder import Holder
 from spell_megatron.ranks import slurm_job, slurm_restarts
 
 INTERVAL = 5.0
 """Seconds between two heartbeats."""
+
+_AGAIN = 0.2  # seconds after which a file that cannot be read is read again: it may just have been replaced
 
 SILENT_AFTER = 60.0
 """Seconds without a heartbeat after which a run is taken for dead."""
@@ -96,10 +100,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "status.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(said, dict) or not isinstance(said.get("time"), int | float) or not said.keys() >= _FIELDS:
-            raise ValueError("it does not say what it should")
-        return said
+        path.stat()
+        return _by_our_clock(path, when_there(path, _said, _AGAIN))
     except FileNotFoundError:
         what = "is not a folder" if not folder.is_dir() else "has no status.json: no run has been started in it"
         raise UserError(f"{folder} {what}. Give the folder of a run, run.output_dir/run.name.") from None
@@ -111,6 +113,34 @@ def read(folder: Path) -> dict[str, Any]:
             f"again. If it stays so, the run has died: see {folder / 'logs'}, and continue it with "
             f"`spell train --resume {folder}`."
         ) from error
+
+
+def _said(path: Path) -> dict[str, Any]:
+    said = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(said, dict) or not isinstance(said.get("time"), int | float) or not said.keys() >= _FIELDS:
+        raise ValueError("it does not say what it should")
+    return said
+
+
+def holder(said: dict[str, Any]) -> Holder:
+    """The process that wrote a status."""
+    return Holder.of(said | {"since": said.get("started"), "started": ""}, "`spell train`")
+
+
+def _by_our_clock(path: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """A status with its times by this machine's clock, where that of the run's machine is wrong by a minute or more.
+
+    The filesystem knows how long ago the file was written. If that is less than the status says, the file may also be
+    a copy: only one that changes is believed.
+    """
+    quiet = silent_for(path)
+    wrong = time.time() - quiet - said["time"]
+    if ended(said) or abs(wrong) < SILENT_AFTER:
+        return said
+    if wrong > 0 and (quiet > SILENT_AFTER or not lives(path, holder(said), doubtful=True)):
+        return said
+    times = {name: said[name] + wrong for name in ("time", "started", "stage_since") if said.get(name)}
+    return said | times
 
 
 def ended(status: dict[str, Any]) -> bool:

@@ -135,7 +135,7 @@ class Engine:
         return answer.result()
 
     def _ended(self) -> bool:
-        """Whether the server is gone, or says that its core has died. One that is slow or out of reach has not ended."""
+        """Whether the server is gone, or says that its core has died. One that is slow or out of reach is not."""
         try:
             return _health(self.url) >= 500
         except requests.RequestException as error:

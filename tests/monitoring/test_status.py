@@ -5,16 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from spell_megatron.errors import UserError
+from spell_megatron.files import write_text
 from spell_megatron.monitoring import status
 from spell_megatron.monitoring.describe import describe
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import StopRequest, stop
+from spell_megatron.processes import folder_lock
 
 
 def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
@@ -75,6 +78,33 @@ def test_a_damaged_status(tmp_path, content):
     (tmp_path / "status.json").mkdir()
     with pytest.raises(UserError, match="status.json cannot be read"):
         status.read(tmp_path)
+
+
+@pytest.mark.parametrize("clock", [-3600, 3600])
+def test_a_run_on_a_machine_whose_clock_is_wrong(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(folder_lock, "BEAT", 0.1)
+    with Status(tmp_path, steps=1):
+        about = json.loads((tmp_path / "status.json").read_text()) | {"host": "n7"}
+    path, ended = tmp_path / "status.json", threading.Event()
+
+    def beat() -> None:
+        times = dict.fromkeys(("time", "started", "stage_since"), time.time() + clock)
+        write_text(path, json.dumps(about | times | {"state": "running"}))
+
+    def run() -> None:
+        while not ended.wait(0.02):
+            beat()
+
+    beat()
+    thread = threading.Thread(target=run)
+    thread.start()
+    told = status.read(tmp_path)
+    ended.set()
+    thread.join()
+    assert not status.silent(told)
+    assert all(abs(told[name] - time.time()) < 30 for name in ("time", "started", "stage_since"))
+    os.utime(path, (time.time() - 90,) * 2)  # it died
+    assert status.silent(status.read(tmp_path)) >= 89
 
 
 def test_a_request_to_stop_by_file(tmp_path):
