@@ -85,7 +85,7 @@ def _records(log: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     for last, record, _ in json_lines(log):
         try:
             step = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             unreadable.append(last)
             continue
         if records and step <= max(records):

@@ -70,6 +70,9 @@ def test_the_line_that_is_being_written_is_left_out(tmp_path):
     assert run.steps == [1] and run.notes == []
     (tmp_path / "run" / "metrics.jsonl").write_text('{"torn\n' + record(3, a=3) + "\n[]\n" + record(4, a=4) + "\n")
     run = read_run(tmp_path / "run", "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 1e999}\n\xff\xfe\n')
+    assert read_run(tmp_path / "run", "run").notes == ["4 unreadable line(s) of metrics.jsonl left out"]
     assert run.steps == [3, 4] and run.notes == ["2 unreadable line(s) of metrics.jsonl left out"]
 
 
