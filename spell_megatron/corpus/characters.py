@@ -44,35 +44,38 @@ def _class(characters: list[str]) -> str:
     return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
 
 
-# Of the characters beyond U+FFFF only these: a class with many ranges there is slow. Chakma, Adlam, choice of glyphs.
-_BEYOND = "\U00011100-\U00011102\U00011127-\U00011134\U0001e944-\U0001e94a\U000e0100-\U000e01ef"
+FAR = "\U00010000-\U0010ffff"
+"""All characters that the four classes at the end leave out: a class with many ranges among them is slow."""
+
+FAR_MARKS = "\U00011100-\U00011102\U00011127-\U00011134\U0001e944-\U0001e94a"
+"""The marks among them that living languages need (Chakma, Adlam)."""
 
 
-def _of_unicode() -> tuple[str, str, str]:
-    """(marks, invisible characters, signs that stand for letters) of the Unicode that Python knows."""
-    marks, invisible, signs = [], ["\u00ad"], []
-    for character in map(chr, range(0x300, 0x10000)):
-        match unicodedata.category(character):
-            case "Mn" | "Mc" | "Me":
-                marks.append(character)
-            case "Cf" if character != "\u200b":  # which separates words
-                invisible.append(character)
-            case "So" if len(form := unicodedata.normalize("NFKC", character)) > 1 and any(map(str.isalnum, form)):
-                signs.append(character)
-            case _ if character == "\u0640":  # lengthens Arabic words
-                invisible.append(character)
-    return _class(marks) + _BEYOND, _class(invisible), _class(signs)
+def _of_unicode() -> tuple[str, str, str, str]:
+    """The four classes below, of the Unicode that Python knows."""
+    marks: list[str] = []
+    invisible: list[str] = []
+    signs: list[str] = []
+    other_forms: list[str] = []
+    # without Chinese characters and Korean syllables, which are in none
+    codes = (*range(0x80, 0x3400), *range(0xA000, 0xAC00), *range(0xD7B0, 0xD800), *range(0xF900, 0x10000))
+    for character in map(chr, codes):
+        category = unicodedata.category(character)
+        form = unicodedata.normalize("NFKC", character)
+        if category[0] == "M":
+            marks.append(character)
+        elif character == "\u0640" or (category == "Cf" and character != "\u200b"):
+            invisible.append(character)
+        elif form != character and any(map(str.isalnum, form)):
+            (signs if category == "So" and len(form) > 1 else other_forms).append(character)
+        elif character == "İ" or unicodedata.name(character, "").startswith("HANGUL"):
+            other_forms.append(character)
+    return _class(marks), _class(invisible), _class(signs), _class(other_forms)
 
 
-def _plain() -> str:
-    codes = (*range(0xAD), *range(0xAE, 0x300), *range(0x2010, 0x2028), *range(0x2030, 0x205F), *range(0x20A0, 0x20C0))
-    forms = {character: unicodedata.normalize("NFKC", character) for character in map(chr, codes)}
-    return _class([one for one, form in forms.items() if form == one or not any(map(str.isalnum, form))])
-
-
-PLAIN = _plain()
-"""Letters of Europe and common punctuation whose compatibility forms are no other letters or digits; no marks."""
-
-MARKS, INVISIBLE, SIGNS = _of_unicode()
-"""Accents, vowel signs and so on, which belong to the letter before; characters of a word that nobody sees (soft
-hyphens, joiners, directions); signs such as ™, which compatibility forms would turn into several letters."""
+MARKS, INVISIBLE, SIGNS, OTHER_FORMS = _of_unicode()
+"""MARKS: accents, vowel signs and so on, which belong to the letter before. INVISIBLE: characters of a word that nobody
+sees (soft hyphens, joiners, directions), and the one that lengthens Arabic words. The blank without width is none: it
+separates words. SIGNS, such as ™, whose compatibility forms are several letters. OTHER_FORMS: letters and digits that
+are the same as others (wide, joined, of PDF files), parts of Korean syllables, and the letter whose small form is two
+characters."""

@@ -9,20 +9,24 @@ from collections.abc import Callable
 from spell_megatron.corpus.characters import (
     CLAUSE_ENDS,
     CLOSING,
+    FAR,
+    FAR_MARKS,
     INVISIBLE,
     MARKS,
-    PLAIN,
+    OTHER_FORMS,
     SENTENCE_ENDS,
     SIGNS,
     UNSPACED,
 )
 from spell_megatron.corpus.controls import without_controls
 
-_LATIN_WORD = re.compile(r"[^\W_]+")
-_WORD = re.compile(rf"[^\W_{UNSPACED}]+(?:[{MARKS}]+[^\W_{UNSPACED}]*)*|[{UNSPACED}][{MARKS}]*")
-_OTHER = re.compile(f"[^{PLAIN}]")
+_ANY_MARK = MARKS + FAR_MARKS
+_PLAIN_WORD = re.compile(r"[^\W_]+")
+_WORD = re.compile(rf"[^\W_{UNSPACED}]+(?:[{_ANY_MARK}]+[^\W_{UNSPACED}]*)*|[{UNSPACED}][{_ANY_MARK}]*")
+_UNSPACED, _MARK = re.compile(f"[{UNSPACED}]"), re.compile(f"[{_ANY_MARK}]")
 _INVISIBLE, _SIGN = re.compile(f"[{INVISIBLE}]+"), re.compile(f"[{SIGNS}]+")
-_UNSPACED, _MARK = re.compile(f"[{UNSPACED}]"), re.compile(f"[{MARKS}]")
+_VARYING = re.compile(f"[{MARKS}{OTHER_FORMS}{FAR}]")
+_SPECIAL = re.compile(f"[{MARKS}{OTHER_FORMS}{FAR}{INVISIBLE}{SIGNS}{UNSPACED}]")
 _SENTENCE_END = rf"(?<=[.!?])\s|(?<=[{SENTENCE_ENDS}])[{SENTENCE_ENDS}{CLOSING}]*\s?"
 _BOUNDARIES = [
     re.compile(p)
@@ -45,10 +49,12 @@ def words(text: str) -> list[str]:
     characters of their own, letters joined or wide; soft hyphens and other invisible characters are not there. Where a
     script has no blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), every letter is a word.
     """
-    if text.isascii() or not _OTHER.search(text):
-        return _LATIN_WORD.findall(text.lower())
+    if text.isascii() or not _SPECIAL.search(text):
+        return _PLAIN_WORD.findall(text.lower())
     text = _SIGN.sub(" ", _INVISIBLE.sub("", text))
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    if _VARYING.search(text):
+        text = unicodedata.normalize("NFKC", text)
+    return _WORD.findall(text.lower())
 
 
 def count_words(text: str) -> int:

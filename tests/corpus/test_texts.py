@@ -53,6 +53,7 @@ def test_words_of_other_scripts(text, number):
         ("一見", "⼀⾒"),  # radicals, which PDF files have instead of the characters
         ("ｶﾞｽ", "ガス"),
         ("word", "wo\ufeffrd"),
+        ("İstanbul", "I\u0307stanbul"),
     ],
 )
 def test_equal_words_need_not_be_equal_bytes(one, other):
@@ -65,13 +66,14 @@ def test_signs_and_invisible_blanks_separate_words():
     assert words("one\u200btwo\u00a0three\u2028four") == ["one", "two", "three", "four"]
 
 
-LATIN = st.text(st.one_of(st.characters(max_codepoint=0x17F), st.sampled_from("’“”—…€")), max_size=60)
+LATIN = st.text(
+    st.one_of(st.characters(max_codepoint=0x17F, exclude_characters="\u00adİ"), st.sampled_from("’“”—…€")), max_size=60
+)
 
 
 @given(LATIN)
 def test_words_of_european_text_are_runs_of_letters_and_digits(text):
     """As they were before other scripts were looked at: old results stay."""
-    text = text.replace("\u00ad", "")  # the soft hyphen
     assert words(text) == re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     if text.isascii():
         assert words(text) == re.findall(r"[a-z0-9]+", text.lower())
