@@ -8,7 +8,28 @@ from typing import NamedTuple
 ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 """CUDA reads it when it starts. With 1, communication overlaps computation as Megatron's tensor parallelism expects."""
 
-TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ONE_QUEUE)
+_PROTOCOL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What every launcher of torch.distributed sets. Less than all of it has been left behind by something else."""
+
+LAUNCHER_VARIABLES = (
+    *_PROTOCOL,
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_NAME",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_ERROR_FILE",
+)
+"""By which torchrun and launchers like it tell a process its place. A job that Slurm starts must not inherit them."""
+
+TRAINER_VARIABLES = (*LAUNCHER_VARIABLES, ONE_QUEUE)
 """Set for the trainer's processes. An engine must not inherit them: they are not meant for its processes."""
 
 
@@ -26,18 +47,35 @@ ALONE = Ranks(0, 1, 0)
 
 
 def launched() -> Ranks | None:
-    """The place of this process if torchrun or srun started it, else None."""
+    """The place of this process if torchrun, srun or a launcher like them started it, else None.
+
+    torchrun comes first, because it may run in a step of Slurm. Then Slurm: RANK and the like may come from the shell
+    that submitted the job. A step of one task is no launcher; it may be the shell of `salloc` or `srun --pty`.
+    """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if _by_protocol():
         return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a bare batch script has no step
-        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-        return Ranks(int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", "0")))
+    if (tasks := _tasks_of_step()) > 1:
+        return Ranks(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0")))
     return None
 
 
+def _by_protocol() -> bool:
+    """Whether the variables of torch.distributed tell the place of this process."""
+    complete = all(name in os.environ for name in _PROTOCOL)
+    return complete and (child_of_torchrun() or _tasks_of_step() == 0)
+
+
+def _tasks_of_step() -> int:
+    """Number of tasks of the step of Slurm that this process is one of; 0 outside of steps, as in a batch script."""
+    env = os.environ
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+        return 0
+    return int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+
+
 def launched_processes() -> int | None:
-    """Number of trainer processes if torchrun or srun started this one, else None."""
+    """Number of trainer processes if a launcher started this one, else None."""
     place = launched()
     return place.processes if place else None
 
@@ -50,7 +88,7 @@ def rank() -> int:
 def local_processes() -> int | None:
     """Number of trainer processes on this machine if torchrun started this one, else None."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
-    return None if processes is None else int(processes)
+    return int(processes) if processes and _by_protocol() else None
 
 
 def on_several_nodes() -> bool:

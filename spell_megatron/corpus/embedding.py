@@ -9,6 +9,8 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -72,6 +74,14 @@ def _count_words(texts: Sequence[str], stop_words: Set[str]) -> csr_matrix:
     return csr_matrix((np.concatenate(counts), np.concatenate(columns), places), shape=(len(texts), FEATURES))
 
 
+def _is_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
 def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Iterator[np.ndarray]:
     """Unit vectors of an OpenAI-compatible server [texts, dimensions], one array for each batch.
 
@@ -82,6 +92,7 @@ def embed_by_server(batches: Iterable[list[str]], url: str, model: str) -> Itera
         UserError: if the server does not answer, refuses, or answers with something else.
     """
     session = requests.Session()
+    session.trust_env = not _is_this_machine(url)  # a proxy would look for it on its own machine
     retries = Retry(_RETRIES, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retries, pool_maxsize=_REQUESTS))

@@ -59,6 +59,9 @@ class SlurmRun:
         built.job_details = SlurmJobDetails(job_name=f"{title}.{step.name}")
         place = [f"--nodes={step.nodes}", f"--ntasks={step.nodes * step.tasks_per_node}"]
         place += [f"--ntasks-per-node={step.tasks_per_node}", f"--relative={first_node}"]
+        place.append("--export=ALL")  # also where the site's default, or the job's, is to pass nothing on
+        if step.nodes * step.tasks_per_node > 1:
+            place.append("--label")  # the number of the task, before each line of the log that they share
         if built.cpus_per_task:
             place.append(f"--cpus-per-task={built.cpus_per_task * built.ntasks_per_node // step.tasks_per_node}")
         if site.colocated:

@@ -1,4 +1,4 @@
-"""What a job runs, as shell text. It knows nothing of NeMo-Run."""
+"""What a job runs, as shell text: its batch script and its steps. It knows nothing of NeMo-Run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
+from spell_megatron.jobs import step
 from spell_megatron.jobs.site import Site
 from spell_megatron.processes.rendezvous import NODES
+from spell_megatron.ranks import LAUNCHER_VARIABLES
 
 MAX_FRUITLESS = 3
 """How often in a row a job that failed is queued again without having made a checkpoint since."""
 
 _END = "END_OF_SPELL_CONFIG"
+
+_FORGET = f"unset {' '.join(LAUNCHER_VARIABLES)} ${{!PYTHON@}}"
+"""What a shell that submits a job may hold of other programs. Slurm passes its whole environment to the job."""
 
 # Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGTERM (143),
 # or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
@@ -22,6 +27,8 @@ spell_end() {
     code=$?
     trap - EXIT
     set +ex
+    if [ $code != 0 ] && [ -e "$SPELL_RENDEZVOUS/failed" ]; then read -r code < "$SPELL_RENDEZVOUS/failed"; fi
+    bad=$(cat "$SPELL_RENDEZVOUS"/unhealthy-* 2>/dev/null | paste -sd,)
     checkpoint() { cat @RUN@/checkpoints/latest 2>/dev/null; }
     tries=0
     if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
@@ -35,7 +42,12 @@ spell_end() {
     if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
     if [ -n "$again" ] && [[ $job == *JobState=RUNNING* ]]; then  # neither scancel nor the limit has ended it
         echo "The job is queued again, to go on from checkpoint $(checkpoint)."
+        trap '' TERM  # by which Slurm ends this script
         scontrol requeue "$SLURM_JOB_ID"
+        if [ -n "$bad" ]; then
+            without=$(sed -n 's/.* ExcNodeList=\\([^( ]*\\).*/\\1/p' <<< "$job" | head -n1)
+            scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${without:+$without,}$bad"
+        fi
     elif [ $tries -gt @MAX@ ]; then
         echo "The job failed $tries times without a new checkpoint: it is not queued again."
     fi
@@ -65,18 +77,26 @@ def steps(site: Site, config: Config, resume: bool) -> list[Step]:
     """The trainer, and the engines if they have processes of their own; the job ends with the trainer."""
     nodes, engines = site.trainer_nodes, site.nodes if site.colocated else site.engine_nodes
     per_node = config.training.parallel.processes // nodes
-    trainer = Step("trainer", _script(site, _train(config, engines, resume)), nodes, per_node, 0)
+    train = _train(config, engines, resume)
+    trainer = Step("trainer", step.step_script(site, train, _gpus(site, config)), nodes, per_node, 0)
     if not engines:
         return [trainer]
     serve = _engines(engines) + (" --colocated" if site.colocated else "")
-    return [trainer, Step("engines", _script(site, serve), engines, 1, 0 if site.colocated else nodes)]
+    script = step.step_script(site, serve, _gpus(site, config, engines=True))
+    return [trainer, Step("engines", script, engines, 1, 0 if site.colocated else nodes)]
+
+
+def _gpus(site: Site, config: Config, engines: bool = False) -> int:
+    """GPUs that each node of a step must have; 0 on CPUs."""
+    return 0 if config.run.device == "cpu" else int(str(site.gpus_of(engines) or 0).split(":")[-1])
 
 
 def local_script(site: Site, config: Config, resume: bool) -> str:
     """The run without Slurm: one process, which starts the others itself."""
     folder = f"{_run_folder(config)}/jobs/local.$$"
     train = 'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml"'
-    return _script(site, f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}")
+    command = f"{_prepare(config, folder)}\n{train}{' --resume' if resume else ''}"
+    return f"{_FORGET}\n{step.local_script(site, command)}"
 
 
 def prologue(config: Config) -> str:
@@ -88,7 +108,7 @@ def prologue(config: Config) -> str:
     """
     folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
     # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
-    unset = "unset SLURM_UNBUFFEREDIO"
+    unset = f"unset SLURM_UNBUFFEREDIO CUDA_VISIBLE_DEVICES\n{_FORGET}"
     both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
     nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}.tmp" || exit 1\n{_appears(NODES)}'
     ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))
@@ -116,26 +136,13 @@ def _run_folder(config: Config) -> str:
     return shlex.quote(str(config.run.output_dir / config.run.name))
 
 
-def _script(site: Site, command: str) -> str:
-    lines = ["set -e"]
-    if site.modules:
-        lines.append("type module >/dev/null 2>&1 || source /etc/profile")
-        lines.append("module load " + " ".join(map(shlex.quote, site.modules)))
-    if site.venv:
-        lines.append(f"source {shlex.quote(str(site.venv / 'bin' / 'activate'))}")
-    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in site.env.items()]
-    if site.setup.strip():
-        lines.append(site.setup.strip())
-    return "\n".join([*lines, command]) + "\n"
-
-
 def _train(config: Config, engine_nodes: int, resume: bool) -> str:
     again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && [ -e {_run_folder(config)}/checkpoints/latest ]'
     return "\n".join(
         [
             f"resume={'--resume' if resume else ''}",
             f"if {again}; then resume=--resume; fi",
-            'exec python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml" '
+            'python -m spell_megatron train --config "$SPELL_RENDEZVOUS/config.yaml" '
             f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {engine_nodes} $resume',
         ]
     )
@@ -143,6 +150,6 @@ def _train(config: Config, engine_nodes: int, resume: bool) -> str:
 
 def _engines(nodes: int) -> str:
     return (
-        'exec python -m spell_megatron engines --config "$SPELL_RENDEZVOUS/config.yaml" '
+        'python -m spell_megatron engines --config "$SPELL_RENDEZVOUS/config.yaml" '
         f'--rendezvous "$SPELL_RENDEZVOUS" --engine-nodes {nodes}'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,9 @@ from spell_megatron.jobs.memory_plan import memory_plan
 from spell_megatron.jobs.paths import missing_files, place
 from spell_megatron.jobs.site import Site
 from spell_megatron.jobs.site_faults import site_faults
+
+_OF_THE_CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""By which Slurm's commands find their cluster, and prove who asks."""
 
 
 def launch(
@@ -58,9 +62,20 @@ def launch(
 
 
 def _forget_outer_job() -> None:
-    """Remove the variables of an interactive job around this command, which NeMo-Run and sbatch would act on."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-        del os.environ[name]
+    """Remove what this shell holds for Slurm's commands: of an interactive job around it, and options of sbatch.
+
+    NeMo-Run and sbatch would act on them, and sbatch's options would win over the cluster's file.
+    """
+    options = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("SBATCH_")]
+    if options:
+        print(
+            f"spell: warning: {', '.join(options)} of this shell is not used: the cluster's file decides. Write what "
+            "the job needs there.",
+            file=sys.stderr,
+        )
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_")) and name not in _OF_THE_CLIENT:
+            del os.environ[name]
 
 
 def _separate(words: Sequence[str], *prefixes: str) -> list[list[str]]:

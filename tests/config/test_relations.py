@@ -79,6 +79,6 @@ def test_a_relation_of_a_faulty_setting_is_left_out(write):
 def test_processes_started_from_outside_count(write, monkeypatch):
     path = write(MINIMAL + "training: {parallel: {tensor: 2}}")
     assert faults_of(path)[0].startswith("training.parallel.processes: 1 trainer process")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert load_config(path).training.parallel.tensor == 2

@@ -137,6 +137,18 @@ def test_a_server_that_fails(monkeypatch, answer, message):
         list(embed_by_server([["a", "b"]], url, "some-model"))
 
 
+def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):
+    monkeypatch.setattr(embedding, "_RETRIES", 0)
+    monkeypatch.setenv("SPELL_API_KEY", "sesame")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with server(lambda texts: (200, {"data": lengths(texts)})) as url:
+        vectors = list(embed_by_server([["a", "bb"]], url, "some-model"))
+    assert len(vectors[0]) == 2
+
+
 def test_a_server_that_is_not_there(monkeypatch):
     monkeypatch.setattr(embedding, "_RETRIES", 0)
     with socket.socket() as held:

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from mini_slurm import MiniSlurm, missing
 
+FAILS = 'python() { [ "$1" = -c ] || return 3; }'
+"""Setup by which the run, but not the cluster's file, is at fault."""
 QUICKSTART = ("--config", "examples/quickstart.yaml")
 
 
@@ -26,7 +28,7 @@ def launch(spell_launch, cluster: MiniSlurm, folder, **settings: object) -> subp
 
 
 def test_jobs_are_recorded(accounts, spell_launch, tmp_path):
-    done = launch(spell_launch, accounts, tmp_path, account="project", setup="exit 3")
+    done = launch(spell_launch, accounts, tmp_path, account="project", setup=FAILS)
     assert done.returncode == 0, done.stderr
     job = re.search(r"job (\d+)", done.stdout)[1]
     accounts.wait(job, 300)

@@ -1,8 +1,8 @@
 """`spell launch`: what it makes of a run and a cluster's file, and what it says of faults in them."""
 
-import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.jobs.job import steps
 from spell_megatron.jobs.site import Site
 from spell_megatron.jobs.site_faults import site_faults
+from spell_megatron.ranks import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "slurm" / "cluster.example.yaml"
@@ -89,14 +90,18 @@ def test_without_nemo_run_the_remedy_is_named(monkeypatch, capsys):
 
 
 def test_scripts_quote_what_people_write(tmp_path):
-    cluster = Site(env={"A": "x 'y' $HOME"}, setup="echo before", modules=["cuda/13.0"], venv="/x/my env")
+    venv = tmp_path / "my 'env'"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").write_text("echo activated\npython() { [ $1 = -c ] || echo python $*; }\n")
+    cluster = Site(env={"A": "x 'y' $HOME"}, setup="echo before", modules=["cuda/13.0 x"], venv=venv)
     (step,) = steps(cluster, run_config(8, 1, 1, name="a run"), resume=True)
     script = tmp_path / "script"
-    script.write_text(step.script.replace("exec python", "echo python").replace("source ", "echo source "))
-    output = os.popen(f"module() {{ echo module $*; }}; SPELL_RENDEZVOUS=/m; . {script}; echo $A").read()
+    script.write_text(step.script + "\necho $A")
+    words = f"module() {{ echo module $#; }}; SPELL_RENDEZVOUS=/m; source {script}"
+    output = subprocess.run(["bash", "-c", words], capture_output=True, text=True).stdout
     assert output.splitlines() == [
-        "module load cuda/13.0",
-        "source /x/my env/bin/activate",
+        "module 2",
+        "activated",
         "before",
         "python -m spell_megatron train --config /m/config.yaml --rendezvous /m --engine-nodes 0 --resume",
         "x 'y' $HOME",
@@ -125,18 +130,33 @@ def test_dry_run_shows_the_job_and_submits_nothing(spell_launch, tmp_path):
     assert not list((tmp_path / "shared").rglob("*.sh")) and not (tmp_path / "my run").exists()
 
 
+LEFT_BEHIND = dict.fromkeys((*LAUNCHER_VARIABLES, "PYTHONUSERBASE", "CUDA_VISIBLE_DEVICES"), "1")
+LEFT_BEHIND |= {"SLURM_NTASKS": "7", "SLURM_JOB_ID": "1", "SLURM_EXPORT_ENV": "NONE", "SBATCH_EXPORT": "NONE"}
+LEFT_BEHIND |= {"SBATCH_PARTITION": "nonesuch", "SBATCH_ARRAY_INX": "1-2", "SBATCH_TIMELIMIT": "1", "KEPT": "yes"}
+"""What the shell may hold that submits a job: of another program, of `salloc`, and options of sbatch."""
+
+
 def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
-    """A job on three nodes of two GPUs each; its steps say where they are instead of training."""
-    say = "echo $SLURM_STEP_NUM_TASKS $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES; sleep 1; exit 0"
-    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, setup=say)
+    """A job on three nodes of two GPUs each; its steps say where they are instead of training.
+
+    Nothing that the submitting shell holds of other programs reaches them, or changes the job.
+    """
+    ranks = "import spell_megatron.ranks as r; print(*r.launched() or r.ALONE, end=' ')"
+    say = f'python -c "{ranks}"; echo ${{RANK-}}${{MASTER_ADDR-}} $KEPT $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES'
+    env = {"PYTHONPATH": str(ROOT)}
+    python = f"export PATH={Path(sys.executable).parent}:$PATH"
+    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, env=env, setup=f"{python}\n{say}\nexit 0")
     arguments = ("--run.device=auto", "--training.parallel.processes=4", "--rollout.replicas=2", "--run.name=places")
-    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    where = (f"--run.output_dir={tmp_path}", "--cluster", file)
+    done = spell_launch(*QUICKSTART, *where, *arguments, **LEFT_BEHIND, **slurm.environment)
     assert done.returncode == 0, done.stderr
+    assert "SBATCH_PARTITION=nonesuch" in done.stderr and "cluster's file" in done.stderr
     job = re.search(r"job (\d+)", done.stdout)[1]
-    assert slurm.wait(job, 120)["ExitCode"] == "0:0"
+    ended = slurm.wait(job, 120)
+    assert (ended["ExitCode"], ended["Partition"], ended["TimeLimit"]) == ("0:0", "batch", "01:00:00")
     said = {log.name: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
-    trainer = ["4 0 n1 0,1", "4 1 n1 0,1", "4 2 n2 0,1", "4 3 n2 0,1"]
-    assert said == {f"log-places.trainer_{job}_0.out": trainer, f"log-places.engines_{job}_0.out": ["1 0 n3 0,1"]}
+    trainer = [f"{rank}: {rank} 4 {rank % 2} yes n{1 + rank // 2} 0,1" for rank in range(4)]
+    assert said == {f"log-places.trainer_{job}_0.out": trainer, f"log-places.engines_{job}_0.out": ["0 1 0 yes n3 0,1"]}
 
 
 def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, tmp_path):
@@ -148,7 +168,7 @@ def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, t
     job = re.search(r"job (\d+)", done.stdout)[1]
     assert slurm.wait(job, 120)["ExitCode"] == "0:0"
     said = {log.name.split("_")[0]: sorted(log.read_text().splitlines()) for log in tmp_path.rglob("log-*.out")}
-    trainer = [f"4 {rank} 0,1" for rank in range(4)]
+    trainer = [f"{rank}: 4 {rank} 0,1" for rank in range(4)]
     assert said == {"log-parts.trainer": trainer, "log-parts.engines": ["1 0 0"]}
     logs = tmp_path / "parts" / "logs" / f"job-{job}"
     assert {log.name.split("_")[0] for log in logs.glob("log-*.out")} == set(said)
