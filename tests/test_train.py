@@ -197,7 +197,8 @@ def test_a_killed_engine_is_replaced(whole, resumed):
     """Killed in mid-generation, its requests go to the one that is started in its place, with the weights of the
     step: the batches and updates are those of the undisturbed run."""
     assert "started again" in (resumed / "output.txt").read_text()
-    assert {"engine-0-2.log", "engine-0.log"} <= {path.name for path in (resumed / "logs").iterdir()}
+    (log,) = (resumed / "logs").glob("engine-0*")
+    assert log.read_text().count("----- started ") > 1  # what the killed one said is still there
     same_steps(whole, resumed, 4)
 
 

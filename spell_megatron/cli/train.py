@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     block_sigusr1()
     os.environ.setdefault(ONE_QUEUE, "1")  # before anything starts CUDA
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder, and nodes may not reach the hub
     if child_of_torchrun():
         from spell_megatron.processes.lifetime import end_with_parent
 

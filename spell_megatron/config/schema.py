@@ -96,8 +96,9 @@ class RolloutConfig(Section):
     """Number of threads of a server on CPUs."""
     base_port: int | None = Field(None, ge=1, le=65535)
     """Port of the first server; the others follow it. null: the run chooses free ports."""
-    start_timeout: float = Field(600.0, gt=0)
-    """Longest time that a server may take to start, in seconds."""
+    start_timeout: float = Field(1800.0, gt=0)
+    """Longest time that a server may take to start, in seconds. A shared filesystem that has not read the model lately
+    may need 20 minutes for 60 GB."""
     request_timeout: float = Field(3600.0, gt=0)
     """Longest time that a request may take, in seconds."""
     hang_timeout: float = Field(300.0, gt=0)

@@ -20,6 +20,10 @@ from spell_megatron.config.reading import read_section
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.site import Site
 
+CHANGEABLE = ("comment", "constraint", "container_env", "cpus_per_gpu", "exclude", "mem_per_cpu", "mem_per_gpu")
+CHANGEABLE += ("network", "segment")
+"""Fields of SlurmExecutor that neither the cluster's file nor this package sets."""
+
 HOME = "nemo-run"
 """NeMo-Run's folder on the site, below the site's folder."""
 
@@ -59,7 +63,7 @@ def slurm_executor(site: Site) -> run.Config[run.SlurmExecutor]:
         qos=site.qos,
         time=site.time,
         nodes=site.nodes,
-        gpus_per_node=site.gpus_of(engines=False),
+        **gpu_fields(site, engines=False, tasks_per_node=1),
         cpus_per_task=site.cpus_per_task,
         mem=site.memory,
         additional_parameters=_sbatch(site),
@@ -73,18 +77,40 @@ def slurm_executor(site: Site) -> run.Config[run.SlurmExecutor]:
     )
 
 
+def gpu_fields(site: Site, *, engines: bool, tasks_per_node: int) -> dict[str, str | int]:
+    """How a node with so many tasks asks for its GPUs, as fields of SlurmExecutor; {}: it does not."""
+    kind, number = site.gpus_of(engines)
+    prefix = f"{kind}:" if kind else ""
+    if not number or site.gpu_request == "none":
+        return {}
+    if site.gpu_request == "gres":
+        others = site.sbatch.get("gres")
+        return {"gres": f"gpu:{prefix}{number}" + (f",{others}" if others else "")}
+    if site.gpu_request == "gpus-per-task":
+        return {"gpus_per_task": f"{prefix}{number // tasks_per_node}"}
+    return {"gpus_per_node": f"{prefix}{number}"}
+
+
 def _sbatch(site: Site) -> dict[str, str | int | bool]:
     """Options of sbatch for which NeMo-Run has no fields."""
     options = {name.strip("-").replace("-", "_"): value for name, value in site.sbatch.items()}
-    return options | ({"signal": f"USR1@{site.save_seconds}"} if site.save_seconds else {})
+    waits = options.get("dependency", True)  # two jobs of one run would write into one folder
+    options["dependency"] = waits and ("singleton" if waits is True else f"singleton,{waits}")
+    if site.gpu_request == "gres":
+        options.pop("gres", None)
+    if site.save_seconds:
+        options["signal"] = f"USR1@{site.save_seconds}"
+    return {name: value for name, value in options.items() if value is not False}
 
 
 def override(executor: run.Config, words: Sequence[str]) -> None:
     """Apply NAME=VALUE words, in NeMo-Run's own syntax, to an executor's fields.
 
     Raises:
-        UserError: the executor has no such field, or the value is not of its type.
+        UserError: the executor has no such field, the field follows from the run or the cluster's file, or the value
+            is not of its type.
     """
+    on_slurm = executor.__fn_or_cls__ is run.SlurmExecutor
     fields = {field.name: field.type for field in dataclasses.fields(executor.__fn_or_cls__) if field.init}
     for word in words:
         name = re.split(r"\W", word)[0]
@@ -92,6 +118,12 @@ def override(executor: run.Config, words: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"Did you mean run.executor.{close[0]}?" if close else f"It has {', '.join(fields)}."
             raise UserError(f"run.executor.{name}: NeMo-Run's executor has no such field. {hint}")
+        if on_slurm and name not in CHANGEABLE:
+            raise UserError(
+                f"run.executor.{name}: this field follows from the run and the cluster's file, which are checked "
+                "together. Set it there (`spell launch --help` lists the keys; any option of sbatch as "
+                f"cluster.sbatch.OPTION). Free fields are {', '.join(CHANGEABLE)}."
+            )
         try:
             with redirect_stderr(io.StringIO()):  # the parser shows the whole executor there
                 parse_cli_args(executor, [word])

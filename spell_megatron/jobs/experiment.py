@@ -18,6 +18,7 @@ from nemo_run.core.execution.slurm import SlurmJobDetails
 from torchx.specs import parse_app_handle
 
 from spell_megatron.errors import UserError
+from spell_megatron.jobs.executors import gpu_fields
 from spell_megatron.jobs.job import Step
 from spell_megatron.jobs.site import Site
 
@@ -48,11 +49,14 @@ class SlurmRun:
     def _executor(self, executor: run.Config, step: Step, title: str, site: Site) -> run.SlurmExecutor:
         executor.ntasks_per_node = self._steps[0].tasks_per_node
         built = fiddle.build(executor)
+        own = self._steps[0] if not site.heterogeneous else step
+        asked = gpu_fields(site, engines=own is not self._steps[0], tasks_per_node=own.tasks_per_node)
+        for field in ("gpus_per_node", "gpus_per_task", "gres"):
+            setattr(built, field, asked.get(field))
         if site.heterogeneous:
             # The first node of a step is then counted within its component.
             built.heterogeneous, built.nodes, first_node = True, step.nodes, 0
             built.ntasks_per_node = step.tasks_per_node
-            built.gpus_per_node = site.gpus_of(engines=step is not self._steps[0]) or 0
         else:
             first_node = step.first_node
         built.job_name_prefix = f"{title}."

@@ -88,7 +88,7 @@ def steps(site: Site, config: Config, resume: bool) -> list[Step]:
 
 def _gpus(site: Site, config: Config, engines: bool = False) -> int:
     """GPUs that each node of a step must have; 0 on CPUs."""
-    return 0 if config.run.device == "cpu" else int(str(site.gpus_of(engines) or 0).split(":")[-1])
+    return 0 if config.run.device == "cpu" else site.gpus_of(engines)[1]
 
 
 def local_script(site: Site, config: Config, resume: bool) -> str:
@@ -108,7 +108,8 @@ def prologue(config: Config) -> str:
     """
     folder = f"{_run_folder(config)}/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
     # By NeMo-Run's SLURM_UNBUFFEREDIO srun gives its tasks a terminal, and logs fill with the frames of progress bars.
-    unset = f"unset SLURM_UNBUFFEREDIO CUDA_VISIBLE_DEVICES\n{_FORGET}"
+    # By --gpus-per-task srun would show each task a share of the node's GPUs. All processes of a step see all of them.
+    unset = f"unset SLURM_UNBUFFEREDIO SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK CUDA_VISIBLE_DEVICES\n{_FORGET}"
     both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
     nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}.tmp" || exit 1\n{_appears(NODES)}'
     ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))

@@ -6,6 +6,7 @@ In this package a Slurm cluster is a site, because a cluster is one of documents
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -44,7 +45,8 @@ class Site(Section):
     qos: str | None = None
     """Quality of service; null: the default."""
     time: str = "01:00:00"
-    """Limit of the job's time, "HH:MM:SS" or "D-HH:MM:SS", in quotes: YAML takes 12:00:00 for a number."""
+    """Limit of the job's time, "HH:MM:SS" or "D-HH:MM:SS", in quotes: YAML takes 12:00:00 for a number. "infinite": no
+    limit but the partition's."""
     save_seconds: int = Field(300, ge=0)
     """Seconds before this limit at which the run gives up its rollout or ends its update, saves a checkpoint and is
     queued again. Slurm may give the signal a minute earlier. 0: the run is cut off."""
@@ -58,6 +60,9 @@ class Site(Section):
     """GPUs of each node; 0: train on CPUs."""
     gpu_type: str = ""
     """Type of these GPUs where Slurm knows several, as in --gpus-per-node=TYPE:8."""
+    gpu_request: Literal["gpus-per-node", "gres", "gpus-per-task", "none"] = "gpus-per-node"
+    """How the job asks Slurm for GPUs: by --gpus-per-node=8; by --gres=gpu:8; by --gpus-per-task, an equal share for each
+    trainer process; or not at all (none), where Slurm knows no GPUs. Take whole nodes then (sbatch: {exclusive: true})."""
     engine_gpus_per_node: int | None = Field(None, ge=0)
     """GPUs of each engine node, if not as many. With this or engine_gpu_type the job is a heterogeneous one."""
     engine_gpu_type: str | None = None
@@ -69,16 +74,19 @@ class Site(Section):
     memory: str | None = None
     """Memory of each node, such as "200G"; "0": all of it; null: the cluster's default."""
     sbatch: dict[str, str | int | bool] = {}
-    """Any other options of sbatch by their long names; true for those without a value."""
+    """Any other options of sbatch by their long names; true for those without a value. `dependency` comes on top of the
+    default, singleton: jobs of the same run.name wait for each other."""
     modules: list[str] = []
     """Environment modules to load on the nodes."""
     venv: Path | None = None
     """Virtual environment in which spell_megatron is installed, on the shared filesystem or in the container; null:
     `python` on the nodes has it."""
-    env: dict[str, str | int | float] = {}
-    """Environment variables of all processes of the job."""
+    env: dict[str, str | int | float | bool] = {}
+    """Environment variables of all processes of the job. Values are literal: no $NAME or ~ is replaced in them. For that,
+    write `export HF_HOME=$SCRATCH/hf` into setup. Put what YAML takes for something else in quotes ("true", "010")."""
     setup: str = ""
-    """Shell commands before each process of the job, after modules, environment and variables."""
+    """Shell commands before each process of the job, after modules, environment and variables. One that fails ends the
+    job; write `|| true` after one that may. Files that it sources may fail inside."""
     container: ContainerSection = ContainerSection()
     ssh: SshSection = SshSection()
 
@@ -91,10 +99,10 @@ class Site(Section):
         """Whether engine nodes differ from the trainer's, so that the job needs two components."""
         return self.engine_gpus_per_node is not None or self.engine_gpu_type is not None
 
-    def gpus_of(self, engines: bool) -> str | int | None:
-        """Slurm's --gpus-per-node of the trainer's nodes or the engines'; None: without GPUs."""
+    def gpus_of(self, engines: bool) -> tuple[str, int]:
+        """(type, number) of the GPUs of each of the trainer's nodes, or of the engines'."""
         number, kind = self.gpus_per_node, self.gpu_type
         if engines and self.heterogeneous:
             number = number if self.engine_gpus_per_node is None else self.engine_gpus_per_node
             kind = kind if self.engine_gpu_type is None else self.engine_gpu_type
-        return (f"{kind}:{number}" if kind else number) or None
+        return kind, number

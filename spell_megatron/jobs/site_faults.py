@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -9,9 +10,21 @@ from spell_megatron.config.faults import Fault
 from spell_megatron.config.schema import Config
 from spell_megatron.jobs.site import Site
 
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
-_OURS = {"job_name": "run.name", "nodes": "nodes", "ntasks": "training.parallel.processes", "output": "folder"}
-_OURS |= {"ntasks_per_node": "training.parallel.processes", "signal": "save_seconds"}
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d?))?(?::(\d\d?))?")
+_ENDLESS = ("infinite", "unlimited")
+_OURS = {name: name for name in ("account", "partition", "qos", "time", "nodes", "cpus_per_task", "gpus_per_node")}
+_OURS |= dict.fromkeys(("ntasks", "ntasks_per_node", "ntasks_per_gpu"), "training.parallel.processes")
+_OURS |= dict.fromkeys(("gpus", "gpus_per_task", "gpus_per_socket"), "gpus_per_node and gpu_request")
+_OURS |= dict.fromkeys(("output", "error", "chdir", "open_mode"), "folder")
+_OURS |= {"mem": "memory", "job_name": "run.name", "signal": "save_seconds"}
+"""Options of sbatch that follow from other keys of the file, or from settings of the run."""
+_UNSUITABLE = {
+    "array": "a run is one job; for several runs call `spell launch` several times",
+    "wrap": "the job's script is that of the run",
+    "wait": "`spell status` tells how the job does",
+    "test_only": "`--dry-run` shows the job",
+}
+_UNSUITABLE |= dict.fromkeys(("help", "usage", "version", "parsable", "quiet"), "it changes what sbatch prints")
 
 
 def site_faults(site: Site, config: Config) -> list[Fault]:
@@ -49,9 +62,33 @@ def _file_faults(site: Site) -> Iterator[Fault]:
     for name in site.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             yield Fault.of("env", f"{name!r} cannot name a variable. Correct it")
-    for option in site.sbatch:
-        if (name := option.strip("-").replace("-", "_")) in _OURS:
-            yield Fault.of("sbatch", f"{option} follows from {_OURS[name]}. Set that instead")
+        yield from _variable_faults(name, site.env[name])
+    for option, value in site.sbatch.items():
+        yield from _option_faults(option, value)
+
+
+def _variable_faults(name: str, value: str | int | float | bool) -> Iterator[Fault]:
+    if isinstance(value, bool):
+        yield Fault.of("env", f"{name} is a YAML boolean (true, yes, on, ...). Write the text that you mean in quotes")
+    elif re.search(r"\$\{?[A-Za-z_]|^~(/|$)", str(value)):
+        yield Fault.of(
+            "env",
+            f"{name}: values are literal, and {value!r} would stay as it is. Write under setup: "
+            f"export {name}={value}",
+        )
+
+
+def _option_faults(option: str, value: str | int | bool) -> Iterator[Fault]:
+    """What is wrong with an option of sbatch. sbatch takes the beginning of a name for the name."""
+    name = option.strip("-").replace("-", "_")
+    if "\n" in str(value):
+        yield Fault.of("sbatch", f"{option} has several lines. Write one")
+    elif why := next((why for full, why in _UNSUITABLE.items() if full.startswith(name)), None):
+        yield Fault.of("sbatch", f"{option} cannot be used: {why}")
+    elif ours := _OURS.get(name) or next((ours for full, ours in _OURS.items() if full.startswith(name)), None):
+        yield Fault.of("sbatch", f"{option} follows from {ours}. Set that instead")
+    elif name in ("gres", "tres_per_task") and "gpu" in str(value):
+        yield Fault.of("sbatch", f"{option}={value} asks for GPUs. Set gpus_per_node, gpu_type and gpu_request instead")
 
 
 def _placement_faults(site: Site, config: Config) -> Iterator[Fault]:
@@ -74,6 +111,25 @@ def _placement_faults(site: Site, config: Config) -> Iterator[Fault]:
             yield from _colocation_faults(site, config)
         yield from _trainer_node_faults(site, config)
         yield from _engine_node_faults(site, config)
+    if site.trainer_nodes > 0:
+        yield from _gpu_request_faults(site, config)
+
+
+def _gpu_request_faults(site: Site, config: Config) -> Iterator[Fault]:
+    """Why the job cannot ask for its GPUs in the way that the file wants."""
+    tasks = config.training.parallel.processes // site.trainer_nodes
+    if site.gpu_request == "gpus-per-task" and site.gpus_per_node and (not tasks or site.gpus_per_node % tasks):
+        yield Fault.of(
+            "gpu_request gpus_per_node training.parallel.processes",
+            f"with gpus-per-task each of the {tasks} trainer process(es) of a node asks for an equal share of its "
+            f"GPUs, and {site.gpus_per_node} cannot be shared evenly. Change either, or use another gpu_request",
+        )
+    if site.gpu_request == "gres" and site.gpus_of(engines=True) != site.gpus_of(engines=False):
+        yield Fault.of(
+            "gpu_request engine_gpus_per_node engine_gpu_type",
+            "gres asks for the same GPUs on all nodes (NeMo-Run has one --gres for both parts of a heterogeneous job). "
+            "Use gpus-per-node or gpus-per-task, or leave out engine_gpus_per_node and engine_gpu_type",
+        )
 
 
 def _gpus_per_node(site: Site, config: Config) -> int:
@@ -161,8 +217,13 @@ def _engine_node_faults(site: Site, config: Config) -> Iterator[Fault]:
         )
 
 
-def _seconds(time: str) -> int | None:
-    """Seconds of a time of Slurm's ("MIN", "MIN:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"); None: it is none."""
+def _seconds(time: str) -> float | None:
+    """Seconds of a time of Slurm's ("MIN", "MIN:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS", "infinite").
+
+    None: it is no time.
+    """
+    if time.lower() in _ENDLESS:
+        return math.inf
     match = _TIME.fullmatch(time)
     if match is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ from spell_megatron.jobs.site_faults import site_faults
 
 _OF_THE_CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 """By which Slurm's commands find their cluster, and prove who asks."""
+
+_NUMBERS = ("nodes", "gpus_per_node", "cpus_per_task")
+_OF_SITE = {name: name for name in (*_NUMBERS, "account", "partition", "qos", "time")} | {"mem": "memory"}
+"""Fields of NeMo-Run's executor that have a key in the cluster's file."""
 
 
 def launch(
@@ -52,6 +57,9 @@ def launch(
             "start from. To run on this machine without Slurm, say --executor local."
         )
     of_executor, of_site, of_run = _separate(words, "run.executor.", "cluster.")
+    if on_slurm:
+        of_executor, moved = _moved_to_site(of_executor)
+        of_site += moved
     config = load_config(config_files, of_run)
     site = read_section(Site, site_file, of_site).checked()
     place(config, site)
@@ -85,6 +93,23 @@ def _separate(words: Sequence[str], *prefixes: str) -> list[list[str]]:
         prefix = next(prefix for prefix in kinds if word.startswith(prefix))
         kinds[prefix].append(word.removeprefix(prefix))
     return list(kinds.values())
+
+
+def _moved_to_site(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of NeMo-Run's executor, without those that have a key in the cluster's file; and the words of these keys.
+
+    So they are checked as in the file.
+    """
+    left, moved = [], []
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals or field not in _OF_SITE:
+            left.append(word)
+        elif value in ("None", "null") or field in _NUMBERS:
+            moved.append(f"{_OF_SITE[field]}={value.replace('None', 'null')}")
+        else:  # text, which YAML might take for something else
+            moved.append(f"{_OF_SITE[field]}={json.dumps(value.strip(chr(34) + chr(39)))}")
+    return left, moved
 
 
 def _prepare_nemo_run(site: Site) -> None:
@@ -123,8 +148,6 @@ def _submit(config: Config, site: Site, of_executor: Sequence[str], sources: str
 
     executor = executors.slurm_executor(site)
     executors.override(executor, of_executor)
-    site.nodes, site.cpus_per_task = executor.nodes, executor.cpus_per_task
-    site.gpus_per_node = int(str(executor.gpus_per_node or 0).split(":")[-1])
     raise_faults([*site_faults(site, config), *missing_files(config, site)], sources)
     planned = steps(site, config, resume)
     with SlurmRun(config.run.name, executor, planned, prologue(config), site) as experiment:

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import spell_megatron
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
-from spell_megatron.ranks import TRAINER_VARIABLES
+from spell_megatron.ranks import TRAINER_VARIABLES, slurm_job, slurm_restarts
 from spell_megatron.rollout.transports.transport import Transport
 
 
@@ -148,13 +149,18 @@ class Server:
 
     Attributes:
         url: address at which it will serve.
-        log: file that holds what it prints.
+        log: file that what it prints is added to, below a line that says which start this is.
         process: the server.
     """
 
     def __init__(self, url: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.url, self.log = url, log
-        with log.open("wb") as output:
+        with log.open("ab") as output:
+            job = f", job {number}, start {slurm_restarts() + 1}" if (number := slurm_job()) else ""
+            now = datetime.now().astimezone().isoformat(" ", "seconds")
+            output.write(f"----- started {now} at {url} on {socket.gethostname()}{job}\n".encode())
+            output.flush()
+            self._log_start = output.tell()
             self.process = subprocess.Popen(
                 command,
                 env=environment,
@@ -171,6 +177,10 @@ class Server:
             start_new_session=True,
         )
 
+    def last_words(self) -> str:
+        """The lines of its log that say best why it ended, joined to one line."""
+        return last_words(self.log, self._log_start)
+
     def stop(self, deadline: float) -> None:
         """Waits until a deadline (of time.monotonic) for the terminated server, then kills what is left of it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -182,9 +192,11 @@ class Server:
             process.wait()
 
 
-def last_words(log: Path) -> str:
-    """The lines of a server's log that say best why it ended, joined to one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+def last_words(log: Path, start: int = 0) -> str:
+    """The lines of a server's log, from the byte `start` on, that say best why it ended, joined to one line."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
     # vLLM prefixes the lines of its processes: "(EngineCore pid=1) ERROR 01-01 00:00:00 [core.py:1] ".
     prefix = r"^(\([^)]*pid=\d+\) )?((ERROR|WARNING|INFO) \d\S* \S+ \[[^\]]*\] ?)?"
     lines = [re.sub(prefix, "", line).strip() for line in text.splitlines()]

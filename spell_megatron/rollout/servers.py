@@ -16,7 +16,6 @@ from spell_megatron.rollout.server import (
     Server,
     ServerSettings,
     held_port,
-    last_words,
     server_command,
     server_environment,
 )
@@ -77,21 +76,20 @@ class Servers:
         for number in numbers:
             self.servers[number].process.kill()
             self.servers[number].stop(time.monotonic())
-        return self._start(numbers, keep_logs=True)
+        return self._start(numbers)
 
-    def _start(self, numbers: Sequence[int], keep_logs: bool = False) -> list[str]:
+    def _start(self, numbers: Sequence[int]) -> list[str]:
         rollout = self._settings.rollout
         with contextlib.ExitStack() as stack:
             for number in numbers:
                 replica = self._replicas[number]
                 wanted = 0 if rollout.base_port is None else rollout.base_port + number
                 port = stack.enter_context(held_port(self._host, wanted, replica))
-                log = self._log_folder / f"engine-{replica}.log"
                 self.servers[number] = Server(
                     f"http://{self._host}:{port}",
                     server_command(self._settings, self._transport, port, self._host),
                     server_environment(self._transport, rollout.threads, self._gpus[number], self._api_key),
-                    _unused(log) if keep_logs else log,
+                    self._log_folder / f"engine-{replica}.log",
                 )
             self._wait_until_ready(numbers)
         return [server.url for server in self.servers.values()]
@@ -107,7 +105,7 @@ class Servers:
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"An engine was not ready after {seconds:g} s. Its log, {server.log}, ends with: "
-                        f"{last_words(server.log)}. Give it more time with rollout.start_timeout, or see "
+                        f"{server.last_words()}. Give it more time with rollout.start_timeout, or see "
                         "in the log what it waits for."
                     )
                 time.sleep(0.25)
@@ -124,7 +122,7 @@ class Servers:
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             raise UserError(
                 f"An engine (vLLM server, process {server.process.pid}) {how}. Its log ends with: "
-                f"{last_words(server.log)}. The whole log is {server.log}; correct what it names "
+                f"{server.last_words()}. The whole log is {server.log}; correct what it names "
                 "(memory, rollout.extra_args, the model folder) and start the run again."
             )
 
@@ -137,13 +135,3 @@ class Servers:
             server.stop(deadline)
         self.servers.clear()
         atexit.unregister(self.stop)
-
-
-def _unused(log: Path) -> Path:
-    """The path, with a number where there is such a file: logs of servers that failed are kept."""
-    number = 1
-    path = log
-    while path.exists():
-        number += 1
-        path = log.with_stem(f"{log.stem}-{number}")
-    return path

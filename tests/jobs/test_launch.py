@@ -55,6 +55,17 @@ def test_the_example_is_a_cluster_for_a_run():
         ({"ssh": {"host": "h"}}, {}, "ssh.user", "missing"),
         ({"env": {"A-B": "1"}}, {}, "env", "A-B"),
         ({"sbatch": {"--ntasks": 4}}, {}, "sbatch", "training.parallel.processes"),
+        ({"sbatch": {"array": "1-4"}}, {}, "sbatch", "a run is one job"),
+        ({"sbatch": {"time": "2:00:00"}}, {}, "sbatch", "time follows from time"),
+        ({"sbatch": {"tim": "2:00:00"}}, {}, "sbatch", "tim follows from time"),
+        ({"sbatch": {"gpus-per-task": 1}}, {}, "sbatch", "gpu_request"),
+        ({"sbatch": {"gres": "gpu:h100:8"}}, {}, "sbatch", "asks for GPUs"),
+        ({"sbatch": {"comment": "a\n#SBATCH --array=1-2"}}, {}, "sbatch", "several lines"),
+        ({"env": {"HF_HOME": "$SCRATCH/hf"}}, {}, "env", r"export HF_HOME=\$SCRATCH/hf"),
+        ({"env": {"HF_HOME": "~/hf"}}, {}, "env", "literal"),
+        ({"env": {"DEBUG": True}}, {}, "env", "DEBUG is a YAML boolean"),
+        ({"gpu_request": "gpus-per-task"}, {"processes": 12}, "gpu_request", "6 trainer process.* 8 cannot be shared"),
+        ({"gpu_request": "gres", "engine_gpus_per_node": 4}, {}, "gpu_request", "same GPUs on all nodes"),
         ({"nodes": 1}, {}, "engine_nodes", "leave none for the trainer"),
         ({"engine_nodes": 0}, {}, "nodes", "of which none runs engines"),
         ({"engine_nodes": 0, "nodes": 1}, {}, "gpus_per_node", "16 trainer process.* and 8"),
@@ -71,6 +82,20 @@ def test_what_does_not_fit_is_named(change, config, key, says):
     cluster = Site.model_validate(cluster.model_dump() | change)
     faults = site_faults(cluster, run_config(**config))
     assert any(key in fault.keys and re.search(says, fault.message) for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"time": time} for time in ("infinite", "UNLIMITED", "90", "1:30:00", "2-0", "2-00:30:00")),
+        {"env": {"A": 1, "B": "true", "C": 0.5, "D": "a$5 #1", "E": "a~b"}},
+        {"sbatch": {"gres": "nvme:1", "exclusive": False, "dependency": "afterok:7", "time_min": "1:00:00"}},
+        *({"gpu_request": way} for way in ("gpus-per-node", "gres", "gpus-per-task", "none")),
+    ],
+)
+def test_what_fits_is_accepted(change):
+    cluster = Site.model_validate(read_section(Site, EXAMPLE).settings.model_dump() | change)
+    assert not site_faults(cluster, run_config())
 
 
 def test_faults_of_the_cluster_file_are_listed(tmp_path):
@@ -110,14 +135,19 @@ def test_scripts_quote_what_people_write(tmp_path):
 
 def test_dry_run_shows_the_job_and_submits_nothing(spell_launch, tmp_path):
     """The overrides reach NeMo-Run's executor, and the steps follow from them."""
-    file = cluster_file(tmp_path, account="me", sbatch={"constraint": "fast", "exclusive": True}, cpus_per_task=2)
+    sbatch = {"constraint": "fast", "exclusive": True, "hold": False, "dependency": "afterok:7", "gres": "nvme:1"}
+    settings = {"account": "me", "cpus_per_task": 2, "gpus_per_node": 4, "gpu_type": "h100", "gpu_request": "gres"}
+    file = cluster_file(tmp_path, sbatch=sbatch, **settings)
     arguments = ("--run.name=my run", "--training.parallel.processes=4", "--rollout.replicas=2")
     arguments += ("run.executor.nodes=3", "cluster.engine_nodes=1", "run.executor.qos=high")
+    arguments += ("run.executor.time=2:00:00", "run.executor.comment=mine")
     done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, "--dry-run")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     flags = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {"account=me", "nodes=3", "ntasks-per-node=2", "constraint=fast", "exclusive", "qos=high"} <= flags
+    assert {"dependency=singleton,afterok:7", "gres=gpu:h100:4,nvme:1", "time=2:00:00", "comment=mine"} <= flags
+    assert not [flag for flag in flags if flag.startswith(("gpus", "hold"))]
     trainer, engines = (shlex.split(line) for line in lines if line.startswith("srun"))
     assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--relative=0", "--cpus-per-task=2"} <= set(trainer)
     assert {"--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--relative=2", "--cpus-per-task=4"} <= set(engines)
@@ -145,7 +175,9 @@ def test_steps_get_their_nodes_and_gpus(slurm, spell_launch, tmp_path):
     say = f'python -c "{ranks}"; echo ${{RANK-}}${{MASTER_ADDR-}} $KEPT $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES'
     env = {"PYTHONPATH": str(ROOT)}
     python = f"export PATH={Path(sys.executable).parent}:$PATH"
-    file = cluster_file(tmp_path, nodes=3, engine_nodes=1, gpus_per_node=2, env=env, setup=f"{python}\n{say}\nexit 0")
+    setup = f"{python}\n{say}\nexit 0"
+    nodes = {"nodes": 3, "engine_nodes": 1, "gpus_per_node": 2, "gpu_request": "gpus-per-task"}
+    file = cluster_file(tmp_path, env=env, setup=setup, **nodes)
     arguments = ("--run.device=auto", "--training.parallel.processes=4", "--rollout.replicas=2", "--run.name=places")
     where = (f"--run.output_dir={tmp_path}", "--cluster", file)
     done = spell_launch(*QUICKSTART, *where, *arguments, **LEFT_BEHIND, **slurm.environment)
@@ -196,6 +228,15 @@ def test_what_slurm_refuses_is_told(slurm, spell_launch, tmp_path):
     assert "nonesuch" in done.stderr and "cluster's file" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_unknown_field_of_the_executor_is_told(spell_launch, tmp_path):
-    done = spell_launch(*QUICKSTART, "--cluster", cluster_file(tmp_path), "run.executor.nodez=2")
-    assert done.returncode == 2 and "Did you mean run.executor.nodes?" in done.stderr
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("run.executor.nodez=2", "Did you mean run.executor.nodes?"),
+        ("run.executor.time=soon", "'soon' is no time"),
+        ("run.executor.setup_lines=x", "this field follows from the run and the cluster's file"),
+        ("run.executor.additional_parameters={'array': '1-2'}", "cluster.sbatch.OPTION"),
+    ],
+)
+def test_overrides_of_the_executor_are_checked(spell_launch, tmp_path, word, says):
+    done = spell_launch(*QUICKSTART, "--cluster", cluster_file(tmp_path), f"--run.output_dir={tmp_path}", word)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

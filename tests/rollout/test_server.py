@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,14 @@ import pytest
 from engine_fixtures import engine_config
 
 from spell_megatron.ranks import TRAINER_VARIABLES
-from spell_megatron.rollout.server import ServerSettings, held_port, last_words, server_command, server_environment
+from spell_megatron.rollout.server import (
+    Server,
+    ServerSettings,
+    held_port,
+    last_words,
+    server_command,
+    server_environment,
+)
 from spell_megatron.rollout.transports.gloo import GLOO
 from spell_megatron.rollout.transports.ipc import IPC
 from spell_megatron.rollout.transports.nccl import NCCL
@@ -69,6 +78,21 @@ def test_last_words_prefer_the_cause(tmp_path: Path):
     assert last_words(log) == "ValueError: no room for the KV cache"
     log.write_text("one\n\ntwo\nKilled\n")
     assert last_words(log) == "one | two | Killed"
+
+
+def test_a_start_adds_to_the_log_of_the_one_before(tmp_path: Path):
+    """Each knows its own last words."""
+    log = tmp_path / "log"
+    slow = Server("http://one", ["bash", "-c", "echo 'ValueError: late'"], {"PATH": os.environ["PATH"]}, log)
+    slow.stop(time.monotonic() + 5)
+    fast = Server("http://two", [sys.executable, "-c", "print('two')"], {}, log)
+    fast.stop(time.monotonic() + 30)
+    lines = log.read_text().splitlines()
+    assert [line.split(" at ")[1].split()[0] for line in lines if line.startswith("----- started")] == [
+        slow.url,
+        fast.url,
+    ]
+    assert "ValueError: late" in lines and fast.last_words() == "two" and "ValueError: late" in slow.last_words()
 
 
 _STARTER = """
