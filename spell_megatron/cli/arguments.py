@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config.help import all_settings
+from spell_megatron.config.reading import Reading, read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.config.section import Section
 from spell_megatron.errors import UserError
@@ -59,6 +60,49 @@ def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
         required=required,
         help="YAML file of the run's settings; of several, later ones override earlier ones",
     )
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """`--resume [RUN_FOLDER]`."""
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
+        "without RUN_FOLDER: the run that --config names",
+    )
+
+
+def read_run(
+    command: str, arguments: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[Reading[Config], Path | None]:
+    """The settings that --config and --resume name, and the folder of the run to be continued, if any.
+
+    Raises:
+        UserError: they name none, or a file cannot be read at all.
+    """
+    if arguments.resume:
+        folder = Path(arguments.resume)
+        own = folder / "config.yaml"
+        if not own.is_file() and not arguments.config:
+            raise UserError(
+                f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
+                "the YAML file with --config."
+            )
+        location = folder.absolute()
+        reading = read_config(arguments.config or own, overrides)
+        run = reading.settings.run
+        run.output_dir, run.name = location.parent, location.name
+        return reading, folder
+    if arguments.config is None:
+        raise UserError(
+            "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
+            f"RUN_FOLDER. `spell {command} --help` lists all settings."
+        )
+    reading = read_config(arguments.config, overrides)
+    run = reading.settings.run
+    return reading, None if arguments.resume is None else run.output_dir / run.name
 
 
 def add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:

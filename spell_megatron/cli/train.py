@@ -16,11 +16,13 @@ from spell_megatron.cli.arguments import (
     add_command,
     add_config,
     add_rendezvous,
+    add_resume,
     overrides_of,
     quiet_libraries,
+    read_run,
     settings_help,
 )
-from spell_megatron.config.reading import Reading, noted_prompt_date, read_config, to_yaml
+from spell_megatron.config.reading import Reading, noted_prompt_date, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
@@ -47,14 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print all settings and an overview, and stop"
     )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN_FOLDER",
-        help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
-        "without RUN_FOLDER: the run that --config names",
-    )
+    add_resume(parser)
     add_rendezvous(parser, required=False)
 
 
@@ -142,28 +137,7 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
         from spell_megatron.processes.rendezvous import await_settings
 
         await_settings(arguments.config or ())
-    if arguments.resume:
-        folder = Path(arguments.resume)
-        own = folder / "config.yaml"
-        if not own.is_file() and not arguments.config:
-            raise UserError(
-                f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
-                "the YAML file with --config."
-            )
-        location = folder.absolute()
-        reading = read_config(arguments.config or own, overrides)
-        run = reading.settings.run
-        run.output_dir, run.name = location.parent, location.name
-        _pin_date(reading.settings, folder)
-        return reading, folder
-    if arguments.config is None:
-        raise UserError(
-            "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
-            "RUN_FOLDER. `spell train --help` lists all settings."
-        )
-    reading = read_config(arguments.config, overrides)
-    run = reading.settings.run
-    resumed = None if arguments.resume is None else run.output_dir / run.name
+    reading, resumed = read_run("train", arguments, overrides)
     _pin_date(reading.settings, resumed)
     return reading, resumed
 

@@ -20,8 +20,10 @@ from spell_megatron.config.reading import read_section
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.site import Site
 
-CHANGEABLE = ("comment", "constraint", "container_env", "cpus_per_gpu", "exclude", "mem_per_cpu", "mem_per_gpu")
-CHANGEABLE += ("network", "segment")
+CHANGEABLE = (
+    *("comment", "constraint", "container_env", "cpus_per_gpu", "exclude", "mem_per_cpu", "mem_per_gpu"),
+    *("network", "segment"),
+)
 """Fields of SlurmExecutor that neither the cluster's file nor this package sets."""
 
 HOME = "nemo-run"

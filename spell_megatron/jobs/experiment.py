@@ -66,6 +66,9 @@ class SlurmRun:
         place.append("--export=ALL")  # also where the site's default, or the job's, is to pass nothing on
         if step.nodes * step.tasks_per_node > 1:
             place.append("--label")  # the number of the task, before each line of the log that they share
+        if built.gpus_per_task:  # by which srun would give a step of fewer tasks a part of its nodes' GPUs
+            kind, number = site.gpus_of(engines=own is not self._steps[0])
+            place.append(f"--gpus-per-node={kind}:{number}" if kind else f"--gpus-per-node={number}")
         if built.cpus_per_task:
             place.append(f"--cpus-per-task={built.cpus_per_task * built.ntasks_per_node // step.tasks_per_node}")
         if site.colocated:

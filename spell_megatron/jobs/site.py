@@ -61,8 +61,9 @@ class Site(Section):
     gpu_type: str = ""
     """Type of these GPUs where Slurm knows several, as in --gpus-per-node=TYPE:8."""
     gpu_request: Literal["gpus-per-node", "gres", "gpus-per-task", "none"] = "gpus-per-node"
-    """How the job asks Slurm for GPUs: by --gpus-per-node=8; by --gres=gpu:8; by --gpus-per-task, an equal share for each
-    trainer process; or not at all (none), where Slurm knows no GPUs. Take whole nodes then (sbatch: {exclusive: true})."""
+    """How the job asks Slurm for GPUs: by --gpus-per-node=8; by --gres=gpu:8; by --gpus-per-task, an equal share for
+    each trainer process; or not at all (none), where Slurm knows no GPUs. Take whole nodes then
+    (sbatch: {exclusive: true})."""
     engine_gpus_per_node: int | None = Field(None, ge=0)
     """GPUs of each engine node, if not as many. With this or engine_gpu_type the job is a heterogeneous one."""
     engine_gpu_type: str | None = None
@@ -82,8 +83,8 @@ class Site(Section):
     """Virtual environment in which spell_megatron is installed, on the shared filesystem or in the container; null:
     `python` on the nodes has it."""
     env: dict[str, str | int | float | bool] = {}
-    """Environment variables of all processes of the job. Values are literal: no $NAME or ~ is replaced in them. For that,
-    write `export HF_HOME=$SCRATCH/hf` into setup. Put what YAML takes for something else in quotes ("true", "010")."""
+    """Environment variables of all processes of the job. Values are literal: no $NAME or ~ is replaced in them. For
+    that, write `export HF_HOME=$SCRATCH/hf` into setup. Quote what YAML takes for something else ("true", "010")."""
     setup: str = ""
     """Shell commands before each process of the job, after modules, environment and variables. One that fails ends the
     job; write `|| true` after one that may. Files that it sources may fail inside."""

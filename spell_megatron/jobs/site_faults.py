@@ -73,8 +73,7 @@ def _variable_faults(name: str, value: str | int | float | bool) -> Iterator[Fau
     elif re.search(r"\$\{?[A-Za-z_]|^~(/|$)", str(value)):
         yield Fault.of(
             "env",
-            f"{name}: values are literal, and {value!r} would stay as it is. Write under setup: "
-            f"export {name}={value}",
+            f"{name}: values are literal, and {value!r} would stay as it is. Write under setup: export {name}={value}",
         )
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.reading import load_config, read_section
+from spell_megatron.config.reading import read_section
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.job import local_script, prologue, steps
@@ -28,10 +28,12 @@ _OF_SITE = {name: name for name in (*_NUMBERS, "account", "partition", "qos", "t
 
 
 def launch(
-    config_files: Sequence[Path],
+    config: Config,
     site_file: Path | None,
-    words: Sequence[str],
+    of_site: Sequence[str],
+    of_executor: Sequence[str],
     *,
+    sources: str,
     on_slurm: bool = True,
     resume: bool = False,
     dry_run: bool = False,
@@ -39,16 +41,18 @@ def launch(
     """Submit a run to Slurm, or run it here by NeMo-Run's local executor; returns the exit status.
 
     Args:
-        config_files: the run's settings; later files override earlier ones.
+        config: the run's settings.
         site_file: description of the Slurm cluster; the local executor needs none.
-        words: overrides: `section.key=value` of the run's settings, `cluster.key=value` of the cluster's file, and
-            `run.executor.field=value` of NeMo-Run's executor.
+        of_site: overrides of it, `key=value`.
+        of_executor: overrides of NeMo-Run's executor, `field=value`.
+        sources: the files that the run's settings come from, for messages.
         on_slurm: else on this machine.
         resume: continue the run from its newest checkpoint.
         dry_run: print what would be submitted, and submit nothing.
 
     Raises:
-        UserError: faults in either file, or between the two; nemo-run is not there; Slurm refuses the job.
+        UserError: faults in the cluster's file, or between it and the run; nemo-run is not there; Slurm refuses the
+            job.
     """
     _forget_outer_job()
     if site_file is None and on_slurm:
@@ -56,17 +60,15 @@ def launch(
             "A job needs to know its cluster: give the file with --cluster. slurm/cluster.example.yaml is one to "
             "start from. To run on this machine without Slurm, say --executor local."
         )
-    of_executor, of_site, of_run = _separate(words, "run.executor.", "cluster.")
     if on_slurm:
         of_executor, moved = _moved_to_site(of_executor)
-        of_site += moved
-    config = load_config(config_files, of_run)
+        of_site = [*of_site, *moved]
     site = read_section(Site, site_file, of_site).checked()
     place(config, site)
     _prepare_nemo_run(site)
     if not on_slurm:
         return _run_here(config, site, of_executor, resume, dry_run)
-    return _submit(config, site, of_executor, f"{site_file} with {', '.join(map(str, config_files))}", resume, dry_run)
+    return _submit(config, site, of_executor, f"{site_file} with {sources}", resume, dry_run)
 
 
 def _forget_outer_job() -> None:
@@ -84,15 +86,6 @@ def _forget_outer_job() -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "SBATCH_")) and name not in _OF_THE_CLIENT:
             del os.environ[name]
-
-
-def _separate(words: Sequence[str], *prefixes: str) -> list[list[str]]:
-    """The words with each prefix, without it, and last the words with none of them."""
-    kinds: dict[str, list[str]] = {prefix: [] for prefix in (*prefixes, "")}
-    for word in words:
-        prefix = next(prefix for prefix in kinds if word.startswith(prefix))
-        kinds[prefix].append(word.removeprefix(prefix))
-    return list(kinds.values())
 
 
 def _moved_to_site(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -135,6 +136,11 @@ class Rendezvous:
             where = "it is not a node of Slurm"
             if name in nodes:
                 where = f"its NodeAddr in `scontrol show node` is {address!r}"
+            if _is_ipv6(address):
+                raise UserError(
+                    f"The node {name} has no IPv4 address: {where}, and the processes of a run connect by IPv4. Ask the "
+                    "administrators to set NodeAddr in slurm.conf to an IPv4 address, or to a name that has one."
+                ) from error
             raise UserError(
                 f"The address of the node {name} is unknown: {where}, and that name does not resolve on the node "
                 f"itself ({error.strerror}). Ask the administrators to enter it in DNS or /etc/hosts, or to set "
@@ -185,6 +191,13 @@ def _settings(file: Path) -> dict | None:
     except yaml.YAMLError as error:
         raise ValueError(f"it is not complete: {error}") from error
     return content if isinstance(content, dict) else None
+
+
+def _is_ipv6(address: str) -> bool:
+    """Whether it is, or is the name of, an IPv6 address alone."""
+    with suppress(OSError):
+        return bool(socket.getaddrinfo(address, None, family=socket.AF_INET6))
+    return False
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -38,10 +38,20 @@ def cluster_file(folder: Path, **settings) -> Path:
     return file
 
 
-def test_the_example_is_a_cluster_for_a_run():
-    cluster = read_section(Site, EXAMPLE).checked()
-    assert not site_faults(cluster, run_config())
-    planned = steps(cluster, run_config(), resume=False)
+def three_nodes(**change: object) -> Site:
+    """The example's cluster with three nodes of 8 GPUs, of which one runs engines."""
+    nodes = {"nodes": 3, "engine_nodes": 1, "gpus_per_node": 8}
+    return Site.model_validate(read_section(Site, EXAMPLE).settings.model_dump() | nodes | change)
+
+
+def test_the_example_is_a_cluster_for_the_quick_start():
+    quick_start = load_config(ROOT / "examples" / "quickstart.yaml")
+    assert not site_faults(read_section(Site, EXAMPLE).checked(), quick_start)
+
+
+def test_a_run_is_spread_over_the_nodes():
+    assert not site_faults(three_nodes(), run_config())
+    planned = steps(three_nodes(), run_config(), resume=False)
     places = {step.name: (step.nodes, step.tasks_per_node, step.first_node) for step in planned}
     assert places == {"trainer": (2, 8, 0), "engines": (1, 1, 2)}
 
@@ -78,9 +88,7 @@ def test_the_example_is_a_cluster_for_a_run():
     ],
 )
 def test_what_does_not_fit_is_named(change, config, key, says):
-    cluster = read_section(Site, EXAMPLE).settings
-    cluster = Site.model_validate(cluster.model_dump() | change)
-    faults = site_faults(cluster, run_config(**config))
+    faults = site_faults(three_nodes(**change), run_config(**config))
     assert any(key in fault.keys and re.search(says, fault.message) for fault in faults), faults
 
 
@@ -94,8 +102,7 @@ def test_what_does_not_fit_is_named(change, config, key, says):
     ],
 )
 def test_what_fits_is_accepted(change):
-    cluster = Site.model_validate(read_section(Site, EXAMPLE).settings.model_dump() | change)
-    assert not site_faults(cluster, run_config())
+    assert not site_faults(three_nodes(**change), run_config())
 
 
 def test_faults_of_the_cluster_file_are_listed(tmp_path):
@@ -208,6 +215,35 @@ def test_components_of_a_heterogeneous_job_get_their_gpus(slurm, spell_launch, t
     assert {f"NodeName=n{number} " in nodes for number in (1, 2, 3)} == {True}
 
 
+PRETENDED = """
+nvidia-smi() { seq -f "GPU %g: H100" $([ $SLURMD_NODENAME = n1 ] && echo 1 || echo 2); }
+type() { [ "$2" = nvidia-smi ] || builtin type "$@"; }
+timeout() { shift; "$@"; }
+python() {
+    case $*/$SLURM_PROCID in
+        *-c*) ;;
+        *train*/0) sleep 2; return 2 ;;
+        *) sleep 60; return 143 ;;
+    esac
+}
+"""
+"""Stands in for the driver, which lists one GPU on n1 and two on others, and for the run: rank 0 finds a fault of the
+user, and the others wait until Slurm ends them."""
+
+
+def test_a_bad_node_is_left_out_and_a_fault_of_the_user_is_final(slurm, spell_launch, tmp_path):
+    nodes = {"nodes": 2, "engine_nodes": 1, "gpus_per_node": 2}
+    file = cluster_file(tmp_path, setup=PRETENDED, sbatch={"exclude": "n4"}, **nodes)
+    arguments = ("--run.device=auto", "--training.parallel.processes=2", "--run.name=bad")
+    done = spell_launch(*QUICKSTART, "--cluster", file, f"--run.output_dir={tmp_path}", *arguments, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    ended = slurm.wait(re.search(r"job (\d+)", done.stdout)[1], 120)
+    first, second = (log.read_text() for log in sorted(tmp_path.rglob("log-bad.trainer*.out")))
+    assert "spell: n1: nvidia-smi lists 1 of 2 GPUs" in first and "nvidia-smi" not in second
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "1")
+    assert (ended["NodeList"], ended["ExcNodeList"]) == ("n[2-3]", "n[1,4]")
+
+
 def test_executors_are_factories_of_nemo_run(nemo_run, tmp_path):
     """`run.executor=slurm run.executor.nodes=8` on the command line of a program that uses NeMo-Run."""
     (tmp_path / "cluster.yaml").write_text(EXAMPLE.read_text())
@@ -218,7 +254,7 @@ def test_executors_are_factories_of_nemo_run(nemo_run, tmp_path):
         "print(type(context.executor).__name__, context.executor.nodes, context.executor.time)"
     )
     done = nemo_run("-c", code)
-    assert done.stdout == "SlurmExecutor 8 24:00:00\n", done.stderr
+    assert done.stdout == "SlurmExecutor 8 01:00:00\n", done.stderr
 
 
 def test_what_slurm_refuses_is_told(slurm, spell_launch, tmp_path):
@@ -232,8 +268,6 @@ def test_what_slurm_refuses_is_told(slurm, spell_launch, tmp_path):
     ("word", "says"),
     [
         ("run.executor.nodez=2", "Did you mean run.executor.nodes?"),
-        ("run.executor.time=soon", "'soon' is no time"),
-        ("run.executor.setup_lines=x", "this field follows from the run and the cluster's file"),
         ("run.executor.additional_parameters={'array': '1-2'}", "cluster.sbatch.OPTION"),
     ],
 )

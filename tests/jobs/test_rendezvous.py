@@ -124,6 +124,9 @@ def test_addresses_are_those_that_slurm_knows(tmp_path, monkeypatch):
     nodes.write_text("NodeName=n2 Arch=x NodeAddr=no-such-node.invalid Port=1\n")
     with pytest.raises(UserError, match="NodeAddr in `scontrol show node` is 'no-such-node.invalid'.*NodeAddr"):
         meeting.address()
+    nodes.write_text("NodeName=n2 Arch=x NodeAddr=fd00::2 Port=1\n")
+    with pytest.raises(UserError, match="n2 has no IPv4 address: its NodeAddr .* 'fd00::2', and .* IPv4"):
+        meeting.address()
     # Debian's /etc/hosts: the node's own name is an address of its own, useless to others
     nodes.write_text("NodeName=n1 NodeAddr=10.0.0.1 x\nNodeName=n2 x NodeAddr=localhost x\n")
     with pytest.raises(UserError, match="takes its own name, 'localhost', for 127.*n1.*/etc/hosts"):
