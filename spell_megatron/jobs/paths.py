@@ -39,6 +39,8 @@ def missing_files(config: Config, site: Site) -> list[Fault]:
         paths["validation.questions"] = config.validation.questions
     if site.venv and not site.container.image:
         paths["venv"] = site.venv / "bin" / "activate"
+    if site.container.image.startswith("/"):
+        paths["container.image"] = Path(site.container.image)
     return [
         Fault((key,), f"there is no {path}. Give a path that exists on this machine and on the nodes")
         for key, path in paths.items()

@@ -138,8 +138,8 @@ class Rendezvous:
                 where = f"its NodeAddr in `scontrol show node` is {address!r}"
             if _is_ipv6(address):
                 raise UserError(
-                    f"The node {name} has no IPv4 address: {where}, and the processes of a run connect by IPv4. Ask the "
-                    "administrators to set NodeAddr in slurm.conf to an IPv4 address, or to a name that has one."
+                    f"The node {name} has no IPv4 address: {where}, and the processes of a run connect by IPv4. Ask "
+                    "the administrators to set NodeAddr in slurm.conf to an IPv4 address, or to a name that has one."
                 ) from error
             raise UserError(
                 f"The address of the node {name} is unknown: {where}, and that name does not resolve on the node "
