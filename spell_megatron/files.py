@@ -62,6 +62,8 @@ def check_writable(folder: Path, names: Iterable[str]) -> None:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, whose place the file would take
+                raise OSError(errno.EINVAL, "it is not a regular file")
             path.with_name(path.name + ".tmp").open("ab").close()
             path.with_name(path.name + ".tmp").unlink()
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -339,8 +340,9 @@ def test_an_output_that_cannot_be_written_is_known_before_the_transcripts_are_re
     run = make_run(tmp_path / "run", 1)
     (tmp_path / "file").touch()
     read: list[int] = []
-    for out in (tmp_path / "file" / "report.html", tmp_path / ("x" * 252 + ".html")):
+    os.mkfifo(tmp_path / "pipe")  # as a device, it must not be replaced by a file
+    for out in (tmp_path / "file" / "report.html", tmp_path / ("x" * 252 + ".html"), tmp_path / "pipe"):
         with pytest.raises(UserError, match="Cannot write"):
             write_report([run], out, on_progress=lambda done, total: read.append(done))
-    assert not read
+    assert not read and (tmp_path / "pipe").is_fifo()
     write_report([run], tmp_path / "new" / "folder" / "report.html")
