@@ -122,13 +122,10 @@ def _wandb(run_folder: Path, project: str, settings: Mapping[str, Any]):
             "logging.wandb is true, but the wandb package cannot be imported. Install it (pip install "
             "wandb), or set logging.wandb to false."
         ) from error
-    id_file = run_folder / "wandb_id.txt"
-    if not id_file.exists():
-        write_text(id_file, uuid.uuid4().hex)
     run = wandb.init(
         project=project,
         name=settings["run"]["name"],
-        id=id_file.read_text(encoding="utf-8").strip(),
+        id=_wandb_id(run_folder / "wandb_id.txt"),
         resume="allow",
         dir=str(run_folder),
         config=dict(settings),
@@ -136,3 +133,12 @@ def _wandb(run_folder: Path, project: str, settings: Mapping[str, Any]):
     # its own step counter cannot go back, which a resumed run does
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's name at Weights & Biases; a new one if there is none yet, or a crash has damaged the file."""
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not known.isalnum():
+        known = uuid.uuid4().hex
+        write_text(path, known)
+    return known

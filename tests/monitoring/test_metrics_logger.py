@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spell_megatron.config.schema import LoggingConfig
 from spell_megatron.monitoring.describe import describe
-from spell_megatron.monitoring.metrics import MetricsLogger
+from spell_megatron.monitoring.metrics import MetricsLogger, _wandb_id
 
 SETTINGS = {"run": {"name": "test"}}
 
@@ -95,6 +95,15 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
         log.log(1, {"a": 1.0})
         assert wandb.run.summary["a"] == 1.0 and wandb.run.summary["step"] == 1
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", bytes(32)])
+def test_the_name_at_weights_and_biases_stays_unless_it_is_damaged(tmp_path, content):
+    path = tmp_path / "wandb_id.txt"
+    if content is not None:
+        path.write_bytes(content)
+    name = _wandb_id(path)
+    assert name.isalnum() and _wandb_id(path) == name
 
 
 def test_importing_the_reporting_modules_does_not_import_torch():
