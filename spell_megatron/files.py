@@ -142,7 +142,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
         try:
             folder.mkdir(mode, parents=True, exist_ok=True)
         except OSError as error:
-            if folder.is_file() or error.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE):
+            if folder.is_file() or error.errno not in (errno.EEXIST, errno.ESTALE):
                 return error
             raise
         return True

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.errors import ExitStatus, UserError, explain
 from spell_megatron.files import make_folder
 from spell_megatron.processes.holder import Holder
 
@@ -54,7 +54,7 @@ class FolderLock:
         name: of the files in the folder.
 
     Raises:
-        UserError: another process works in the folder.
+        UserError: another process works in the folder, or it cannot be written.
     """
 
     def __init__(
@@ -71,8 +71,12 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> FolderLock:
-        make_folder(self._folder)
-        self._acquire()
+        try:
+            make_folder(self._folder)
+            self._acquire()
+        except OSError as error:
+            reason = explain(error) or f"{error.strerror or error}. Name another place, or make this one writable"
+            raise UserError(f"Cannot write {self._folder}: {reason}.") from error
         self._thread.start()
         return self
 

@@ -24,6 +24,7 @@ from spell_megatron.processes.rendezvous import NODES
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 MACHINES = 4
+HERE = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 LATE = 3.0  # seconds
 JOIN = """
 import sys
@@ -132,7 +133,7 @@ def on(slurm: MiniSlurm, machine: str, code: str, *words: object, **environment:
     """A Python program on a machine."""
     return subprocess.Popen(
         [*slurm.enter(machine), sys.executable, "-c", code, *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        env=HERE | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -180,9 +181,9 @@ def test_a_folder_belongs_to_one_machine(slurm, shared):
     end(third)
 
 
-def test_a_job_survives_its_network(slurm, machines, submit):
-    """Packets are delayed and lost, the nodes of an engine and of a trainer process are cut off for some seconds, a
-    second job for the same run comes in between, and in the end the engine's node is lost for good."""
+def test_a_job_survives_its_network(slurm, machines, shared, submit):
+    """Packets are delayed and lost, the nodes of an engine and of a trainer process are cut off for some seconds, the
+    run is started a second time in between, and in the end the engine's node is lost for good."""
     slow = {"delay": 0.002, "loss": 0.002}
     for node in slurm.nodes:
         machines.set(node, **slow)
@@ -200,12 +201,12 @@ def test_a_job_survives_its_network(slurm, machines, submit):
     assert f"engines ready at http://{slurm.address('n3')}:" in log.read_text()
     for node in ("n3", "n2"):
         machines.set(node, cut=True)
-        time.sleep(8)
+        time.sleep(12)  # by now an address that does not answer is told to be out of reach
         machines.set(node, **slow)
         goes_on(2)
-    _, second, its_logs = submit("net", "cluster.nodes=1", *few, "--resume")
-    assert slurm.wait(second, 120)["ExitCode"] == "2:0"
-    assert "in use by `spell train`, process" in said(its_logs) and f"on n1, Slurm job {job}, since" in said(its_logs)
+    command = [sys.executable, "-m", "spell_megatron", "train", "--resume", str(shared / "net")]
+    second = subprocess.run([*slurm.enter("n4"), *command], env=HERE, capture_output=True, text=True)
+    assert second.returncode == 2 and f"on n1, Slurm job {job}, since" in second.stderr, second.stderr
     goes_on(1)
     assert slurm.job(job)["Restarts"] == "0" and "Waiting for engines" not in said(logs)
     machines.power_off("n3")

@@ -108,6 +108,13 @@ def test_a_process_has_a_folder_once(tmp_path):
         pass
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/x", "/proc", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"Cannot write {place}: "), lock(Path(place)):
+            pass
+
+
 def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
     of_before = dataclasses.replace(Holder.this_process("x"), started="1")
     (tmp_path / "lock-1").write_text(json.dumps(dataclasses.asdict(of_before)))
