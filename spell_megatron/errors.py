@@ -11,6 +11,14 @@ class UserError(Exception):
     """
 
 
+class ProcessLost(Exception):
+    """Another process of the run has ended, and this one cannot go on without it; the message says which.
+
+    The command line prints the message without a stack trace and exits with `ExitStatus.DEFECT`: what happened is the
+    other one's to say, and a job may be started again.
+    """
+
+
 _PERMISSION = "this user has no permission. Correct the permissions, or choose another place"
 _OPEN_FILES = "too many files are open. Raise the limit (ulimit -n)"
 _EXPLANATIONS = {
@@ -38,15 +46,15 @@ class ExitStatus(IntEnum):
 
     SUCCESS = 0
     DEFECT = 1
-    """A defect of the program. Python prints a stack trace."""
+    """A defect of the program, of which Python prints a stack trace; or a `ProcessLost`."""
     USER_ERROR = 2
     """A `UserError`; of `spell plan`: the run does not fit its GPUs."""
     RUN_FAILED = 3
     """Of `spell status` and `spell stop`: the run failed, or gives no sign of life."""
     REQUEUE = 75
-    """Of `spell train`: stopped with a checkpoint on SIGUSR1, to be started again."""
+    """Of `spell train`: stopped on SIGUSR1, with a checkpoint if there was anything to save, to be started again."""
     INTERRUPTED = 130
-    """By Ctrl-C."""
+    """By Ctrl-C; `spell train` saves a checkpoint first if there is anything to save."""
     CLOSED_PIPE = 141
     """Nobody reads the output any more (`spell train --help | head`); as of programs that SIGPIPE ends."""
     TERMINATED = 143

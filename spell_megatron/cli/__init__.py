@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
-from spell_megatron.errors import ExitStatus, UserError, explain
+from spell_megatron.errors import ExitStatus, ProcessLost, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not end_unread():
             raise
         return ExitStatus.CLOSED_PIPE
+    except ProcessLost as error:
+        _tell(error)
+        return ExitStatus.DEFECT
     except OSError as error:
         explanation = explain(error)
         if explanation is None:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.placement import Device
 from spell_megatron.rollout.server import ServerSettings
@@ -32,22 +32,42 @@ class EngineNodes:
     def __init__(self, rendezvous: Rendezvous, start_timeout: float) -> None:
         self._rendezvous, self._seconds = rendezvous, start_timeout + _LATER_SECONDS
         self._requests = 0
+        self._urls: list[list[str]] = []
 
     def start(self) -> list[str]:
         """Waits until all nodes have published their engines since the last request; the addresses of all engines."""
-        published = [
-            self._rendezvous.wait(
-                f"engines-{node}", self._seconds, lambda content: content["request"] == self._requests
-            )
-            for node in range(self._rendezvous.engine_nodes)
-        ]
-        return [url for node in published for url in node["urls"]]
+        self._urls = [self._published(node) for node in range(self._rendezvous.engine_nodes)]
+        return [url for urls in self._urls for url in urls]
+
+    def _published(self, node: int) -> list[str]:
+        """The addresses of a node's engines.
+
+        Raises:
+            UserError: it does not publish them in time.
+        """
+
+        def answers(content: dict) -> bool:
+            return content["request"] == self._requests
+
+        return self._rendezvous.wait(f"engines-{node}", self._seconds, answers)["urls"]
 
     def restart(self, broken: Collection[str]) -> list[str]:
-        """Has the nodes restart the engines at these addresses; the addresses of all engines."""
+        """Has the nodes restart the engines at these addresses; the addresses of all engines.
+
+        Raises:
+            ProcessLost: a node does not answer.
+        """
         self._requests += 1
         self._rendezvous.publish(f"restart-{self._requests}", {"urls": list(broken)})
-        return self.start()
+        for node, urls in enumerate(self._urls):
+            try:
+                self._urls[node] = self._published(node)
+            except UserError as error:
+                raise ProcessLost(
+                    f"Engine node {node} ({', '.join(urls)}) has not answered for {self._seconds:g} s. The node is "
+                    "lost, or its process has ended: then its log says why. The run goes on from its last checkpoint."
+                ) from error
+        return [url for urls in self._urls for url in urls]
 
     def check(self) -> None:
         """Does nothing: this process started no server."""

@@ -10,10 +10,10 @@ from engine_fixtures import engine_config, open_engines
 
 from spell_megatron.cli import main
 from spell_megatron.config.reading import to_yaml
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.processes.rendezvous import BEGUN, Rendezvous
 from spell_megatron.rollout import engine_nodes
-from spell_megatron.rollout.engine_nodes import serve
+from spell_megatron.rollout.engine_nodes import EngineNodes, serve
 from spell_megatron.rollout.transports.gloo import GLOO
 
 
@@ -47,3 +47,19 @@ def test_engines_wait_until_the_trainer_has_the_folder(policy, tmp_path: Path, m
     threading.Timer(0.3, begin).start()
     assert main(["engines", "--config", str(config), "--rendezvous", str(rendezvous.folder)]) == 0
     assert events == ["trainer begins", "engines start"]
+
+
+def test_a_lost_node_is_no_fault_of_the_user(tmp_path: Path):
+    """The job is queued again, which exit status 2 would prevent."""
+    meeting = Rendezvous(tmp_path, engine_nodes=2)
+    for node in range(2):
+        meeting.publish(f"engines-{node}", {"urls": [f"http://10.0.0.{node}:1"], "request": 0})
+    nodes = EngineNodes(meeting, start_timeout=0.1)
+    nodes._seconds = 0.1
+    assert nodes.start() == ["http://10.0.0.0:1", "http://10.0.0.1:1"]
+    meeting.publish("engines-0", {"urls": ["http://10.0.0.0:2"], "request": 1})
+    with pytest.raises(ProcessLost, match=r"Engine node 1 \(http://10.0.0.1:1\) has not answered for 0.1 s"):
+        nodes.restart(["http://10.0.0.1:1"])
+    meeting.publish("engines-0", {"urls": ["http://10.0.0.0:2"], "request": 2})
+    meeting.publish("engines-1", {"urls": ["http://10.0.0.1:2"], "request": 2})
+    assert nodes.restart([]) == ["http://10.0.0.0:2", "http://10.0.0.1:2"]
