@@ -94,15 +94,15 @@ class FolderLock:
         while True:
             last = newest(self._folder, self._name)
             before = self._path(last)
-            alive = last > 0 and self._is_held(before)
-            if not self._make(last + 1):
-                if not self._path(last + 1).exists():
-                    time.sleep(_PAUSE)  # it is there, and this machine does not see it yet; or it has just been removed
-                continue
-            # What was there before may have been removed, or another may have come, since it was looked at.
-            if newest(self._folder, self._name) == last + 1 and (last == 0 or before.exists()):
-                break
-            self._path(last + 1).unlink()
+            holder = read_holder(before) if last else None
+            alive = holder is not None and self._is_held(before, holder)
+            if self._make(last + 1):
+                # Since it was looked at, others may have removed what was there before, and begun anew.
+                same = holder is None or (before.exists() and read_holder(before) == holder)
+                if same and newest(self._folder, self._name) == last + 1:
+                    break
+                self._path(last + 1).unlink()
+            time.sleep(_PAUSE)  # another was faster, or this machine does not see its file yet
         self._number = last + 1
         if alive:  # it sees the new file, and ends
             _until(lambda: not before.exists())
@@ -121,13 +121,13 @@ class FolderLock:
             raise
         return True
 
-    def _is_held(self, path: Path) -> bool:
+    def _is_held(self, path: Path, holder: Holder) -> bool:
         """Whether the holder is alive; then it is an earlier start of this process's job.
 
         Raises:
             UserError: it is alive, and has nothing to do with this process.
         """
-        own, holder = self._own, read_holder(path)
+        own = self._own
         alive = lives(path, holder, certain=own.job is not None)
         if not alive:
             return False

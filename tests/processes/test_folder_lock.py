@@ -200,6 +200,21 @@ def test_a_lock_that_is_not_complete(tmp_path, impatient):
         pass
 
 
+def test_others_that_begin_anew_while_a_dead_lock_is_replaced(tmp_path, monkeypatch):
+    """One has replaced it, and has ended; another has begun with the number that the dead one had."""
+    elsewhere(tmp_path, age=folder_lock.APART)
+    make = FolderLock._make
+
+    def later(self: FolderLock, number: int) -> bool:
+        elsewhere(tmp_path, age=0, since=1.0)
+        return make(self, number)
+
+    monkeypatch.setattr(FolderLock, "_make", later)
+    with pytest.raises(UserError, match="on n7, since 1970"), lock(tmp_path):
+        pass
+    assert files(tmp_path) == ["lock-1"]
+
+
 def _race(folder: Path, start, results, ended) -> None:
     start.wait()
     try:
