@@ -46,7 +46,6 @@ def inspect(
     check_held_out_questions(found, config.validation.questions)
     policy = check_model_folder(found, config.model.path, config.model.dtype)
     if policy is not None:
-        found.attempt("model.path", lambda: policy.rotary)
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
         if resume is not None:

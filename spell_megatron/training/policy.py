@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spell_megatron.errors import UserError
+from spell_megatron.training.config_values import given_faults, value_faults
 from spell_megatron.training.families import FAMILIES, Experts, Family, supported
 
 
@@ -64,7 +68,8 @@ class PolicyModel:
             dtype: type of the parameters, as torch names it; None: the one that config.json names.
 
         Raises:
-            UserError: there is no such folder or file, it does not parse, or the model is not supported.
+            UserError: there is no such folder or file, it does not parse, a value is missing or cannot be, or the
+                model is not supported.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -73,7 +78,13 @@ class PolicyModel:
                 "folder with config.json, safetensors weights and a tokenizer."
             )
         try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            kind = given.get("model_type")
+            if kind in FAMILIES:
+                _refuse(given_faults(FAMILIES[kind], given, CONFIG_MAPPING[kind].attribute_map))
             hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except UserError:
+            raise
         except Exception as error:  # transformers raises many types for a bad file
             raise UserError(
                 f"{path} cannot be read as a model configuration ({error}). Supported are {supported()}."
@@ -82,9 +93,12 @@ class PolicyModel:
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, dtype: str | None = None) -> PolicyModel:
-        """The policy of a configuration that is read already. UserError if the model is not supported."""
+        """The policy of a configuration that is read already. UserError as for `load`."""
+        arch = _architecture(hf_config)
         named = getattr(torch, dtype) if dtype else hf_config.dtype
-        return cls(hf_config, _architecture(hf_config), named or torch.float32)
+        policy = cls(hf_config, arch, named or torch.float32)
+        _ = policy.rotary  # raises its errors
+        return policy
 
     @property
     def family(self) -> Family:
@@ -96,23 +110,33 @@ class PolicyModel:
         defines them for the configured scaling (default, linear, llama3, yarn).
 
         Raises:
-            UserError: a scaling whose frequencies depend on the length of each sequence.
+            UserError: a scaling whose frequencies depend on the length of each sequence, or numbers that give none.
         """
         parameters = self.hf_config.rope_parameters
-        kind = parameters["rope_type"]
+        if (kind := parameters["rope_type"]) not in ("default", "linear", "llama3", "yarn"):
+            raise UserError(
+                f"config.json asks for rotary embeddings of type {kind!r}. Supported are default, linear, llama3 "
+                "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
+                "sequences of several lengths share a prefix."
+            )
+        try:
+            frequencies, factor = self._frequencies(kind)
+            sound = bool((frequencies.isfinite() & (frequencies > 0)).all()) and 0 < factor < math.inf
+            reason = "" if sound else "the frequencies are not all above 0 and finite"
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            _refuse([f"rope_parameters {parameters} give no rotary embedding ({reason})"])
+        return frequencies.float(), float(factor)
+
+    def _frequencies(self, kind: str) -> tuple[torch.Tensor, float]:
         # Models may be built on a device without memory, and transformers does not name the device everywhere.
         with torch.device("cpu"):
             if kind == "default":
                 dim = self.arch.head_dim
-                return 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
-            if kind not in ("linear", "llama3", "yarn"):
-                raise UserError(
-                    f"config.json asks for rotary embeddings of type {kind!r}. Supported are default, linear, llama3 "
-                    "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
-                    "sequences of several lengths share a prefix."
-                )
-            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](self.hf_config, device="cpu")
-        return frequencies.float(), float(factor)
+                exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+                return 1.0 / self.hf_config.rope_parameters["rope_theta"] ** exponents, 1.0
+            return ROPE_INIT_FUNCTIONS[kind](self.hf_config, device="cpu")
 
 
 def _architecture(hf_config: PretrainedConfig) -> Architecture:
@@ -121,6 +145,7 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
     if model_type not in FAMILIES:
         raise UserError(f"Models of type {model_type!r} are not supported. Supported are {supported()}.")
     family = FAMILIES[model_type]
+    _refuse(value_faults(family, hf_config))
     if hf_config.hidden_act != "silu":
         raise UserError(
             f"config.json has hidden_act {hf_config.hidden_act!r}; only 'silu' (SwiGLU) is supported, "
@@ -143,6 +168,14 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         qk_norm=family.has(family.qk_norm, hf_config),
         **(_experts(family.experts, hf_config) if family.experts else _NO_EXPERTS | {"moe_layers": (False,) * layers}),
     )
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    """UserError if there are faults of config.json."""
+    if listed := "; ".join(faults):
+        raise UserError(
+            f"config.json cannot be used: {listed}. Correct it, or copy it again from where the model came from."
+        )
 
 
 def _refuse_windows(family: Family, hf_config: PretrainedConfig) -> None:

@@ -35,7 +35,11 @@ def test_released_models_have_no_fault(family):
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "adds a shared expert"),
         ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 64}}, "goes over two chunks"),
         ("qwen2", {"qk_norm": True}, "adds norms to queries and keys"),
-        ("qwen2", {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 4}, "head_dim is 64"),
+        (
+            "qwen2",
+            {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
+            "head_dim is 64",
+        ),
         ("qwen2", {"is_causal": False}, "sees what comes later"),
         ("mistral", {"attention_bias": True}, "adds biases to the attention"),
         ("mistral", {"mlp_bias": True}, "adds biases to the feed-forward"),

@@ -1,15 +1,28 @@
-"""Models and layouts that are not supported."""
+"""Models and layouts that are not supported, and values of config.json that cannot be."""
+
+import json
 
 import pytest
-from families import hf_config
+from families import LLAMA3_ROPE, hf_config
 from hf_models import COMMON, MOE, YARN_ROPE
 
+from spell_megatron.cli import main
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
 
 pytestmark = pytest.mark.usefixtures("process_group")
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_key_value_heads",
+)
+MOE_SIZES = ("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
 
 
 def rejected(folder, family, fields, **training) -> str:
@@ -59,3 +72,84 @@ def test_unsupported_layouts_are_refused(tmp_path):
         ("g", "qwen3_moe", MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
     ]:
         assert reason in rejected(tmp_path / name, family, fields, parallel=parallel)
+
+
+LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "said"),
+    [
+        *(("llama", field, 0, f"{field} is 0; it must be a whole number of 1 or more") for field in SIZES),
+        *(("qwen3", field, -4, f"{field} is -4") for field in SIZES),
+        *(("qwen3", field, "4", f"{field} is '4'; it must be a whole number of 1 or more") for field in SIZES),
+        *(("qwen2", field, 4.0, f"{field} is 4.0; it must be a whole number of 1 or more") for field in SIZES),
+        *(("mistral", field, None, f"{field} is None") for field in SIZES[:5]),
+        *(("llama", field, ..., f"{field} is missing") for field in SIZES[:5]),
+        ("qwen3", "num_key_value_heads", 3, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ("qwen3", "head_dim", 31, "head_dim.*31"),
+        ("qwen3", "head_dim", True, "head_dim is True"),
+        ("qwen2", "hidden_size", 50, "hidden_size 50 is no multiple of num_attention_heads 4"),
+        ("llama", "rms_norm_eps", float("nan"), "rms_norm_eps is nan; it must be a number above 0"),
+        ("llama", "rms_norm_eps", 0.0, "rms_norm_eps is 0.0"),
+        ("llama", "dtype", "int8", "dtype is torch.int8"),
+        ("llama", "dtype", 3, "dtype is 3"),
+        ("qwen3_moe", "num_experts_per_tok", 7, "num_experts_per_tok 7 is more than num_experts 6"),
+        *(("qwen3_moe", field, 0, f"{field} is 0") for field in MOE_SIZES),
+        ("qwen3_moe", "num_experts_per_tok", ..., "num_experts_per_tok is missing"),
+        ("qwen3_moe", "num_experts", "many", "num_.*experts is 'many'"),
+        ("qwen3_moe", "mlp_only_layers", [3], "mlp_only_layers names layer 3; the layers have the numbers 0 to 2"),
+        ("llama", "rope_parameters", {"full_attention": YARN_ROPE}, "not a set for each kind of layer"),
+        ("llama", "rope_parameters", YARN_ROPE | {"factor": "4"}, "rope_parameters .* give no rotary embedding"),
+        ("llama", "rope_parameters", YARN_ROPE | {"factor": ...}, "factor"),
+        ("llama", "rope_parameters", YARN_ROPE | {"rope_theta": -1.0}, "give no rotary embedding"),
+        ("llama", "rope_parameters", YARN_ROPE | {"rope_theta": 0.0}, "give no rotary embedding"),
+        ("llama", "rope_parameters", YARN_ROPE | {"attention_factor": float("nan")}, "give no rotary embedding"),
+        ("llama", "rope_parameters", {"rope_theta": 1e4, "factor": 2.0}, "factor 2.0, but no rope_type that uses it"),
+        ("llama", "rope_parameters", LLAMA3 | {"original_max_position_embeddings": 0}, "original_max_position.* 0;"),
+        ("llama", "rope_parameters", LLAMA3 | {"low_freq_factor": -1.0}, "low_freq_factor -1.0"),
+    ],
+)
+def test_values_that_no_model_can_have_are_named(tmp_path, family, field, value, said):
+    folder = write_config(tmp_path, family, field, value)
+    with pytest.raises(UserError, match=f"(?s)config.json cannot be (used|read).*{said}"):
+        PolicyModel.load(folder)
+
+
+def write_config(folder, family, field, value):
+    """A folder with a config.json in which one field has another value; ... is none."""
+    hf_config(family, **COMMON | (MOE if family == "qwen3_moe" else {})).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if field == "num_experts" and "num_local_experts" in config:
+        field = "num_local_experts"
+    value = {k: v for k, v in value.items() if v is not ...} if isinstance(value, dict) else value
+    config = {k: v for k, v in (config | {field: value}).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_all_values_that_cannot_be_are_told_at_once(tmp_path):
+    folder = write_config(tmp_path, "qwen3_moe", "hidden_size", 0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": -1, "num_experts_per_tok": "2"}))
+    with pytest.raises(UserError) as error:
+        PolicyModel.load(folder)
+    assert all(field in str(error.value) for field in ("hidden_size", "vocab_size", "num_experts_per_tok"))
+
+
+def test_older_configurations_without_heads_of_keys_are_read(tmp_path):
+    arch = PolicyModel.load(write_config(tmp_path, "llama", "num_key_value_heads", ...)).arch
+    assert (arch.heads, arch.groups) == (4, 4)
+
+
+def test_commands_tell_what_is_wrong_with_config_json(tmp_path, capsys):
+    folder = write_config(tmp_path / "model", "qwen3_moe", "num_experts_per_tok", 7)
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model: {{path: {folder}}}\ndata: {{documents: unused.jsonl}}\n")
+    for words in (
+        ["plan", "--config", str(settings)],
+        ["train", "--config", str(settings), "--dry-run"],
+        ["convert", "hf-to-megatron", "--hf", str(folder), "--megatron", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2
+        assert "num_experts_per_tok 7 is more than num_experts 6" in capsys.readouterr().err

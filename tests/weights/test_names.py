@@ -39,11 +39,11 @@ def test_shards_compute_the_same_projection():
     rank's gate beside its up."""
     from transformers import Qwen3Config
 
-    table = rules(PolicyModel.of(Qwen3Config(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=3)))
-    q, k, v = torch.randn(12, 8), torch.randn(6, 8), torch.randn(6, 8)
+    table = rules(PolicyModel.of(Qwen3Config(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=4)))
+    q, k, v = torch.randn(16, 8), torch.randn(8, 8), torch.randn(8, 8)
     rule = table["decoder.layers.0.self_attention.linear_qkv.weight"]
     second = rule.shard([q, k, v], size=2, rank=1)
-    assert torch.equal(second, torch.cat([q[6:], k[3:], v[3:]]))
+    assert torch.equal(second, torch.cat([q[8:], k[4:], v[4:]]))
     gate, up = torch.randn(10, 8), torch.randn(10, 8)
     rule = table["decoder.layers.0.mlp.linear_fc1.weight"]
     assert torch.equal(rule.shard([gate, up], size=2, rank=0), torch.cat([gate[:5], up[:5]]))
