@@ -142,7 +142,7 @@ class FolderLock:
                 if self._path(self._number + 1).exists():
                     self._give_way()
                 try:
-                    os.utime(self._path(self._number))
+                    _touch(self._path(self._number))
                 except FileNotFoundError:  # somebody has removed it
                     if not self._make(self._number):
                         self._give_way()
@@ -157,6 +157,19 @@ class FolderLock:
         if self._path(self._number + 1).exists():
             self._path(self._number).unlink()  # the other waits for it
         os._exit(ExitStatus.USER_ERROR)
+
+
+def _touch(path: Path) -> None:
+    """Give a file the time of now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every filesystem lets set a time
+        with path.open("r+b") as file:
+            content = file.read()
+            file.seek(0)
+            file.write(content)
 
 
 def in_use(folder: Path, holder: Holder, remedy: str) -> str:

@@ -1,6 +1,7 @@
 """One process at a time in a folder: on one machine, on several whose clocks are apart, and after every kind of end."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -126,7 +128,7 @@ def test_a_process_of_another_machine(tmp_path, impatient):
     elsewhere(tmp_path, age=0)
     with pytest.raises(UserError, match="process 1 on n7"), lock(tmp_path):
         pass
-    elsewhere(tmp_path, age=folder_lock.APART)
+    elsewhere(tmp_path, age=folder_lock.APART + 1)
     with lock(tmp_path):
         pass
     elsewhere(tmp_path, age=100)  # of the age alone clocks that are apart may be the cause
@@ -202,17 +204,29 @@ def test_a_lock_that_is_not_complete(tmp_path, impatient):
 
 def test_others_that_begin_anew_while_a_dead_lock_is_replaced(tmp_path, monkeypatch):
     """One has replaced it, and has ended; another has begun with the number that the dead one had."""
-    elsewhere(tmp_path, age=folder_lock.APART)
+    elsewhere(tmp_path, age=folder_lock.APART + 1)
     make = FolderLock._make
 
     def later(self: FolderLock, number: int) -> bool:
-        elsewhere(tmp_path, age=0, since=1.0)
+        elsewhere(tmp_path, age=0, since=1e6)
         return make(self, number)
 
     monkeypatch.setattr(FolderLock, "_make", later)
     with pytest.raises(UserError, match="on n7, since 1970"), lock(tmp_path):
         pass
     assert files(tmp_path) == ["lock-1"]
+
+
+def test_a_filesystem_that_lets_set_no_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "BEAT", 0.02)
+    with lock(tmp_path):
+        path = tmp_path / "lock-1"
+        os.utime(path, (0, 0))
+        monkeypatch.setattr(os, "utime", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime < 1:
+            assert time.monotonic() < deadline
+        assert folder_lock.read_holder(path).pid == os.getpid()
 
 
 def _race(folder: Path, start, results, ended) -> None:
@@ -231,7 +245,7 @@ def test_one_of_many_gets_the_folder_of_a_dead_process(tmp_path):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         if attempt:
-            elsewhere(folder, age=folder_lock.APART)
+            elsewhere(folder, age=folder_lock.APART + 1)
         start, results, ended = fork.Barrier(12), fork.Queue(), fork.Event()
         processes = [fork.Process(target=_race, args=(folder, start, results, ended)) for _ in range(12)]
         for process in processes:
