@@ -85,6 +85,10 @@ def test_an_engine_that_is_out_of_reach_has_not_ended(server, monkeypatch):
     assert one.responds(10)
     network(cut)
     assert not one.healthy()  # at once: whoever watches an engine wants to know
+    network()
+    one.call("spell_describe")
+    one.call("spell_describe")
+    assert connection.create_connection.call_count == 2  # none is kept, which the server might close meanwhile
     monkeypatch.setattr(engine, "_CUT_SECONDS", 0.0)
     network(*[cut] * 9)
     assert not one.responds(10)
