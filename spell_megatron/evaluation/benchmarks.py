@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from spell_megatron.evaluation.questions import HeldOutQuestion
-from spell_megatron.selfplay.parsing import LETTERS, choice_text
+from spell_megatron.selfplay.letters import LETTERS
+from spell_megatron.selfplay.parsing import choice_text
 from spell_megatron.selfplay.references import answer_text, valid_unicode
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.config.selfplay_sections import GateConfig, SelfPlayConfig
 from spell_megatron.selfplay.attempt import Attempt
+from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.outcomes import Outcome
-from spell_megatron.selfplay.parsing import LETTERS, Question, parse_answer
+from spell_megatron.selfplay.parsing import Question, parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.step_client import Prompt, StepClient

@@ -5,17 +5,29 @@ All functions are total: no text makes them raise, and each takes time linear in
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from typing import Any
 
+from spell_megatron.selfplay.characters import canonical
+from spell_megatron.selfplay.keywords import from_the_end
+from spell_megatron.selfplay.latex import without_latex
+from spell_megatron.selfplay.letters import LETTERS, letter_alone, letter_at
+from spell_megatron.selfplay.numbers import (
+    drop_thousands_separators,
+    format_decimal,
+    in_parentheses,
+    number_alone,
+    number_at,
+    parse_number,
+)
 from spell_megatron.selfplay.outcomes import Outcome
-from spell_megatron.selfplay.scoring import answer_kind, drop_thousands_separators, parse_number
-
-LETTERS = "ABCD"
+from spell_megatron.selfplay.records import CONTROL, read_record
+from spell_megatron.selfplay.references import says_something
+from spell_megatron.selfplay.scoring import answer_kind
+from spell_megatron.selfplay.statements import statements
+from spell_megatron.selfplay.texts import text_at
 
 
 @dataclass(frozen=True)
@@ -45,133 +57,91 @@ class Question:
         return replace(self, text=choice_text(self.stem, options), reference=reference, options=options)
 
 
-# Regions of a text
-
-
-def after_thinking(text: str) -> str | None:
-    """What follows the last `</think>` (all of it without one), stripped; None if thinking never ends."""
-    if "<think>" in text and "</think>" not in text:
-        return None
-    return text.rpartition("</think>")[2].strip()
-
-
-def answer_region(task: str, text: str) -> str | None:
-    """The part of a response in which its answer may stand; None if thinking never ends.
-
-    Without an answer phrase or the end of thinking, only the end of the response counts: 300
-    characters, or 1,000 for text answers.
-    """
-    kind = answer_kind(task)
-    marked = "</think>" in text or "answer is" in text or (kind == "number" and r"\boxed{" in text)
-    region = after_thinking(text)
-    if region is None or marked:
-        return region
-    return region[-1000:] if kind == "text" else region[-300:]
-
-
 # Answers
 
 
-_TEXT_PHRASES = ("the answer is", "correct answer is", "answer is")
-_TEXT_DELETED = re.compile(r"\*|<｜Assistant｜>|<｜end▁of▁sentence｜>")
-_STATED_NUMBER = r"=?≈?`?%?\$?°?£?€?¥?-?[0-9.,]*[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
-_NUMBER_PHRASES = [
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        rf"the answer is \(({_STATED_NUMBER})\)",
-        rf"the answer is ({_STATED_NUMBER})",
-        rf"answer is \(({_STATED_NUMBER})\)",
-        rf"answer is ({_STATED_NUMBER})",
-    )
-]
-_LETTER_PHRASES = [
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"\\boxed\{([A-D])\}",
-        r"correct answer is \(([A-D])\)",
-        r"correct answer is ([A-D])",
-        r"answer is \(([A-D])\)",
-        r"answer is ([A-D])",
-    )
-]
+def after_thinking(text: str) -> str | None:
+    """What follows the last `</think>` (all of it without one), stripped; None if thinking does not end."""
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest.strip()
 
 
 def parse_answer(task: str, text: str, truncated: bool) -> str | None:
-    """The answer that a response states, in the form `scoring.rule_score` takes; None if there is none.
+    """The answer that a response states last, in the form `scoring.rule_score` takes; None if there is none.
 
     `truncated`: the engine stopped at the length limit, so whatever stands there is no final answer.
     """
-    region = None if truncated else answer_region(task, text)
-    return None if region is None else extract_answer(task, region) or None
+    response = None if truncated else after_thinking(text)
+    return None if response is None else extract_answer(task, response)
 
 
 def extract_answer(task: str, text: str) -> str | None:
-    """What follows an answer phrase (or stands in a box), by the kind of answers of the task."""
-    return {"number": _extract_number, "text": _extract_text, "letter": _extract_letter}[answer_kind(task)](text)
+    """The answer that a text states last, by the kind of answers of the task.
 
-
-def _extract_text(text: str) -> str | None:
-    """The line after the last use of the first phrase that occurs, without full stops around it."""
-    text = _TEXT_DELETED.sub("", text)
-    phrase = next((phrase for phrase in _TEXT_PHRASES if phrase in text), None)
-    if phrase is None:
+    A number or a letter may also stand alone, in the last line. A statement that names several, or a range, is one too:
+    it is read, and matches no reference.
+    """
+    kind = answer_kind(task)
+    for content, is_box in statements(text):
+        if kind == "letter":
+            answer = letter_at(content)
+        elif kind == "text":
+            answer = text_at(without_latex(content) if is_box else content)
+        elif is_box:
+            answer = drop_thousands_separators(content.strip().rstrip(".,")) or None
+        else:
+            answer = number_at(content)
+        if answer is not None:
+            return answer or None
+    if kind == "text":
         return None
-    answer = text.rpartition(phrase)[2].strip(". \t\r\n")
-    if "insert answer here" in answer:
-        return None
-    return answer.partition("\n")[0].strip(". \t\r")
-
-
-def _extract_number(text: str) -> str | None:
-    """The content of the last box, or the number after the last use of the first phrase that has one."""
-    text = text.replace("*", "")
-    if r"\boxed{" in text:
-        answer = _balanced(text.rpartition(r"\boxed{")[2])
-        return None if answer is None else drop_thousands_separators(answer.rstrip(".,"))
-    for phrase in _NUMBER_PHRASES:
-        if found := phrase.findall(text):
-            return drop_thousands_separators(found[-1].rstrip(".,"))
-    return None
-
-
-def _balanced(text: str) -> str | None:
-    """The text up to the brace that closes one opened just before it; None if it stays open."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[: brace.start()]
-    return None
-
-
-def _extract_letter(text: str) -> str | None:
-    text = text.replace("*", "")
-    for phrase in _LETTER_PHRASES:
-        if found := phrase.findall(text):
-            return found[-1] if found[-1] in LETTERS else None
-    return None
+    return letter_alone(text) if kind == "letter" else number_alone(text)
 
 
 # Verdicts
 
 
+_DECISION_WORDS = ("decision", "verdict", "judgment", "judgement", "conclusion", "final answer", "判断", "结论")
+_COLON = re.compile(r"[\"'*_`\s]*[:：]")
+_VOTE = r"\[\[[^\w\[\]]{0,9}(YES|NO)[^\w\[\]]{0,9}\]\]"
+_FORM = re.compile(rf"{_VOTE}\s*(?:or|and|/|\|)\s*{_VOTE}|\[\[\s*YES\s*(?:or|and|/|\|)\s*NO\s*\]\]", re.IGNORECASE)
+_BRACKETED = re.compile(_VOTE, re.IGNORECASE)
+# A NO before another word is one of a sentence ("NO difference"), unless it is named beside the other one.
+_WORD = re.compile(r"\b(?:(YES)|(NO))\b(?!(?<=NO) +(?!(?:and|or)\b)\w)")
+
+
 def parse_verdict(text: str, truncated: bool) -> int:
     """A judgment's vote: 1 for YES, 0 for NO, -1 if it is cut off, missing or contradictory.
 
-    `[[YES]]` and `[[NO]]` decide; only without either do the bare words, in capitals.
+    What follows the last "Decision:" counts, or all of it if nothing there is a vote. `[[YES]]` and `[[NO]]` decide,
+    the last one if there are several, but not where both are only named as the form of a decision. Without either the
+    bare words do, in capitals.
     """
     judgment = None if truncated else after_thinking(text)
     if judgment is None:
         return -1
-    votes = set(re.findall(r"\[\[(YES|NO)\]\]", judgment)) or set(re.findall(r"\b(YES|NO)\b", judgment))
-    return {frozenset({"YES"}): 1, frozenset({"NO"}): 0}.get(frozenset(votes), -1)
+    for part in (_decision(judgment), judgment):
+        part = _FORM.sub("", part)
+        votes = [v[1].upper() for v in _BRACKETED.finditer(part) if not part.endswith("not ", 0, v.start())]
+        if votes:
+            return int(votes[-1] == "YES")
+        if words := {yes or no for yes, no in _WORD.findall(part)}:
+            return {frozenset({"YES"}): 1, frozenset({"NO"}): 0}.get(frozenset(words), -1)
+    return -1
+
+
+def _decision(judgment: str) -> str:
+    """What follows the last word for a decision with a colon; all of the text without one."""
+    for start, word in from_the_end(judgment, _DECISION_WORDS):
+        if colon := _COLON.match(judgment, start + len(word)):
+            return judgment[colon.end() :]
+    return judgment
 
 
 # Questions
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_JSON_BLOCK = re.compile(r"```json(.*?)```", re.DOTALL)
+_LABEL = re.compile(r"[\s*]*[(\[]?([A-Da-d])[)\].:]+\s*(?=\S)")
 
 
 def parse_question(
@@ -188,66 +158,66 @@ def parse_question(
     return question_from_record(task, read_record(answer), count_tokens, max_reference_tokens)
 
 
-def read_record(text: str) -> dict[str, Any]:
-    """The JSON object of the last fenced json block that parses, or of the whole text; {} without one."""
-    text = _CONTROL.sub("", text)
-    for block in [*reversed(_JSON_BLOCK.findall(text)), text]:
-        try:
-            record = json.loads(block)
-        except (ValueError, RecursionError):  # RecursionError: nested too deeply
-            continue
-        return record if isinstance(record, dict) else {}
-    return {}
-
-
 def question_from_record(
     task: str, record: dict[str, Any], count_tokens: Callable[[str], int], max_reference_tokens: int
 ) -> Question | Outcome:
     """The question in a record of the questioner, or the outcome of an attempt without one."""
     text, answer = _clean(record.get("question")), record.get("answer")
-    if not text:
-        return Outcome.BAD_FORMAT
-    kind = answer_kind(task)
-    if kind == "number":
-        return _number_question(task, text, answer)
-    answer = _clean(answer)
-    if not answer:
-        return Outcome.BAD_FORMAT
-    if kind == "letter":
-        return _choice_question(task, text, record.get("options"), answer)
-    stated = extract_answer(task, answer)
-    reference = answer if stated is None else stated
-    if not reference:
-        return Outcome.BAD_FORMAT
-    if count_tokens(reference) > max_reference_tokens:
-        return Outcome.LONG_REFERENCE
-    return Question(task, text, reference)
-
-
-def _number_question(task: str, text: str, answer: object) -> Question | Outcome:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    if not text or isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return Outcome.BAD_FORMAT
     try:
-        stated = str(answer)
+        answer = _clean(str(answer))
     except ValueError:  # an integer of more digits than Python prints
-        return Outcome.UNPARSABLE_NUMBER
-    value = parse_number(extract_answer(task, stated) or stated)
+        return Outcome.UNPARSABLE_NUMBER if answer_kind(task) == "number" else Outcome.LONG_REFERENCE
+    if not answer:
+        return Outcome.UNPARSABLE_NUMBER if answer_kind(task) == "number" else Outcome.BAD_FORMAT
+    match answer_kind(task):
+        case "number":
+            return _number_question(task, text, answer)
+        case "letter":
+            return _choice_question(task, text, record.get("options"), answer)
+    reference = extract_answer(task, answer) or answer
+    if count_tokens(reference) > max_reference_tokens:
+        return Outcome.LONG_REFERENCE
+    return Question(task, text, reference) if says_something(reference) else Outcome.BAD_FORMAT
+
+
+def _number_question(task: str, text: str, answer: str) -> Question | Outcome:
+    stated = extract_answer(task, answer)
+    value = parse_number(answer if stated is None or parse_number(answer) is not None else stated)
     if value is None:
         return Outcome.UNPARSABLE_NUMBER
     if value == 0:
         return Outcome.ZERO_ANSWER
-    return Question(task, text, format_decimal(value))
+    return Question(task, text, format_decimal(-value if in_parentheses(answer) else value))
 
 
 def _choice_question(task: str, stem: str, options: object, answer: str) -> Question | Outcome:
-    if not isinstance(options, dict):
-        return Outcome.BAD_FORMAT
-    values = [options.get(letter) for letter in LETTERS]
-    texts = tuple(_clean(str(value)) if isinstance(value, int | float) else _clean(value) for value in values)
-    letter = extract_answer(task, answer) or answer
-    if not all(texts) or letter not in tuple(LETTERS):
+    texts = _options(options)
+    letter = answer if answer in tuple(LETTERS) else extract_answer(task, answer) or letter_at(answer)
+    if not all(texts) or len({_bare(text) for text in texts}) < len(LETTERS) or not letter:
         return Outcome.BAD_FORMAT
     return Question(task, choice_text(stem, texts), letter, stem, texts)
+
+
+def _options(options: object) -> tuple[str, ...]:
+    """The texts of the options A to D, of an object or a list, without their labels; "" for what is no text."""
+    if isinstance(options, list) and len(options) == len(LETTERS):
+        options = dict(zip(LETTERS, options, strict=True))
+    named = (
+        {str(key).strip(" ().").upper(): value for key, value in options.items()} if isinstance(options, dict) else {}
+    )
+    values = [named.get(letter) for letter in LETTERS]
+    texts = [_clean(str(v)) if isinstance(v, int | float) else _clean(v) for v in values]
+    labels = [_LABEL.match(text) for text in texts]
+    if [label and label[1].upper() for label in labels] == list(LETTERS):
+        texts = [text[label.end() :] for text, label in zip(texts, labels, strict=True) if label]
+    return tuple(texts)
+
+
+def _bare(option: str) -> str:
+    """An option as it is compared with others: without case, blanks and a full stop."""
+    return "".join(canonical(option).casefold().split()).rstrip(".")
 
 
 def choice_text(stem: str, options: Sequence[str]) -> str:
@@ -260,9 +230,4 @@ def _clean(value: object) -> str:
     """A string without control characters, lone surrogates and outer blanks; "" for what is no string."""
     if not isinstance(value, str):
         return ""
-    return _CONTROL.sub("", value).encode("utf-8", "replace").decode("utf-8").strip()
-
-
-def format_decimal(value: float) -> str:
-    """A finite number in decimals, never in scientific notation: 1200.0 -> 1200, 1e-05 -> 0.00001."""
-    return format(Decimal(repr(value)), "f").removesuffix(".0")
+    return CONTROL.sub("", value).encode("utf-8", "replace").decode("utf-8").strip()

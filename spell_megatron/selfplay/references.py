@@ -1,11 +1,35 @@
-"""Reference answers that people give, in files of questions and in benchmarks."""
+"""Reference answers: what can be one, and those that people give in files of questions and in benchmarks."""
 
 from __future__ import annotations
 
 import math
+import re
 
-from spell_megatron.selfplay.parsing import LETTERS, format_decimal
-from spell_megatron.selfplay.scoring import parse_number
+from spell_megatron.selfplay.letters import LETTERS
+from spell_megatron.selfplay.numbers import format_decimal, parse_number
+from spell_megatron.selfplay.texts import normalize_text
+
+# A reference, in the form of `normalize_text`, that says that there is none.
+_SUBJECT = r"(?:(?:it|this|that|answer|information|which) (?:is|was) )?"
+_ABSENT = (
+    r"unknown|unspecified|undetermined|unclear|unanswerable|undefined|undisclosed|n a|na|none|null|nil|not applicable",
+    r"not (?:\w+ )?(?:mentioned|specified|stated|given|provided|available|known|clear|determined|disclosed|found|"
+    r"reported|included|discussed|indicated|enough information|possible to (?:say|tell|determine))",
+    r"(?:cannot|can not|could not) be (?:determined|answered|inferred|found|known|established)",
+    r"(?:there (?:is|are) )?(?:no|insufficient|not enough) (?:answer|information|data|evidence|mention|details?)",
+    r"(?:documents?|texts?|passages?) (?:do|does) not|i (?:do not|dont) know",
+)
+_WHERE = (
+    r"(?: (?:in|from|by|based|according|to|about|on|for|within|without|available|given|provided|state|say|mention|"
+    r"specify|contain|information)\b.*)?"
+)
+_NO_ANSWER = re.compile(f"{_SUBJECT}(?:{'|'.join(_ABSENT)}){_WHERE}")
+
+
+def says_something(reference: str) -> bool:
+    """Whether a text says something that an answer can match, and not that there is no answer."""
+    said = normalize_text(reference)
+    return bool(said) and said not in ("the", "an") and not _NO_ANSWER.fullmatch(said)
 
 
 def known_answer(task: str, value: object) -> str:

@@ -16,9 +16,10 @@ from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.checks import Checks
 from spell_megatron.selfplay.context import choose_context, shorten_context
 from spell_megatron.selfplay.history import Entry, History
+from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.metrics import vote_counts
 from spell_megatron.selfplay.outcomes import Outcome
-from spell_megatron.selfplay.parsing import LETTERS, Question, parse_answer, parse_question, parse_verdict
+from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.rewards import (
     admissible,

@@ -13,7 +13,7 @@ from typing import Any
 from spell_megatron.evaluation.pass_at_k import pass_at_k
 from spell_megatron.evaluation.prompt_cut import middle_truncate
 from spell_megatron.selfplay import parsing, scoring
-from vectors.answers import decide_loose
+from vectors.answers import covered
 from vectors.functions import function
 from vectors.numbers import as_written, decide_match
 from vectors.only_reference import token_f1
@@ -62,11 +62,9 @@ def decide_evaluation(input: dict, expected: dict) -> dict:
         }
     if kind == "letter":
         return expected
-    covered = expected["pred"] is not None and decide_loose(
-        {"prediction": expected["pred"], "ground_truth": input["ground_truth"]}, None
-    )
+    score = int(expected["pred"] is not None and covered(expected["pred"], input["ground_truth"]))
     f1 = 0.0 if expected["pred"] is None else expected["f1_score"]
-    return {**expected, "judge": int(covered), "em_score": int(covered), "f1_score": f1}
+    return {**expected, "judge": score, "em_score": score, "f1_score": f1}
 
 
 @function("eval.process_answer", decide_evaluation)

@@ -1,8 +1,10 @@
 """Numbers: reading, comparing and scoring them.
 
 Decided: arithmetic only, nothing is executed; what is no finite number (also yes and no, option letters,
-lists) matches nothing; signs count; scientific notation is read and never written; commas go only
-where they separate thousands; leading zeros are ignored; ^ is a power.
+lists, choices) matches nothing; signs count; scientific notation is read and never written; commas go only
+where they separate thousands; leading zeros are ignored; ^ is a power; words of scale multiply. The number stated last
+counts, with its sign and without words before it; one in parentheses keeps them, as it can be negative. Numbers match
+within 0.15 % or by a forgiven factor, and not because they round alike.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from spell_megatron.selfplay import parsing, scoring
+from spell_megatron.selfplay import numbers, parsing, scoring
+from vectors.answers import decide_region
 from vectors.functions import NUMBER, compute_score, function
 
 UNPARSABLE = 999999999  # what the reference makes of text that it cannot evaluate
@@ -59,9 +62,11 @@ def arithmetic(text: str) -> float | None:
 def bare(text: str) -> str:
     """The text without what surrounds a number."""
     text = re.split("[=≈]", text)[-1]
-    for mark in (*MARKS, "million", "billion", "thousand", "approximately", "USD", "US", "RMB"):
+    for mark in (*MARKS, "approximately", "about", "USD", "US", "RMB"):
         text = text.replace(mark, "")
-    text = text.split(" or ")[0].replace(" x ", "*").replace("×", "*").replace("÷", "/").replace("−", "-")
+    for word, scale in {"million": "e6", "billion": "e9", "thousand": "e3"}.items():
+        text = text.replace(f" {word}", scale)
+    text = text.replace(" x ", "*").replace("×", "*").replace("÷", "/").replace("−", "-")
     text = " ".join(text.split()).rstrip(". ")
     return text.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text) else text
 
@@ -106,6 +111,10 @@ def is_real(value: Any) -> bool:
 
 def decide_number(input: dict, expected: Any) -> Any:
     text = input["text"]
+    if " or " in text:
+        return UNPARSABLE
+    if re.search("million|billion|thousand", text):
+        return decided_number(text)
     if is_real(expected) and expected != UNPARSABLE and not is_code(text) and not re.search(r"(?<!10)\^", text):
         return expected
     value = decided_number(text)
@@ -125,12 +134,10 @@ def decide_match(prediction: str | None, reference: str | None, expected: Any) -
 
 
 def numbers_agree(a: float, b: float) -> bool:
-    """The comparison of spell-algorithm section 4.1.3 in exact fractions."""
+    """The comparison, in exact fractions."""
     p, gt = Fraction(a), Fraction(b)
     large, small, tolerance = max(abs(p), abs(gt)), min(abs(p), abs(gt)), Fraction("0.0015")
     if any(small <= 2 * large / s and abs(small * s - large) <= tolerance * large for s in (100, 10**3, 10**6, 10**9)):
-        return p * gt >= 0
-    if math.ceil(1000 * small) == math.ceil(1000 * large):
         return p * gt >= 0
     return abs(p - gt) <= tolerance * abs(gt)
 
@@ -147,25 +154,16 @@ def without_separators(text: str) -> str:
 
 
 def as_written(text: str | None, extracted: str | None) -> str | None:
-    """The number that the reference extracted, as the text has it: exponent kept, odd commas too."""
+    """The number that a text states last, as it has it: sign, currency, exponent, parentheses, odd commas too."""
     if text is None:
         return None
     text = text.replace("*", "").rpartition("</think>")[2]
-    number = rf"[=≈{MARKS}]*-?[0-9.,]*[0-9][0-9.,]*"
-    if extracted is None:  # the reference does not find an exponent in parentheses
-        found = re.findall(rf"answer is \(({number}e[-+]?[0-9]+)\)", text, re.IGNORECASE)
-        return without_separators(found[-1]) if found and r"\boxed{" not in text else None
-    if r"\boxed{" in text:
-        box = text.rpartition(r"\boxed{")[2]
-        candidates = [box[:end] for end in range(len(box), 0, -1)]
-    else:
-        candidates = re.findall(rf"answer is \(?({number}(?:e[-+]?[0-9]+)?)", text, re.IGNORECASE)[::-1]
-    for candidate in candidates:
-        candidate = candidate.rstrip(".,")
-        mantissa = candidate if r"\boxed{" in text else re.split("[eE]", candidate)[0]
-        if mantissa.replace(",", "").rstrip(".") == extracted:
-            return without_separators(candidate)
-    return extracted
+    number = r"-?[£€¥$]?[0-9.,]*[0-9](?:e[-+]?[0-9]+)?"
+    box = r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"
+    phrase = rf"answer is (?:about |approximately |≈)?({number}(?: or {number})?|\({number}\))"
+    stated = f"{box}|{phrase}"
+    found = re.findall(stated, text, re.IGNORECASE)
+    return without_separators(found[-1][0] or found[-1][1]) if found else None
 
 
 def number_or_nothing(value: Any) -> float | None:
@@ -174,13 +172,13 @@ def number_or_nothing(value: Any) -> float | None:
 
 @function("docmath.normalize", decide_number)
 def _(input: dict) -> Any:
-    value = scoring.parse_number(input["text"])
+    value = numbers.parse_number(input["text"])
     return UNPARSABLE if value is None else value
 
 
 @function("docmath.is_number")
 def _(input: dict) -> Any:
-    return bool(scoring.WELL_FORMED.fullmatch(input["text"]))
+    return bool(numbers.WELL_FORMED.fullmatch(input["text"]))
 
 
 @function("docmath.parse_model_answer", lambda input, expected: as_written(input["text"], expected))
@@ -188,9 +186,9 @@ def _(input: dict) -> Any:
     return None if input["text"] is None else parsing.extract_answer(NUMBER, input["text"])
 
 
-@function("docmath.extract_solution")
+@function("docmath.extract_solution", decide_region)
 def _(input: dict) -> Any:
-    region = parsing.answer_region(NUMBER, input["text"])
+    region = parsing.after_thinking(input["text"])
     return "Empty" if region is None else region
 
 
@@ -200,9 +198,7 @@ def _(input: dict) -> Any:
 
 
 def decide_comparison(input: dict, expected: Any) -> Any:
-    if not is_real(input["pred"]) or not is_real(input["gt"]):
-        return False
-    return expected and input["pred"] * input["gt"] >= 0
+    return is_real(input["pred"]) and is_real(input["gt"]) and numbers_agree(input["pred"], input["gt"])
 
 
 @function("docmath.compare_two_numbers", decide_comparison)

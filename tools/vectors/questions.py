@@ -1,11 +1,13 @@
 """The questioner: its text, its prompt, its reward.
 
-Decided: true is no answer; blank questions and options that are no text are format errors; the letter
+Decided: a record is read where its form leaves no doubt (other fences or none, a comma too many); the letter of an
+answer may be lower-case; true is no answer; blank questions and options that are no text are format errors; the letter
 is filled in; penalties are rewards of their own and not means.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from decimal import Decimal
@@ -19,7 +21,13 @@ from vectors.functions import LETTER, NUMBER, TEXT, function
 from vectors.numbers import decided_number, is_code
 
 
-@function("questioner.get_record")
+def decide_record(input: dict, expected: Any) -> Any:
+    """Where the reference finds nothing: the object in the text, without a comma too many."""
+    found = re.search(r'\{"[^{}]*\}', input["text"].rpartition("</think>")[2])
+    return expected or (json.loads(re.sub(r",\s*\}", "}", found[0])) if found else {})
+
+
+@function("questioner.get_record", decide_record)
 def _(input: dict) -> Any:
     text = parsing.after_thinking(input["text"])
     return {} if text is None else parsing.read_record(text)
@@ -81,7 +89,13 @@ def decide_choice_record(input: dict, expected: Any) -> Any:
     texts = [options.get(letter) for letter in "ABCD"] if isinstance(options, dict) else []
     if is_blank(input["record"].get("question")):
         return -1
-    return -1 if any(is_blank(t) or not isinstance(t, str | int | float) for t in texts) else expected
+    if any(is_blank(text) or not isinstance(text, str | int | float) for text in texts) or len(texts) < 4:
+        return -1
+    letter = input["record"].get("answer")
+    if expected != -1 or letter not in tuple("abcd"):
+        return expected
+    shown = dict.fromkeys(("question", "labelled_options_in_order", "extra_options_dropped"), True)
+    return {"ground_truth": letter.upper(), "formatted_question_contains": shown}
 
 
 @function("questioner.parse.doc_mc", decide_choice_record)
