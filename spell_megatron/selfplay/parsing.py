@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from spell_megatron.selfplay.characters import canonical
@@ -104,7 +105,8 @@ def extract_answer(task: str, text: str) -> str | None:
 _DECISION_WORDS = ("decision", "verdict", "judgment", "judgement", "conclusion", "final answer", "判断", "结论")
 _COLON = re.compile(r"[\"'*_`\s]*[:：]")
 _VOTE = r"\[\[[^\w\[\]]{0,9}(YES|NO)[^\w\[\]]{0,9}\]\]"
-_FORM = re.compile(rf"{_VOTE}\s*(?:or|and|/|\|)\s*{_VOTE}|\[\[\s*YES\s*(?:or|and|/|\|)\s*NO\s*\]\]", re.IGNORECASE)
+_OR = r"\s*(?:or|and|/|\|)\s*"
+_FORM = re.compile(rf"{_VOTE}\s*(?:\([^()]{{0,40}}\))?{_OR}{_VOTE}|\[\[\s*YES{_OR}NO\s*\]\]", re.IGNORECASE)
 _BRACKETED = re.compile(_VOTE, re.IGNORECASE)
 # A NO before another word is one of a sentence ("NO difference"), unless it is named beside the other one.
 _WORD = re.compile(r"\b(?:(YES)|(NO))\b(?!(?<=NO) +(?!(?:and|or)\b)\w)")
@@ -114,19 +116,23 @@ def parse_verdict(text: str, truncated: bool) -> int:
     """A judgment's vote: 1 for YES, 0 for NO, -1 if it is cut off, missing or contradictory.
 
     What follows the last "Decision:" counts, or all of it if nothing there is a vote. `[[YES]]` and `[[NO]]` decide,
-    the last one if there are several, but not where both are only named as the form of a decision. Without either the
-    bare words do, in capitals.
+    the last one if there are several, but not where both are only named as the form of a decision, and never if the
+    other one stands directly beside it. Without either the bare words do, in capitals.
     """
     judgment = None if truncated else after_thinking(text)
     if judgment is None:
         return -1
     for part in (_decision(judgment), judgment):
-        part = _FORM.sub("", part)
-        votes = [v[1].upper() for v in _BRACKETED.finditer(part) if not part.endswith("not ", 0, v.start())]
+        said = _FORM.sub("", part)
+        votes = [vote for vote in _BRACKETED.finditer(said) if not said.endswith("not ", 0, vote.start())]
+        if any(a[1].upper() != b[1].upper() and not said[a.end() : b.start()].strip() for a, b in pairwise(votes)):
+            return -1
         if votes:
-            return int(votes[-1] == "YES")
-        if words := {yes or no for yes, no in _WORD.findall(part)}:
+            return int(votes[-1][1].upper() == "YES")
+        if words := {yes or no for yes, no in _WORD.findall(said)}:
             return {frozenset({"YES"}): 1, frozenset({"NO"}): 0}.get(frozenset(words), -1)
+        if said != part:
+            break
     return -1
 
 

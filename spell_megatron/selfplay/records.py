@@ -8,7 +8,7 @@ from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
-_BLOCK = re.compile(r"```[ \t]*(\w*)(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```[ \t]*+(\w*+)(.*?)```", re.DOTALL)
 _LANGUAGES = ("json", "json5", "jsonc")
 # Where an object may begin that stands in no fence, or in one that a question's text or nothing closes.
 _OBJECT = re.compile(r'\{\s*"(?:question|options|answer)"')

@@ -20,8 +20,8 @@ _ABSENT = (
     r"(?:documents?|texts?|passages?) (?:do|does) not|i (?:do not|dont) know",
 )
 _WHERE = (
-    r"(?: (?:in|from|by|based|according|to|about|on|for|within|without|available|given|provided|state|say|mention|"
-    r"specify|contain|information)\b.*)?"
+    r"(?: (?:is|was|in|from|by|based|according|to|about|on|for|within|without|available|given|provided|state|say|"
+    r"mention|specify|contain|information)\b.*)?"
 )
 _NO_ANSWER = re.compile(f"{_SUBJECT}(?:{'|'.join(_ABSENT)}){_WHERE}")
 

