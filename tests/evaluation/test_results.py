@@ -50,13 +50,15 @@ KNOWN = [
     ("docmath_qa", "0.325", "Therefore, the answer is 32.5%", 1),
     ("docmath_qa", "57.3", "Therefore, the answer is $57,300", 1),
     ("docmath_qa", "46.4", r"so \boxed{46.4}", 1),
-    ("docmath_qa", "46.4", "Therefore, the answer is 2 * 23.2", 0),  # only a stated number counts: 2
+    ("docmath_qa", "46.4", "Therefore, the answer is 2 * 23.2", 1),
+    ("docmath_qa", "46.4", "Therefore, the answer is 46.4 or 47", 0),
     ("docmath_qa", "46.4", "I do not know.", 0),
     # letters
     ("doc_mc", "C", "The correct answer is (C)", 1),
     ("doc_mc", "C", "The correct answer is (A), no: the correct answer is (C)", 1),
     ("doc_mc", "C", "The correct answer is (B)", 0),
-    ("doc_mc", "C", "(C)", 0),
+    ("doc_mc", "C", "(C)", 1),
+    ("doc_mc", "C", "The correct answer is Copper", 0),
 ]
 
 
