@@ -51,7 +51,7 @@ class Engine:
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy stands between us and an engine
         self._session.headers["Authorization"] = f"Bearer {api_key}"
-        # A server closes a connection that was idle, and while the network is cut nobody is told. The next request on it
+        # A server closes a connection that was idle, and tells nobody while the network is cut. The next request on it
         # would fail, and could not be made again, as it may have arrived.
         self._session.headers["Connection"] = "close"
         patience = _Patience(total=None, connect=6, read=False, redirect=0, status=0, other=0, backoff_factor=0.5)

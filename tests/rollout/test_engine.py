@@ -38,8 +38,11 @@ def test_a_call_to_a_core_that_dies_fails(policy, tmp_path: Path):
 
 
 class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps connections
+
     def do_GET(self) -> None:
         self.send_response(200)
+        self.send_header("Content-Length", "0")
         self.end_headers()
 
     def do_POST(self) -> None:
