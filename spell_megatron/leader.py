@@ -57,6 +57,9 @@ class InARow:
             raise UserError(self._message.format(count=self._count, **details))
 
 
+_VALIDATED = "validation/pass@1"
+"""A metric of each validation."""
+
 NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
 
 
@@ -75,7 +78,8 @@ class Leader:
         self._stack = ExitStack()
         self._empty = InARow(NOTHING_TO_TRAIN_ON)
         self._first_validation: Metrics = {}
-        self._last_metrics: Metrics = {}
+        self._last_validation: Metrics = {}
+        self._unvalidated = False
 
     def __enter__(self) -> Leader:
         with ExitStack() as stack:
@@ -111,8 +115,8 @@ class Leader:
 
         Args:
             trainer: with the weights after `step` updates.
-            state: what `state` returned when they were saved; {} at the start of a run, which begins with a
-                validation.
+            state: what `state` returned when they were saved; {} at the start of a run. A validation of these weights
+                that is due, and was not made or was interrupted, comes first.
         """
         if why := self._no_replay(trainer):
             self.progress.line(f"Routing replay is off: {why}.")
@@ -126,13 +130,14 @@ class Leader:
         )
         if state:
             self._director.selfplay.load_state_dict(state["selfplay"])
-        self._stop.can_save = True
         metrics = self.push(step)
+        self._stop.can_save = True
         if not state:
-            self._first_validation = self._validate(0)
-            self._log.log(0, metrics | self._first_validation)
-            if self._director.held_out_questions:
-                self.progress.validation(0, self._first_validation)
+            self._log.log(0, metrics)
+        if not self._log.has(step, _VALIDATED):
+            self._first_validation = self._validate(step)
+            if self._first_validation:
+                self.progress.validation(step, self._first_validation)
 
     def _no_replay(self, trainer: Trainer) -> str:
         """Why a mixture of experts is trained without the engines' routings; "" if it is not."""
@@ -175,36 +180,45 @@ class Leader:
         return {"step": step, "selfplay": self._director.selfplay.state_dict()}
 
     def end_step(self, step: int, metrics: Metrics) -> None:
-        """Validate where it is due, and record the metrics of update `step`."""
+        """Record the metrics of update `step`, and validate where it is due."""
         metrics["time/step"] = time.monotonic() - self._started
-        metrics |= self._validate(step)
-        if "validation/pass@1" in metrics:
-            note_score(self._folder, step, metrics["validation/pass@1"])
         self._log.log(step, metrics)
-        self.progress.summary(step, self._config.run.steps, metrics)
-        self._last_metrics = metrics
+        self._last_validation = self._validate(step)
+        self.progress.summary(step, self._config.run.steps, metrics | self._last_validation)
 
     def _validate(self, step: int) -> Metrics:
-        """Accuracy on the held-out questions, at the steps where the configuration asks for it."""
+        """Accuracy on the held-out questions, at the steps where the configuration asks for it.
+
+        {} if it is not due, or if it is given up because the run is asked to stop.
+        """
         if not self._config.validation.due(step, self._config.run.steps):
             return {}
         started = time.monotonic()
         with self.progress.stage("validation", self._director.held_out_questions) as advance:
-            return self._director.validate(advance) | {"time/validation": time.monotonic() - started}
+            metrics = self._director.validate(advance)
+        self._unvalidated = not metrics
+        if metrics:
+            self._log.log(step, metrics | {"time/validation": time.monotonic() - started})
+            if step:
+                note_score(self._folder, step, metrics[_VALIDATED])
+        return metrics
 
     def meet(self) -> None:
         """Wait until all ranks have come here: rank 0 last, after the last validation."""
         self._weights.give_order(Order.END)
 
-    def end(self, step: int, stopped: Reason | None) -> None:
-        """Tell the user that the run ends after `step` updates, and why if it stopped before the last."""
-        steps = self._config.run.steps
-        if step < steps:
-            line = f"stopped after step {step} of {steps} ({stopped}); go on with --resume"
+    def end(self, step: int) -> Reason | None:
+        """Tell the user that the run ends after `step` updates; returns why it stopped before its end, if it did."""
+        steps, stopped = self._config.run.steps, None
+        if step < steps or self._unvalidated:
+            stopped = self._stop.reason() or Reason.STOP
+            missing = " before its validation" if self._unvalidated else ""
+            line = f"stopped after step {step} of {steps}{missing} ({stopped}); go on with --resume"
         else:
-            line = f"done after {steps} steps{gain(self._first_validation, self._last_metrics)}"
+            line = f"done after {steps} steps{gain(self._first_validation, self._last_validation)}"
         self.progress.line(f"{self._folder}: {line}")
-        self._status.update(state="stopped" if step < steps else "finished")
+        self._status.update(state="stopped" if stopped else "finished")
+        return from_rank_0(stopped)
 
 
 class Follower:
@@ -226,8 +240,8 @@ class Follower:
     def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
         self._weights = _engine_weights(trainer, None, self._config, self.progress, self._stop)
         self._stack.callback(self._weights.close)
-        self._stop.can_save = True
         self.push(step)
+        self._stop.can_save = True
 
     def roll_out(self, step: int) -> tuple[Order, None, Metrics]:
         return self._weights.wait_for_order(), None, {}
@@ -244,8 +258,8 @@ class Follower:
     def meet(self) -> None:
         self._weights.wait_for_order()
 
-    def end(self, step: int, stopped: Reason | None) -> None:
-        pass
+    def end(self, step: int) -> Reason | None:
+        return from_rank_0(None)
 
 
 Rank = Leader | Follower

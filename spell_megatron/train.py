@@ -14,10 +14,11 @@ import torch.distributed as dist
 from spell_megatron.checkpoint.restore import restore
 from spell_megatron.checkpoint.saver import Saver
 from spell_megatron.config.schema import Config
+from spell_megatron.errors import ProcessLost
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.monitoring.stopping import Reason, StopRequest
-from spell_megatron.processes.collective import from_rank_0
+from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
+from spell_megatron.processes.collective import from_rank_0, lost_connection
 from spell_megatron.processes.joining import join
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.training import backend
@@ -33,6 +34,13 @@ NOT_FINITE = (
     "last good checkpoint in {folder} with a smaller training.optimizer.lr."
 )
 
+LOST = (
+    "The connection to another process of the trainer is lost, which has ended or cannot be reached ({error}). What it "
+    "said last, here or in its log, says why."
+)
+_FIRST = 10.0
+"""Seconds that a process that has failed has to end before those that have lost it."""
+
 
 def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = None) -> Reason | None:
     """Train a policy by self-play; every trainer process calls it.
@@ -43,14 +51,31 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         rendezvous: where the processes of a cluster's job find each other.
 
     Returns:
-        Why it stopped before its last step, with a checkpoint (see `monitoring.stopping`); None: it has made all steps.
+        Why it stopped before its end (see `monitoring.stopping`), with a checkpoint if it had anything to save; None:
+        it has made all steps, and the validation after the last.
 
     Raises:
         UserError: for faults that the user can correct; everything started here is stopped first.
+        ProcessLost: another process of the trainer has ended.
     """
+    with StopRequest(config.run.output_dir / config.run.name) as stop:
+        try:
+            return _run(config, resume, rendezvous, stop)
+        except Stopped as stopped:
+            return stopped.reason
+        except RuntimeError as error:
+            if not lost_connection(error):
+                raise
+            # A launcher ends all processes when one ends badly: the one that failed goes first, so that its status
+            # is told, and has told others why.
+            if reason := stop.wait(_FIRST):
+                return reason
+            raise ProcessLost(LOST.format(error=str(error).splitlines()[0])) from error
+
+
+def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: StopRequest) -> Reason | None:
     folder, steps = config.run.output_dir / config.run.name, config.run.steps
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(folder))
         stack.callback(backend.shutdown)
         if rendezvous:
             join(config.run.device, rendezvous)
@@ -70,7 +95,6 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         while step < steps and not stopped:
             order, rows, metrics = rank.roll_out(step + 1)
             if order is Order.STOP:
-                stopped = from_rank_0(stop.reason())
                 break
             step += 1
             metrics |= update(trainer, rows, rank.progress) if order is Order.UPDATE else {"train/empty": 1.0}
@@ -88,8 +112,7 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             save(saver, step, rank)
         rank.meet()
         saver.finish()
-        rank.end(step, stopped)
-        return stopped if step < steps else None
+        return rank.end(step)
 
 
 def load_trainer(policy: PolicyModel, config: Config) -> Trainer:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from inspect import signature
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.checkpoint.folder import best, wait_until_seen
 from spell_megatron.config.schema import CheckpointConfig
-from spell_megatron.errors import UserError
+from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.files import write_text
 from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
@@ -37,6 +38,7 @@ from spell_megatron.weights.reshard import export
 from spell_megatron.weights.side_files import SideFiles, read_side_files
 from spell_megatron.weights.sizes import checkpoint_bytes
 
+_KEPT = "the checkpoints before are untouched, and `--resume` continues from the newest of them."
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 # Megatron-Core 0.19 can write with one of two packages, and takes one for GPUs by default.
 _STRATEGY = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
@@ -123,22 +125,24 @@ class Saver:
 
     def _attempt(self, pending: _Pending, action: Callable[[], None]) -> None:
         """A part of saving; if it fails on any rank, the checkpoint is given up on all."""
+        failure: Exception | None = None
         try:
             action()
-            failure = ""
-        except UserError as error:
-            failure = str(error)
+        except (UserError, ProcessLost) as error:
+            failure = error
         except CheckpointException as error:  # only rank 0 has the reasons
             reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
             failure = _write_failed(self.root, "; ".join(reasons))
+        except (EOFError, ConnectionError) as error:  # of the pipe to the manager: the disk has no part in it
+            failure = _writer_lost(self.root, f"{type(error).__name__}: {error}")
         except (OSError, RuntimeError, CheckpointingException) as error:
             failure = _write_failed(self.root, f"{type(error).__name__}: {error}")
-        failures = from_all(failure)
-        if any(failures):
+        failures = list(filter(None, from_all(failure)))
+        if failures:
             self._pending = None
             pending.writer.close(abort=True)
             _on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True), self.root)
-            raise UserError(next(filter(None, failures)))
+            raise failures[0]
 
 
 class _Pending:
@@ -154,6 +158,7 @@ class _Pending:
         self.final, self.partial, self.meta = final, partial, meta
         self.writer = TemporalAsyncCaller()
         self._request: AsyncRequest | None = None
+        self._process: BaseProcess | None = None
 
     def start(self, folder: Path, trainer: Trainer, asynchronous: bool) -> None:
         """Write weights and optimizer, or start the process that does."""
@@ -162,12 +167,16 @@ class _Pending:
         if asynchronous:
             self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_STRATEGY)
             self.writer.schedule_async_call(self._request)
+            self._process = self.writer.process
         else:
             dist_checkpointing.save(state, str(folder))
 
     def wait(self) -> None:
         """Wait for the process; all ranks together then write what describes their parts."""
         self.writer.is_current_async_call_done(blocking=True, no_dist=True)
+        statuses = from_all(self._process.exitcode or 0 if self._process else 0)
+        if min(statuses) < 0:
+            raise _writer_lost(self.final.parent, f"signal {-min(statuses)}")
         for finalize in self._request.finalize_fns if self._request else ():
             finalize()
 
@@ -245,13 +254,19 @@ def _on_rank_0(action: Callable[[], None], root: Path) -> None:
         except UserError as error:
             failure = str(error)
         except OSError as error:
-            failure = _write_failed(root, str(error))
+            failure = str(_write_failed(root, str(error)))
     if failure := from_rank_0(failure):
         raise UserError(failure)
 
 
-def _write_failed(root: Path, reason: str) -> str:
-    return (
+def _write_failed(root: Path, reason: str) -> UserError:
+    return UserError(
         f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by "
-        "this user; the checkpoints before are untouched, and `--resume` continues from the newest of them."
+        f"this user; {_KEPT}"
+    )
+
+
+def _writer_lost(root: Path, reason: str) -> ProcessLost:
+    return ProcessLost(
+        f"A process that wrote a checkpoint to {root} was killed ({reason}), perhaps because memory was short; {_KEPT}"
     )

@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         help="tell how a run is doing",
         description="Tell how a run is doing: its steps, speed, current stage, engines, the state of its job, and "
         "where its logs are. It works wherever the run's folder is visible. Exit status 3: the run failed, or gives "
-        "no sign of life.",
+        "no sign of life, and its job does not wait to start it again.",
     )
     add_run_folder(parser)
 
@@ -32,7 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
 def tell(run_folder: Path, said: dict[str, Any]) -> ExitStatus:
     """Print what a run `said` of itself; returns the exit status of that."""
     from spell_megatron.monitoring.describe import describe
+    from spell_megatron.monitoring.queue import job_of
     from spell_megatron.monitoring.status import silent
 
-    print("\n".join(describe(run_folder, said)))
-    return ExitStatus.RUN_FAILED if said["state"] == "failed" or silent(said) else ExitStatus.SUCCESS
+    job = job_of(run_folder, said)
+    print("\n".join(describe(run_folder, said, job)))
+    failed = said["state"] == "failed" or silent(said)
+    return ExitStatus.RUN_FAILED if failed and not (job and job.waits) else ExitStatus.SUCCESS

@@ -26,6 +26,7 @@ from spell_megatron.config.reading import Reading, noted_prompt_date, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
+from spell_megatron.processes.signals import expect_requests
 from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, rank, slurm_restarts
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from spell_megatron.monitoring.stopping import block_sigusr1
-
-    block_sigusr1()
+    expect_requests()
     os.environ.setdefault(ONE_QUEUE, "1")  # before anything starts CUDA
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder, and nodes may not reach the hub
     if child_of_torchrun():
@@ -109,7 +108,8 @@ def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitS
         stopped = train(config, resume=resume, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
-    return stopped.exit_status if stopped else ExitStatus.SUCCESS
+    # An orderly end is told by rank 0 alone: launchers end the others when one process has another status than 0.
+    return stopped.exit_status if stopped and rank() == 0 else ExitStatus.SUCCESS
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.reading import read_section
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.files import write_text
 from spell_megatron.jobs.job import local_script, prologue, steps
 from spell_megatron.jobs.memory_plan import memory_plan
 from spell_megatron.jobs.paths import missing_files, place
 from spell_megatron.jobs.site import Site
 from spell_megatron.jobs.site_faults import site_faults
+from spell_megatron.monitoring.queue import SUBMITTED
 
 _OF_THE_CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 """By which Slurm's commands find their cluster, and prove who asks."""
@@ -153,6 +155,9 @@ def _submit(config: Config, site: Site, of_executor: Sequence[str], sources: str
         job, logs = experiment.submit()
     where = f"{site.ssh.host}:" if site.ssh.host else ""
     folder = config.run.output_dir / config.run.name
+    if not site.ssh.host:
+        (folder / SUBMITTED).parent.mkdir(parents=True, exist_ok=True)
+        write_text(folder / SUBMITTED, job)
     print(f"Submitted as job {job}. Watch it with `spell status {folder}`. Stop it with `spell stop {folder}`")
     print(f"or `scancel {job}`; it saves a checkpoint first.")
     print(f"Run folder  {where}{folder}")

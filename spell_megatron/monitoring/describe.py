@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from spell_megatron.monitoring import status
 from spell_megatron.monitoring.metrics import read_records
+from spell_megatron.monitoring.queue import Job
 
 SHOWN = (
     ("selfplay/reward", "reward {:.3f}"),
@@ -20,23 +19,26 @@ SHOWN = (
 """Metrics of the last step that are shown, and how."""
 
 
-def describe(folder: Path, state: dict[str, Any]) -> list[str]:
+def describe(folder: Path, state: dict[str, Any], job: Job | None = None) -> list[str]:
     """The status of a run in a few lines.
 
     Args:
         state: what `status.read` returned.
+        job: of the run, if it has one.
     """
     rows, ended = _metrics(folder), status.ended(state)
-    lines = [f"{folder}: {_state(state)}"]
+    lines = [f"{folder}: {_state(state, job)}"]
     if state.get("message"):
         lines.append(f"  {state['message']}")
+    if state["state"] == "submitted":
+        return lines
     lines.append(f"  steps      {_steps(state, rows)}")
     if state.get("stage") and not ended:
         count = f" {state['done']}/{state['total'] or '?'}" if state.get("done") else ""
         lines.append(f"  now        {state['stage']}{count}, for {_time(time.time() - state['stage_since'])}")
     if shown := _last_step(rows):
         lines.append(f"  last step  {', '.join(shown)}")
-    lines.append(f"  where      {_place(state)}")
+    lines.append(f"  where      {_place(state, job)}")
     for engine in () if ended else state.get("engines", ()):
         lines.append(f"  engine     {engine['url']} {'healthy' if engine['healthy'] else 'does not answer'}")
     latest = folder / "checkpoints" / "latest"
@@ -45,7 +47,12 @@ def describe(folder: Path, state: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _state(state: dict[str, Any]) -> str:
+def _state(state: dict[str, Any], job: Job | None) -> str:
+    before = "" if state["state"] == "submitted" else f"; before that it was {state['state']}"
+    if job and job.waits:
+        return f"waits in the queue (job {job.number}){before}"
+    if state["state"] == "submitted":
+        return f"submitted{_of_slurm(job)}; it has not started yet"
     if quiet := status.silent(state):
         return f"no sign of life for {_time(quiet)} (it was {state['state']}); the process has probably been killed"
     return state["state"]
@@ -67,11 +74,15 @@ def _last_step(rows: Sequence[dict]) -> list[str]:
     return [form.format(last[name]) for name, form in SHOWN if last.get(name) is not None]
 
 
-def _place(state: dict[str, Any]) -> str:
+def _place(state: dict[str, Any], job: Job | None) -> str:
     place = f"process {state['pid']} on {state['host']}"
     if state["job"]:
-        place += f", job {state['job']} ({_job_state(state['job'])}), start {state['restart'] + 1}"
+        place += f"{_of_slurm(job)}, start {state['restart'] + 1}"
     return place
+
+
+def _of_slurm(job: Job | None) -> str:
+    return f", job {job.number} ({job.state})" if job else ""
 
 
 def _metrics(folder: Path) -> list[dict]:
@@ -79,14 +90,6 @@ def _metrics(folder: Path) -> list[dict]:
         return read_records(folder / "metrics.jsonl")
     except FileNotFoundError:
         return []
-
-
-def _job_state(job: str) -> str:
-    """What Slurm says of a job."""
-    if shutil.which("squeue") is None:
-        return "no squeue here to ask"
-    done = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs", job], capture_output=True, text=True)
-    return done.stdout.strip() or "not in the queue"
 
 
 def _time(seconds: float) -> str:

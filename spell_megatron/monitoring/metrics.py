@@ -68,6 +68,10 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log({"step": step, **plain})
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a step, the last one with metrics, has one of this name."""
+        return self._last.get("step") == step and name in self._last
+
     def close(self) -> None:
         self._tensorboard.close()
         if self._wandb is not None:
@@ -83,9 +87,11 @@ class MetricsLogger:
         """Remove records after a step, and a last line that a crash cut short."""
         if not self._path.exists():
             return
-        records = read_records(self._path)
-        kept = [json.dumps(record) for record in records if record["step"] <= last_step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = [record for record in read_records(self._path) if record["step"] <= last_step]
+        *before, last = ["", *(json.dumps(record) + "\n" for record in kept)]
+        write_text(self._path, "".join([*before, last]))
+        if kept:
+            self._last, self._last_at = kept[-1], len("".join(before).encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from spell_megatron.errors import UserError
 from spell_megatron.files import when_there, write_text
+from spell_megatron.monitoring.queue import SUBMITTED
+from spell_megatron.monitoring.stopping import Stopped
 from spell_megatron.processes.folder_lock import lives, silent_for
 from spell_megatron.processes.holder import Holder
 from spell_megatron.ranks import slurm_job, slurm_restarts
@@ -56,7 +58,8 @@ class Status:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Status:
-        self._path.with_name("stop").unlink(missing_ok=True)  # meant for an earlier start
+        if not slurm_restarts():
+            self._path.with_name("stop").unlink(missing_ok=True)  # meant for an earlier job
         self.update()
         self._thread.start()
         return self
@@ -64,7 +67,9 @@ class Status:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._ended.set()
         self._thread.join()
-        if error is not None:
+        if isinstance(error, Stopped):
+            self._state |= {"state": "stopped"}
+        elif error is not None:
             self._state |= {"state": "failed", "message": str(error) or type(error).__name__}
         with suppress(OSError):  # a full disk must not hide why the run failed
             self.update(stage=None)
@@ -93,7 +98,7 @@ class Status:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a run last said of itself.
+    """What a run last said of itself; of one that has a job and has never started, what can be said.
 
     Raises:
         UserError: there is no run in this folder, one of an earlier version, or its file is damaged.
@@ -103,6 +108,8 @@ def read(folder: Path) -> dict[str, Any]:
         path.stat()
         return _by_our_clock(path, when_there(path, _said, _AGAIN))
     except FileNotFoundError:
+        if (folder / SUBMITTED).exists():
+            return {"state": "submitted", "job": None, "restart": -1, "time": 0.0}
         what = "is not a folder" if not folder.is_dir() else "has no status.json: no run has been started in it"
         raise UserError(f"{folder} {what}. Give the folder of a run, run.output_dir/run.name.") from None
     except NotADirectoryError:
@@ -145,7 +152,7 @@ def _by_our_clock(path: Path, said: dict[str, Any]) -> dict[str, Any]:
 
 def ended(status: dict[str, Any]) -> bool:
     """Whether the run says itself that it has ended."""
-    return status.get("state") in ("finished", "stopped", "failed")
+    return status.get("state") in ("finished", "stopped", "failed", "submitted")
 
 
 def silent(status: dict[str, Any]) -> float:

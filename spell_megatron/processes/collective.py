@@ -44,6 +44,11 @@ def from_all(value: Value) -> list[Value]:
     return values
 
 
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective, or the store, failed because another process has ended."""
+    return isinstance(error, dist.DistNetworkError) or "gloo/transport" in str(error) or "ncclRemoteError" in str(error)
+
+
 def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 

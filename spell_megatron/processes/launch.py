@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from signal import Signals
 
 from spell_megatron.config.schema import TrainingConfig
+from spell_megatron.processes.signals import answering
+
+_MODULE = "spell_megatron"
 
 
 def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
     """Run this command line in the trainer's processes on this machine.
+
+    Requests to stop are theirs: they get those that reach this process, and take the time that they need.
 
     Returns the exit status of the first process that fails, or 0.
     """
@@ -32,12 +39,32 @@ def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
         run_id=f"spell-{os.getpid()}",
         max_restarts=0,
         local_addr="127.0.0.1",
+        signals_to_handle="SIGHUP,SIGQUIT",  # of the others it would make an end within 30 seconds
     )
     try:
-        elastic_launch(launch, sys.executable)("-m", "spell_megatron", *argv)
+        with answering(_pass_on):
+            elastic_launch(launch, sys.executable)("-m", _MODULE, *argv)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # negative: a signal's number
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _pass_on(request: Signals) -> None:
+    """Send a request to the trainer's processes; before there are any it ends this one."""
+    import psutil
+
+    def ours(child: psutil.Process) -> bool:
+        try:
+            return _MODULE in child.cmdline()
+        except psutil.NoSuchProcess:  # it has just ended
+            return True
+
+    processes = list(filter(ours, psutil.Process().children()))
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(request)
+    if not processes:
+        os._exit(128 + request)

@@ -19,6 +19,7 @@ from pathlib import Path
 import spell_megatron
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
+from spell_megatron.processes.signals import given_on
 from spell_megatron.ranks import TRAINER_VARIABLES, slurm_job, slurm_restarts
 from spell_megatron.rollout.transports.transport import Transport
 
@@ -136,9 +137,10 @@ def server_environment(transport: Transport, threads: int, gpus: Sequence[str], 
     }
 
 
-# Ends the process group $2 when the process $1 has ended, however that came about. (A server that gets a
-# SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.)
+# Ends the process group $2 when the process $1 has ended, however that came about, also after Slurm has signalled all
+# three. (A server that gets a SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.)
 _GUARD = """
+trap "" INT TERM USR1
 while kill -0 "$1" && kill -0 "-$2"; do sleep 1; done 2>/dev/null
 kill -TERM "-$2" && sleep 10 && kill -KILL "-$2"
 """
@@ -155,7 +157,7 @@ class Server:
 
     def __init__(self, url: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.url, self.log = url, log
-        with log.open("ab") as output:
+        with log.open("ab") as output, given_on():
             job = f", job {number}, start {slurm_restarts() + 1}" if (number := slurm_job()) else ""
             now = datetime.now().astimezone().isoformat(" ", "seconds")
             output.write(f"----- started {now} at {url} on {socket.gethostname()}{job}\n".encode())

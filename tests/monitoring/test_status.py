@@ -16,7 +16,8 @@ from spell_megatron.monitoring import status
 from spell_megatron.monitoring.describe import describe
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.status import Status
-from spell_megatron.monitoring.stopping import StopRequest, stop
+from spell_megatron.monitoring.stop_run import stop
+from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.processes import folder_lock
 
 
@@ -114,32 +115,48 @@ def test_a_request_to_stop_by_file(tmp_path):
         assert request.reason() == "stop"
 
 
-# A process as a run is: SIGUSR1 blocked before its threads, a child that knows nothing of it, then what argv asks for.
+# A process as a run is, with a helper that knows nothing of signals. All get the signals of argv, as from Slurm or a
+# terminal; then it says why it is to stop, and how the helper ended.
 CHILD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from spell_megatron.monitoring.stopping import StopRequest, block_sigusr1
-block_sigusr1()
-helper = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-with StopRequest(Path(sys.argv[1])) as request:
-    request.can_save = sys.argv[2] == "can"
-    for number in sys.argv[3:]:
-        os.kill(helper.pid, signal.SIGUSR1)
-        os.kill(os.getpid(), int(number))
-        time.sleep(0.2)
-    print(request.reason(), helper.poll())
-helper.kill()
+from spell_megatron.monitoring.stopping import Stopped, StopRequest
+from spell_megatron.processes.signals import expect_requests
+ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+expect_requests()
+try:
+    with StopRequest(Path(sys.argv[1])) as request:
+        request.can_save = sys.argv[2] == "can"
+        helper = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for number in map(int, sys.argv[3:]):
+            os.kill(helper.pid, number)
+            os.kill(os.getpid(), number)
+            while number in signal.sigpending() and not ignored:
+                time.sleep(0.01)
+            request.wait(60)
+            request._at -= 10
+        if sys.argv[3:] == ["2", "2"]:
+            time.sleep(60)
+        print(request.reason(), helper.poll())
+except Stopped as stopped:
+    print("at once:", stopped.reason)
+finally:
+    helper.kill()
 """
+USR1, TERM, INT = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
 
 
 @pytest.mark.parametrize(
     ("can_save", "signals", "code", "said"),
     [
-        ("can", [signal.SIGUSR1, signal.SIGUSR1], 0, "requeue None\n"),
-        ("can", [signal.SIGTERM, signal.SIGTERM], 0, "terminate None\n"),
-        ("can", [signal.SIGUSR1, signal.SIGTERM], 0, "requeue None\n"),
-        ("cannot", [signal.SIGUSR1], 0, "requeue None\n"),
-        ("cannot", [signal.SIGTERM], 143, ""),
+        ("can", [USR1, USR1], 0, "requeue None\n"),
+        ("can", [TERM, TERM], 0, "terminate None\n"),  # Slurm sends another one when the time to save is over
+        ("can", [USR1, TERM], 0, "requeue None\n"),
+        ("can", [INT], 0, "interrupt None\n"),
+        ("can", [INT, INT], 130, ""),
+        ("cannot", [USR1], 0, "at once: requeue\n"),
+        ("cannot", [TERM], 0, "at once: terminate\n"),
+        ("cannot", [INT], 0, "at once: interrupt\n"),
     ],
 )
 def test_signals(tmp_path, can_save, signals, code, said):
@@ -148,11 +165,24 @@ def test_signals(tmp_path, can_save, signals, code, said):
     assert (done.returncode, done.stdout) == (code, said), done.stderr
 
 
-def test_a_second_sigterm_seconds_later_ends_the_process(tmp_path):
-    code = CHILD.replace("time.sleep(0.2)", "request._at -= 10")
-    arguments = [str(tmp_path), "can", "15", "15"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGTERM
+def test_a_shell_may_keep_ctrl_c_from_what_it_starts_in_the_background(tmp_path):
+    command = [sys.executable, "-c", CHILD.replace("request.wait(60)", "pass"), str(tmp_path), "can", "2"]
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=ignore)
+    assert (done.returncode, done.stdout) == (0, "None None\n"), done.stderr
+
+
+def test_a_start_that_is_stopped_has_not_failed(tmp_path):
+    with pytest.raises(Stopped), Status(tmp_path, steps=1):
+        raise Stopped(Reason.TERMINATE)
+    assert status.read(tmp_path)["state"] == "stopped"
+
+
+def test_what_the_job_was_asked_for_stays_when_it_is_queued_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / "stop").touch()
+    with Status(tmp_path, steps=1):
+        assert (tmp_path / "stop").exists()
 
 
 def test_the_file_is_never_half_written(tmp_path):
