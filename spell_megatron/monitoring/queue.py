@@ -71,6 +71,6 @@ def cancel(job: Job) -> None:
     done = subprocess.run(["scancel", job.number], capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"Job {job.number} waits in the queue, and Slurm does not cancel it: {done.stderr.strip()}. The user who has "
-            "submitted it can cancel it. Until then the run ends as soon as it starts."
+            f"Job {job.number} waits in the queue, and Slurm does not cancel it: {done.stderr.strip()}. The user who "
+            "has submitted it can cancel it. Until then the run ends as soon as it starts."
         )
