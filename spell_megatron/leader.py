@@ -23,7 +23,7 @@ from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
-from spell_megatron.monitoring.stopping import Reason, StopRequest
+from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import local_processes
@@ -166,14 +166,24 @@ class Leader:
         if why:
             self.progress.line(f"step {step}: {why}")
         self._empty.note(not rows, why=why)
-        self._engines.sleep()
+        try:
+            self._engines.sleep()
+        except UserError:
+            if not self._stop.reason():
+                raise
+            return self._weights.give_order(Order.STOP), None, {}  # the end of the job has ended the engines
         return self._weights.give_order(Order.UPDATE if rows else Order.SKIP), rows, metrics
 
     def push(self, step: int) -> Metrics:
         """Give the engines the weights after update `step`."""
         self._engines.new_step()
-        with self.progress.stage("push"):
-            return self._weights.push(step)
+        try:
+            with self.progress.stage("push"):
+                return self._weights.push(step)
+        except UserError:
+            if reason := self._stop.reason():  # the end of the job has ended the engines
+                raise Stopped(reason) from None
+            raise
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` holds besides the trainer."""
@@ -195,7 +205,8 @@ class Leader:
             return {}
         started = time.monotonic()
         with self.progress.stage("validation", self._director.held_out_questions) as advance:
-            metrics = self._director.validate(advance)
+            # The engines of a run that is to stop do not get the last weights, and end with the job.
+            metrics = {} if self._stop.reason() else self._director.validate(advance)
         self._unvalidated = not metrics
         if metrics:
             self._log.log(step, metrics | {"time/validation": time.monotonic() - started})

@@ -66,10 +66,9 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
         except RuntimeError as error:
             if not lost_connection(error):
                 raise
-            # A launcher ends all processes when one ends badly: the one that failed goes first, so that its status
-            # is told, and has told others why.
-            if reason := stop.wait(_FIRST):
+            if reason := stop.reason():
                 return reason
+            stop.wait(_FIRST)  # a launcher ends all processes when one ends badly, and tells the status of that one
             raise ProcessLost(LOST.format(error=str(error).splitlines()[0])) from error
 
 

@@ -1,5 +1,6 @@
 """Runs of the quick start, cut down to seconds a step, as processes of their own; for the tests."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -62,6 +63,14 @@ def command(process: psutil.Process) -> list[str]:
 
 def servers(process: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "--port" in command(child)]
+
+
+def signal_all(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to every process of a run, the helpers first, as Slurm sends it to every process of a step."""
+    run = psutil.Process(process.pid)
+    for one in [*reversed(run.children(recursive=True)), run]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:

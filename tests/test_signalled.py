@@ -4,8 +4,11 @@ The processes are real, and each test saves a checkpoint before it signals: by t
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,32 @@ def test_checkpoints_survive_signals_to_everybody(asynchronous, tmp_path):
     assert said == "terminate step_000002"
     assert "was killed" in lost and "disk" not in lost
     assert latest(run).name == "step_000002"
+
+
+def test_the_launcher_of_engines_outlasts_the_trainer(tmp_path):
+    """Slurm signals all steps of a job, and the end of one would end the others."""
+    environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_PROCID": "0"}
+    words = ["engines", "--config", tmp_path / "settings that come late", "--rendezvous", tmp_path]
+    command = [sys.executable, "-m", "spell_megatron", *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        until(lambda: catches(launcher.pid, signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            launcher.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(1)
+        (tmp_path / "ended").touch()
+        assert launcher.wait(60) in (130, 143)
+        assert "Traceback" not in launcher.stderr.read()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

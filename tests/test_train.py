@@ -6,21 +6,25 @@ stopped and resumed in its middle, and one whose trainer is spread over two proc
 
 import contextlib
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from engine_fixtures import open_engines
 from small_run import (
     ROOT,
     SMALL,
+    command,
     dump,
     finished,
     left_over,
     metrics,
     same_steps,
     servers,
+    signal_all,
     spell,
     start,
     train,
@@ -46,22 +50,29 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(whole) -> Path:
-    """The same run, with an engine that is killed in the generation of step 2, stopped in that of step 3, and resumed.
+    """The same run, resumed twice. An engine is killed in the generation of step 2, all processes are signalled in that
+    of step 4, as Slurm does before the time limit, and `spell stop` comes in the validation after it.
     What the first part printed is in output.txt."""
     folder = whole.parent / "resumed"
     where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4")
-    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, "--checkpoint.every=4")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
     wait_for_step(process, folder, 1)
     time.sleep(0.5)
     (server,) = servers(process)
     server.kill()
-    wait_for_step(process, folder, 2)
+    wait_for_step(process, folder, 3)
+    signal_all(process, signal.SIGUSR1)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 75, output[-3000:] + errors[-3000:]
+    assert (folder / "checkpoints" / "latest").read_text() == "step_000003"
+    (folder / "output.txt").write_text(output)
+    process = start("--resume", str(folder), "--validation.limit=100", "--validation.samples=32")
+    wait_for_step(process, folder, 4)
     stopped = spell("stop", folder)
     output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:] + errors[-3000:]
-    assert stopped.returncode == 0 and "stopped" in stopped.stdout and "step_000002" in stopped.stdout, stopped.stderr
-    (folder / "output.txt").write_text(output)
-    finished("--resume", str(folder))
+    assert process.returncode == 0 and "before its validation" in output, output[-3000:] + errors[-3000:]
+    assert stopped.returncode == 0 and "stopped" in stopped.stdout and "step_000004" in stopped.stdout, stopped.stderr
+    finished("--resume", str(folder), "--validation.limit=10", "--validation.samples=4")
     return folder
 
 
@@ -144,6 +155,45 @@ def test_resume_gives_identical_batches_history_and_weights(whole, resumed):
     for name in first:
         assert (first[name] - second[name]).abs().max() < 1e-6, name
     assert sorted(metrics(resumed)) == [0, 1, 2, 3, 4]
+
+
+def test_a_validation_that_is_interrupted_is_made_after_the_resume(whole, resumed):
+    for name in ("validation/pass@1", "validation/pass@4"):
+        assert metrics(resumed)[4][name] == pytest.approx(metrics(whole)[4][name], abs=0.05)
+        assert metrics(resumed)[4]["train/grad_norm"]
+    assert (resumed / "checkpoints" / "best.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_to_everybody_lose_nothing(whole, number, status):
+    """Of two trainer processes that write a checkpoint beside the training."""
+    folder = whole.parent / f"signalled-{status}"
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4")
+    two = ("--training.parallel.processes=2", "--checkpoint.asynchronous=true", "--checkpoint.every=1")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *two)
+    wait_for_step(process, folder, 2)
+    signal_all(process, number)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == status, output[-3000:] + errors[-3000:]
+    assert "Traceback" not in errors
+    last = max(metrics(folder))
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{last:06d}"
+    finished("--resume", str(folder))
+    same_steps(whole, folder, 4)
+
+
+@pytest.mark.slow
+def test_the_death_of_rank_0_is_told_in_a_sentence(whole):
+    folder = whole.parent / "without-rank-0"
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, "--training.parallel.processes=2")
+    wait_for_step(process, folder, 1)
+    first = min(p.pid for p in psutil.Process(process.pid).children() if "train" in command(p))
+    psutil.Process(first).kill()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 137
+    assert "connection to another process of the trainer is lost" in errors and "Traceback" not in errors
 
 
 def test_two_trainer_processes_take_the_same_step(whole, spread):

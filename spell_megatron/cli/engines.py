@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.cli.arguments import add_command, add_rendezvous
 from spell_megatron.config.reading import load_config
-from spell_megatron.errors import ExitStatus
-from spell_megatron.ranks import leave_step, rank
+from spell_megatron.processes.rendezvous import ENDED
+from spell_megatron.ranks import leave_step, rank, slurm_job
 
 
 def add_parser(commands: Any) -> None:
@@ -28,14 +31,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import signal
-
     from spell_megatron.processes.rendezvous import BEGUN, Rendezvous, await_settings
     from spell_megatron.rollout.engine_nodes import serve
 
-    # The default action would end this process before it has stopped the engines.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitStatus.TERMINATED))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint
+    _await_signals(arguments.rendezvous)
     node = rank()
     leave_step()  # its processes are no trainers
     await_settings([arguments.config])
@@ -55,3 +54,24 @@ def run(arguments: argparse.Namespace) -> int:
         trainers=config.training.parallel.processes // rendezvous.engine_nodes if arguments.colocated else 0,
     )
     return 0
+
+
+def _await_signals(rendezvous: Path) -> None:
+    """Have SIGTERM and SIGINT end this process after the engines, but in a job not before the trainer has saved.
+
+    Slurm signals all steps of a job that is preempted or cancelled, and ends the job when the first of them ends.
+    """
+    import signal
+
+    def end(number: int, _: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_IGN)
+        while slurm_job() and not (rendezvous / ENDED).exists():
+            with suppress(OSError):
+                os.listdir(rendezvous)  # a networked filesystem may remember that a file is not there
+            time.sleep(0.2)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainer, which saves a checkpoint

@@ -9,54 +9,76 @@ from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.jobs import step
 from spell_megatron.jobs.site import Site
-from spell_megatron.processes.rendezvous import NODES
+from spell_megatron.processes.rendezvous import ENDED, NODES
 from spell_megatron.ranks import LAUNCHER_VARIABLES
 
 MAX_FRUITLESS = 3
-"""How often in a row a job that failed is queued again without having made a checkpoint since."""
+"""How often in a row a job is queued again after a start that made neither a checkpoint nor a validation. Starts that
+preemption has ended do not count."""
 
 _END = "END_OF_SPELL_CONFIG"
 
 _FORGET = f"unset {' '.join(LAUNCHER_VARIABLES)} ${{!PYTHON@}}"
 """What a shell that submits a job may hold of other programs. Slurm passes its whole environment to the job."""
 
-# Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGTERM (143),
-# or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
+# Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGINT (130) or
+# SIGTERM (143), or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
 _ENDING = """\
+spell_made() { cat @RUN@/checkpoints/latest; grep -c '"validation/pass@1"' @RUN@/metrics.jsonl; } 2>/dev/null
 spell_end() {
     code=$?
     trap - EXIT
     set +ex
     if [ $code != 0 ] && [ -e "$SPELL_RENDEZVOUS/failed" ]; then read -r code < "$SPELL_RENDEZVOUS/failed"; fi
     bad=$(cat "$SPELL_RENDEZVOUS"/unhealthy-* 2>/dev/null | paste -sd,)
-    checkpoint() { cat @RUN@/checkpoints/latest 2>/dev/null; }
-    tries=0
-    if [ "$(checkpoint)" = "$spell_began" ]; then tries=$(($(cat "$spell_tries" 2>/dev/null || echo 0) + 1)); fi
+    touch "$SPELL_RENDEZVOUS/@ENDED@"  # `spell engines` waits for it
     job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    [[ $job != *PreemptTime=[0-9]* ]] || preempted=yes
     again=
     case $code in
-        0 | 2) ;;
-        143) [[ $job != *PreemptTime=[0-9]* ]] || again=yes ;;
-        *) again=yes; [ $tries -le @MAX@ ] || again=; echo $tries > "$spell_tries" ;;
+        0 | 2 | 130) ;;
+        143) again=$preempted ;;
+        *) again=yes ;;
     esac
     if [ -e "$SPELL_RENDEZVOUS/requeue" ]; then again=yes; fi
-    if [ -n "$again" ] && [[ $job == *JobState=RUNNING* ]]; then  # neither scancel nor the limit has ended it
-        echo "The job is queued again, to go on from checkpoint $(checkpoint)."
+    if [ -e @RUN@/stop ]; then again=; fi
+    if [[ $job != *JobState=RUNNING* ]]; then again=; fi  # scancel or the limit has ended it
+    if [ -z "$again" ]; then exit $code; fi
+    tries=0
+    if [ "$(spell_made)" = "$spell_began" ]; then tries=$(cat "$spell_tries" 2>/dev/null || echo 0); fi
+    if [ "$(spell_made)" = "$spell_began" ] && [ -z "$preempted" ]; then tries=$((tries + 1)); fi
+    echo $tries > "$spell_tries"
+    if [ $tries -gt @MAX@ ]; then
+        refused="it started $tries times without a new checkpoint or validation. If starts end at the time limit, \
+raise time in the cluster's file; otherwise the logs say why they end"
+    elif [[ $job == *" Requeue=0 "* ]]; then
+        refused="sbatch has no_requeue"
+    else
         trap '' TERM  # by which Slurm ends this script
-        scontrol requeue "$SLURM_JOB_ID"
-        if [ -n "$bad" ]; then
+        refused=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) && refused=
+        if [ -z "$refused" ] && [ -n "$bad" ]; then
             without=$(sed -n 's/.* ExcNodeList=\\([^( ]*\\).*/\\1/p' <<< "$job" | head -n1)
             scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${without:+$without,}$bad"
         fi
-    elif [ $tries -gt @MAX@ ]; then
-        echo "The job failed $tries times without a new checkpoint: it is not queued again."
+    fi
+    latest=$(cat @RUN@/checkpoints/latest 2>/dev/null)
+    if [ -z "$refused" ]; then
+        echo "The job is queued again, to go on from ${latest:+checkpoint }${latest:-the beginning}."
+    else
+        echo "The job is not queued again: $refused. Continue the run with --resume."
     fi
     exit $code
 }
 # Links the logs of the job's steps to the folder that has the logs of the engines.
 spell_log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p' | head -n1)
 mkdir -p @RUN@/logs && ln -sfn "$(dirname "$spell_log")" @RUN@/logs/job-$SLURM_JOB_ID
-spell_began=$(cat @RUN@/checkpoints/latest 2>/dev/null)
+# NeMo-Run calls sbatch --requeue, which is stronger than this line.
+if grep -q '^#SBATCH --no-requeue' "$0"; then scontrol update "JobId=$SLURM_JOB_ID" Requeue=0; fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e @RUN@/stop ]; then
+    echo "The run does not start again: it was asked to stop."
+    exit 0
+fi
+spell_began=$(spell_made)
 spell_tries=@RUN@/jobs/$SLURM_JOB_ID.failures
 trap spell_end EXIT"""
 
@@ -112,7 +134,9 @@ def prologue(config: Config) -> str:
     unset = f"unset SLURM_UNBUFFEREDIO SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK CUDA_VISIBLE_DEVICES\n{_FORGET}"
     both = "$SLURM_JOB_NODELIST${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}"
     nodes = f'scontrol --oneliner show node "{both}" > "$SPELL_RENDEZVOUS/{NODES}.tmp" || exit 1\n{_appears(NODES)}'
-    ending = _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS))
+    ending = (
+        _ENDING.replace("@RUN@", _run_folder(config)).replace("@MAX@", str(MAX_FRUITLESS)).replace("@ENDED@", ENDED)
+    )
     return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
 
 

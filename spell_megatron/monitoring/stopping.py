@@ -112,7 +112,6 @@ class StopRequest:
         """Why the run is to stop; None: it is not. `spell stop` is stronger than signals: it is to end for good."""
         return Reason.STOP if self._file.exists() else self._signalled
 
-    def wait(self, seconds: float) -> Reason | None:
-        """`reason`, after a wait for a signal if there is none yet."""
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal if there was none yet."""
         self._noted.wait(seconds)
-        return self.reason()

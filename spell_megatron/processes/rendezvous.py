@@ -32,6 +32,8 @@ from spell_megatron.ranks import slurm_node
 NODES = "nodes"
 BEGUN = "begun"
 """Published by rank 0 when it has the run's folder for itself; before that no process of the job may write there."""
+ENDED = "ended"
+"""Made by the job's script when the trainer has ended."""
 
 
 class Rendezvous:

@@ -77,7 +77,8 @@ class EngineWeights:
         self._step = step
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines may share this GPU
-        self._restart(self._engines.failed() if self._engines else ())
+        broken = self._engines.failed() if self._engines else ()
+        self._restart(() if self._stop() else broken)  # the end of a job ends the engines too
         while True:
             done, fault = self._try_push()
             if not from_rank_0(fault and not self._stop()):
