@@ -39,7 +39,8 @@ def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
         run_id=f"spell-{os.getpid()}",
         max_restarts=0,
         local_addr="127.0.0.1",
-        signals_to_handle="SIGHUP,SIGQUIT",  # of the others it would make an end within 30 seconds
+        # Of the others it would make an end within 30 seconds, also of SIGHUP where nohup ignores that.
+        signals_to_handle="SIGQUIT",
     )
     try:
         with answering(_pass_on):
