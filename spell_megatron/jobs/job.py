@@ -21,8 +21,9 @@ _END = "END_OF_SPELL_CONFIG"
 _FORGET = f"unset {' '.join(LAUNCHER_VARIABLES)} ${{!PYTHON@}}"
 """What a shell that submits a job may hold of other programs. Slurm passes its whole environment to the job."""
 
-# Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGINT (130) or
-# SIGTERM (143), or because a process failed. A job that ends within its time of grace Slurm does not queue again by itself.
+# Run when the batch script ends, in whatever way: well, with a fault that the user must correct (2), by SIGINT (130),
+# by SIGTERM (143), or because a process failed. A job that ends within its time of grace Slurm does not queue again by
+# itself.
 _ENDING = """\
 spell_made() { cat @RUN@/checkpoints/latest; grep -c '"validation/pass@1"' @RUN@/metrics.jsonl; } 2>/dev/null
 spell_end() {
