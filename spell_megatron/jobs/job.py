@@ -66,7 +66,7 @@ raise time in the cluster's file; otherwise the logs say why they end"
     if [ -z "$refused" ]; then
         echo "The job is queued again, to go on from ${latest:+checkpoint }${latest:-the beginning}."
     else
-        echo "The job is not queued again: $refused. Continue the run with --resume."
+        echo "The job is not queued again: $refused.${latest:+ Continue the run with --resume.}"
     fi
     exit $code
 }

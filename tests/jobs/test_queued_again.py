@@ -28,7 +28,7 @@ TRIES = 'echo 3 > "$(dirname "$SPELL_RENDEZVOUS")/$SLURM_JOB_ID.failures"'
 
 WITHOUT = (
     "it started 4 times without a new checkpoint or validation. If starts end at the time limit, raise time in the "
-    "cluster's file; otherwise the logs say why they end"
+    "cluster's file; otherwise the logs say why they end."
 )
 
 
@@ -62,7 +62,12 @@ def told_by_job(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "cluster", "why"),
     [
-        pytest.param(PROGRESS, {"sbatch": {"no_requeue": True}}, "sbatch has no_requeue", id="no_requeue"),
+        pytest.param(
+            PROGRESS,
+            {"sbatch": {"no_requeue": True}},
+            "sbatch has no_requeue. Continue the run with --resume.",
+            id="no_requeue",
+        ),
         pytest.param(TRIES, {}, WITHOUT, id="no progress"),
         pytest.param(f'{PROGRESS}; touch "@RUN@/stop"', {}, "", id="spell stop"),
     ],
@@ -71,7 +76,7 @@ def test_a_job_that_is_not_queued_again_says_so(slurm, submit, more, cluster, wh
     run, job = submit(more, **cluster)
     state = slurm.wait(job, 120)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "0")
-    assert told_by_job(run) == ([f"The job is not queued again: {why}. Continue the run with --resume."] if why else [])
+    assert told_by_job(run) == ([f"The job is not queued again: {why}"] if why else [])
 
 
 def test_a_job_that_waits_is_shown_and_cancelled(slurm, submit, monkeypatch):
