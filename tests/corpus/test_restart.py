@@ -93,7 +93,7 @@ def test_a_part_of_the_vectors_is_not_made_again(tmp_path, monkeypatch):
             yield vectors
 
     monkeypatch.setattr(embedding, "embed_words", failing)
-    with pytest.raises(UserError, match="No space left on device.*what is finished is not repeated"):
+    with pytest.raises(UserError, match="the disk is full.*what is finished is not repeated"):
         prepare([tmp_path / "corpus.jsonl"], tmp_path / "out.parquet")
     parts = tmp_path / ".out.parquet.work" / "embedding.partial"
     assert sorted(path.name for path in parts.iterdir()) == ["0.npy", "1.npy"]
