@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.numbers import format_decimal, parse_number
@@ -52,6 +53,8 @@ def answer_text(value: object) -> str:
     """A reference answer as text, numbers in decimals; "" for what is neither text nor number."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return format_decimal(value)
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value.normalize():f}"
     return valid_unicode(value).strip() if isinstance(value, str) else ""
 
 

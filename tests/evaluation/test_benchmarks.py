@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -134,6 +135,15 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_benchmark("hotpotqa", tmp_path / name)
+
+
+def test_answers_in_a_column_of_decimals(tmp_path):
+    rows = json.loads((folder("docmath") / "complong_testmini.json").read_text())
+    answers = pa.array([Decimal("-200.00"), Decimal("5.10")], pa.decimal128(9, 2))
+    columns = {"question": [row["question"] for row in rows], "paragraphs": [row["paragraphs"] for row in rows]}
+    parquet.write_table(pa.table(columns | {"ground_truth": answers}), tmp_path / "complong_testmini.parquet")
+    questions = load_benchmark("docmath", tmp_path / "complong_testmini.parquet")
+    assert [question.answer for question in questions] == ["-200", "5.1"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
