@@ -58,7 +58,7 @@ def _serve(backing: str, place: str, seconds: float) -> None:
                 seen.discard(path)
             return True
         try:
-            changed = os.lstat(real(path)).st_ctime
+            changed = min(os.lstat(place).st_ctime for place in (real(path), *inside(real(path))))
         except OSError:
             asked.pop(path, None)
             return False
@@ -67,6 +67,10 @@ def _serve(backing: str, place: str, seconds: float) -> None:
             seen.add(path)
             return True
         return False
+
+    def inside(place: str) -> list[str]:
+        """What a folder has: the folder itself changes with each of them."""
+        return [os.path.join(place, name) for name in os.listdir(place)] if os.path.isdir(place) else []
 
     class File:
         def __init__(self, path: str, flags: int, *mode: int) -> None:

@@ -36,7 +36,7 @@ while :; do sleep 3600 & wait $!; done
 
 def missing() -> str:
     """Why there can be no such machines here; "" if there can be."""
-    if lacking := [name for name in ("ip", "unshare", "nsenter") if shutil.which(name) is None]:
+    if lacking := [name for name in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(name) is None]:
         return f"{', '.join(lacking)} not found (Debian: apt-get install iproute2 util-linux)"
     if not os.access("/dev/net/tun", os.W_OK):
         return "/dev/net/tun cannot be opened"
@@ -100,7 +100,7 @@ class Network:
     def _boot(self, name: str) -> None:
         flags = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         machine = self._machines[name] = subprocess.Popen(
-            ["unshare", *flags, "bash", "-c", _INIT, name], stdout=subprocess.PIPE, text=True
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "bash", "-c", _INIT, name], stdout=subprocess.PIPE, text=True
         )
         assert machine.stdout is not None and machine.stdout.readline() == "ready\n"
         self._inits[name] = int(Path(f"/proc/{machine.pid}/task/{machine.pid}/children").read_text().split()[0])
