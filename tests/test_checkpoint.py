@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from multiprocessing import active_children
 from pathlib import Path
@@ -30,6 +31,7 @@ from trainer_cases import (
     weights,
 )
 
+from spell_megatron.checkpoint import restore
 from spell_megatron.checkpoint import saver as saver_file
 from spell_megatron.checkpoint.folder import best, latest, note_score
 from spell_megatron.checkpoint.restore import load
@@ -381,3 +383,21 @@ def test_killed_while_saving(asynchronous, policy, tmp_path):
     assert load(latest(run), trainer) == {"step": 1}
     save(run, 2, trainer, config, {"step": 2})
     assert names(run) == ["latest", "step_000001", "step_000002"]
+
+
+def test_a_node_waits_for_the_checkpoint_that_rank_0_sees(tmp_path, monkeypatch):
+    """The shared filesystem shows it the one before."""
+    root, newest = tmp_path / "checkpoints", tmp_path / "checkpoints" / "step_000004"
+    for folder in (root / "step_000002", newest):
+        folder.mkdir(parents=True)
+    (root / "latest").write_text("step_000002")
+    (root / "step_000002" / "meta.json").touch()
+    monkeypatch.setattr(restore.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(restore, "from_rank_0", lambda _: (newest, ""))
+    later = threading.Timer(0.1, (newest / "meta.json").touch)
+    later.start()
+    assert restore._newest(tmp_path) == newest and (newest / "meta.json").exists()
+    later.join()
+    monkeypatch.setattr(restore, "from_rank_0", lambda _: (None, "The checkpoint is gone."))
+    with pytest.raises(UserError, match="The checkpoint is gone"):  # on all ranks
+        restore._newest(tmp_path)

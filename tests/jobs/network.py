@@ -99,9 +99,8 @@ class Network:
 
     def _boot(self, name: str) -> None:
         flags = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-        machine = self._machines[name] = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "bash", "-c", _INIT, name], stdout=subprocess.PIPE, text=True
-        )
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "bash", "-c", _INIT, name]
+        machine = self._machines[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert machine.stdout is not None and machine.stdout.readline() == "ready\n"
         self._inits[name] = int(Path(f"/proc/{machine.pid}/task/{machine.pid}/children").read_text().split()[0])
 
