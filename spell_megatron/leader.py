@@ -131,6 +131,8 @@ class Leader:
         if state:
             self._director.selfplay.load_state_dict(state["selfplay"])
         metrics = self.push(step)
+        with self.progress.stage("comparing engines and trainer"):
+            _probe(self._weights, trainer, self._config)
         self._stop.can_save = True
         if not state:
             self._log.log(0, metrics)
@@ -252,6 +254,7 @@ class Follower:
         self._weights = _engine_weights(trainer, None, self._config, self.progress, self._stop)
         self._stack.callback(self._weights.close)
         self.push(step)
+        _probe(self._weights, trainer, self._config)
         self._stop.can_save = True
 
     def roll_out(self, step: int) -> tuple[Order, None, Metrics]:
@@ -286,6 +289,11 @@ def _engine_weights(
         say=progress.line,
         stop=stop.reason,
     )
+
+
+def _probe(weights: EngineWeights, trainer: Trainer, config: Config) -> None:
+    """UserError if the engines do not compute what the trainer does."""
+    weights.probe(trainer.mismatch, config.rollout.sampling, config.rollout.request_timeout)
 
 
 def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:

@@ -44,15 +44,22 @@ def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.planner.model_size import ModelSize
     from spell_megatron.planner.search import TRIES, fastest, plan_layout
     from spell_megatron.planner.text import plan_text, proposal_text
+    from spell_megatron.preflight.engine_model import check_positions
+    from spell_megatron.preflight.findings import Findings
     from spell_megatron.training.policy import PolicyModel
 
     if arguments.gpu not in GPUS:
         raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(GPUS)}.")
-    model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
+    policy = PolicyModel.load(config.model.path, config.model.dtype)
+    model = ModelSize.of(policy)
     processes, gpu = config.training.parallel.processes, GPUS[arguments.gpu]
     assume = Assumptions(arguments.gpus_per_node)
     plan = plan_layout(model, config, processes, gpu, assume)
     print("\n".join(plan_text(model, config, plan, arguments.gpu, assume)))
+    found = Findings()
+    check_positions(found, config.rollout.sampling, policy.hf_config)
+    for fault in found.faults:
+        print(f"The run will not start: {fault.message}.")
     best = None
     with Progress().stage("other layouts") as advance:
         for number, tried in enumerate(fastest(model, config, processes, gpu, assume)):

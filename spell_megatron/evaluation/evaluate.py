@@ -11,7 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.faults import raise_faults
+from spell_megatron.config.schema import Config, ModelConfig, SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.answers import read_answers
@@ -26,11 +27,14 @@ from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.preflight.engine_model import check_engine_model, check_positions
+from spell_megatron.preflight.findings import Findings
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
+from spell_megatron.training.policy import PolicyModel
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,19 @@ def _noted_settings(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def _check_model(model: ModelConfig, sampling: SamplingConfig) -> None:
+    """UserError if vLLM would not compute what the model's config.json says. Families that cannot be trained are not
+    checked."""
+    try:
+        policy = PolicyModel.load(model.path, model.dtype)
+    except UserError:
+        return
+    found = Findings()
+    check_engine_model(found, model.path, policy)
+    check_positions(found, sampling, policy.hf_config)
+    raise_faults(found.faults, "the model")
+
+
 def _generate(
     evaluation: Evaluation,
     prompts: PromptSet,
@@ -230,6 +247,7 @@ def _generate(
         return
     logs = evaluation.folder / "logs"
     config = evaluation.config
+    _check_model(config.model, rollout.sampling)
     with Engines.open(
         config.model,
         rollout,

@@ -6,9 +6,10 @@ own transports), `RequireKey` by --middleware.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class WorkerExtension:
             "architecture": config.model_config.architecture,
             "sizes": [getattr(text_config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")],
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "quantization": config.model_config.quantization,
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
             "weight_transfer": None if transfer is None else transfer.backend,
@@ -90,14 +92,16 @@ class WorkerExtension:
         ]
 
     def spell_watch_update(self, checksums: str) -> None:
-        """Starts to record what arrives in the next weight update, with checksums if "yes"."""
+        """Starts to record what the weight update that has just been started does, with checksums if "yes"."""
         model = self.weight_transfer_engine.model
         record = _Record()
         load = type(model).load_weights
 
         def arriving(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            # vLLM loads a tensor before it takes the next one.
             for name, tensor in weights:
                 record.received[name] = checksum(tensor) if checksums == "yes" else ""
+                record.current = name
                 yield name, tensor
 
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -106,6 +110,8 @@ class WorkerExtension:
             return loaded
 
         model.load_weights = load_weights
+        for parameter in model.parameters():
+            parameter.weight_loader = record.noting(parameter.weight_loader)
         self._spell_record = record
 
     def spell_report_update(self) -> dict[str, Any]:
@@ -113,6 +119,7 @@ class WorkerExtension:
 
         Returns:
             received: checksum of each received tensor by its Hugging Face name.
+            unused: received tensors of which this worker has loaded nothing into a parameter.
             missing: parameters that nothing was loaded into, or only a part.
         """
         model = self.weight_transfer_engine.model
@@ -132,7 +139,8 @@ class WorkerExtension:
             begun = info.can_load() and 0 < info.load_numel < info.load_numel_total
             if begun and not isinstance(module, VocabParallelEmbedding):
                 missing.append(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
-        return {"received": record.received, "missing": missing}
+        unused = [name for name in record.received if name not in record.used]
+        return {"received": record.received, "unused": unused, "missing": missing}
 
 
 @dataclass
@@ -141,11 +149,30 @@ class _Record:
 
     Attributes:
         received: checksum of each tensor ("": none was asked for) by its Hugging Face name.
+        current: name of the tensor that vLLM loads.
+        used: names of the tensors of which something was loaded into a parameter.
         loaded: parameters of vLLM's model that something was loaded into.
     """
 
     received: dict[str, str] = field(default_factory=dict)
+    current: str = ""
+    used: set[str] = field(default_factory=set)
     loaded: set[str] = field(default_factory=set)
+
+    def noting(self, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """A parameter's weight loader that notes the tensor it is given.
+
+        vLLM knows its own wrappers of loaders by their name and `__wrapped__`, and this one too.
+        """
+
+        @functools.wraps(loader)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            result = loader(*args, **kwargs)
+            if result is not False:  # of an expert that another worker has
+                self.used.add(self.current)
+            return result
+
+        return noting
 
 
 for _transport in TRANSPORTS.values():

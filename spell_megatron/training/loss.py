@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from spell_megatron.config.schema import TrainingConfig
-from spell_megatron.training.logprobs import token_logprobs
+from spell_megatron.training.logprobs import TokenLogprobs, token_logprobs
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.objective import LOG_RATIO_LIMIT, importance_weight, policy_loss
 from spell_megatron.training.prefix_tree import Row, Tree
@@ -56,22 +56,9 @@ class TreeLoss:
             The sum of the losses of the edges whose source is in `mine`; the number of these edges; "sums" behind the
             metrics (in the order of `MEANS`, then the number of edges) and "top", the largest mismatch.
         """
-        model, training = self._model, self._training
-        group = parallel_state.get_tensor_model_parallel_group()
-        if model.config.sequence_parallel:
-            # token_logprobs returns the whole gradient on every rank, so its backward is a split.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
-        place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)
-        edges = np.flatnonzero(mine[place] == tree.source)
-        logprob, entropy, top_probability, is_top = token_logprobs(
-            hidden,
-            model.output_layer.weight if model.output_weight is None else model.output_weight,
-            self._tensor(place[edges]),
-            self._tensor(tree.target[edges]),
-            self._temperature,
-            training.logprob_chunk,
-            model.policy.arch.vocabulary,
-            group,
+        training = self._training
+        edges, (logprob, entropy, top_probability, is_top) = edge_logprobs(
+            self._model, tree, mine, hidden, self._temperature, training.logprob_chunk
         )
         index = self._starts[tree.row] + tree.offset
         advantage, rollout = (self._tensor(column[index][edges]) for column in self._columns)
@@ -110,6 +97,62 @@ class TreeLoss:
         return torch.from_numpy(array).to(self._device)
 
 
+class RowMismatch:
+    """What `TreeLoss` is, for rows that are only compared with the engines that sampled them."""
+
+    def __init__(self, model: TreeGPTModel, training: TrainingConfig, temperature: float, rows: Sequence[Row]) -> None:
+        self._model, self._chunk, self._temperature, self._rows = model, training.logprob_chunk, temperature, rows
+
+    def __call__(
+        self, tree: Tree, mine: np.ndarray, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """As of `TreeLoss`, without a loss; "sums" [rows]: of each row |trainer - engine| of its log-probabilities
+        whose sources are in `mine`."""
+        edges, found = edge_logprobs(self._model, tree, mine, hidden, self._temperature, self._chunk)
+        rows, offsets = tree.row[edges], tree.offset[edges]
+        engine = np.array([self._rows[r].rollout_logprobs[i] for r, i in zip(rows, offsets)], dtype=np.float32)
+        device = found.logprob.device
+        difference = (found.logprob - torch.from_numpy(engine).to(device)).abs().double()
+        sums = torch.zeros(len(self._rows), dtype=torch.double, device=device)
+        sums.index_add_(0, torch.from_numpy(rows).to(device), difference)
+        count = torch.tensor(len(edges), dtype=torch.int, device=device)
+        return torch.zeros((), device=device), count, {"sums": sums}
+
+
+def edge_logprobs(
+    model: TreeGPTModel, tree: Tree, mine: np.ndarray, hidden: torch.Tensor, temperature: float, chunk: int
+) -> tuple[np.ndarray, TokenLogprobs]:
+    """Numbers of a tree's loss edges whose source is in `mine`, and their log-probabilities; see `TreeLoss`."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if model.config.sequence_parallel:
+        # token_logprobs returns the whole gradient on every rank, so its backward is a split.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
+    place = np.searchsorted(mine, tree.source).clip(max=len(mine) - 1)
+    edges = np.flatnonzero(mine[place] == tree.source)
+    source, target = (torch.from_numpy(x[edges]).to(hidden.device) for x in (place, tree.target))
+    weight = model.output_layer.weight if model.output_weight is None else model.output_weight
+    return edges, token_logprobs(
+        hidden, weight, source, target, temperature, chunk, model.policy.arch.vocabulary, group
+    )
+
+
+def row_mismatches(outputs: list[dict[str, torch.Tensor]], rows: Sequence[Row], device: torch.device) -> list[float]:
+    """Of each row the mean of what `RowMismatch` has summed, equal on every rank; all ranks call it."""
+    sums = torch.zeros(len(rows), dtype=torch.double, device=device)
+    if outputs:
+        sums = torch.stack([output["sums"] for output in outputs]).sum(0)
+    _over_ranks(sums, dist.ReduceOp.SUM)
+    return [total / len(row.weights) for total, row in zip(sums.tolist(), rows, strict=True)]
+
+
+def _over_ranks(x: torch.Tensor, op: dist.ReduceOp) -> None:
+    """Reduce over the ranks of the last pipeline stage, and give all stages the result."""
+    dist.all_reduce(x, op=op, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(x, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+
+
 def token_metrics(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, float], float]:
     """Metrics of an update's response tokens and their number, equal on every rank; all ranks call it.
 
@@ -119,16 +162,8 @@ def token_metrics(outputs: list[dict[str, torch.Tensor]], device: torch.device) 
     if outputs:
         sums = torch.stack([output["sums"] for output in outputs]).sum(0)
         top = torch.stack([output["top"] for output in outputs]).amax(0)
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        for x in (sums, top):
-            dist.broadcast(
-                x,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+    _over_ranks(sums, dist.ReduceOp.SUM)
+    _over_ranks(top, dist.ReduceOp.MAX)
     *totals, count = sums.tolist()
     means = {name: total / count for name, total in zip(MEANS, totals, strict=True)}
     return means | {"mismatch_max_ratio": math.exp(min(top.item(), LOG_RATIO_LIMIT))}, count

@@ -110,7 +110,8 @@ class PolicyModel:
         defines them for the configured scaling (default, linear, llama3, yarn).
 
         Raises:
-            UserError: a scaling whose frequencies depend on the length of each sequence, or numbers that give none.
+            UserError: a scaling whose frequencies depend on the length of each sequence, a rotation of a part of each
+                head, or numbers that give none.
         """
         parameters = self.hf_config.rope_parameters
         if (kind := parameters["rope_type"]) not in ("default", "linear", "llama3", "yarn"):
@@ -118,6 +119,11 @@ class PolicyModel:
                 f"config.json asks for rotary embeddings of type {kind!r}. Supported are default, linear, llama3 "
                 "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
                 "sequences of several lengths share a prefix."
+            )
+        if (part := parameters.get("partial_rotary_factor")) not in (None, 1):
+            raise UserError(
+                f"config.json has partial_rotary_factor {part}. Rotary embeddings of a part of each head are not "
+                f"supported, and the models of {self.family.title} have none. Remove it."
             )
         try:
             frequencies, factor = self._frequencies(kind)

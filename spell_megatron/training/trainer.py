@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training.cost import training_cost
 from spell_megatron.training.layout import context_positions, context_split
-from spell_megatron.training.loss import TreeLoss, token_metrics
+from spell_megatron.training.loss import RowMismatch, TreeLoss, row_mismatches, token_metrics
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.moe import expert_metrics, routers
 from spell_megatron.training.optimizer import build_optimizer, build_schedule
@@ -119,6 +119,26 @@ class Trainer:
             metrics |= expert_metrics(self.model, self._arch.moe_layers, distinct, routings.any)
         return metrics
 
+    @torch.no_grad()
+    def mismatch(self, rows: Sequence[Row] | None) -> list[float]:
+        """How far the trainer's log-probabilities are from those of the engines that sampled the rows.
+
+        It computes forward only, and changes neither weights, nor optimizer, nor random states. Rank 0 passes the
+        rows, each with a response; the other ranks pass None.
+
+        Returns, equal on every rank:
+            Mean |trainer - engine| over the response tokens of each row; not a number where one of them is not.
+        """
+        rows = self._shared(rows)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        plans = plan(rows, self._training.tokens_per_microbatch, ranks, self._cost)
+        routings = Routings(rows, plans, rank, self.model.layers, self._device)
+        compare = RowMismatch(self.model, self._training, self._temperature, rows)
+        outputs = self._run(plans, rank, partial(self._forward, compare, routings), forward_only=True)
+        for router in routers(self.model):
+            router.forget_routings()
+        return row_mismatches(outputs, rows, self._device)
+
     def _shared(self, rows: Sequence[Row] | None) -> list[Row]:
         """The rows of rank 0 that bear a loss on every rank, checked."""
         if rows is not None and not (self._arch.experts and self._training.routing_replay):
@@ -131,30 +151,45 @@ class Trainer:
         self, rows: list[Row], plans: list[list[Tree]], rank: int, routings: Routings, progress: Progress | None
     ) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of this data-parallel rank's trees; what `TreeLoss` has returned for each."""
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = TreeLoss(self.model, self._training, self._temperature, rows)
+        return self._run(plans, rank, partial(self._forward, loss, routings), progress)
+
+    def _run(
+        self,
+        plans: list[list[Tree]],
+        rank: int,
+        forward: Callable,
+        progress: Progress | None = None,
+        forward_only: bool = False,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Megatron's schedule over this data-parallel rank's trees; what the loss has returned for each."""
         trees = plans[rank]
         lengths = [len(tree.tokens) for tree in trees]
         if self._arch.experts and self._training.moe_dispatcher == "allgather":
             # Expert-parallel ranks gather each other's tokens, which takes equal lengths.
             lengths = [max(len(tree.tokens) for tree in together) for together in zip(*plans)]
         self._ddp.train()
-        self._ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss = TreeLoss(self.model, self._training, self._temperature, rows)
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss, routings),
+            forward_step_func=forward,
             data_iterator=_reporting(list(zip(trees, lengths)), progress),
             model=[self._ddp],
             num_microbatches=len(trees),
             seq_length=max(lengths),
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
         )
         if progress:
             progress(len(trees), len(trees))
         return outputs
 
     def _forward(
-        self, loss: TreeLoss, routings: Routings, trees: Iterator[tuple[Tree, int]], model: torch.nn.Module
+        self,
+        loss: TreeLoss | RowMismatch,
+        routings: Routings,
+        trees: Iterator[tuple[Tree, int]],
+        model: torch.nn.Module,
     ) -> tuple[torch.Tensor, Callable]:
         """Megatron's forward_step_func: hidden states of the next tree, laid out in at least so many tokens,
         and the loss on them."""

@@ -7,11 +7,13 @@ from enum import Enum, auto
 
 import torch
 
+from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.training.model import TreeGPTModel
-from spell_megatron.weights.push import Push, WeightPusher
+from spell_megatron.weights.probe import Mismatch, compare_logprobs
+from spell_megatron.weights.push import OtherModel, Push, WeightPusher
 from spell_megatron.weights.reshard import export
 
 
@@ -72,7 +74,8 @@ class EngineWeights:
             Metrics of the push on rank 0, {} on the others.
 
         Raises:
-            UserError: engines failed too often; or they were not started by this run and did not take the weights.
+            UserError: engines failed too often; their model has other parameters than the trainer's; or they were not
+                started by this run and did not take the weights.
         """
         self._step = step
         if torch.cuda.is_available():
@@ -96,10 +99,27 @@ class EngineWeights:
         stream = export(self._model, everywhere=self._pusher.everywhere)
         try:
             return self._pusher.push(stream, str(self._step), verify=self._verify), ""
+        except OtherModel:
+            raise
         except UserError as error:
             if self._engines is None or not self._engines.restartable:
                 raise
             return None, str(error)
+
+    def probe(self, mismatch: Mismatch, sampling: SamplingConfig, request_timeout: float) -> None:
+        """Compares the engines, which have the trainer's weights, with the trainer. All ranks call it after a `push`.
+
+        Args:
+            mismatch: `Trainer.mismatch`.
+            sampling, request_timeout: of the section `rollout`.
+
+        Raises:
+            UserError: they do not compute the same, or an engine does not answer.
+        """
+        colocated = from_rank_0(self._engines is not None and self._engines.transport.colocated)
+        compare_logprobs(self._engines, mismatch, self._model.policy, sampling, request_timeout)
+        if colocated:  # the engines have slept meanwhile
+            self.push(self._step)
 
     def revive(self) -> list[str]:
         """Restarts the engines, none of which answers, and gives them the weights they had. Called on rank 0.

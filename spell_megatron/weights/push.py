@@ -26,6 +26,10 @@ from spell_megatron.weights.buckets import BUCKET_BYTES, in_buckets
 Result = TypeVar("Result")
 
 
+class OtherModel(UserError):
+    """The engines' model has other parameters than the trainer's. To push again does not help."""
+
+
 @dataclass(frozen=True)
 class Push:
     """What one push did.
@@ -112,6 +116,7 @@ class WeightPusher:
         Raises:
             UserError: the engines did not take the weights, or received other weights. They are left
                 paused and labelled, so that they never serve a mixture; restart them.
+            OtherModel: an engine has no parameter for a tensor, or a parameter that got none.
         """
         buckets = in_buckets(stream, self._bucket_bytes)
         if not self._engines:
@@ -128,7 +133,8 @@ class WeightPusher:
             result = self._push(buckets, version, running, verify)
         except (requests.RequestException, RuntimeError, OSError) as error:
             self._go_along(buckets)  # the other ranks send the rest of the stream
-            raise UserError(f"The engines did not take the weights ({error}): {self._broken}") from error
+            kind = OtherModel if isinstance(error, _OtherParameters) else UserError
+            raise kind(f"The engines did not take the weights ({error}): {self._broken}") from error
         self._broken = ""
         return result
 
@@ -169,8 +175,8 @@ class WeightPusher:
         waited = time.monotonic() - start
         # Should anybody resume an engine that was left half-way, no completion of it is accepted.
         self._all("/update_weight_version", {"new_version": f"{UPDATING} to {version}"})
-        self._call_all("spell_watch_update", "yes" if verify else "no")
         self._all("/start_weight_update")
+        self._call_all("spell_watch_update", "yes" if verify else "no")
         sent, size = self._send_all(buckets, verify)
         verified = self._check_reports(sent)
         self._all("/finish_weight_update")
@@ -225,7 +231,7 @@ class WeightPusher:
         return loading
 
     def _check_reports(self, sent: dict[str, str]) -> int:
-        """Compares what was sent with what each worker received; returns the number of tensors compared."""
+        """Compares what was sent with what each worker received and loaded; returns the number of tensors compared."""
         compared = 0
         for engine, reports in zip(self._engines, self._call_all("spell_report_update"), strict=True):
             for report in reports:
@@ -239,10 +245,16 @@ class WeightPusher:
                         f"{name}: sent {sent.get(name)}, received {received.get(name)}"
                     )
                 if missing:
-                    raise RuntimeError(
+                    raise _OtherParameters(
                         f"the stream did not fill {len(missing)} parameters of {engine.url}, among them {missing[0]}"
                     )
                 compared += len(names)
+            # Each worker has the experts and layers of its own.
+            if unused := set.intersection(*(set(report["unused"]) for report in reports)):
+                raise _OtherParameters(
+                    f"{engine.url} has no parameter for {len(unused)} tensors, among them {min(unused)}, so that vLLM "
+                    "would compute without them. It does not know an option of the model's config.json"
+                )
         return compared
 
     def _all(
@@ -255,6 +267,10 @@ class WeightPusher:
 
     def _each(self, action: Callable[[Engine], Result]) -> list[Result]:
         return _results([self._threads.submit(action, engine) for engine in self._engines])
+
+
+class _OtherParameters(RuntimeError):
+    """An engine lacks a parameter for a tensor, or a tensor for a parameter."""
 
 
 def _own_address(engines: Sequence[Engine]) -> str:

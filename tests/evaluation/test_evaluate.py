@@ -370,6 +370,17 @@ def test_a_model_is_needed(mine, tmp_path, capsys):
     assert "There is no model in" in capsys.readouterr().err
 
 
+def test_a_model_that_vllm_would_compute_otherwise_is_refused(mine, tmp_path, capsys):
+    policy = shutil.copytree(ROOT / "examples" / "quickstart" / "policy", tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    (policy / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn, "attention_bias": True}))
+    words = ["evaluate", "--model", policy, "--benchmark", f"m={mine}", "--out", tmp_path / "out", "--max-input", 700]
+    assert main([str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "2 faults in the model" in told and "o_proj.bias" in told and "128 positions (rope scaling)" in told
+
+
 def test_a_step_of_a_run_is_a_model(tokenizer_folder, stub, mine, tmp_path):
     step = tmp_path / "checkpoints" / "step_000012"
     (step / "hf").mkdir(parents=True)

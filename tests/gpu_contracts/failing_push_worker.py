@@ -43,7 +43,7 @@ class Engine:
         return (
             [{"workers": 1}]
             if method == "spell_describe"
-            else [{"received": {f"w{n}": "" for n in range(6)}, "missing": []}]
+            else [{"received": {f"w{n}": "" for n in range(6)}, "unused": [], "missing": []}]
         )
 
     def post(self, route, body=None, params=None, timeout=0):

@@ -100,7 +100,7 @@ def around(transfers: list[str]) -> list[str]:
     """What an engine is told in a push with such transfers, in order."""
     return [
         *("spell_describe", "init_weight_transfer_engine", "pause_scheduler_async", "set_weight_version_async"),
-        *("spell_watch_update", "start_weight_update", *transfers, "spell_report_update", "finish_weight_update"),
+        *("start_weight_update", "spell_watch_update", *transfers, "spell_report_update", "finish_weight_update"),
         *("reset_prefix_cache_async", "set_weight_version_async", "resume_scheduler_async"),
     ]
 
@@ -122,7 +122,7 @@ def test_a_push_by_nccl(routes, engines, no_gpu):
     assert (invited["packed_buffer_size_bytes"], invited["packed_num_buffers"]) == (60, 2)
     assert told[2][1]["mode"] == "abort"
     assert [told[n][1]["weight_version"] for n in (3, -2)] == ["updating to 7", "7"]
-    assert told[4][1] == {"checksums": "no"}
+    assert told[5][1] == {"checksums": "no"}
     for (_, values), bucket in zip(told[6:8], BUCKETS, strict=True):
         assert bucket.items() <= values["update_info"].items()
 

@@ -99,7 +99,7 @@ ANSWERS = {
     "spell_describe": {"workers": 2},
     "is_scheduler_paused_async": False,
     "get_weight_version_async": "7",
-    "spell_report_update": {"received": dict.fromkeys(("a", "b", "c"), ""), "missing": []},
+    "spell_report_update": {"received": dict.fromkeys(("a", "b", "c"), ""), "unused": [], "missing": []},
 }
 
 

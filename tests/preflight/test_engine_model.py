@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from families import hf_config
+import torch
+from families import LLAMA3_ROPE, hf_config
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.preflight.engine_model import check_engine_model, check_positions, position_limit
@@ -108,6 +109,35 @@ def yarn(factor: float, original: int | None, **more: object) -> dict:
 def test_positions_of_a_model(fields, limit):
     config = hf_config("qwen3", **{"max_position_embeddings": 4096} | fields)
     assert position_limit(config) == limit
+
+
+def test_tables_of_vllm_have_the_values_of_the_trainer_up_to_the_limit():
+    """vLLM reads cosines and sines from a table that nothing guards at its end; the trainer computes them."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    scalings = [
+        yarn(4, 512),
+        yarn(2.5, 512),
+        yarn(4, None),
+        yarn(4, 512, attention_factor=0.9),
+        yarn(4, 512, mscale=0.7, mscale_all_dim=0.3),
+        yarn(4, 512, beta_fast=16, beta_slow=2),
+        yarn(4, 512, truncate=False),
+        {"rope_parameters": LLAMA3_ROPE},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, "rope_theta": 1e6},
+    ]
+    with set_current_vllm_config(VllmConfig()):
+        for scaling in scalings:
+            config = hf_config("qwen3", max_position_embeddings=2048, **scaling)
+            theirs = get_rope(config.head_dim, 2048, rope_parameters=config.rope_parameters, dtype=torch.float32)
+            limit, _ = position_limit(config)
+            assert limit <= len(theirs.cos_sin_cache)
+            frequencies, factor = PolicyModel.of(config).rotary
+            angles = torch.arange(limit)[:, None] * frequencies
+            ours = torch.cat([angles.cos(), angles.sin()], dim=-1) * factor
+            torch.testing.assert_close(ours, theirs.cos_sin_cache[:limit], atol=1e-6, rtol=0)
 
 
 def told(prompt: int, **fields: object) -> str:

@@ -57,6 +57,8 @@ def test_unsupported_models_are_refused(tmp_path):
     assert "sliding-window" in rejected(tmp_path / "c", "qwen3_moe", moe_window)
     dynamic = {"rope_parameters": {**YARN_ROPE, "rope_type": "dynamic"}}
     assert "'dynamic'" in rejected(tmp_path / "d", "llama", dynamic)
+    partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    assert "partial_rotary_factor 0.5" in rejected(tmp_path / "g", "qwen3", partial)
     one = MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}
     assert "norm_topk_prob" in rejected(tmp_path / "e", "qwen3_moe", one)
 

@@ -26,6 +26,7 @@ from trainer_cases import (
 from spell_megatron.training import model
 from spell_megatron.training.moe import routers
 from spell_megatron.training.prefix_tree import Row, plan
+from spell_megatron.training.state import random_states
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -327,6 +328,24 @@ def test_learning_rate(decay, expected, policies):
     )
     rates = [trainer.update(make_rows(groups=1, group_size=2))["lr"] for _ in range(4)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_the_mismatch_is_that_of_an_update_and_changes_nothing(family, policies):
+    rows = make_rows()
+    trainer, other = (make_trainer(make_config(policies(family))) for _ in range(2))
+    before = random_states()
+    found = trainer.mismatch(rows)
+    assert str(random_states()) == str(before)
+    assert len(set(found)) > len(rows) // 2
+    lengths = [len(row.weights) for row in rows]
+    metrics, without = trainer.update(rows), other.update(rows)
+    mean = sum(value * n for value, n in zip(found, lengths, strict=True)) / sum(lengths)
+    assert mean == pytest.approx(metrics["mismatch_abs"], rel=1e-6)
+    assert {k: v for k, v in metrics.items() if "second" not in k} == {
+        k: v for k, v in without.items() if "second" not in k
+    }
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer).values(), weights(other).values(), strict=True))
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -125,8 +125,8 @@ BFLOAT16_ON_FOUR = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """alone(policy, **settings) -> metrics and weights of two updates in one process, and of a third one;
-    `alone.folder` holds the policies."""
+    """alone(policy, **settings) -> metrics and weights of two updates in one process, and of a third one, and the
+    mismatch of each row before them; `alone.folder` holds the policies."""
     folder = tmp_path_factory.mktemp("policies")
     for policy in POLICIES:
         make_policy(policy, folder / policy)
@@ -138,8 +138,9 @@ def alone(tmp_path_factory):
         if key not in results:
             rows = make_routed_rows if settings.pop("routed", False) else make_rows
             trainer = make_trainer(make_config(folder / policy, **settings))
+            mismatch = trainer.mismatch(rows(0))
             two = [trainer.update(rows(seed)) for seed in range(2)], weights(trainer)
-            results[key] = *two, ([trainer.update(rows(2))], weights(trainer))
+            results[key] = *two, ([trainer.update(rows(2))], weights(trainer)), mismatch
         return results[key]
 
     get.folder = folder
@@ -167,10 +168,13 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
     faults = []
     for name, (policy, options) in cases.items():
         objective = {key: options[key] for key in BALANCED | ROUTED if key in options}
-        metrics, after_two, (third, after_three) = alone(policy, **settings, **objective)
+        metrics, after_two, (third, after_three), mismatch = alone(policy, **settings, **objective)
         result = torch.load(folder / f"{name}.pt")
         assert result["same"], f"{name}: the ranks report different metrics"
         resumed, after_resuming = result["resumed"]
+        furthest = max(abs(a - b) / b for a, b in zip(result["mismatch"], mismatch, strict=True))
+        if furthest > 10 * tolerance["mismatch_abs"]:  # of one row, not of all together
+            faults.append(f"{name}: mismatch of a row {furthest:.1e}")
         for what, error in (
             (name, errors(result["metrics"], result["weights"], metrics, after_two)),
             (f"{name}, resumed", errors([resumed], after_resuming, third, after_three)),
@@ -205,6 +209,6 @@ def test_bfloat16(processes, cases, alone, tmp_path):
     """The same in bfloat16, whose optimizer keeps float32 weights; `pytest -s` prints the differences."""
     dtype = {"model__dtype": "bfloat16"}
     for policy in sorted({policy for policy, _ in cases.values()}):
-        (a, b, _), (c, d, _) = alone(policy, **dtype), alone(policy)
+        (a, b, *_), (c, d, *_) = alone(policy, **dtype), alone(policy)
         print(f"{policy}, one process against float32", {k: f"{v:.1e}" for k, v in errors(a, b, c, d).items()})
     check(processes, cases, alone, tmp_path, BFLOAT16, **dtype)

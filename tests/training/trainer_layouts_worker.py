@@ -30,11 +30,13 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     def update(trainer, seed):
         return trainer.update(rows(seed) if dist.get_rank() == 0 else None)
 
+    mismatch = trainer.mismatch(rows(0) if dist.get_rank() == 0 else None)
     metrics = [update(trainer, seed) for seed in range(2)]
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, [{k: v for k, v in m.items() if "second" not in k} for m in metrics])
     result = {
         "metrics": metrics,
+        "mismatch": mismatch,
         "same": all(m == everywhere[0] for m in everywhere),
         "weights": weights(trainer),
     }

@@ -23,7 +23,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.client import Client, Completion, GenerationError
 from spell_megatron.weights.check import compare
-from spell_megatron.weights.push import WeightPusher
+from spell_megatron.weights.push import OtherModel, WeightPusher
 
 PROMPTS = [[(start + 37 * i) % 250 for i in range(length)] for start, length in ((3, 5), (11, 40), (29, 300))]
 SEEDED = {
@@ -134,6 +134,22 @@ def check_pushes(engines, old: Path, new: Path, expected: list, tolerance: float
 def test_a_pushed_dense_engine_equals_a_fresh_one(engines_for, policy, fresh):
     # 0.0 measured
     check_pushes(engines_for("dense"), policy("dense", 0), policy("dense", 1), fresh(policy("dense", 1)))
+
+
+def test_a_tensor_that_no_parameter_takes_is_named(engines_for, policy):
+    """vLLM throws biases away that its model does not have."""
+    engines = engines_for("dense")
+    bias = {"model.layers.1.self_attn.o_proj.bias": torch.ones(64)}
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+    with pytest.raises(
+        OtherModel, match=r"no parameter for 1 tensors, among them model.layers.1.self_attn.o_proj.bias"
+    ):
+        pusher.push((weights(policy("dense", 1)) | bias).items(), "one", verify=True)
+    pusher.close()
+    engines.engines[0].post("/finish_weight_update")  # so that the next push may begin
+    pusher = WeightPusher(engines)
+    pusher.push(weights(policy("dense", 0)).items(), "two", verify=True)
+    pusher.close()
 
 
 def test_a_stream_that_breaks_leaves_the_engine_paused(engines_for, policy):

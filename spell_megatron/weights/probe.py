@@ -1,0 +1,139 @@
+"""Whether engines compute what the trainer does: log-probabilities of a few tokens, before a run trains on any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import requests
+
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.errors import UserError
+from spell_megatron.processes.collective import from_rank_0
+from spell_megatron.rollout.engine import Engine
+from spell_megatron.rollout.engines import Engines
+from spell_megatron.training.policy import PolicyModel
+from spell_megatron.training.prefix_tree import Row
+
+Mismatch = Callable[[Sequence[Row] | None], list[float]]
+"""`Trainer.mismatch`."""
+
+LIMITS = {"float32": 0.03, "bfloat16": 0.3}
+"""Largest mean difference of log-probabilities that rounding explains, by the type of the weights."""
+QUANTISED_LIMIT = 0.6
+"""The same for engines that quantise the weights."""
+
+SHORT_TOKENS, TOKENS, SAMPLES, SEED = 24, 8, 4, 0
+"""Length of the short prompts; tokens sampled after each prompt; samples of each prompt; of the prompts' token ids."""
+
+
+def compare_logprobs(
+    engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, sampling: SamplingConfig, request_timeout: float
+) -> None:
+    """Have every engine sample some tokens after short prompts and after one as long as the run allows, and compare.
+
+    The prompts are of random token ids, the same in every run. Nothing is left behind but the prompts in the engines'
+    prefix caches. All trainer ranks call it; engines that share GPUs with the trainer sleep afterwards.
+
+    Args:
+        engines: with the trainer's weights, on rank 0; None on the others.
+        mismatch: of the trainer, which all ranks run.
+        policy: the model.
+        sampling: of the run.
+        request_timeout: seconds that a request may take.
+
+    Raises:
+        UserError: the log-probabilities of an engine are not the trainer's, or an engine does not answer.
+    """
+    answers: list[_Answers] = []
+    if engines is not None:
+        prompts = _prompts(policy.arch.vocabulary, sampling)
+        with ThreadPoolExecutor(len(engines.engines)) as threads:
+            asking = threads.map(lambda engine: _ask(engine, prompts, sampling, request_timeout), engines.engines)
+            answers = list(asking)
+        engines.sleep()
+    from_rank_0("the engines have answered")
+    rows = [row for answer in answers for row in answer.rows]
+    differences = iter(mismatch(rows if engines is not None else None))
+    for answer in answers:
+        _judge(answer, [next(differences) for _ in answer.rows], str(policy.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What an engine has sampled."""
+
+    url: str
+    quantization: str | None
+    """Of its weights."""
+    rows: list[Row]
+    """With its log-probabilities."""
+
+
+def _prompts(vocabulary: int, sampling: SamplingConfig) -> list[list[int]]:
+    """Short prompts, and one that reaches the last positions that a prompt of the run can have."""
+    rng = np.random.default_rng(SEED)
+    longest = sampling.max_prompt_tokens
+    lengths = [min(SHORT_TOKENS, longest)] * 2 + [longest]
+    return [rng.integers(0, vocabulary, length).tolist() for length in dict.fromkeys(lengths)]
+
+
+def _ask(engine: Engine, prompts: list[list[int]], sampling: SamplingConfig, timeout: float) -> _Answers:
+    """What an engine samples after each prompt."""
+    wanted: dict[str, Any] = {
+        "n": SAMPLES,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,  # below, the engine's log-probabilities are of the tokens that it leaves
+        "max_tokens": min(TOKENS, sampling.max_response_tokens),
+        "logprobs": 0,
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    rows = []
+    try:
+        quantization = engine.call("spell_describe")[0]["quantization"]
+        for number, prompt in enumerate(prompts):
+            params = wanted | {"seed": number, "routed_experts_prompt_start": len(prompt)}
+            body = {"token_ids": prompt, "sampling_params": params}
+            for choice in engine.post("/inference/v1/generate", body, timeout=timeout)["choices"]:
+                logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+                values = np.array([math.nan if value is None else value for value in logprobs], dtype=np.float32)
+                tokens = np.array([*prompt, *choice["token_ids"]], dtype=np.int64)
+                rows.append(Row(tokens, len(prompt), np.zeros_like(values), values))
+    except requests.RequestException as error:
+        raise UserError(
+            f"{engine.url} did not answer the prompts by which it is compared with the trainer ({error}). Look into "
+            "its log, correct what it names, and start or resume the run."
+        ) from error
+    return _Answers(engine.url, quantization, rows)
+
+
+def _judge(answers: _Answers, differences: list[float], dtype: str) -> None:
+    """UserError if the mean differences of an engine's rows are more than rounding explains."""
+    limit = QUANTISED_LIMIT if answers.quantization else LIMITS[dtype]
+    kind = f"an engine that quantises ({answers.quantization})" if answers.quantization else dtype
+    lengths = np.array([row.prompt_length for row in answers.rows])
+    means = {length: float(np.array(differences)[lengths == length].mean()) for length in sorted(set(lengths.tolist()))}
+    wrong = [length for length, mean in means.items() if not mean <= limit]
+    if not wrong:
+        return
+    found = " and ".join(f"{mean:.2g} after prompts of {length:,} tokens" for length, mean in means.items())
+    if len(wrong) < len(means):
+        cause = (
+            "Likely the two treat positions or distances differently: see the rope scaling and the attention's windows "
+            "in config.json"
+        )
+    else:
+        cause = (
+            "Likely vLLM reads an option of config.json in another way than the trainer, or the engine has flags that "
+            "change the model (rollout.extra_args, or where it was started)"
+        )
+    raise UserError(
+        f"{answers.url} and the trainer have the same weights and do not compute the same: log-probabilities of "
+        f"sampled tokens differ on average by {found}. Up to {limit:g} is normal for {kind}. {cause}. The run stops, "
+        "because it would learn from wrong probabilities."
+    )

@@ -1,0 +1,75 @@
+"""Engines and trainer compared before a run: the same computation passes, another one is refused with its likely cause.
+
+The whole of it in a run, for a mixture of experts too: tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from engine_fixtures import engine_config
+from hf_models import load
+
+from spell_megatron.config.schema import TrainingConfig
+from spell_megatron.errors import UserError
+from spell_megatron.training.policy import PolicyModel
+from spell_megatron.training.trainer import Trainer
+from spell_megatron.weights.engine_weights import EngineWeights
+from spell_megatron.weights.probe import SAMPLES, compare_logprobs
+
+
+@pytest.fixture
+def probe(engines_for, policy, process_group, tmp_path):
+    """probe(**config) compares an engine of policy("dense") with a trainer whose config.json has these fields too."""
+    engines = engines_for("dense")
+
+    def run(**config: object) -> None:
+        folder = shutil.copytree(policy("dense"), tmp_path / "policy")
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | config))
+        rollout = engine_config(folder).rollout
+        trainer = Trainer(load(folder), TrainingConfig(), rollout.sampling.temperature, 2)
+        weights = EngineWeights(trainer.model, engines, verify=True, say=print, stop=lambda: None)
+        weights.push(0)
+        try:
+            weights.probe(trainer.mismatch, rollout.sampling, rollout.request_timeout)
+        finally:
+            weights.close()
+
+    return run
+
+
+def test_the_same_computation_agrees(probe):
+    probe()  # measured 1e-6; refused above 0.03
+
+
+def test_another_rotary_embedding_is_refused(probe):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    with pytest.raises(UserError, match=r"same weights and do not compute the same.*option of config.json"):
+        probe(rope_parameters=yarn)
+
+
+def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
+    engines, sampling = engines_for("dense"), engine_config(policy("dense")).rollout.sampling
+    asked = []
+
+    def compare(difference: float) -> None:
+        def mismatch(rows):
+            asked.append(rows)
+            return [difference if row.prompt_length == sampling.max_prompt_tokens else 1e-6 for row in rows]
+
+        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), sampling, 60)
+
+    compare(0.02)
+    with pytest.raises(
+        UserError, match=r"1e-06 after prompts of 24 tokens and 0.5 after prompts of 768 .*rope scaling"
+    ):
+        compare(0.5)
+    with pytest.raises(UserError, match="nan after prompts of 768"):
+        compare(math.nan)
+    first, again, _ = ([(row.tokens.tolist(), row.rollout_logprobs.tolist()) for row in rows] for rows in asked)
+    assert first == again and len(first) == 2 * SAMPLES
+    assert all(-20 < value < 0 for _, values in first for value in values)
