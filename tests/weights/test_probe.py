@@ -18,7 +18,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights
-from spell_megatron.weights.probe import SAMPLES, compare_logprobs
+from spell_megatron.weights.probe import SAMPLES, SHORT, compare_logprobs
 
 
 @pytest.fixture
@@ -71,5 +71,5 @@ def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
     with pytest.raises(UserError, match="nan after prompts of 768"):
         compare(math.nan)
     first, again, _ = ([(row.tokens.tolist(), row.rollout_logprobs.tolist()) for row in rows] for rows in asked)
-    assert first == again and len(first) == 2 * SAMPLES
+    assert first == again and len(first) == (SHORT + 1) * SAMPLES
     assert all(-20 < value < 0 for _, values in first for value in values)
