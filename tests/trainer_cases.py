@@ -14,7 +14,7 @@ from spell_megatron.config.section import Section
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.prefix_tree import Row, Tree, pack
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
 from spell_megatron.weights.reshard import export
@@ -83,6 +83,12 @@ def make_rows(seed: int = 0, groups: int = 4, group_size: int = 4) -> list[Row]:
     add(first.tokens[: first.prompt_length], first.tokens[first.prompt_length :])
     add(np.array([3]), rng.integers(0, VOCAB, 5))
     return rows
+
+
+def every_row_alone(rows: list[Row], *unused) -> list[list[Tree]]:
+    """In the place of `prefix_tree.plan`, for one rank: nothing is shared. The rows have no routings."""
+    trees = [(number, tree) for number, row in enumerate(rows) for tree in pack([row], 1)]
+    return [[replace(tree, row=np.full_like(tree.row, number)) for number, tree in trees]]
 
 
 def make_routed_rows(seed: int = 0) -> list[Row]:

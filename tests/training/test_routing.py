@@ -62,7 +62,7 @@ def test_the_routing_of_the_model_itself_changes_nothing(recompute, policies):
 )
 def test_other_routings_equal_transformers_with_these_experts(normalised, recompute, budget, policies, tmp_path):
     """Every row has random experts of its own, so that rows differ about the prompts they share: loss, entropy and
-    gradient within 1e-5 relative, however the rows are cut (budget 1: nothing is shared)."""
+    gradient within 1e-5 relative, however the rows are cut (budget 1: hardly anything is shared)."""
     folder = policies(normalised)
     rows = make_rows()
     rows = recorded(rows, other_routings(rows, 2, 8, 2))
