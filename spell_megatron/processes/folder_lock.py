@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from pathlib import Path
 from spell_megatron.errors import ExitStatus, UserError, explain
 from spell_megatron.files import make_folder
 from spell_megatron.processes.holder import Holder
+from spell_megatron.processes.signals import REQUESTS
 
 BEAT = 5.0
 """Seconds between two signs of life."""
@@ -137,6 +139,7 @@ class FolderLock:
         return not _until(lambda: not path.exists() or holder.here() is False)
 
     def _beat(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)  # for whoever answers requests to stop; this thread does not
         while not self._ended.wait(BEAT):
             with suppress(OSError):  # a filesystem that does not answer for a while
                 if self._path(self._number + 1).exists():

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,19 @@ def test_a_process_has_a_folder_once(tmp_path):
         pass
     with lock(tmp_path):
         pass
+
+
+def test_requests_to_stop_are_not_for_its_thread(tmp_path):
+    """They would wait there for the main thread, which may be in a library for long."""
+    with lock(tmp_path):
+        (thread,) = (one for one in threading.enumerate() if one.name == "lock")
+        deadline = time.monotonic() + 10
+        while True:
+            status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+            blocked = int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16)
+            if all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
+                break
+            assert time.monotonic() < deadline
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
