@@ -9,7 +9,8 @@ read back from where their kernels take the weights, so it does not matter how t
 `spell train` to be able to look into the engines of a run.
 
 With --start an engine is started on this machine with random weights, those of the checkpoint are pushed into it as
-training pushes them, and the result is compared: a test of weight transfer on this machine.
+training pushes them, and the result is compared: a test of weight transfer on this machine. The engine computes in
+float32, or in bfloat16 if the checkpoint does.
 
 Exit status: 0 all tensors agree, 1 some differ, 2 no comparison was possible.
 """
@@ -22,6 +23,8 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from spell_megatron.config.schema import ModelConfig, RolloutConfig, SamplingConfig
 from spell_megatron.errors import UserError
@@ -81,7 +84,9 @@ def _check(options: argparse.Namespace) -> int:
 def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progress: Progress) -> list[Engine]:
     """An engine that was started with random weights and got those of the checkpoint by a push."""
     _, first = next(read_checkpoint(options.checkpoint))
-    model = ModelConfig(path=folder, dtype=str(first.dtype).removeprefix("torch."))
+    # Engines have the types of training. Every float16 value is a float32 value too.
+    dtype = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float32
+    model = ModelConfig(path=folder, dtype=str(dtype).removeprefix("torch."))
     rollout = RolloutConfig(
         tensor_parallel=options.tensor_parallel,
         concurrency=8,
@@ -97,7 +102,8 @@ def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progres
     pusher = WeightPusher(engines)
     stack.callback(pusher.close)
     with progress.stage("pushing"):
-        done = pusher.push(read_checkpoint(options.checkpoint), "checkpoint", verify=True)
+        weights = ((name, tensor.to(dtype)) for name, tensor in read_checkpoint(options.checkpoint))
+        done = pusher.push(weights, "checkpoint", verify=True)
     size, way = f"{done.bytes / 1e9:.2f} GB", engines.transport.name
     print(f"pushed {done.tensors} tensors, {size}, in {done.seconds:.1f} s ({way})")
     return engines.engines

@@ -66,8 +66,9 @@ def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> 
             other = checkpoint.tensor(name)
             if other.dtype != tensor.dtype or other.shape != tensor.shape or _bits(other).ne(_bits(tensor)).any():
                 raise UserError(
-                    f"{name} differs between {megatron} and {hf}: the converted checkpoint is wrong. Remove it; if a "
-                    "second conversion differs too, suspect the disk or report a defect."
+                    f"{name} differs between {megatron} and {hf}: the converted checkpoint is wrong, and the other one is "
+                    "as it was. Convert it again to another place. If that differs too, suspect the disk or report a "
+                    "defect."
                 )
     return count
 
@@ -85,7 +86,7 @@ def _alone(out: Path) -> FolderLock:
 def _new(out: Path) -> Path:
     """The folder to be made; UserError if it is there."""
     if out.exists():
-        raise UserError(f"{out} exists already. Remove it, or choose another place.")
+        raise UserError(f"{out} exists already. Choose another place, or move it away.")
     return out
 
 

@@ -1,10 +1,12 @@
 """Engines against checkpoints, read back from their kernels."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -72,9 +74,13 @@ def test_other_checkpoints_and_no_engine(engines_for, policy, run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_a_started_engine_gets_the_weights(tensor_parallel, policy, run):
-    status, output, _ = run(None, policy("tied"), "--start", "--device", "cpu", "--tensor-parallel", tensor_parallel)
-    count = len(load_file(policy("tied") / "model.safetensors"))
+@pytest.mark.parametrize(("tensor_parallel", "dtype"), [(1, torch.float16), (2, torch.float32)])
+def test_a_started_engine_gets_the_weights(tensor_parallel, dtype, policy, run, tmp_path):
+    """Also those in float16, a type that engines are not started with; they compute in float32 then."""
+    folder = shutil.copytree(policy("tied"), tmp_path / "policy")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    status, output, _ = run(None, folder, "--start", "--device", "cpu", "--tensor-parallel", tensor_parallel)
+    count = len(weights)
     assert status == 0
     assert output.startswith(f"pushed {count} tensors") and f"{count} of {count} tensors agree" in output

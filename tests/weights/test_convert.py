@@ -72,6 +72,18 @@ def test_round_trip_is_exact_in_every_layout(case, checkpoint, tmp_path):
         assert not (back / "metadata.json").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_types_are_kept(dtype, tmp_path, capsys):
+    source, out, back = tmp_path / "source", tmp_path / "megatron", tmp_path / "back"
+    make("qwen3_moe", CASES["qwen3_moe"][1]).to(dtype).save_pretrained(source)
+    for way in ("hf-to-megatron", "megatron-to-hf"):
+        hf = source if way == "hf-to-megatron" else back
+        assert main(["convert", way, "--hf", str(hf), "--megatron", str(out), "--verify"]) == 0
+    assert "are the same in both" in capsys.readouterr().out
+    assert same(source, back)
+    assert {tensor.dtype for tensor in load_file(back / "model.safetensors").values()} == {dtype}
+
+
 @pytest.mark.parametrize("case", ["qwen2-tied-yarn", "qwen3-moe-some-dense-layers"])
 def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
     from megatron.core import dist_checkpointing
