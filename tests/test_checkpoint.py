@@ -321,7 +321,9 @@ def test_full_disk(saved, policy):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(UserError, match="Writing a checkpoint to .* failed"):
+        with pytest.raises(
+            UserError, match="Writing a checkpoint to .* failed: .*Raise the limit .ulimit -f.*untouched"
+        ):
             save(run, 4, trainer, config, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

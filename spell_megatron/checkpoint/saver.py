@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from inspect import signature
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.checkpoint.folder import best, wait_until_seen
 from spell_megatron.config.schema import CheckpointConfig
-from spell_megatron.errors import ProcessLost, UserError
+from spell_megatron.errors import ProcessLost, UserError, explain
 from spell_megatron.files import write_text
 from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
@@ -38,7 +40,7 @@ from spell_megatron.weights.reshard import export
 from spell_megatron.weights.side_files import SideFiles, read_side_files
 from spell_megatron.weights.sizes import checkpoint_bytes
 
-_KEPT = "the checkpoints before are untouched, and `--resume` continues from the newest of them."
+_KEPT = "The checkpoints before are untouched, and `--resume` continues from the newest of them."
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 # Megatron-Core 0.19 can write with one of two packages, and takes one for GPUs by default.
 _STRATEGY = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
@@ -131,12 +133,12 @@ class Saver:
         except (UserError, ProcessLost) as error:
             failure = error
         except CheckpointException as error:  # only rank 0 has the reasons
-            reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+            reasons = [f"rank {rank}: {_reason(reason, self.root)}" for rank, (reason, _) in error.failures.items()]
             failure = _write_failed(self.root, "; ".join(reasons))
         except (EOFError, ConnectionError) as error:  # of the pipe to the manager: the disk has no part in it
             failure = _writer_lost(self.root, f"{type(error).__name__}: {error}")
         except (OSError, RuntimeError, CheckpointingException) as error:
-            failure = _write_failed(self.root, f"{type(error).__name__}: {error}")
+            failure = _write_failed(self.root, _reason(error, self.root))
         failures = list(filter(None, from_all(failure)))
         if failures:
             self._pending = None
@@ -254,19 +256,35 @@ def _on_rank_0(action: Callable[[], None], root: Path) -> None:
         except UserError as error:
             failure = str(error)
         except OSError as error:
-            failure = str(_write_failed(root, str(error)))
+            failure = str(_write_failed(root, _reason(error, root)))
     if failure := from_rank_0(failure):
         raise UserError(failure)
 
 
 def _write_failed(root: Path, reason: str) -> UserError:
-    return UserError(
-        f"Writing a checkpoint to {root} failed: {reason}. See that the disk has space and can be written by "
-        f"this user; {_KEPT}"
-    )
+    return UserError(f"Writing a checkpoint to {root} failed: {reason}. {_KEPT}")
+
+
+def _reason(error: BaseException, root: Path) -> str:
+    """Why a write below `root` failed, and the remedy."""
+    cause = error if isinstance(error, OSError) else _refused(root)
+    explanation = explain(cause) if cause else None
+    return f"{type(error).__name__}: {error}" + (f" ({explanation})" if explanation else "")
+
+
+def _refused(root: Path) -> OSError | None:
+    """Why nothing can be written to a folder: torch's errors do not say it."""
+    try:
+        with tempfile.TemporaryFile(dir=root) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def _writer_lost(root: Path, reason: str) -> ProcessLost:
     return ProcessLost(
-        f"A process that wrote a checkpoint to {root} was killed ({reason}), perhaps because memory was short; {_KEPT}"
+        f"A process that wrote a checkpoint to {root} was killed ({reason}), perhaps because memory was short. {_KEPT}"
     )

@@ -66,7 +66,7 @@ def compare(megatron: Path, hf: Path, on_progress: OnProgress | None = None) -> 
             other = checkpoint.tensor(name)
             if other.dtype != tensor.dtype or other.shape != tensor.shape or _bits(other).ne(_bits(tensor)).any():
                 raise UserError(
-                    f"{name} differs between {megatron} and {hf}: the converted checkpoint is wrong, and the other one is "
+                    f"{name} differs between {megatron} and {hf}: the converted checkpoint is wrong, the other one is "
                     "as it was. Convert it again to another place. If that differs too, suspect the disk or report a "
                     "defect."
                 )
