@@ -72,6 +72,12 @@ def add_parser(commands: Any) -> None:
         )
     add("--judge-prompt", type=Path, metavar="FILE", help="prompt with {{question}}, {{prediction}} and {{reference}}")
     add("--judge-all", action="store_true", help="also judge answers that are right by rule")
+    add(
+        "--aliases",
+        action="store_true",
+        help="any of a question's reference answers counts (LongBench's `answers`, `aliases` in your own files), not "
+        "only the first",
+    )
     add("--chat", action="store_true", help="--server: send text to /chat/completions, not token ids to /completions")
     add_config(parser)
 
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             judge_prompt=arguments.judge_prompt or PROMPT,
             judge_tokens=arguments.judge_tokens,
             judge_everything=arguments.judge_all,
+            aliases=arguments.aliases,
         ),
         progress,
     )

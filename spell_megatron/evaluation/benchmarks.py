@@ -110,12 +110,13 @@ def _longbench(name: str) -> Callable[[Mapping[str, Any], int, str], BenchmarkQu
             raise RowFault(f"it is a row of {row['dataset']!r}")
         key = str(row.get("_id") or f"{name}-{number}")
         answers = row.get("answers")
-        answer = answer_text(answers[0] if isinstance(answers, list) and answers else answers)
+        answer, *others = map(answer_text, answers if isinstance(answers, list) and answers else [answers])
         if not answer:
             raise RowFault(
                 f"the field 'answers' is not a list of texts, or the first is empty{_absent(row, 'answers')}"
             )
-        return BenchmarkQuestion(key, "doc_general_qa", _text(row, "input"), answer, (_text(row, "context"),), name)
+        question, documents, aliases = _text(row, "input"), (_text(row, "context"),), tuple(filter(None, others))
+        return BenchmarkQuestion(key, "doc_general_qa", question, answer, documents, name, aliases=aliases)
 
     return read
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Evaluation:
         judge_prompt: file with the judge's prompt.
         judge_tokens: longest judgment.
         judge_everything: have answers judged too that are right by rule.
+        aliases: any of a question's reference answers counts, not only the first.
     """
 
     config: Config
@@ -78,6 +79,7 @@ class Evaluation:
     judge_prompt: Path = PROMPT
     judge_tokens: int = 8192
     judge_everything: bool = False
+    aliases: bool = False
 
 
 OUTPUTS = ("evaluation.json", "samples.jsonl", "judgments.jsonl", "scores.json", "scores.md", "pass_at_k.svg")
@@ -110,6 +112,8 @@ def _evaluate(evaluation: Evaluation, template: str, questions: Questions, progr
         _pin_date(evaluation)
         answered = _score(questions, _answer(evaluation, questions, progress))
         settings = _settings(evaluation) | {"samples": evaluation.samples}
+    if evaluation.aliases:
+        settings["aliases"] = True
     if evaluation.judge:
         settings |= {"judge": evaluation.judge.model, "judge_prompt": fingerprint(template)}
         _judge(evaluation, evaluation.judge, template, answered, progress)
@@ -135,6 +139,8 @@ def _questions(evaluation: Evaluation, progress: Progress) -> dict[str, list[Ben
     for name, path in evaluation.benchmarks.items():
         with progress.stage(f"reading {name}"):
             questions[name] = load_benchmark(name, path, evaluation.limit)
+            if not evaluation.aliases:
+                questions[name] = [replace(question, aliases=()) for question in questions[name]]
         progress.line(f"{name}: {len(questions[name]):,} questions")
     return questions
 
@@ -292,7 +298,7 @@ def _judge(
             if sample.prediction is not None and results.needs_judgment(
                 one.question, sample, evaluation.judge_everything
             ):
-                prompt = judge.prompt(one.question.question, sample.prediction, one.question.answer)
+                prompt = judge.prompt(one.question.question, sample.prediction, _reference(one.question))
                 keys.append((sample, judge.key(prompt)))
                 prompts[judge.key(prompt)] = prompt
     with Journal(evaluation.folder / "judgments.jsonl") as journal:
@@ -310,3 +316,8 @@ def _judge(
         verdict_of = verdicts(journal)
     for sample, key in keys:
         sample.verdict = verdict_of[key]
+
+
+def _reference(question: BenchmarkQuestion) -> str:
+    """The reference answer as a judge is shown it, with its aliases."""
+    return f"{question.answer} (or: {'; '.join(question.aliases)})" if question.aliases else question.answer

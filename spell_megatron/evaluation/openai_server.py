@@ -16,6 +16,9 @@ from spell_megatron.rollout.client import http_session
 _RETRIES = 5
 _TRANSIENT = {408, 409, 425, 429}
 
+NO_OTHER_SAMPLING = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""vLLM takes what a request does not name from the model's generation_config.json. These turn it off."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -28,6 +31,9 @@ class Reply:
 
 class OpenAIServer:
     """A model behind an OpenAI-compatible server. An async context manager.
+
+    Requests turn off what else the server might do to the distribution (`NO_OTHER_SAMPLING`), until it refuses these
+    fields: OpenAI's own API does not know them.
 
     Connections that fail, requests that time out, and answers 408, 409, 425, 429 and 5xx are tried again, up to five
     times after growing pauses.
@@ -49,6 +55,7 @@ class OpenAIServer:
         self.model, self._purpose = model, purpose
         self._api_key = api_key
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=30.0)
+        self._neutral: dict[str, float] = NO_OTHER_SAMPLING
 
     async def __aenter__(self) -> OpenAIServer:
         self._session = http_session(self._api_key, self._timeout)
@@ -69,7 +76,7 @@ class OpenAIServer:
         )
 
     async def _ask(self, route: str, body: dict[str, Any], text_of) -> Reply:
-        answer = await self._post(route, json.dumps({"model": self.model, **body}))
+        answer = await self._post(route, {"model": self.model, **body})
         try:
             reply = json.loads(answer)
             choice = reply["choices"][0]
@@ -84,14 +91,17 @@ class OpenAIServer:
                 "address."
             ) from error
 
-    async def _post(self, route: str, body: str) -> str:
+    async def _post(self, route: str, body: dict[str, Any]) -> str:
         fault = ""
         for attempt in range(_RETRIES + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
+            neutral = self._neutral
             try:
                 async with self._session.post(
-                    f"{self.url}/{route}", data=body, headers={"Content-Type": "application/json"}
+                    f"{self.url}/{route}",
+                    data=json.dumps(body | neutral),
+                    headers={"Content-Type": "application/json"},
                 ) as response:
                     answer = await response.text()
             except aiohttp.InvalidURL as error:
@@ -102,6 +112,9 @@ class OpenAIServer:
             if response.status == 200:
                 return answer
             fault = f"HTTP {response.status}: {answer[:500]}"
+            if response.status in (400, 422) and any(name in answer for name in neutral):
+                self._neutral = {}
+                continue
             if response.status in (401, 403):
                 raise UserError(
                     f"The {self._purpose} at {self.url} refuses the key ({fault}). Put the right one into the "

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, read_json_objects
-from spell_megatron.selfplay.references import known_answer, valid_unicode
+from spell_megatron.selfplay.references import known_answer, shown, valid_unicode
 
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A question over documents that training never sees."""
+    """A question over documents that training never sees. `aliases` are other answers that are right, too."""
 
     id: str
     task: str
     question: str
     answer: str
     documents: tuple[str, ...]
+    aliases: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion]:
-    """Read questions from a JSONL file: task, question, answer, documents and optionally id.
+    """Read questions from a JSONL file: task, question, answer, documents and optionally id and aliases.
 
     Raises:
         UserError: naming the first ten faulty lines.
@@ -57,8 +58,16 @@ def _question(row: Mapping[str, Any], number: int) -> HeldOutQuestion:
         raise ValueError(f"question must be a text, not {question!r}")
     if not isinstance(documents, list) or not documents or not all(isinstance(d, str) and d for d in documents):
         raise ValueError("documents must be a list of texts that are not empty")
-    answer = known_answer(task, row["answer"])
+    aliases = [] if row.get("aliases") is None else row["aliases"]
+    if not isinstance(aliases, list):
+        raise ValueError(f"aliases must be a list of answers, not {shown(aliases)}")
+    answer, *aliases = (known_answer(task, value) for value in (row["answer"], *aliases))
     key = number if row.get("id") is None else row["id"]
     return HeldOutQuestion(
-        valid_unicode(str(key)), task, valid_unicode(question), answer, tuple(map(valid_unicode, documents))
+        valid_unicode(str(key)),
+        task,
+        valid_unicode(question),
+        answer,
+        tuple(map(valid_unicode, documents)),
+        aliases=tuple(aliases),
     )

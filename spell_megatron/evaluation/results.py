@@ -47,7 +47,7 @@ class Sample:
     def of(cls, question: BenchmarkQuestion, row: Mapping[str, Any]) -> Sample:
         """Score an answer by rule: `text`, and `cut`; one that was cut at the limit states nothing."""
         prediction = parse_answer(question.task, row["text"], row["cut"])
-        rule = rule_score(question.task, prediction, question.answer)
+        rule = max(rule_score(question.task, prediction, answer) for answer in (question.answer, *question.aliases))
         return cls(prediction, rule, row["cut"], row.get("prompt_cut", False), row.get("tokens"))
 
     @property

@@ -62,6 +62,7 @@ def test_frames_joins_title_and_text():
 def test_longbench_takes_the_first_answer_and_not_the_sets_of_longbench_e(name, answers):
     questions = load_benchmark(name, folder(name))
     assert [q.answer for q in questions] == answers
+    assert {alias for q in questions for alias in q.aliases} == ({"Sorrel Bridge"} if name == "hotpotqa" else set())
     assert {(q.task, q.benchmark) for q in questions} == {("doc_general_qa", name)}
     assert questions[0].documents[0].startswith("Passage 1:")
 

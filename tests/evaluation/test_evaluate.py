@@ -100,6 +100,7 @@ def test_every_sample_is_one_request_with_a_seed_of_its_own(tokenizer_folder, st
     bodies = [body for _, body, _ in stub.requests]
     assert len({body["seed"] for body in bodies}) == 20
     assert {(b["model"], b["temperature"], b["top_p"], b["max_tokens"]) for b in bodies} == {("policy", 0.7, 0.95, 99)}
+    assert {(b["top_k"], b["min_p"], b["repetition_penalty"]) for b in bodies} == {(-1, 0.0, 1.0)}
     assert {(route, key) for route, _, key in stub.requests} == {("/v1/completions", "Bearer secret")}
     rows = samples(out)
     assert Counter(row["id"] for row in rows) == {f"q{i}": 4 for i in range(5)}
@@ -258,6 +259,7 @@ def test_the_judge_decides_what_the_rule_calls_wrong(tokenizer_folder, stub, min
     assert {(b["temperature"], b["top_p"], b["max_tokens"], key) for b, key in judged} == {
         (0.0, 1.0, 8192, "Bearer of the judge")
     }
+    assert {(b["top_k"], b["min_p"], b["repetition_penalty"]) for b, _ in judged} == {(-1, 0.0, 1.0)}
     prompt = judged[0][0]["messages"][0]["content"]
     assert "\nOslo\n" in prompt and "\nBergen\n" in prompt and "Reasoning" not in prompt
     about = scores(out)["benchmarks"]["mine"]
@@ -461,6 +463,37 @@ def test_answers_from_elsewhere_are_judged(answers, tmp_path, stub):
     assert answers(lines, "--judge", stub.url, "--judge-model", "judge") == 0
     assert scores(tmp_path / "out")["benchmarks"]["hotpotqa"]["score"]["pass@1"]["mean"] == 1
     assert len(stub.requests) == 2
+
+
+def test_any_alias_of_a_reference_counts_if_it_is_asked_for(tmp_path, stub):
+    row = {"id": 1, "task": "doc_general_qa", "question": "Who?", "answer": "Ada Lovelace", "documents": ["Text."]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row | {"aliases": ["Ada King", "A. Byron"]}) + "\n")
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"id": 1, "text": f"The correct answer is {name}"}) + "\n" for name in ("Ada King", "Eve"))
+    )
+    words = ["evaluate", "--answers", tmp_path / "answers.jsonl", "--benchmark", f"mine={tmp_path / 'mine.jsonl'}"]
+    judge = ["--judge", stub.url, "--judge-model", "judge"]
+    stub.answer = lambda body: (200, "[[NO]]")
+    for more, right in (([], 0), (["--aliases"], 0.5)):
+        stub.requests.clear()
+        assert main([*map(str, words), "--out", str(tmp_path / f"out{right}"), *judge, *more]) == 0
+        numbers = scores(tmp_path / f"out{right}")
+        assert numbers["benchmarks"]["mine"]["score"]["pass@1"]["mean"] == right
+        shown = [body["messages"][0]["content"] for _, body, _ in stub.requests]
+        assert all(("\nAda Lovelace (or: Ada King; A. Byron)\n" in prompt) == bool(more) for prompt in shown)
+        assert len(shown) == (1 if more else 2) and numbers["settings"].get("aliases", False) == bool(more)
+
+
+def test_a_server_that_knows_no_top_k_is_asked_without(tokenizer_folder, stub, mine, tmp_path):
+    def strict(body: dict) -> tuple[int, str]:
+        if "top_k" in body:
+            return 400, "Unrecognized request argument supplied: top_k"
+        return 200, "The correct answer is Oslo"
+
+    stub.answer = strict
+    assert main(command(tokenizer_folder, stub, mine, tmp_path / "out")) == 0
+    answered = [body for _, body, _ in stub.requests if "top_k" not in body]
+    assert len(answered) == 20 and not {"min_p", "repetition_penalty"} & answered[0].keys()
 
 
 @pytest.mark.parametrize(
