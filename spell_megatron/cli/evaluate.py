@@ -72,12 +72,7 @@ def add_parser(commands: Any) -> None:
         )
     add("--judge-prompt", type=Path, metavar="FILE", help="prompt with {{question}}, {{prediction}} and {{reference}}")
     add("--judge-all", action="store_true", help="also judge answers that are right by rule")
-    add(
-        "--aliases",
-        action="store_true",
-        help="any of a question's reference answers counts (LongBench's `answers`, `aliases` in your own files), not "
-        "only the first",
-    )
+    add("--aliases", action="store_true", help="any reference answer of a question counts, not only the first")
     add("--chat", action="store_true", help="--server: send text to /chat/completions, not token ids to /completions")
     add_config(parser)
 

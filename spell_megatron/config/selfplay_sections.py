@@ -21,6 +21,10 @@ class QuestionerConfig(Section):
     """m: number of new documents that the questioner sees per attempt."""
     history: int = Field(3, ge=0)
     """L: number of solved questions remembered per task and cluster. 0 turns the history off."""
+    history_documents: Literal["all", "new", "none"] = "all"
+    """Which documents of a remembered question the questioner sees again: all that it was shown (the released code), so
+    that the context grows with each success; those that were new to it (the paper); none, so that the remembered
+    questions are examples only and the questioner always sees `new_documents` documents."""
     history_low: float = 0.0
     """A question enters the history only if its mean responder reward is above this."""
     history_high: float = 1.0
@@ -28,8 +32,9 @@ class QuestionerConfig(Section):
     The released code also admits 1; set 1.01 to do the same."""
     max_reference_tokens: int = Field(40, ge=1)
     """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
-    reward: Literal["gaussian", "azr", "r_zero"] = "gaussian"
-    """How the questioner's reward follows from the mean responder reward."""
+    reward: Literal["gaussian", "azr", "r_zero", "variance"] = "gaussian"
+    """How the questioner's reward follows from the mean responder reward: a Gaussian of the mean, 1 - mean (Absolute
+    Zero), 1 - 2 |mean - 1/2| (R-Zero), or a Gaussian of the answers' variance (SPICE)."""
     mu: float = 0.5
     """Mean responder reward at which the Gaussian reward is highest."""
     sigma: float = Field(1 / 6, gt=0)
@@ -78,6 +83,14 @@ class GateConfig(Section):
     """Smallest share of answers that must reach the reference, for the condition `share`."""
 
 
+class ResponderConfig(Section):
+    """The role that answers."""
+
+    shuffle_documents: bool = False
+    """Show each answer the documents in an order of its own. Answers to a question then share no prompt, so that they
+    cost more to generate and to train on."""
+
+
 class VerifierConfig(Section):
     """The role that judges answers."""
 
@@ -118,6 +131,7 @@ class SelfPlayConfig(Section):
     questioner: QuestionerConfig = QuestionerConfig()
     grounding: GroundingConfig = GroundingConfig()
     gate: GateConfig = GateConfig()
+    responder: ResponderConfig = ResponderConfig()
     verifier: VerifierConfig = VerifierConfig()
     shuffle_rewards: bool = False
     """Control experiment: permute the advantages among the rows of each role before the update."""

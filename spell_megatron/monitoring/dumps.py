@@ -69,8 +69,9 @@ def _kind(sample: Sample) -> str:
     """Why a question's reward is not positive, in the words of the released code; `good` for all other samples."""
     if sample.role != "questioner" or sample.outcome is None or not sample.outcome.negative:
         return "good"
-    kinds = {Outcome.BAD_FORMAT: "bad_format", Outcome.UNGROUNDED: "bad_ground", Outcome.UNCONFIRMED: "unconfirmed"}
-    return kinds.get(sample.outcome, "zero_variance")
+    kinds = {Outcome.BAD_FORMAT: "bad_format", Outcome.UNGROUNDED: "bad_ground"}
+    own = (Outcome.UNCONFIRMED, Outcome.REPEATED)  # ends that the released code does not have
+    return str(sample.outcome) if sample.outcome in own else kinds.get(sample.outcome, "zero_variance")
 
 
 def _text(text: str | None) -> str | None:

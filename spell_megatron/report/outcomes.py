@@ -13,6 +13,7 @@ OUTCOME_COLOURS = {
     Outcome.ALL_0: "orange",
     Outcome.UNGROUNDED: "purple",
     Outcome.UNCONFIRMED: "teal",
+    Outcome.REPEATED: "pink",
     Outcome.BAD_FORMAT: "red",
 }
 """Outcomes with a curve of their own; the others are shown together."""

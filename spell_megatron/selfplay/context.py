@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from spell_megatron.selfplay.history import Entry
 
@@ -13,12 +14,24 @@ def choose_context(
 ) -> tuple[int, ...]:
     """Indices, in document order, of the documents that the questioner is shown.
 
-    All documents of remembered questions, and up to `new_documents` of the others, chosen at random:
-    a cluster's context grows with every question that enters the history.
+    All documents of these remembered questions, and up to `new_documents` of the others, chosen at random.
     """
     seen = {index for entry in entries for index in entry.documents if index < n_documents}
     unseen = [index for index in range(n_documents) if index not in seen]
     return tuple(sorted(seen | set(rng.sample(unseen, min(new_documents, len(unseen))))))
+
+
+def remembered_documents(
+    context: Sequence[int], entries: Sequence[Entry], history_documents: Literal["all", "new", "none"]
+) -> tuple[int, ...]:
+    """Which of the documents that a questioner was shown its question is remembered with.
+
+    All of them, but with `new` only those that belong to no question that was remembered then.
+    """
+    if history_documents != "new":
+        return tuple(context)
+    seen = {index for entry in entries for index in entry.documents}
+    return tuple(index for index in context if index not in seen)
 
 
 def shorten_context(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from spell_megatron.selfplay.texts import normalize_text
+
 
 @dataclass(frozen=True)
 class Entry:
     """A solved question.
 
     Attributes:
-        documents: indices of all documents that its questioner saw.
+        documents: indices of the documents that its questioner saw, or of those that were new to it then.
         answer: its reference answer.
     """
 
@@ -34,14 +36,16 @@ class History:
     def admit(self, task: str, cluster_id: str, entry: Entry) -> bool:
         """Remember an entry, forgetting the oldest if there are too many.
 
-        Returns False, and changes nothing, if the capacity is 0 or the question is remembered already. Capitals and
-        blanks make no difference.
+        Returns False, and changes nothing, if the capacity is 0 or the question is remembered already.
         """
-        known = self.entries(task, cluster_id)
-        if self.capacity == 0 or any(_same(entry.question, other.question) for other in known):
+        if self.capacity == 0 or self.knows(task, cluster_id, entry.question):
             return False
-        self._entries[task, cluster_id] = (*known, entry)[-self.capacity :]
+        self._entries[task, cluster_id] = (*self.entries(task, cluster_id), entry)[-self.capacity :]
         return True
+
+    def knows(self, task: str, cluster_id: str, question: str) -> bool:
+        """Whether a question is remembered already; capitals, blanks, punctuation and articles make no difference."""
+        return any(_same(question, entry.question) for entry in self.entries(task, cluster_id))
 
     def depths(self) -> list[int]:
         """Number of entries of every cluster that has any."""
@@ -66,4 +70,8 @@ class History:
 
 
 def _same(a: str, b: str) -> bool:
-    return " ".join(a.split()).casefold() == " ".join(b.split()).casefold()
+    return _bare(a) == _bare(b)
+
+
+def _bare(question: str) -> str:
+    return normalize_text(question) or "".join(question.split()).casefold()

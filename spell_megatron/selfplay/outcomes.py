@@ -53,6 +53,12 @@ class Outcome(StrEnum):
         "The policy does not reach its own references from the documents that it asked about: read its questions in "
         "{dumps}. Show the questioner fewer documents, or lower selfplay.gate.threshold.",
     )
+    REPEATED = (
+        "repeated",
+        "repeats a remembered question",
+        "The questioner repeats the questions that its prompt shows: read them in {dumps}. Give it more documents, or "
+        "set selfplay.questioner.history to 0.",
+    )
     BAD_FORMAT = (
         "bad_format",
         "bad format",
@@ -111,6 +117,7 @@ class Outcome(StrEnum):
             Outcome.BAD_FORMAT,
             Outcome.UNGROUNDED,
             Outcome.UNCONFIRMED,
+            Outcome.REPEATED,
             Outcome.ALL_0,
             Outcome.ALL_1,
         )

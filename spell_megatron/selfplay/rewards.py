@@ -53,7 +53,8 @@ def questioner_reward(mean: float, config: QuestionerConfig) -> float:
     """Reward of a question whose answers have this mean reward, in [0, 1].
 
     0 if all answers are right or all wrong. Otherwise the Gaussian exp(-(mean - mu)^2 / (2 sigma^2)),
-    1 - mean (Absolute Zero) or 1 - 2 |mean - 1/2| (R-Zero).
+    1 - mean (Absolute Zero), 1 - 2 |mean - 1/2| (R-Zero) or exp(-(v - 1/4)^2 / (2 * 0.01)) of the variance
+    v = mean (1 - mean) (SPICE).
     """
     if not 0 < mean < 1:
         return 0.0
@@ -61,6 +62,8 @@ def questioner_reward(mean: float, config: QuestionerConfig) -> float:
         return 1 - mean
     if config.reward == "r_zero":
         return 1 - 2 * abs(mean - 0.5)
+    if config.reward == "variance":
+        return math.exp(-((mean * (1 - mean) - 0.25) ** 2) / (2 * 0.01))
     return math.exp(-((mean - config.mu) ** 2) / (2 * config.sigma**2))
 
 

@@ -14,7 +14,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.checks import Checks
-from spell_megatron.selfplay.context import choose_context, shorten_context
+from spell_megatron.selfplay.context import choose_context, remembered_documents, shorten_context
 from spell_megatron.selfplay.history import Entry, History
 from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.metrics import vote_counts
@@ -101,7 +101,8 @@ class Roles:
         rng = random.Random(self._client.seed(attempt, "context", 0))
         entries = self._history.entries(task, cluster.id)
         attempt.remembered = len(entries)
-        context = choose_context(rng, len(cluster.documents), config.new_documents, entries)
+        shown_again = () if config.history_documents == "none" else entries
+        context = choose_context(rng, len(cluster.documents), config.new_documents, shown_again)
         letter = rng.choice(LETTERS) if task == "doc_mc" else None
         prompt = self._questioner_prompt(attempt, context, entries, letter)
         if prompt is None:
@@ -111,6 +112,8 @@ class Roles:
         attempt.question = row = self._client.sample(attempt, "questioner", task, prompt, reply, attempt.context)
         if isinstance(question, Question):
             row.prediction, row.reference = question.text, question.reference
+            if self._history.knows(task, cluster.id, question.text):
+                return Outcome.REPEATED
         return question
 
     def _questioner_prompt(
@@ -140,36 +143,52 @@ class Roles:
 
     async def _answers(self, attempt: Attempt, question: Question) -> Outcome:
         """The answers to a question, each with its judgments; how the attempt ends."""
-        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, attempt.cluster.documents))
-        if not self._fits(prompt):
+        orders = self._orders(attempt)
+        prompts = {order: self._responder_prompt(attempt, question, order) for order in orders}
+        if not all(map(self._fits, prompts.values())):
             return Outcome.RESPONDER_PROMPT_TOO_LONG
         attempt.stage = "answers"
         # One request per answer, so that each is judged as soon as it ends.
         attempt.answers = await gather(
-            self._answer(attempt, question, prompt, i) for i in range(self._config.group_size)
+            self._answer(attempt, question, prompts[order], order, i) for i, order in enumerate(orders)
         )
         mean = attempt.mean_reward
         if attempt.question and admissible(mean, self._config.questioner):
-            attempt.entry = Entry(tuple(attempt.context), question.text, question.reference)
+            entries = self._history.entries(attempt.task, attempt.cluster.id)
+            documents = remembered_documents(attempt.context, entries, self._config.questioner.history_documents)
+            attempt.entry = Entry(documents, question.text, question.reference)
         if mixed([answer.reward for answer in attempt.answers]):
             return Outcome.MIXED
         for answer in attempt.answers:
             answer.routing = None  # nobody trains on them, and routings are large
         return Outcome.ALL_1 if mean > 0.5 else Outcome.ALL_0
 
-    async def _answer(self, attempt: Attempt, question: Question, prompt: Prompt, index: int) -> Sample:
-        """One answer over all documents, and its judgments."""
-        # All answers share the prompt, so its routing is needed only once.
+    def _orders(self, attempt: Attempt) -> list[tuple[int, ...]]:
+        """For each answer, the order in which it sees the documents."""
+        everything = range(len(attempt.cluster.documents))
+        if not self._config.responder.shuffle_documents:
+            return [tuple(everything)] * self._config.group_size
+        rng = random.Random(self._client.seed(attempt, "order", 0))
+        return [tuple(rng.sample(everything, len(everything))) for _ in range(self._config.group_size)]
+
+    def _responder_prompt(self, attempt: Attempt, question: Question, order: Sequence[int]) -> Prompt:
+        documents = [attempt.cluster.documents[index] for index in order]
+        return self._client.prompt(self._prompts.responder(attempt.task, question.text, documents))
+
+    async def _answer(
+        self, attempt: Attempt, question: Question, prompt: Prompt, order: Sequence[int], index: int
+    ) -> Sample:
+        """One answer over all documents, in this order, and its judgments."""
+        # Answers that share the prompt need its routing only once.
         (reply,) = await self._client.generate(
             attempt,
             "responder",
             prompt,
             self._sampling.max_response_tokens,
             index=index,
-            prompt_routing=index == 0,
+            prompt_routing=index == 0 or self._config.responder.shuffle_documents,
         )
-        everything = range(len(attempt.cluster.documents))
-        answer = self._client.sample(attempt, "responder", "", prompt, reply, everything)
+        answer = self._client.sample(attempt, "responder", "", prompt, reply, order)
         answer.reference = question.reference
         answer.prediction = prediction = parse_answer(attempt.task, reply.text, reply.truncated)
         answer.rule_score = rule = rule_score(attempt.task, prediction, question.reference)

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from spell_megatron.selfplay.context import choose_context, shorten_context
+from spell_megatron.selfplay.context import choose_context, remembered_documents, shorten_context
 from spell_megatron.selfplay.history import Entry
 
 
@@ -33,3 +33,19 @@ def test_a_context_loses_new_documents_first_and_from_the_end():
 
     assert [shortened(excess) for excess in (0, 1, 11, 21, 31)] == [(0, 1, 3, 4), (0, 1, 3), (0, 3), (0,), ()]
     assert shortened(1000) == ()
+
+
+def test_a_question_is_remembered_with_all_or_with_its_new_documents():
+    entries = [Entry((0, 3), "q", "a"), Entry((5,), "p", "a")]
+    assert remembered_documents((0, 3, 4, 5, 7), entries, "all") == (0, 3, 4, 5, 7)
+    assert remembered_documents((0, 3, 4, 5, 7), entries, "new") == (4, 7)
+    assert remembered_documents((0, 3), entries, "new") == ()
+
+
+def test_with_new_documents_alone_the_context_forgets():
+    rng, entries, sizes = random.Random(0), [], []
+    for i in range(8):
+        context = choose_context(rng, 40, 3, entries)
+        sizes.append(len(context))
+        entries = [*entries, Entry(remembered_documents(context, entries, "new"), f"q{i}", "a")][-3:]
+    assert sizes == [3, 6, 9, 12, 12, 12, 12, 12]  # at most (L + 1) m

@@ -18,8 +18,11 @@ def test_history_refuses_a_question_it_knows():
     history = History(3)
     assert history.admit("t", "c", Entry((0,), "Who was first?", "a"))
     assert not history.admit("t", "c", Entry((0, 1), " who was  FIRST? ", "b"))
+    assert history.knows("t", "c", "Who was the \N{LEFT DOUBLE QUOTATION MARK}first\N{RIGHT DOUBLE QUOTATION MARK}?")
+    assert not history.knows("t", "c", "Who was second?") and not history.knows("t", "other", "Who was first?")
+    assert history.admit("t", "c", Entry((0,), "?", "a")) and not history.knows("t", "c", "!")
     assert history.admit("t", "other", Entry((0,), "Who was first?", "a"))
-    assert len(history.entries("t", "c")) == 1
+    assert len(history.entries("t", "c")) == 2
 
 
 def test_history_of_capacity_zero_stays_empty():

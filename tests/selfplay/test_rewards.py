@@ -72,6 +72,14 @@ def test_responder_is_right_by_rule_or_by_verdict():
     ]
 
 
+def test_the_variance_reward_is_highest_where_half_of_the_answers_are_right():
+    """SPICE, arXiv 2510.24684: exp(-(v - 1/4)^2 / (2 * 0.01)) with the variance v of the answers' rewards."""
+    values = [questioner_reward(k / 8, QuestionerConfig(reward="variance")) for k in range(9)]
+    assert values[0] == values[8] == 0 and values[4] == 1 and values[1:4] == pytest.approx(values[7:4:-1])
+    assert values[2] == pytest.approx(math.exp(-((3 / 16 - 1 / 4) ** 2) / 0.02))
+    assert values[1:5] == sorted(values[1:5])
+
+
 def test_questioner_reward_over_the_paper_values():
     gaussian = [questioner_reward(k / 8, QuestionerConfig()) for k in range(9)]
     assert gaussian == pytest.approx([0, 0.079560, 0.324652, 0.754840, 1, 0.754840, 0.324652, 0.079560, 0], abs=1e-6)

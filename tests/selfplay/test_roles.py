@@ -113,6 +113,7 @@ def test_without_a_verifier_the_rule_check_alone_rewards(prompts):
         ({"sigma": 0.25}, lambda mean: np.exp(-((mean - 0.5) ** 2) / (2 / 16))),
         ({"reward": "azr"}, lambda mean: 1 - mean),
         ({"reward": "r_zero"}, lambda mean: 1 - 2 * abs(mean - 0.5)),
+        ({"reward": "variance"}, lambda mean: np.exp(-((mean - mean**2 - 0.25) ** 2) / 0.02)),
     ],
 )
 def test_rewards_of_questions(prompts, settings, value):
@@ -154,6 +155,66 @@ def test_history_grows_the_context(prompts):
         rollout = roll(selfplay, ScriptedPolicy(), step)
         sizes.append(max(len(s.document_ids) for s in rollout.samples if s.role == "questioner"))
     assert sizes[0] == 5 and sizes == sorted(sizes) and sizes[-1] > 10
+
+
+@pytest.mark.parametrize(
+    ("history_documents", "sizes"), [("all", [3, 6, 9, 12]), ("new", [3, 6, 6, 6]), ("none", [3] * 4)]
+)
+def test_what_the_history_remembers(prompts, history_documents, sizes):
+    """With a history of one question: all documents of it, its new ones, or none but the question itself."""
+    questioner = {"history_documents": history_documents, "history": 1, "new_documents": 3}
+    selfplay = make_selfplay(
+        prompts, n_clusters=2, kinds=("mixed",), groups=2, documents=20, tasks={"doc_general_qa": 1.0},
+        group_size=16, questioner=questioner,
+    )  # fmt: skip
+    for step, size in enumerate(sizes, start=1):
+        questions = rows_of(roll(selfplay, ScriptedPolicy(), step).samples, "questioner")
+        assert {len(question.document_ids) for question in questions} == {size}
+        examples = [question.prompt.partition("cluster")[2] for question in questions]
+        assert all(("|1 What about" in example) == (step > 1) for example in examples)
+
+
+def test_a_repeated_question_costs_no_answers(prompts):
+    class Repeating(ScriptedPolicy):
+        def text(self, prompt, affinity, seed):
+            text, reason = super().text(prompt, affinity, seed)
+            return text.replace(f" {seed}?", "?").replace("What", f"{'WHAT' if seed % 2 else 'What'}"), reason
+
+    selfplay = make_selfplay(
+        prompts, n_clusters=4, kinds=("mixed",), groups=4, tasks={"doc_general_qa": 1.0}, group_size=16
+    )
+    first, policy = roll(selfplay, Repeating()), Repeating()
+    assert first.metrics["selfplay/rate/repeated"] == 0 and first.metrics["history/entered"] == 4
+    selfplay.config.max_rounds = 1
+    again = roll(selfplay, policy, step=2)
+    assert again.metrics["selfplay/rate/repeated"] == 1 and again.metrics["history/entered"] == 0
+    assert {prompt.split("|")[0] for _, prompt, *_ in policy.requests} == {"questioner"}
+    assert {question.reward for question in again.samples} == {0}
+
+
+def test_each_answer_may_see_the_documents_in_an_order_of_its_own(prompts):
+    def rolled(**settings):
+        policy = ScriptedPolicy()
+        return rows_of(roll(make_selfplay(prompts, groups=4, **settings), policy).samples, "responder")
+
+    def documents(answer):
+        return answer.prompt.split("|")[2].split("\n")
+
+    groups = {}
+    for answer in rolled(responder={"shuffle_documents": True}):
+        cluster = answer.cluster_id.partition("-")[0]
+        assert [f"{cluster}/{text.split()[1]}" for text in documents(answer)] == answer.document_ids
+        groups.setdefault(answer.group, []).append(tuple(documents(answer)))
+        assert (
+            len(answer.routing) + 1 == len(answer.prompt_ids) + len(answer.response_ids)
+            if answer.routing is not None
+            else 1
+        )
+    assert all(
+        len(set(orders)) > 1 and len({tuple(sorted(order)) for order in orders}) == 1 for orders in groups.values()
+    )
+    again = rolled(responder={"shuffle_documents": True})
+    assert [a.prompt for a in again] == [a.prompt for a in rolled(responder={"shuffle_documents": True})]
 
 
 def test_too_long_questioner_prompt_loses_documents(prompts):
