@@ -157,7 +157,7 @@ def test_the_page_of_a_run_has_everything(show, page):
     assert texts(browser, "#overview .card dd")[0] == "12 of 12"
     assert "held-out pass@1" in texts(browser, "#comparison tbody th")
     funnel = texts(browser, "#outcomes .funnel .values")
-    assert funnel[0] == "100%" and len(funnel) == 5
+    assert funnel[0] == "100%" and len(funnel) == 6
 
 
 def test_a_plot_shows_what_is_chosen(show, page):
