@@ -6,10 +6,9 @@ import re
 
 _KINDS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff"
 _ANY, _CONTROL = re.compile(f"[{_KINDS}\xad]"), re.compile(f"\xad\n?|[{_KINDS}]")
-_RETURN = re.compile(r"\r+\n|\r")  # a copy that took a line end for two characters makes \r\r\n of \r\n
+_RETURNS = re.compile(r"\r+\n?")
 # Colours and movements; titles and links, which end with BEL or ESC \; character sets; keypad and the like.
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]+[0-~]|\x1b[78=>]")
-_STRUCK_LINE = re.compile(r"[^\n]*\x08[^\n]*")
 # Vertical tabs are the soft line breaks of slides; NEL is the line end of mainframes; FS, GS and RS part records.
 _BREAKS = dict.fromkeys("\x0b\x1c\x1d\x1e\x85\u2028", "\n") | {"\f": "\n\n", "\u2029": "\n\n", "\x1f": " "}
 # Characters of Windows that were read as if they were Latin-1. (They have … where Latin-1 has NEL.)
@@ -25,13 +24,14 @@ def without_controls(text: str) -> str:
     words stay: they belong to the spelling.
     """
     if "\r" in text:
-        text = _RETURN.sub("\n", text)
+        # A copy that took a line end for two characters has made \r\r\n of \r\n.
+        text = _RETURNS.sub(lambda found: "\n" if found[0].endswith("\n") else "\n" * len(found[0]), text)
     if not _ANY.search(text):
         return text
     if "\x1b" in text:
         text = _ESCAPE.sub("", text)
     if "\b" in text:
-        text = _STRUCK_LINE.sub(lambda line: _printed(line[0]), text)
+        text = "\n".join(_printed(line) if "\b" in line else line for line in text.split("\n"))
     return _CONTROL.sub(lambda control: _MEANING.get(control[0], ""), text)
 
 

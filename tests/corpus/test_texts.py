@@ -119,6 +119,16 @@ def test_control_characters_mean_something(given, wanted):
     assert clean(given) == wanted
 
 
+@pytest.mark.parametrize(
+    "part", ["\r", "\r\r\n", "a\b", "\x1b[", "\x1b]", "e\u0301", "\u0301", "\xad", "。", "」", " ", "\f", "\u200d"]
+)
+def test_texts_of_one_sign_take_no_longer_than_others(part):
+    """Patterns that look again and again at the same text take minutes for these."""
+    text = part * (300_000 // len(part)) + "\n" + "x" * 100_000 + "\n\b"
+    assert len(clean(text)) <= len(text) and len(words(text)) <= len(text)
+    assert "".join(split_text(text, 8000)).replace("\n", "") == text.replace("\n", "")
+
+
 def test_cuts_by_another_length():
     text = " ".join(f"This is sentence {n}, which has {n % 7} parts." for n in range(30))
     pieces = split_text(text, 25, lambda piece: len(piece.split()))
