@@ -68,6 +68,7 @@ class FolderLock:
     ) -> None:
         self._folder, self._remedy, self._name = Path(folder), remedy, name
         self._own = Holder.this_process(command)
+        self._text = json.dumps(asdict(self._own))
         self._number = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -117,7 +118,7 @@ class FolderLock:
             return False
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(self._own), file)
+                file.write(self._text)
         except OSError:  # the disk is full
             self._path(number).unlink(missing_ok=True)
             raise
@@ -144,8 +145,11 @@ class FolderLock:
             with suppress(OSError):  # a filesystem that does not answer for a while
                 if self._path(self._number + 1).exists():
                     self._give_way()
+                path = self._path(self._number)
                 try:
-                    _touch(self._path(self._number))
+                    if path.read_text(encoding="utf-8") not in ("", self._text):
+                        self._give_way()
+                    _touch(path)
                 except FileNotFoundError:  # somebody has removed it
                     if not self._make(self._number):
                         self._give_way()

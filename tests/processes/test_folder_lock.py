@@ -202,6 +202,17 @@ def test_a_lock_that_was_removed_by_hand(tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+def test_a_lock_that_was_removed_by_hand_and_taken_by_another(tmp_path):
+    with holder(tmp_path) as first:
+        first.send_signal(signal.SIGSTOP)
+        (tmp_path / "lock-1").unlink()
+        with lock(tmp_path):
+            first.send_signal(signal.SIGCONT)
+            _, said = first.communicate()
+            assert first.returncode == 2 and f"process {os.getpid()} on" in said
+            assert files(tmp_path) == ["lock-1"]
+
+
 def test_a_lock_that_is_not_complete(tmp_path, impatient):
     """Its process died while it wrote it, or another node does not see all of it yet."""
     (tmp_path / "lock-1").touch()
