@@ -15,9 +15,10 @@ from spell_megatron.errors import UserError
 from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.hf_checkpoint import INDEX, SINGLE, Checkpoint
+from spell_megatron.weights.hf_checkpoint import Checkpoint
 from spell_megatron.weights.megatron import locate, read_megatron
 from spell_megatron.weights.names import hf_shapes
+from spell_megatron.weights.weight_files import INDEX, SINGLE
 
 
 @dataclass(frozen=True)

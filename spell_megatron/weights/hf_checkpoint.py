@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from torch import Tensor
 from spell_megatron.errors import UserError
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.names import ExpertPart, expert_parts, hf_shapes
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from spell_megatron.weights.weight_files import INDEX, SINGLE, read_index
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Types of weights by their names in safetensors files."""
@@ -55,13 +52,7 @@ class Checkpoint:
     def _locate(self) -> dict[str, str]:
         """File name of each tensor."""
         if (self.folder / INDEX).is_file():
-            try:
-                return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.folder / INDEX} is not an index of safetensors files ({error!r}). Copy it "
-                    "again from where the checkpoint came from."
-                ) from error
+            return read_index(self.folder)
         if not (self.folder / SINGLE).is_file():
             raise UserError(
                 f"{self.folder} holds no weights: there is neither {SINGLE} nor {INDEX}. Only safetensors "
@@ -129,8 +120,9 @@ class Checkpoint:
         return TYPES[kind]
 
     def nbytes(self) -> int:
-        """Size of the files."""
-        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+        """Size of the files that are there."""
+        paths = {self.folder / file for file in self.files.values()}
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def check(self, policy: PolicyModel, own: set[str]) -> None:
         """All tensors of the model are there, no others are, and those named in `own` have their shapes and are plain.

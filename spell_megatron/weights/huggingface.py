@@ -15,10 +15,11 @@ from torch import Tensor
 from spell_megatron.files import appearing_folder
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.hf_checkpoint import INDEX, SINGLE, TYPES, Checkpoint
+from spell_megatron.weights.hf_checkpoint import TYPES, Checkpoint
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
 from spell_megatron.weights.side_files import SideFiles, read_side_files, write_side_files
+from spell_megatron.weights.weight_files import INDEX, SINGLE
 
 
 @torch.no_grad()

@@ -260,7 +260,10 @@ def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iter
     """Every (Hugging Face name, tensor) of a distributed checkpoint, in the order of the Hugging Face model."""
     folder, side_files = locate(Path(megatron))
     reader = FileSystemReader(str(folder))
-    metadata = reader.read_metadata()
+    try:
+        metadata = reader.read_metadata()
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{folder / '.metadata'} is damaged ({error}). Copy the whole checkpoint again.") from error
     dtypes = {str(m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if _is_weight(k, m)}
     if len(dtypes) != 1:
         raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")

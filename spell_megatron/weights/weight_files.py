@@ -8,16 +8,34 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from spell_megatron.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file name of each tensor, from the index of a checkpoint. UserError if that is no index."""
+    path = folder / INDEX
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        wrong = [file for file in files.values() if not isinstance(file, str) or Path(file).name != file]
+        reason = f"{wrong[0]!r} is no name of a file" if wrong else "" if files else "it names no file"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        reason = repr(error)
+    if reason:
+        raise UserError(f"{path} is not an index of safetensors files ({reason}). Copy the checkpoint again.")
+    return dict(files)
+
 
 def weight_file_faults(folder: Path) -> Iterator[str]:
     """What is wrong with the safetensors files of a checkpoint, from their headers alone."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
+    names = [SINGLE]
+    if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield f"{index} is not an index of safetensors files ({error!r}). Copy the checkpoint again"
+            names = sorted(set(read_index(folder).values()))
+        except UserError as error:
+            yield str(error).rstrip(".")
             return
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -177,6 +177,21 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
     assert "several types" in refused(4, edit(lambda t: t.update({"model.norm.weight": torch.ones(48)})))
     assert "gpt2" in refused(5, lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
 
+    def index(content: str):
+        def damage(folder):
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+            (folder / "model.safetensors.index.json").write_text(content)
+
+        return damage
+
+    lacking = refused(6, index('{"weight_map": {"model.norm.weight": "model-2.safetensors"}}'))
+    assert "model-2.safetensors" in lacking or "lacks" in lacking
+    for number, content in enumerate(
+        ("{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}')
+    ):
+        said = refused(7 + number, index(content))
+        assert "is not an index of safetensors files" in said and "could not be written" not in said
+
     good = tmp_path / "good"
     hf_to_megatron(source, good, ParallelConfig(tensor=2))
 
@@ -205,6 +220,7 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
     assert "damaged" in refused_back(2, lambda f: (f / "__0_0.distcp").unlink())
     assert "lacks .metadata" in refused_back(3, lambda f: (f / ".metadata").unlink())
     assert "different models" in refused_back(4, other_model)
+    assert ".metadata is damaged" in refused_back(5, lambda f: (f / ".metadata").write_bytes(b"abc"))
 
 
 def test_a_difference_is_found(checkpoint, tmp_path):
