@@ -167,6 +167,8 @@ def add_file(name: str, content: bytes):
         (break_file("model.safetensors", b"version https://git-lfs"), "not a complete safetensors file"),
         (break_file("tokenizer.json", None), "no tokenizer"),
         (lambda folder: (folder / "notes.txt").symlink_to("/nowhere"), "notes.txt, which goes into every checkpoint"),
+        (add_file("generation_config.json", b'{"max_new_tokens": -1}'), "must be greater than 0, but is -1"),
+        (add_file("generation_config.json", b'{"pad_token_id": "x"}'), "vLLM does not start with it"),
         (add_file("generation_config.json", b'{"eos_'), "generation_config.json cannot be read"),
         (add_file("chat_template.jinja", b"{{ raise_exception('be a system') }}"), "It fails with: be a system"),
     ],

@@ -65,6 +65,24 @@ def check_engine_model(found: Findings, folder: Path, policy: PolicyModel) -> No
         found.fault("model.path", f"{folder / 'config.json'}: {message}")
 
 
+def check_generation_config(found: Findings, folder: Path) -> None:
+    """vLLM starts with the model's generation_config.json."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(str(folder))
+    except OSError:  # vLLM goes without one that is no JSON
+        pass
+    except Exception as error:  # it checks some values, and stumbles over others
+        found.fault(
+            "model.path",
+            f"{folder / 'generation_config.json'}: vLLM does not start with it ({error}). Correct the value, or copy "
+            "the file again from where the model came from",
+        )
+
+
 def _class_faults(hf_config: Any) -> Iterator[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

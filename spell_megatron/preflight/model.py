@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
-from spell_megatron.preflight.engine_model import check_engine_model, check_positions, quantization_fault
+from spell_megatron.preflight.engine_model import (
+    check_engine_model,
+    check_generation_config,
+    check_positions,
+    quantization_fault,
+)
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import uses_gpus
 
@@ -42,6 +47,7 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
     policy = found.attempt("model.path", lambda: PolicyModel.load(path, dtype))
     if policy is not None:
         check_engine_model(found, path, policy)
+        check_generation_config(found, path)
         if not incomplete:
             check_weights(found, path, policy)
     tokenizer = None
