@@ -32,7 +32,20 @@ _SIGNS = {
     r"\tfrac": r"\frac",
     r"\frac": r"\frac",
 }
-_INVISIBLE = {r"\left", r"\right", r"\displaystyle", r"\quad", r"\qquad", r"\bigl", r"\bigr", r"\big", r"\Big"}
+_INVISIBLE = {
+    r"\left",
+    r"\right",
+    r"\displaystyle",
+    r"\quad",
+    r"\qquad",
+    r"\bf",
+    r"\rm",
+    r"\it",
+    r"\bigl",
+    r"\bigr",
+    r"\big",
+    r"\Big",
+}
 _SHORT_FRACTION = re.compile(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])")
 _DEGREES = re.compile(r"\^\s*\{?\s*°\s*\}?")
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.", re.DOTALL)

@@ -43,13 +43,14 @@ _REMARK = re.compile(r"\s*\([^()]*[^\W\d_][^()]*\)\s*$")
 _GOES_ON = re.compile(
     r"\s*(?:[^\W\d_]+\s+)?(?:(?:or|to|and|through|until|versus|vs\.?)\b|[-/:±]|\+/-)\s*"
     r"(?:about |approximately |nearly )?[-+]?[$€£¥]?\.?[0-9](?!\s*(?:decimal|significant))"
-    r"|,\s+(?:(?:and|or) )?[-+]?[$€£¥]?[0-9][0-9.]*%?\s*(?:,|and\b|or\b|[.)]?\s*$)"
+    r"|\s*(?:out )?of\s+[0-9]|\s+[0-9]"
+    r"|(?:,\s+|;\s*)(?:(?:and|or) )?[-+]?[$€£¥]?[0-9][0-9.]*%?\s*(?:,|and\b|or\b|[.)]?\s*$)"
     r"|[^\s,;()]*[0-9]"
     r"|\s*or (?:more|less|fewer|above|over|higher|greater|lower|below)\b",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"(?:[^,;.!?\n]|,(?! )|[.!?](?![\s*\"')]|$))*")
-_SENTENCE = re.compile(r"(?:[^;.!?\n]|[.!?](?![\s*\"')]|$))*")
+_SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?![\s*\"')]|$))*")
 _IN_PARENTHESES = re.compile(r"[$€£¥]?\s*\(\s*[$€£¥]?[^-+()]*[0-9][^-+()]*\)[^0-9]*")
 
 

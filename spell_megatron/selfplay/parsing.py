@@ -124,11 +124,14 @@ def parse_verdict(text: str, truncated: bool) -> int:
         return -1
     for part in (_decision(judgment), judgment):
         said = _FORM.sub("", part)
-        votes = [vote for vote in _BRACKETED.finditer(said) if not said.endswith("not ", 0, vote.start())]
+        named = list(_BRACKETED.finditer(said))
+        votes = [vote for vote in named if said[max(0, vote.start() - 4) : vote.start()].lower() != "not "]
         if any(a[1].upper() != b[1].upper() and not said[a.end() : b.start()].strip() for a, b in pairwise(votes)):
             return -1
         if votes:
             return int(votes[-1][1].upper() == "YES")
+        if named:
+            return -1
         if words := {yes or no for yes, no in _WORD.findall(said)}:
             return {frozenset({"YES"}): 1, frozenset({"NO"}): 0}.get(frozenset(words), -1)
         if said != part:
@@ -168,6 +171,7 @@ def question_from_record(
     task: str, record: dict[str, Any], count_tokens: Callable[[str], int], max_reference_tokens: int
 ) -> Question | Outcome:
     """The question in a record of the questioner, or the outcome of an attempt without one."""
+    record = {str(key).strip().lower(): value for key, value in record.items()}
     text, answer = _clean(record.get("question")), record.get("answer")
     if not text or isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return Outcome.BAD_FORMAT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -11,7 +12,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _BLOCK = re.compile(r"```[ \t]*+(\w*+)(.*?)```", re.DOTALL)
 _LANGUAGES = ("json", "json5", "jsonc")
 # Where an object may begin that stands in no fence, or in one that a question's text or nothing closes.
-_OBJECT = re.compile(r'\{\s*"(?:question|options|answer)"')
+_OBJECT = re.compile(r'\{\s*["“”](?:question|options|answer)["“”]', re.IGNORECASE)
+_CURLY = str.maketrans("“”", '""')
 MAX_OBJECTS = 8
 _IN_LIST = re.compile(r"(?:\[|\}\s*,)\s*$")
 
@@ -30,7 +32,7 @@ def read_record(text: str) -> dict[str, Any]:
 
     It is the last fenced block that is JSON; in a block marked as json, anything but an object is no record. Without
     such a block it is the last object with a question, options or an answer, or else the whole text. Commas after the
-    last item, line breaks in strings and backslashes of LaTeX are forgiven.
+    last item, line breaks in strings, curly quotes and backslashes of LaTeX are forgiven.
     """
     text = CONTROL.sub("", text)
     for language, block in reversed(_BLOCK.findall(text)):
@@ -54,10 +56,10 @@ def _decoded(text: str, whole: bool = True) -> Any:
     """The JSON value of a text, or (not `whole`) the one that it begins with; None if there is none."""
     text = _STRING_OR_COMMA.sub(lambda part: "" if part[0] == "," else _BACKSLASH.sub(_kept, part[0]), text.strip())
     decoder = json.JSONDecoder(strict=False)
-    try:
-        return decoder.decode(text) if whole else decoder.raw_decode(text)[0]
-    except (ValueError, RecursionError):  # RecursionError: nested too deeply
-        return None
+    for form in (text, text.translate(_CURLY)) if "“" in text else (text,):
+        with suppress(ValueError, RecursionError):  # RecursionError: nested too deeply
+            return decoder.decode(form) if whole else decoder.raw_decode(form)[0]
+    return None
 
 
 def _kept(escape: re.Match[str]) -> str:

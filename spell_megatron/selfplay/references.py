@@ -13,7 +13,8 @@ from spell_megatron.selfplay.texts import normalize_text
 # A reference, in the form of `normalize_text`, that says that there is none.
 _SUBJECT = r"(?:(?:it|this|that|answer|information|which) (?:is|was) )?"
 _ABSENT = (
-    r"unknown|unspecified|undetermined|unclear|unanswerable|undefined|undisclosed|n a|na|none|null|nil|not applicable",
+    r"unknown|unspecified|undetermined|unclear|unanswerable|undefined|undisclosed|n a|na|none|null|nil|tbd",
+    r"not applicable",
     r"not (?:\w+ )?(?:mentioned|specified|stated|given|provided|available|known|clear|determined|disclosed|found|"
     r"reported|included|discussed|indicated|enough information|possible to (?:say|tell|determine))",
     r"(?:cannot|can not|could not) be (?:determined|answered|inferred|found|known|established)",

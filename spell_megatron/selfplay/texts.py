@@ -17,6 +17,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-
 _IN_RANGE = re.compile(r"(?<=[0-9]) ?[-—] ?(?=[0-9])")
 _PERCENT = re.compile(r"(?<=[0-9])\s*(?:percent|per cent)\b")
 _SIGNED_CURRENCY = re.compile(r"(?<![\w)])-[$€£¥](?=[.0-9])")
+_INITIALS = re.compile(r"(?<![^\W_])([^\W\d_])\.\s+(?=[^\W\d_]\.)")
 _JOINED = re.compile(r"(?<=[^\W\d_])(?:\.|'(?!s\b))(?=[^\W\d_])")
 _WORD = re.compile(
     r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)*|\.[0-9]+)(?:-[0-9]+(?:\.[0-9]+)*)*[^\W_]*"  # 5, -1.5, 1914-1918, 1990s
@@ -27,8 +28,8 @@ _WORD = re.compile(
 # Between the words of a phrase there may be articles and commas; after each there may be a genitive's s.
 _GAP = "(?:'s)? (?:(?:a|an|the|,) )*"
 _NEGATED = re.compile(
-    r"(?:^| )(?:not|never|nor|neither|except|unlike|than|no longer|instead of|other than|"
-    r"(?:is|was|are|were|does|did|do)nt)(?: (?:a|an|the|in|at|on|by|from|to|of|for|with))* $"
+    r"(?:^| )(?:not|never|nor|neither|cannot|except|unlike|than|no longer|instead of|other than|anything but|"
+    r"(?:is|was|are|were|does|did|do|ca)nt)(?: (?:be|a|an|the|in|at|on|by|from|to|of|for|with))* $"
 )
 _OR_BEFORE = re.compile(r"(?:^| )or (?:(?:a|an|the) )*$")
 _OR_AFTER = re.compile(
@@ -36,7 +37,7 @@ _OR_AFTER = re.compile(
 )
 
 
-_DELETED = re.compile(r"\*|<｜Assistant｜>|<｜end▁of▁sentence｜>")
+_DELETED = re.compile(r"\*|</?answer>|<｜Assistant｜>|<｜end▁of▁sentence｜>")
 _REFUSAL = re.compile(r"not\s+(?:the\s+|in\s+|at\s+|on\s+)?[\"'“]?[A-Z0-9]")
 # The end of a sentence after which another one begins; what is short before a full stop may be an abbreviation.
 _SENTENCE_END = re.compile(
@@ -61,12 +62,12 @@ def words(text: str) -> str:
     """The words and commas of a text in lower case, with one blank between them.
 
     Other punctuation, quotes and signs of currency and percent are left out. Dots and apostrophes within words join
-    them (U.S. -> us, O'Brien -> obrien). Numbers keep point, minus and range. Of scripts without blanks, every
-    character is a word.
+    them (U.S. -> us, J. R. R. -> jrr, O'Brien -> obrien). Numbers keep point, minus and range. Of scripts without
+    blanks, every character is a word.
     """
-    text = _SCRIPT_WITHOUT_BLANKS.sub(r" \1 ", canonical(text).casefold())
+    text = _SCRIPT_WITHOUT_BLANKS.sub(r" \1 ", canonical(text).casefold().replace("&", " and "))
     text = _IN_RANGE.sub("-", _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
-    text = _SIGNED_CURRENCY.sub("-", _PERCENT.sub("", _JOINED.sub("", text)))
+    text = _SIGNED_CURRENCY.sub("-", _PERCENT.sub("", _JOINED.sub("", _INITIALS.sub(r"\1.", text))))
     return " ".join(_WORD.findall(text))
 
 

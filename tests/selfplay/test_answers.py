@@ -37,6 +37,7 @@ def score(task, response, reference):
         ("**Final answer:** Bergen", "Bergen", "Oslo"),
         ("Oslo is older.\n\n## Answer\n\nBergen", "Bergen", "Oslo"),
         ('{"answer": "Bergen"}', "Bergen", "Oslo"),
+        ("Oslo is older. <answer>Bergen</answer>", "Bergen", "Oslo"),
         (r"\boxed{Oslo} is older. So \boxed{\text{Bergen}}.", "Bergen", "Oslo"),
         (r"\boxed{Oslo} is older. The correct answer is Bergen", "Bergen", "Oslo"),
         ("最终答案：卑尔根。", "卑尔根", "奥斯陆"),
@@ -87,6 +88,7 @@ def test_texts_that_state_nothing(response):
         ("The result follows.\n\n**13**", "13", "8"),
         ("8 + 5\n= 13", "13", "8"),
         ("13", "13", "8"),
+        ("<answer>13</answer>", "13", "8"),
         ("The answer is 2*3", "6", "23"),
         ("The answer is -13", "-13", "13"),
         ("The answer is \N{MINUS SIGN}$13", "-13", "13"),
@@ -101,6 +103,7 @@ def test_the_last_statement_of_a_number(response, right, wrong):
 @pytest.mark.parametrize(
     "response",
     [
+        *("The answer is 8 out of 13", "The answer is 8 13", "The answer is 8; 13", "The answer is 8 of 13"),
         *("The answer is 8 or 13", "The answer is 8-13", "The answer is 8, 9 and 13", "The answer is between 8 and 13"),
         *("The answer is 8/13", "The answer is 8:13", "The answer is more than 8", "The answer is 8 or more"),
         *("The answer is 8. Rather, the answer is between 10 and 13.", "The answer is 8.\nThe answer is unknown."),
@@ -143,6 +146,7 @@ LETTERS = {
         *(
             "So option C is correct.",
             "(C) is the correct answer.",
+            "<answer>C</answer>",
             "Wages rose.\n\n(C)",
             "Option (C).",
             "C",

@@ -19,7 +19,7 @@ from vectors.only_reference import token_f1, words
 
 def decided_words(text: str) -> list[str]:
     """The words by which we compare: numbers with their points, no articles but as the last word."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text.lower().replace("’", "'"))
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text.lower().replace("’", "'").replace("&", " and "))
     text = re.sub(r"(?<=[a-z])\.(?=[a-z])", "", text)
     found = re.findall(r"[0-9]+(?:\.[0-9]+)*|[^\W_]+(?:'s)?", re.sub(r"(?<=[0-9])\s*percent", "", text))
     return [word for word in found[:-1] if word not in ("a", "an", "the")] + found[-1:]
@@ -97,7 +97,7 @@ def _(input: dict) -> Any:
 
 def decide_letter(input: dict, expected: Any) -> Any:
     """The last letter after a phrase or in a box that is no part of a word; a letter that is the whole text."""
-    text = (input["text"] or "").replace("*", "").strip()
+    text = re.sub(" because .*", "", (input["text"] or "").replace("*", "").strip())
     stated = r"(?:answer is:? |\\boxed\{)\(?([A-D](?!\w)|[a-d](?=[).}]|$))"
     found = re.findall(stated, text, re.IGNORECASE) if text.upper() not in tuple("ABCD") else [text]
     return found[-1].upper() if found and not re.search(rf"{found[-1]} [a-z]", text) else None
