@@ -27,7 +27,7 @@ from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.records import CONTROL, read_record
 from spell_megatron.selfplay.references import says_something
 from spell_megatron.selfplay.scoring import answer_kind
-from spell_megatron.selfplay.statements import statements
+from spell_megatron.selfplay.statements import called_right, statements
 from spell_megatron.selfplay.texts import text_at
 
 
@@ -94,9 +94,10 @@ def extract_answer(task: str, text: str) -> str | None:
             answer = number_at(content)
         if answer is not None:
             return answer or None
-    if kind == "text":
-        return None
-    return letter_alone(text) if kind == "letter" else number_alone(text)
+    if kind == "letter":
+        return letter_alone(text)
+    said = called_right(text) or ""
+    return text_at(said) if kind == "text" else number_at(said) or number_alone(text)
 
 
 # Verdicts

@@ -62,6 +62,22 @@ def statements(text: str) -> Iterator[tuple[str, bool]]:
     yield from ((content, False) for content in unclaimed)
 
 
+# "Bergen is the correct answer." A reader looks there if nothing else states an answer.
+_CALLED_RIGHT = re.compile(
+    r"(?:^|[.!?\n]\s*)(?:(?:so|thus|therefore|hence|consequently|clearly|finally)\b,?\s*)?"
+    r"(?!(?:this|that|it|what|which|who|here|there|neither|not|if)\b)([^,;:.!?\n]{1,80}?)\s+is\s+(?:therefore\s+|clearly\s+)?"
+    r"the\s+(?:(?:correct|right|final)\s+)?answer\s*(?:[.!*]|$)",
+    re.IGNORECASE,
+)
+MAX_END = 2000
+
+
+def called_right(text: str) -> str | None:
+    """What the end of a text calls the answer, in a sentence that ends with that word; None if there is no such."""
+    *_, found = None, *_CALLED_RIGHT.finditer(text[-MAX_END:])
+    return found[1] if found else None
+
+
 def _places(text: str) -> Iterator[tuple[int, int, bool]]:
     """Where each phrase or box begins, where what it states begins, and whether it is a box; the last one first."""
     for start, key in islice(from_the_end(text, _KEYS), MAX_PLACES):

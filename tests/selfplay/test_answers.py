@@ -38,6 +38,7 @@ def score(task, response, reference):
         ("Oslo is older.\n\n## Answer\n\nBergen", "Bergen", "Oslo"),
         ('{"answer": "Bergen"}', "Bergen", "Oslo"),
         ("Oslo is older. <answer>Bergen</answer>", "Bergen", "Oslo"),
+        ("Oslo is older. Therefore, Bergen is the correct answer.", "Bergen", "Oslo"),
         (r"\boxed{Oslo} is older. So \boxed{\text{Bergen}}.", "Bergen", "Oslo"),
         (r"\boxed{Oslo} is older. The correct answer is Bergen", "Bergen", "Oslo"),
         ("最终答案：卑尔根。", "卑尔根", "奥斯陆"),
@@ -55,6 +56,12 @@ def test_the_last_statement_of_a_text(response, right, wrong):
     [
         *("Bergen", "I think of Bergen.", "The correct answer is ", "The correct answer is ...", "answers Bergen"),
         *("The correct answer is (insert answer here).", "The answer is not Bergen.", "The answer is correct."),
+        *(
+            "What is the answer?",
+            "This is the correct answer.",
+            "Bergen is not the correct answer.",
+            "Is Bergen the answer?",
+        ),
         *("<think>The answer is Bergen", "The answer is Bergen</think>", "a</think>The answer is Bergen<think>But"),
     ],
 )
@@ -89,6 +96,7 @@ def test_texts_that_state_nothing(response):
         ("8 + 5\n= 13", "13", "8"),
         ("13", "13", "8"),
         ("<answer>13</answer>", "13", "8"),
+        ("8 is too small.\nSo **13** is the answer.", "13", "8"),
         ("The answer is 2*3", "6", "23"),
         ("The answer is -13", "-13", "13"),
         ("The answer is \N{MINUS SIGN}$13", "-13", "13"),
