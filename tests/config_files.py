@@ -25,7 +25,8 @@ def add_checkpoint(run: Path, policy: Path) -> Path:
     """What preflight reads of the newest checkpoint of a run; returns its folder."""
     step = run / "checkpoints" / "step_000001"
     step.mkdir(parents=True)
-    (step / "meta.json").touch()
+    (step / "meta.json").write_text('{"step": 1, "updates": 1, "ranks": 1}')
+    (step / "state.json").write_text('{"step": 1}')
     (step / "hf").symlink_to(policy)
     (step.parent / "latest").write_text(step.name)
     return step

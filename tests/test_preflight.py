@@ -328,9 +328,15 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, dense,
     assert "no checkpoint to continue from" in only_fault(config, resume=folder)
     step = add_checkpoint(folder, dense)
     assert "--resume" in only_fault(config)
+    meta = (step / "meta.json").read_text()
     (step / "meta.json").unlink()
     assert "step_000001 is incomplete" in only_fault(config, resume=folder)
-    (step / "meta.json").touch()
+    (step / "meta.json").write_text(meta[:9])
+    assert "meta.json is damaged" in only_fault(config, resume=folder)
+    (step / "meta.json").write_text(meta)
+    (step / "state.json").unlink()
+    assert "state.json is missing" in only_fault(config, resume=folder)
+    (step / "state.json").write_text("{}")
     assert inspect(config, resume=folder).faults == []
     assert "no run in" in only_fault(config, resume=tmp_path / "elsewhere")
 

@@ -94,6 +94,20 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says: step, updates, ranks, versions. UserError if it is damaged."""
+    check_complete(folder)
+    meta = read_object(folder / "meta.json", go_on_without(folder))
+    if lacking := [name for name in ("step", "updates", "ranks") if not isinstance(meta.get(name), int)]:
+        raise UserError(f"{folder / 'meta.json'} is damaged: it lacks {lacking[0]}. {go_on_without(folder)}.")
+    return meta
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that was saved with a checkpoint. UserError if the file is damaged."""
+    return read_object(folder / "state.json", go_on_without(folder))
+
+
 def check_complete(folder: Path) -> None:
     """UserError if a checkpoint is not there, or was not written to its end."""
     if not (folder / "meta.json").exists():

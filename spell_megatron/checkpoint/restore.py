@@ -8,11 +8,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spell_megatron.checkpoint.folder import best, check_complete, go_on_without, latest, read_object, wait_until_seen
+from spell_megatron.checkpoint.folder import (
+    best,
+    go_on_without,
+    latest,
+    read_meta,
+    read_object,
+    read_state,
+    wait_until_seen,
+)
 from spell_megatron.checkpoint.same_model import check_same_model
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_all, from_rank_0
@@ -30,9 +39,7 @@ def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
     """
     newest = _newest(run_folder)
     state = load(newest, trainer)
-    if not isinstance(state.get("step"), int):
-        raise UserError(f"{newest / 'state.json'} is damaged: it names no step. {go_on_without(newest)}.")
-    return state["step"], state
+    return read_meta(newest)["step"], state
 
 
 def _newest(run_folder: Path) -> Path:
@@ -77,34 +84,26 @@ def _small_files(folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any] | 
 
     Everything but the tensors is read, so that a damaged file is named before the load, which takes minutes.
     """
-    check_complete(folder)
-    meta = read_object(folder / "meta.json", go_on_without(folder))
-    updates, ranks = meta.get("updates"), meta.get("ranks")
-    if not isinstance(updates, int) or not isinstance(ranks, int):
-        raise UserError(f"{folder / 'meta.json'} is damaged: it lacks updates or ranks. {go_on_without(folder)}.")
-    state = read_object(folder / "state.json", go_on_without(folder))
-    tensors = folder / "trainer"
+    meta, state = read_meta(folder), read_state(folder)
+    tensors, rank = folder / "trainer", dist.get_rank()
     read_object(tensors / "metadata.json", go_on_without(folder))
     _read(tensors / ".metadata", lambda path: FileSystemReader(str(path.parent)).read_metadata(), folder)
-    _read(tensors / "common.pt", _load_plain, folder)
-    rank = dist.get_rank()
-    random = _read(folder / "rng" / f"rank_{rank:05d}.pt", _load_plain, folder) if rank < ranks else None
+    _read(tensors / "common.pt", lambda path: dist_checkpointing.load_common_state_dict(path.parent), folder)
+    random = None
+    if rank < meta["ranks"]:
+        # plain values and tensors: loading them executes nothing
+        random = _read(folder / "rng" / f"rank_{rank:05d}.pt", lambda path: torch.load(path, weights_only=True), folder)
     if rank == 0:
         check_same_model(folder, trainer.policy)
-    return updates, random, state
-
-
-def _load_plain(path: Path) -> dict[str, Any]:
-    """Plain values and tensors of a file; loading executes nothing."""
-    return torch.load(path, weights_only=True)
+    return meta["updates"], random, state
 
 
 def _read(path: Path, read: Callable[[Path], Result], folder: Path) -> Result:
     """What `read` returns of a file of a checkpoint; UserError if the file is gone or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} is missing. {go_on_without(folder)}.")
     try:
         return read(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. {go_on_without(folder)}.") from None
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}. {go_on_without(folder)}.") from error
 
