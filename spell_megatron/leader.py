@@ -293,7 +293,7 @@ def _engine_weights(
 
 def _probe(weights: EngineWeights, trainer: Trainer, config: Config) -> None:
     """UserError if the engines do not compute what the trainer does."""
-    weights.probe(trainer.mismatch, config.rollout.sampling, config.rollout.request_timeout)
+    weights.probe(trainer.mismatch, config.rollout)
 
 
 def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:

@@ -200,7 +200,10 @@ SCALE = "model.layers.0.mlp.up_proj.weight_scale_inv"
     [
         ([edit_config(architectures=None)], 'Add "architectures": ["Qwen3ForCausalLM"]'),
         ([edit_config(attention_bias=True)], "lacks model.layers.0.self_attn.q_proj.bias"),
-        ([edit_config(quantization_config={"quant_method": "fp8"})], "(fp8), and the weights are not quantised"),
+        ([edit_config(quantization_config={"quant_method": "fp8"})], "config.json (fp8) says that they are"),
+        ([edit_config(quantization_config={})], "Remove quantization_config in config.json"),
+        ([edit_config(compression_config={"quant_method": "x"})], "Remove compression_config in config.json"),
+        ([add_file("hf_quant_config.json", b"{}")], "Remove hf_quant_config.json"),
         (
             [
                 edit_config(quantization_config={"quant_method": "fp8"}),

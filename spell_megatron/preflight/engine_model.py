@@ -47,6 +47,9 @@ OPTIONS = (
 ROTARY_OPTIONS = ("rope_dim", "mrope_section", "use_fope")
 """Fields of the rope scaling that vLLM alone reads."""
 
+QUANTIZATION_FILE = "hf_quant_config.json"
+"""Where old releases of ModelOpt describe quantised weights. vLLM reads it if config.json does not."""
+
 LENGTH_FIELDS = (
     "max_position_embeddings",
     "n_positions",
@@ -129,27 +132,33 @@ def _rotary_faults(hf_config: Any) -> Iterator[str]:
 
 
 def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:
-    """What is wrong if config.json describes quantised weights; "" if it does not.
+    """What is wrong if a field or a file says that the weights are quantised; "" if none does.
 
     Args:
         plain: whether the stored tensors are those of a model that is not quantised.
     """
-    fields = ("quantization_config", "compression_config")
-    field = next((name for name in fields if getattr(policy.hf_config, name, None)), "")
-    if not field:
+    source, method = _quantization(folder, policy.hf_config)
+    if not source:
         return ""
-    described = getattr(policy.hf_config, field)
-    method = described.get("quant_method", "") if isinstance(described, dict) else ""
     kind = f" ({method})" if method else ""
     if plain:
         return (
-            f"{folder / 'config.json'} has {field}{kind}, and the weights are not quantised: vLLM would wait for "
-            f"scales that are not there. Remove {field}"
+            f"the weights in {folder} are not quantised, and {source}{kind} says that they are: vLLM would wait for "
+            f"scales that are not there. Remove {source}"
         )
     return (
         f"the weights in {folder} are quantised{kind}, and only plain weights can be trained. Convert them to "
-        f"bfloat16, and remove {field} from config.json"
+        f"bfloat16, and remove {source}"
     )
+
+
+def _quantization(folder: Path, hf_config: Any) -> tuple[str, str]:
+    """What tells vLLM that the weights are quantised ("": nothing), and how they are."""
+    for field in ("quantization_config", "compression_config"):
+        if (described := getattr(hf_config, field, None)) is not None:
+            method = described.get("quant_method", "") if isinstance(described, dict) else ""
+            return f"{field} in config.json", method
+    return (QUANTIZATION_FILE if (folder / QUANTIZATION_FILE).exists() else ""), ""
 
 
 def check_positions(found: Findings, sampling: SamplingConfig, hf_config: Any) -> None:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 import torch
 
-from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engines import Engines
@@ -106,18 +106,18 @@ class EngineWeights:
                 raise
             return None, str(error)
 
-    def probe(self, mismatch: Mismatch, sampling: SamplingConfig, request_timeout: float) -> None:
+    def probe(self, mismatch: Mismatch, rollout: RolloutConfig) -> None:
         """Compares the engines, which have the trainer's weights, with the trainer. All ranks call it after a `push`.
 
         Args:
             mismatch: `Trainer.mismatch`.
-            sampling, request_timeout: of the section `rollout`.
+            rollout: the settings of that name.
 
         Raises:
             UserError: they do not compute the same, or an engine does not answer.
         """
         colocated = from_rank_0(self._engines is not None and self._engines.transport.colocated)
-        compare_logprobs(self._engines, mismatch, self._model.policy, sampling, request_timeout)
+        compare_logprobs(self._engines, mismatch, self._model.policy, rollout)
         if colocated:  # the engines have slept meanwhile
             self.push(self._step)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.schema import RolloutConfig, SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engine import Engine
@@ -35,9 +35,7 @@ SHORT, SHORT_TOKENS, SAMPLES, TOKENS, SEED = 4, 24, 4, 8, 0
 """Number of short prompts and their length; answers to each prompt and their length; seed of the prompts' token ids."""
 
 
-def compare_logprobs(
-    engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, sampling: SamplingConfig, request_timeout: float
-) -> None:
+def compare_logprobs(engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, rollout: RolloutConfig) -> None:
     """Have every engine answer some short prompts and one as long as the run allows, and compare.
 
     The prompts are of random token ids, the same in every run. Nothing is left behind but the prompts in the engines'
@@ -47,17 +45,16 @@ def compare_logprobs(
         engines: with the trainer's weights, on rank 0; None on the others.
         mismatch: of the trainer, which all ranks run.
         policy: the model.
-        sampling: of the run.
-        request_timeout: seconds that a request may take.
+        rollout: the settings of that name.
 
     Raises:
         UserError: the log-probabilities of an engine are not the trainer's, or an engine does not answer.
     """
     answers: list[_Answers] = []
     if engines is not None:
-        prompts = _prompts(policy.arch.vocabulary, sampling)
+        prompts = _prompts(policy.arch.vocabulary, rollout.sampling)
         with ThreadPoolExecutor(len(engines.engines)) as threads:
-            asking = threads.map(lambda engine: _ask(engine, prompts, sampling, request_timeout), engines.engines)
+            asking = threads.map(lambda engine: _ask(engine, prompts, rollout), engines.engines)
             answers = list(asking)
         engines.sleep()
     from_rank_0("the engines have answered")
@@ -85,10 +82,11 @@ def _prompts(vocabulary: int, sampling: SamplingConfig) -> list[list[int]]:
     return [rng.integers(0, vocabulary, length).tolist() for length in lengths]
 
 
-def _ask(engine: Engine, prompts: list[list[int]], sampling: SamplingConfig, timeout: float) -> _Answers:
+def _ask(engine: Engine, prompts: list[list[int]], rollout: RolloutConfig) -> _Answers:
     """What an engine samples after each prompt."""
+    sampling = rollout.sampling
     wanted: dict[str, Any] = {
-        "n": SAMPLES,
+        "n": min(SAMPLES, rollout.concurrency),  # vLLM refuses more than it may run at a time
         "temperature": sampling.temperature,
         "top_p": 1.0,  # below, the engine's log-probabilities are of the tokens that it leaves
         "max_tokens": min(TOKENS, sampling.max_response_tokens),
@@ -102,7 +100,7 @@ def _ask(engine: Engine, prompts: list[list[int]], sampling: SamplingConfig, tim
         for number, prompt in enumerate(prompts):
             params = wanted | {"seed": number, "routed_experts_prompt_start": len(prompt)}
             body = {"token_ids": prompt, "sampling_params": params}
-            for choice in engine.post("/inference/v1/generate", body, timeout=timeout)["choices"]:
+            for choice in engine.post("/inference/v1/generate", body, timeout=rollout.request_timeout)["choices"]:
                 logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
                 values = np.array([math.nan if value is None else value for value in logprobs], dtype=np.float32)
                 tokens = np.array([*prompt, *choice["token_ids"]], dtype=np.int64)

@@ -35,7 +35,7 @@ def probe(engines_for, policy, process_group, tmp_path):
         weights = EngineWeights(trainer.model, engines, verify=True, say=print, stop=lambda: None)
         weights.push(0)
         try:
-            weights.probe(trainer.mismatch, rollout.sampling, rollout.request_timeout)
+            weights.probe(trainer.mismatch, rollout)
         finally:
             weights.close()
 
@@ -53,15 +53,16 @@ def test_another_rotary_embedding_is_refused(probe):
 
 
 def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
-    engines, sampling = engines_for("dense"), engine_config(policy("dense")).rollout.sampling
+    engines, rollout = engines_for("dense"), engine_config(policy("dense")).rollout
+    longest = rollout.sampling.max_prompt_tokens
     asked = []
 
-    def compare(difference: float) -> None:
+    def compare(difference: float, **more: object) -> None:
         def mismatch(rows):
             asked.append(rows)
-            return [difference if row.prompt_length == sampling.max_prompt_tokens else 1e-6 for row in rows]
+            return [difference if row.prompt_length == longest else 1e-6 for row in rows]
 
-        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), sampling, 60)
+        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), rollout.model_copy(update=more))
 
     compare(0.02)
     with pytest.raises(
@@ -70,6 +71,8 @@ def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
         compare(0.5)
     with pytest.raises(UserError, match="nan after prompts of 768"):
         compare(math.nan)
+    compare(0.0, concurrency=1)  # vLLM refuses more answers to a prompt than the sequences that it may run
+    assert len(asked.pop()) == SHORT + 1
     first, again, _ = ([(row.tokens.tolist(), row.rollout_logprobs.tolist()) for row in rows] for rows in asked)
     assert first == again and len(first) == (SHORT + 1) * SAMPLES
     assert all(-20 < value < 0 for _, values in first for value in values)
