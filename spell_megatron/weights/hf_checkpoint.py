@@ -50,15 +50,22 @@ class Checkpoint:
         self._stack.close()
 
     def _locate(self) -> dict[str, str]:
-        """File name of each tensor."""
-        if (self.folder / INDEX).is_file():
-            return read_index(self.folder)
-        if not (self.folder / SINGLE).is_file():
+        """File name of each tensor: of those that the index lists, and of others that its files hold."""
+        if not (self.folder / INDEX).is_file():
+            if not (self.folder / SINGLE).is_file():
+                raise UserError(
+                    f"{self.folder} holds no weights: there is neither {SINGLE} nor {INDEX}. Only safetensors "
+                    "are read; convert other formats with transformers' save_pretrained."
+                )
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        indexed = read_index(self.folder)
+        files = sorted(set(indexed.values()))
+        if SINGLE not in files and (self.folder / SINGLE).is_file():
             raise UserError(
-                f"{self.folder} holds no weights: there is neither {SINGLE} nor {INDEX}. Only safetensors "
-                "are read; convert other formats with transformers' save_pretrained."
+                f"{self.folder} holds weights twice: {SINGLE}, which transformers reads, and the files of {INDEX}, "
+                "which vLLM reads. Remove the older of the two."
             )
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        return {name: file for file in files for name in self._open(file).keys()} | indexed
 
     def _open(self, file: str):
         if file not in self._opened:
@@ -77,7 +84,7 @@ class Checkpoint:
 
     def _split_experts(self) -> None:
         """Give each expert names of its own, where a tensor holds all of them."""
-        for stored in [name for name in self.files if ".experts." in name]:
+        for stored in [name for name in self.files if name.endswith((".gate_up_proj", ".down_proj"))]:
             parts = expert_parts(stored, tuple(self._slice(stored).get_shape()))
             if twice := self.files.keys() & parts.keys():
                 raise UserError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import CASES, edit, load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.errors import UserError
@@ -246,6 +246,14 @@ def test_missing_shard_bad_index_and_stray_entry(hf_checkpoint, tmp_path):
     assert "model-00002-of-00007.safetensors" in damaged(sharded, tmp_path / "a", unlink)
     assert "model.norm.weight" in damaged(sharded, tmp_path / "b", misplace)
     assert "not an index" in damaged(sharded, tmp_path / "c", lambda copy: (copy / index.name).write_text("{"))
+
+    def add_unlisted(copy):
+        file = copy / "model-00003-of-00007.safetensors"
+        save_file(load_file(file) | {"value_head.weight": torch.ones(1)}, file)
+
+    assert "holds value_head.weight, which" in damaged(sharded, tmp_path / "d", add_unlisted)
+    both = damaged(sharded, tmp_path / "e", lambda copy: shutil.copy(folder / "model.safetensors", copy))
+    assert "holds weights twice: model.safetensors" in both
 
 
 def test_nothing_is_loaded_from_a_faulty_checkpoint(hf_checkpoint, tmp_path):
