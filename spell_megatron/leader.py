@@ -293,7 +293,9 @@ def _engine_weights(
 
 def _probe(weights: EngineWeights, trainer: Trainer, config: Config) -> None:
     """UserError if the engines do not compute what the trainer does."""
-    weights.probe(trainer.mismatch, config.rollout)
+    # Forward only, a row twice as long as a microbatch takes less memory than forward and backward of a microbatch.
+    longest = min(config.rollout.sampling.max_prompt_tokens, 2 * config.training.tokens_per_microbatch)
+    weights.probe(trainer.mismatch, config.rollout, longest)
 
 
 def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:

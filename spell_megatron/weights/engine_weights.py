@@ -106,18 +106,19 @@ class EngineWeights:
                 raise
             return None, str(error)
 
-    def probe(self, mismatch: Mismatch, rollout: RolloutConfig) -> None:
+    def probe(self, mismatch: Mismatch, rollout: RolloutConfig, longest: int) -> None:
         """Compares the engines, which have the trainer's weights, with the trainer. All ranks call it after a `push`.
 
         Args:
             mismatch: `Trainer.mismatch`.
             rollout: the settings of that name.
+            longest: tokens of the longest prompt to compare.
 
         Raises:
             UserError: they do not compute the same, or an engine does not answer.
         """
         colocated = from_rank_0(self._engines is not None and self._engines.transport.colocated)
-        compare_logprobs(self._engines, mismatch, self._model.policy, rollout)
+        compare_logprobs(self._engines, mismatch, self._model.policy, rollout, longest)
         if colocated:  # the engines have slept meanwhile
             self.push(self._step)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from spell_megatron.config.schema import RolloutConfig, SamplingConfig
+from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engine import Engine
@@ -35,8 +35,10 @@ SHORT, SHORT_TOKENS, SAMPLES, TOKENS, SEED = 4, 24, 4, 8, 0
 """Number of short prompts and their length; answers to each prompt and their length; seed of the prompts' token ids."""
 
 
-def compare_logprobs(engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, rollout: RolloutConfig) -> None:
-    """Have every engine answer some short prompts and one as long as the run allows, and compare.
+def compare_logprobs(
+    engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, rollout: RolloutConfig, longest: int
+) -> None:
+    """Have every engine answer some short prompts and a long one, and compare.
 
     The prompts are of random token ids, the same in every run. Nothing is left behind but the prompts in the engines'
     prefix caches. All trainer ranks call it; engines that share GPUs with the trainer sleep afterwards.
@@ -46,16 +48,16 @@ def compare_logprobs(engines: Engines | None, mismatch: Mismatch, policy: Policy
         mismatch: of the trainer, which all ranks run.
         policy: the model.
         rollout: the settings of that name.
+        longest: tokens of the long prompt, at most those that a prompt of the run can have.
 
     Raises:
         UserError: the log-probabilities of an engine are not the trainer's, or an engine does not answer.
     """
     answers: list[_Answers] = []
     if engines is not None:
-        prompts = _prompts(policy.arch.vocabulary, rollout.sampling)
+        prompts = _prompts(policy.arch.vocabulary, longest)
         with ThreadPoolExecutor(len(engines.engines)) as threads:
-            asking = threads.map(lambda engine: _ask(engine, prompts, rollout), engines.engines)
-            answers = list(asking)
+            answers = list(threads.map(lambda engine: _ask(engine, prompts, rollout), engines.engines))
         engines.sleep()
     from_rank_0("the engines have answered")
     rows = [row for answer in answers for row in answer.rows]
@@ -75,9 +77,9 @@ class _Answers:
     """With its log-probabilities."""
 
 
-def _prompts(vocabulary: int, sampling: SamplingConfig) -> list[list[int]]:
-    """Short prompts, and one that reaches the last positions that a prompt of the run can have."""
-    rng, longest = np.random.default_rng(SEED), sampling.max_prompt_tokens
+def _prompts(vocabulary: int, longest: int) -> list[list[int]]:
+    """Short prompts, and one that reaches the last positions."""
+    rng = np.random.default_rng(SEED)
     lengths = [min(SHORT_TOKENS, longest)] * SHORT + [longest]
     return [rng.integers(0, vocabulary, length).tolist() for length in lengths]
 

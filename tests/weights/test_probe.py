@@ -35,7 +35,7 @@ def probe(engines_for, policy, process_group, tmp_path):
         weights = EngineWeights(trainer.model, engines, verify=True, say=print, stop=lambda: None)
         weights.push(0)
         try:
-            weights.probe(trainer.mismatch, rollout)
+            weights.probe(trainer.mismatch, rollout, rollout.sampling.max_prompt_tokens)
         finally:
             weights.close()
 
@@ -62,7 +62,7 @@ def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
             asked.append(rows)
             return [difference if row.prompt_length == longest else 1e-6 for row in rows]
 
-        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), rollout.model_copy(update=more))
+        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), rollout.model_copy(update=more), longest)
 
     compare(0.02)
     with pytest.raises(
