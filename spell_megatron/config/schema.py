@@ -177,7 +177,8 @@ class TrainingConfig(Section):
     """The update: loss, memory, layout and optimizer."""
 
     tokens_per_microbatch: int = Field(32768, ge=1)
-    """Largest number of tokens in a microbatch, a row of packed prefix trees. A shared prefix counts once."""
+    """Largest number of tokens in a microbatch, a row of packed prefix trees. A shared prefix counts once. A longer
+    response with its prompt makes a larger one, of up to an eighth more tokens than it has."""
     logprob_chunk: int = Field(512, ge=1)
     """Number of response positions whose logits are computed at the same time. They take 4 bytes per position and token
     of the vocabulary."""
