@@ -47,27 +47,27 @@ def answer(folder: Path, evidence, right: dict[int, int]) -> None:
 
 
 def test_summary(evidence, tmp_path):
-    """Of 500 questions the start answers 100 with 4 of 8 samples; SPELL 200, one seed with 8, the other with 4."""
+    """Of 500 questions the start answers 100 with 4 of 8 samples; the recipe 200, one seed with 8, the other with 4."""
     for seed in (0, 1):
         answer(tmp_path / f"start-{seed}-answers", evidence, dict.fromkeys(range(100), 4))
-        answer(tmp_path / f"spell-{seed}-answers", evidence, dict.fromkeys(range(200), 8 - 4 * seed))
-        run = tmp_path / f"spell-{seed}"
+        answer(tmp_path / f"recipe-{seed}-answers", evidence, dict.fromkeys(range(200), 8 - 4 * seed))
+        run = tmp_path / f"recipe-{seed}"
         run.mkdir()
         rows = [{"step": 0, "validation/pass@1": 0.1}, {"step": 1}, {"step": 4, "validation/pass@1": 0.2 + 0.2 * seed}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answer(tmp_path / "rlvr-0-answers", evidence, {})  # its other seed is missing, so it is left out
     results = evidence.summary(tmp_path, range(2))
-    assert set(results) == {"start", "spell"}
+    assert set(results) == {"start", "recipe"}
     assert results["start"]["pass@1"]["mean"] == pytest.approx(0.1) and results["start"]["pass@8"]["mean"] == 0.2
-    spell = results["spell"]
-    assert spell["pass@1"]["seeds"] == pytest.approx([0.4, 0.2])
-    assert spell["pass@1"]["over start"]["mean"] == pytest.approx(0.2)
-    assert spell["pass@8"]["mean"] == spell["pass@8"]["over start"]["mean"] * 2 == 0.4
-    assert spell["curve"] == [(0, pytest.approx(0.1)), (4, pytest.approx(0.3))]
-    assert spell["pass@1"]["low"] < 0.2 + 0.05 and spell["pass@1"]["high"] > 0.4 - 0.05  # seeds are drawn, too
-    assert results["start"]["pass@1"]["over spell"]["mean"] == pytest.approx(-0.2)
+    recipe = results["recipe"]
+    assert recipe["pass@1"]["seeds"] == pytest.approx([0.4, 0.2])
+    assert recipe["pass@1"]["over start"]["mean"] == pytest.approx(0.2)
+    assert recipe["pass@8"]["mean"] == recipe["pass@8"]["over start"]["mean"] * 2 == 0.4
+    assert recipe["curve"] == [(0, pytest.approx(0.1)), (4, pytest.approx(0.3))]
+    assert recipe["pass@1"]["low"] < 0.2 + 0.05 and recipe["pass@1"]["high"] > 0.4 - 0.05  # seeds are drawn, too
+    assert results["start"]["pass@1"]["over recipe"]["mean"] == pytest.approx(-0.2)
     table = evidence.as_table(results)
-    assert "| spell | 30.0 (" in table and "| 40.0, 20.0 | +20.0 (" in table
+    assert "| recipe | 30.0 (" in table and "| 40.0, 20.0 | +20.0 (" in table
 
 
 def test_references_are_held_against_the_documents(evidence):
@@ -89,10 +89,10 @@ def test_references_are_held_against_the_documents(evidence):
 
 
 def test_what_the_roles_did(evidence, tmp_path):
-    def question(reward: float, reference: str | None) -> dict:
+    def question(reward: float, reference: str | None, outcome: str = "mixed") -> dict:
         prediction = reference and "What is the head of Amco?"
         row = {"role": "questioner", "reward": reward, "prediction": prediction, "reference": reference}
-        return row | {"cluster_id": "a"}
+        return row | {"cluster_id": "a", "outcome": outcome}
 
     def vote(rule: int, verdict: int) -> dict:
         return {"role": "verifier", "rule_score": rule, "verdict": verdict}
@@ -101,7 +101,8 @@ def test_what_the_roles_did(evidence, tmp_path):
         question(0.7, "Bo"),
         question(0.1, "Cy"),
         question(0.0, "Bo"),
-        question(-1.0, None),
+        question(-0.5, "Cy", "unconfirmed"),
+        question(-1.0, None, "bad_format"),
         *(vote(1, 1), vote(1, 0), vote(0, 0), vote(0, -1)),
         {"role": "responder"},
     ]
@@ -111,8 +112,9 @@ def test_what_the_roles_did(evidence, tmp_path):
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
     answers = {"a": {"What is the head of Amco?": "Bo"}}
     assert evidence.roles([tmp_path], answers, [1]) == {
-        "questions with mixed answers": 2 / 4,
-        "references that the documents give": pytest.approx(2 / 3),
+        "questions with mixed answers": 2 / 5,
+        "questions that the gate refuses": 1 / 5,
+        "references that the documents give": 2 / 4,
         "... of questions with mixed answers": 1 / 2,
         "votes YES on answers right by the rule": 1 / 2,
         "votes YES on answers wrong by the rule": 0,

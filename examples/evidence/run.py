@@ -1,25 +1,28 @@
-"""Does self-play teach the quick start's policy anything, and which part of it does? Trains, evaluates, compares.
+"""What does self-play teach the quick start's policy, and which settings teach it most? Trains, evaluates, compares.
 
-    python examples/evidence/run.py [--out runs/evidence] [--seeds 3] [--updates 12] [--jobs 2] [--arms NAME ...]
+    python examples/evidence/run.py [--out runs/evidence] [--seeds 3] [--updates 24] [--jobs 2] [--arms NAME ...]
     python examples/evidence/run.py --summary [--out runs/evidence] [--seeds 3]
 
 Every arm is trained from the same weights for the same number of updates, once per seed, and its last checkpoint
 answers the 500 held-out questions of the quick start 8 times each; so does the policy they all start from. All train on
 the first 300 clusters of the quick start's documents, so that each is met again and its history counts. Arms:
 
-    spell              self-play as in examples/quickstart.yaml
+    recipe             the released recipe: the history shows the questioner all documents it asked about, no gate
+    new_documents      the history shows only the documents that were new to each remembered question (the paper's text)
+    solved_only        the history holds the solved questions alone, as examples
+    no_history         the questioner never sees what was asked before
+    gate               the recipe with the gate: a question is used only if answers from its documents confirm it
+    gate_new_documents, gate_solved_only, gate_no_history     the gate with each kind of history
     rlvr               the baseline: one question with its right answer for each cluster, rewards by rule
-    fixed_questioner   the questioner's rows are left out of the update
-    no_history         the questioner never sees what was asked before, nor the documents of it
-    fixed_verifier     the verifier's rows are left out of the update
-    no_verifier        no judgments: rewards by rule
+    fixed_questioner   the recipe without the questioner's rows in the update
+    fixed_verifier     the recipe without the verifier's rows in the update
+    no_verifier        the recipe without judgments: rewards by rule
 
 Killed and called again, it goes on where it was: a run that has begun is resumed, one that has ended is not run
 again. It writes into the folder of --out: results.json, table.md (the arms, then what the roles did in the first and
 in the last four updates) and curves.svg (held-out accuracy while training; needs matplotlib:
-`pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. One
-run took 6 to 18 minutes with two of them at a time on two cores that other work shared (each is printed); there are
-eighteen, and three more evaluations of the start. docs/evidence.md says what came out.
+`pip install -e ".[bench]"`); `spell report` shows any of the runs. --summary does only that. The time of each run is
+printed. docs/evidence.md says what came out.
 """
 
 from __future__ import annotations
@@ -51,18 +54,36 @@ from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
 CONFIG, HELDOUT = ROOT / "examples" / "quickstart.yaml", ROOT / "examples" / "quickstart" / "heldout.jsonl"
 POLICY = ROOT / "examples" / "quickstart" / "policy"
 DOCUMENTS, CLUSTERS = ROOT / "examples" / "quickstart" / "documents.parquet", 300
+
+
+def self_play(documents: str = "all", gate: bool = False, **settings: object) -> list[str]:
+    """Settings of an arm: what the history shows (`off`: there is no history), the gate, and others by their keys."""
+    history = ["history=0"] if documents == "off" else ["history=3", f"history_documents={documents}"]
+    return [
+        *(f"--selfplay.questioner.{setting}" for setting in history),
+        f"--selfplay.gate.enabled={str(gate).lower()}",
+        *(f"--{key.replace('__', '.')}={value}" for key, value in settings.items()),
+    ]
+
+
 ARMS = {
-    "spell": [],
-    "rlvr": ["--selfplay.questioner.enabled=false", "--selfplay.verifier.enabled=false"],
-    "fixed_questioner": ["--training.role_weights={questioner: 0}"],
-    "no_history": ["--selfplay.questioner.history=0"],
-    "fixed_verifier": ["--training.role_weights={verifier: 0}"],
-    "no_verifier": ["--selfplay.verifier.enabled=false"],
+    "recipe": self_play(),
+    "new_documents": self_play("new"),
+    "solved_only": self_play("none"),
+    "no_history": self_play("off"),
+    "gate": self_play(gate=True),
+    "gate_new_documents": self_play("new", gate=True),
+    "gate_solved_only": self_play("none", gate=True),
+    "gate_no_history": self_play("off", gate=True),
+    "rlvr": self_play(selfplay__questioner__enabled="false", selfplay__verifier__enabled="false"),
+    "fixed_questioner": self_play(training__role_weights="{questioner: 0}"),
+    "fixed_verifier": self_play(training__role_weights="{verifier: 0}"),
+    "no_verifier": self_play(selfplay__verifier__enabled="false"),
 }
 """What differs from the quick start's configuration; rlvr has other `data.documents` too."""
 START, SAMPLES, RESAMPLES = "start", 8, 4000
 KS = (1, 8)
-BASES = (START, "spell")
+BASES = (START, "recipe", "rlvr")
 SPAN = 4
 """Updates that the roles are looked at over, at the start and at the end of a run."""
 
@@ -137,10 +158,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def summary(out: Path, seeds: Iterable[int]) -> dict:
-    """pass@1 and pass@8 of every arm of which all seeds are there, and how much more that is than the start's and than
-    SPELL's, question by question and seed by seed.
+    """pass@1 and pass@8 of every arm of which all seeds are there, and how much more that is than of each of BASES,
+    question by question and seed by seed.
 
-    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], "over start", "over spell": {mean, low, high}},
+    Returns {arm: {"pass@k": {mean, low, high, seeds: [...], "over start", "over recipe", ...: {mean, low, high}},
     "curve": [(update, pass@1)], "roles": {"first" or "last": {what: number}}}}.
     """
     answers = answers_in_documents()
@@ -197,16 +218,18 @@ def roles(
     Args:
         answers: those that the documents give, as of `answers_in_documents`.
     """
-    mixed, right, right_of_mixed = (
-        "questions with mixed answers", "references that the documents give", "... of questions with mixed answers"
+    mixed, refused, right, right_of_mixed = (
+        "questions with mixed answers", "questions that the gate refuses", "references that the documents give",
+        "... of questions with mixed answers"
     )  # fmt: skip
     yes = {1: "votes YES on answers right by the rule", 0: "votes YES on answers wrong by the rule"}
-    seen: dict[str, list[float]] = {name: [] for name in (mixed, right, right_of_mixed, *yes.values())}
+    seen: dict[str, list[float]] = {name: [] for name in (mixed, refused, right, right_of_mixed, *yes.values())}
     for file in (folder / "rollouts" / f"step_{update:06d}.jsonl" for folder in folders for update in updates):
         for row in map(json.loads, file.open(encoding="utf-8")):
             if row["role"] == "questioner":
                 kept = row["reward"] > 0
                 seen[mixed].append(kept)
+                seen[refused].append(row["outcome"] == "unconfirmed")
                 if row["prediction"] is not None:
                     given = answers[row["cluster_id"]].get(row["prediction"].strip()) == row["reference"].strip()
                     seen[right].append(given)
@@ -219,20 +242,17 @@ def roles(
 
 def as_table(results: Mapping[str, dict]) -> str:
     """The results as a Markdown table, in percent."""
-    lines = [
-        "| arm | pass@1 (95 %) | seeds | over the start | over SPELL | pass@8 (95 %) | over the start | over SPELL |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    over = [f"over {base}" for base in BASES]
+    heads = [head for k in KS for head in (f"pass@{k} (95 %)", *(["seeds"] if k == 1 else []), *over)]
+    lines = [f"| arm | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for arm, result in results.items():
-        one, eight = result["pass@1"], result["pass@8"]
-        each = ", ".join(f"{100 * value:.1f}" for value in one["seeds"])
-        over = [
-            [spread(of[f"over {base}"], "+") if f"over {base}" in of and base != arm else "–" for base in BASES]
-            for of in (one, eight)
-        ]
-        lines.append(
-            f"| {arm} | {spread(one)} | {each} | {' | '.join(over[0])} | {spread(eight)} | {' | '.join(over[1])} |"
-        )
+        cells = []
+        for k in KS:
+            of = result[f"pass@{k}"]
+            each = ", ".join(f"{100 * value:.1f}" for value in of["seeds"])
+            cells += [spread(of), *([each] if k == 1 else [])]
+            cells += [spread(of[name], "+") if name in of and name != f"over {arm}" else "–" for name in over]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     played = {arm: result["roles"] for arm, result in results.items() if result["roles"]}
     kinds = list(dict.fromkeys(kind for of in played.values() for part in of.values() for kind in part))
     lines += ["", f"| first and last {SPAN} updates | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
@@ -274,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--updates", type=int, default=24)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each wants a core and 3 GB")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--summary", action="store_true", help="only compare what is there")
