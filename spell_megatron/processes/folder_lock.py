@@ -223,7 +223,7 @@ def lives(path: Path, holder: Holder, certain: bool = False, doubtful: bool = Fa
         return False
     if quiet >= APART:
         return False
-    if not certain and quiet < SILENT and not doubtful:
+    if not certain and abs(quiet) < SILENT and not doubtful:
         return True
     seconds = 3 * BEAT
     if certain:
