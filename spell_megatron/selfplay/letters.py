@@ -11,7 +11,7 @@ LETTERS = "ABCD"
 MAX_LENGTH = 200
 
 _HEAD = re.compile(
-    r"(?:[\s*_`:\"'$({\[]|(?:(?:the|letter|option|choice|answer|candidate)\b\.?(?![A-Za-z]))|"
+    r"(?:[\s*_`:\"'$({\[—-]|(?:(?:the|letter|option|choice|answer|candidate)\b\.?(?![A-Za-z]))|"
     r"(?:therefore|thus|hence|then|indeed|clearly|definitely|likely|probably|most likely|simply|just|actually)\b,?)*",
     re.IGNORECASE,
 )
@@ -20,8 +20,8 @@ _LETTER = re.compile(r"([A-Ha-h])(?![\w'+#]|-\w|\.\w)")
 _CLOSES = re.compile(r"[*_`\"')}\]$]*")
 # After a letter: another one, so that the text names several.
 _SEVERAL = re.compile(
-    r"[*_`\"')}\]$]*\s*(?:,|;|/|&|\+|\band\b|\bor\b|,\s*and\b|,\s*or\b)\s*(?:(?:both|also|maybe|perhaps|possibly)\s+)?(?:option\s+|choice\s+)?"
-    r"[*_`\"'({\[$]*[A-H](?![\w'+#]|-\w|\.\w)"
+    r"[*_`\"')}\]$]*\s*(?:(?P<comma>[,;])|/|&|\+|,?\s*\(?(?:and|or)\b)\s*\(?(?:(?:both|also|maybe|perhaps|possibly)\s+)?"
+    r"(?:(?:option|choice)\s+)?[*_`\"'({\[$]*[A-H](?![\w'+#]|-\w|\.\w)(?(comma)(?!\s+(?:is|was|has|does|cannot)\b))"
 )
 _SEVERAL_AHEAD = re.compile(r"(?:both|either|neither|none|all|any|not|no|unknown|cannot)\b", re.IGNORECASE)
 # A capital A before an ordinary word is an article, but for the words that go on after a letter.

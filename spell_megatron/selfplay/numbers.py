@@ -49,7 +49,9 @@ _GOES_ON = re.compile(
     r"|\s*or (?:more|less|fewer|above|over|higher|greater|lower|below)\b",
     re.IGNORECASE,
 )
-_CLAUSE = re.compile(r"(?:[^,;.!?\n]|,(?! )|[.!?](?![\s*\"')]|$))*")
+_NAME = re.compile(r"[^=≈,;.!?\n]{1,60}(?:=>|[=≈])")
+_EQUALS = re.compile(r"\s*[^\W\d_]{0,12}\s*(?:=>|->|[=≈≅→])")
+_OR_AGAIN = re.compile(r"\s*[%a-z]{0,12},?\s*or\s+")
 _SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?![\s*\"')]|$))*")
 _IN_PARENTHESES = re.compile(r"[$€£¥]?\s*\(\s*[$€£¥]?[^-+()]*[0-9][^-+()]*\)[^0-9]*")
 
@@ -91,15 +93,39 @@ def number_at(text: str) -> str | None:
     head = _HEAD.match(line)
     if _NOT_ONE.match(line, head.end() if head else 0):
         return line.strip()
-    clause = _matched(_CLAUSE, text)
-    sides = list(_SIDES.finditer(clause))
-    start = sides[-1].end() if sides else 0
-    found = _number(text[start:])
-    if found is None or (sides and found.start > 40):
+    start, found = _last_side(text)
+    if found is None:
         return None
-    if _GOES_ON.match(text, start + found.end):
+    end = start + found.end
+    if _GOES_ON.match(text, end) and not _said_twice(found.value, text[end:]):
         return line.strip()
-    return drop_thousands_separators(text[start + found.start : start + found.end]).rstrip(".,")
+    return drop_thousands_separators(text[start + found.start : end]).rstrip(".,")
+
+
+def _last_side(text: str) -> tuple[int, Expression | None]:
+    """The number behind the last sign of equality in what a text begins with, and where that side begins."""
+    name = _NAME.match(text)
+    start, found = 0, _number(text)
+    if found is None and name:
+        start = name.end()
+        found = _number(text[start:])
+    while found and (sign := _EQUALS.match(text, start + found.end)):
+        side = _number(text[sign.end() :])
+        if side is None:
+            break
+        start, found = sign.end(), side
+    return start, found
+
+
+def _said_twice(value: float | None, rest: str) -> bool:
+    """Whether a text goes on with the same number in another form: 0.5 or 50 %."""
+    again = _OR_AGAIN.match(rest)
+    other = _number(rest[again.end() :]) if again else None
+    if again is None or value is None or other is None or other.value is None:
+        return False
+    percent = "%" in again[0], rest[again.end() + other.end :].lstrip().startswith("%")
+    scale = {(False, True): 100.0, (True, False): 0.01}.get(percent, 1.0)
+    return abs(other.value - value * scale) <= 1e-3 * abs(other.value)
 
 
 _UNITS = re.compile(r"[%‰°*`$€£¥)\]]*(?:\s+[^\W\d_/]+){0,3}\s*[.*`$]*")

@@ -116,9 +116,10 @@ _WORD = re.compile(r"\b(?:(YES)|(NO))\b(?!(?<=NO) +(?!(?:and|or)\b)\w)")
 def parse_verdict(text: str, truncated: bool) -> int:
     """A judgment's vote: 1 for YES, 0 for NO, -1 if it is cut off, missing or contradictory.
 
-    What follows the last "Decision:" counts, or all of it if nothing there is a vote. `[[YES]]` and `[[NO]]` decide,
-    the last one if there are several, but not where both are only named as the form of a decision, and never if the
-    other one stands directly beside it. Without either the bare words do, in capitals.
+    What follows the last "Decision:" counts, or all of it if nothing there is a vote. `[[YES]]` and `[[NO]]` decide. If
+    there are several, it is the one directly after the colon, or else the last one, but not where both are only named
+    as the form of a decision, and never if the other one stands directly beside it. Without either the bare words do,
+    in capitals.
     """
     judgment = None if truncated else after_thinking(text)
     if judgment is None:
@@ -130,7 +131,8 @@ def parse_verdict(text: str, truncated: bool) -> int:
         if any(a[1].upper() != b[1].upper() and not said[a.end() : b.start()].strip() for a, b in pairwise(votes)):
             return -1
         if votes:
-            return int(votes[-1][1].upper() == "YES")
+            at_once = part is not judgment and not re.search(r"\w", said[: votes[0].start()])
+            return int(votes[0 if at_once else -1][1].upper() == "YES")
         if named:
             return -1
         if words := {yes or no for yes, no in _WORD.findall(said)}:

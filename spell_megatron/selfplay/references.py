@@ -6,7 +6,7 @@ import math
 import re
 from decimal import Decimal
 
-from spell_megatron.selfplay.letters import LETTERS
+from spell_megatron.selfplay.letters import letter_at
 from spell_megatron.selfplay.numbers import format_decimal, parse_number
 from spell_megatron.selfplay.texts import normalize_text
 
@@ -43,8 +43,11 @@ def known_answer(task: str, value: object) -> str:
     answer = answer_text(value)
     if not answer:
         raise ValueError(f"answer must be a text or a number, not {shown(value)}")
-    if task == "doc_mc" and answer not in tuple(LETTERS):
-        raise ValueError(f"answer of doc_mc must be A, B, C or D, not {shown(answer)}")
+    if task == "doc_mc":
+        letter = letter_at(answer)
+        if not letter:
+            raise ValueError(f"answer of doc_mc must be A, B, C or D, not {shown(answer)}")
+        return letter
     if task == "docmath_qa" and parse_number(answer) is None:
         raise ValueError(f"answer of docmath_qa must be a number, not {shown(answer)}")
     return answer

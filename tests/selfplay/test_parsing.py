@@ -7,6 +7,7 @@ import pytest
 from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict
 from spell_megatron.selfplay.records import read_record
+from spell_megatron.selfplay.references import known_answer
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "grey"}
 
@@ -161,6 +162,9 @@ def test_answers(task, text, answer):
         ("At first [[YES]], then [[NO]]", 0),
         ("not [[NO]], so [[YES]]", 1),
         ("Decision: NOT [[YES]]", -1),
+        ("Decision: [[YES]], as [[NO]] would need a contradiction", 1),
+        ("Decision: [[YES]] at first, but rather [[NO]]", 1),
+        ("Decision: not [[YES]] but [[NO]]", 0),
         ("[[NO]] [[YES]]", -1),
         ("Decision: [[NO]] [[YES]] [[YES]]", -1),
         ("[[YES]] [[YES]]", 1),
@@ -332,3 +336,11 @@ def test_two_equal_options_are_refused(twin):
 def test_options_that_differ_in_a_sign_are_different():
     options = {"A": "5", "B": "-5", "C": "5%", "D": "0.5"}
     assert question("doc_mc", {"question": "q", "options": options, "answer": "B"}).reference == "B"
+
+
+def test_answers_of_files_are_read_in_the_same_way():
+    assert known_answer("doc_mc", "(b)") == "B" and known_answer("doc_mc", "D) grey") == "D"
+    assert known_answer("docmath_qa", 5.0) == "5" and known_answer("docmath_qa", "\N{MINUS SIGN}5") == "\N{MINUS SIGN}5"
+    for task, value in (("doc_mc", "A or B"), ("doc_mc", "Blue"), ("docmath_qa", "2018-2021"), ("docmath_qa", "<5")):
+        with pytest.raises(ValueError, match=task):
+            known_answer(task, value)
