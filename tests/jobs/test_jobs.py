@@ -118,15 +118,19 @@ def test_a_job_survives(slurm, submit, one_node):
     goes_on(1, 2)
     (trainer,) = (process for process in started() if process.cmdline()[1:4] == ["-m", "spell_megatron", "train"])
     trainer.kill()
-    goes_on(2)
+    goes_on(2, 3)  # with a checkpoint of this start: the processes that write it are there
+    before = last_step(run)
     hours, minutes, seconds = map(int, slurm.job(job)["RunTime"].split(":"))
     slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + (seconds > 0) + 1}")
     until(lambda: slurm.job(job)["Restarts"] == "2")
+    assert went_on_from(logs, 2) >= before
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    goes_on(3)
+    goes_on(3, 3)
+    before = last_step(run)
     whole = ("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
     urgent = slurm.run("sbatch", "--parsable", *whole, "--wrap=sleep 1").strip()
     slurm.wait(urgent, 300)
+    assert went_on_from(logs, 3) >= before
     goes_on(4)
     slurm.run("scontrol", "requeue", job)
     goes_on(5)
@@ -145,12 +149,25 @@ def test_a_job_survives(slurm, submit, one_node):
 
 
 def test_a_cancelled_job_leaves_a_checkpoint(slurm, submit):
-    run, job, _ = submit("cancelled", f"--run.steps={STEPS}", "--checkpoint.every=100")
-    until(lambda: (run / "metrics.jsonl").exists() and last_step(run) >= 1)
+    """Also when it has written one before, and when the step of the engines is signalled too."""
+    nodes = ("cluster.engine_nodes=1", "cluster.nodes=2")
+    run, job, _ = submit("cancelled", f"--run.steps={STEPS}", "--checkpoint.every=2", *nodes)
+    until(lambda: (run / "metrics.jsonl").exists() and last_step(run) >= 3)
     slurm.run("scancel", job)
     assert slurm.wait(job, 120)["JobState"] == "CANCELLED"
     until(lambda: status(run)["state"] == "stopped", 60)
     assert (run / "checkpoints" / "latest").read_text() == f"step_{last_step(run):06d}"
+
+
+def went_on_from(logs: Path, times: int) -> int:
+    """The step of the checkpoint with which the job was queued again by its script for the n-th time."""
+
+    def told() -> list[str]:
+        said = "".join(log.read_text() for log in logs.parent.rglob("*.out"))
+        return re.findall(r"^The job is queued again, to go on from checkpoint step_(\d+)", said, re.MULTILINE)
+
+    until(lambda: len(told()) >= times, 60)
+    return int(told()[times - 1])
 
 
 def until(holds, seconds: float = 600) -> None:
