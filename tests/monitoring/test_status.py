@@ -15,6 +15,7 @@ from spell_megatron.files import write_text
 from spell_megatron.monitoring import status
 from spell_megatron.monitoring.describe import describe
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.monitoring.queue import Job
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stop_run import stop
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
@@ -52,6 +53,18 @@ def test_a_failure_is_told(tmp_path):
     assert "the dog ate it" in "\n".join(describe(tmp_path, told))
     with pytest.raises(UserError, match="has ended already: it is failed"):
         stop(tmp_path)
+
+
+def test_a_job_that_waits_in_the_queue_is_told(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "submitted").write_text("7")
+    told = status.read(tmp_path)
+    assert describe(tmp_path, told, Job("7", "PENDING", 0)) == [f"{tmp_path}: waits in the queue (job 7)"]
+    assert describe(tmp_path, told, None) == [f"{tmp_path}: submitted; it has not started yet"]
+    with Status(tmp_path, steps=1) as own:
+        own.update(state="stopped")
+    first, *_ = describe(tmp_path, status.read(tmp_path), Job("7", "PENDING", 1))
+    assert first == f"{tmp_path}: waits in the queue (job 7); before that it was stopped"
 
 
 def test_a_folder_without_a_run(tmp_path):
