@@ -81,6 +81,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e @RUN@/stop ]; then
 fi
 spell_began=$(spell_made)
 spell_tries=@RUN@/jobs/$SLURM_JOB_ID.failures
+trap : USR1  # `scancel --full --signal=USR1` means the steps
 trap spell_end EXIT"""
 
 
