@@ -59,13 +59,7 @@ class FolderLock:
         UserError: another process works in the folder, or it cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        command: str,
-        remedy: str,
-        name: str = "lock",
-    ) -> None:
+    def __init__(self, folder: Path, command: str, remedy: str, name: str = "lock") -> None:
         self._folder, self._remedy, self._name = Path(folder), remedy, name
         self._own = Holder.this_process(command)
         self._text = json.dumps(asdict(self._own))
@@ -76,11 +70,13 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         try:
             make_folder(self._folder)
-            self._acquire()
+            superseded = self._acquire()
         except OSError as error:
             reason = explain(error) or f"{error.strerror or error}. Name another place, or make this one writable"
             raise UserError(f"Cannot write {self._folder}: {reason}.") from error
         self._thread.start()
+        if superseded:  # it sees the new file, and ends
+            _until(lambda: not superseded.exists())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +89,8 @@ class FolderLock:
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}-{number}"
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> Path | None:
+        """Make the next lock file; returns the one before if its holder, an earlier start of this job, is alive."""
         while True:
             last = newest(self._folder, self._name)
             before = self._path(last)
@@ -103,12 +100,10 @@ class FolderLock:
                 # Since it was looked at, others may have removed what was there before, and begun anew.
                 same = holder is None or (before.exists() and read_holder(before) == holder)
                 if same and newest(self._folder, self._name) == last + 1:
-                    break
+                    self._number = last + 1
+                    return before if alive else None
                 self._path(last + 1).unlink()
             time.sleep(_PAUSE)  # another was faster, or this machine does not see its file yet
-        self._number = last + 1
-        if alive:  # it sees the new file, and ends
-            _until(lambda: not before.exists())
 
     def _make(self, number: int) -> bool:
         """Make a lock file; False if there is one."""
