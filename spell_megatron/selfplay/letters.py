@@ -67,15 +67,18 @@ _WITH_TEXT = re.compile(r"[*_]*[(\[]?([A-D])[)\].:][*_]* [^\n]*")
 _CALLED_RIGHT = re.compile(
     r"(?<!nor )(?<!or )(?<!and )(?<![\w'])[(\[]?([A-D])[)\]]?[*_\"]*\s+(?:is|must be|would be)\s+"
     r"(?:\w+ly\s+|therefore\s+)?"
-    r"(?:the\s+)?(?:only\s+)?(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one)\b|\s*[.!*]|$))"
+    r"(?:the\s+)?(?:only\s+)?(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one)\b|\s*[.!*]|$)|answer\s*[.!*]|answer$)"
+    r"|\b(?:choose|pick|select)\s+(?:option\s+|choice\s+)?[(\[*_\"]*([A-D])[)\]*_\"]*(?=[\s.,;:!]|$)"
 )
 
 
 def letter_alone(text: str) -> str | None:
-    """The letter that a text without a phrase gives: it stands alone in the last line, or is called the right one."""
-    last = text.rstrip().rpartition("\n")[2][:MAX_LENGTH]
-    whole = canonical(text.strip()[:MAX_LENGTH])
-    found = _ALONE.fullmatch(without_latex(canonical(last))) or _WITH_TEXT.fullmatch(whole)
-    if not found:
-        *_, found = None, *_CALLED_RIGHT.finditer(text[-10 * MAX_LENGTH :])
-    return found[1].upper() if found else None
+    """The letter that a text without a phrase gives: alone in the last or first line, or called the right one."""
+    text = text.strip()
+    for line in (text.rpartition("\n")[2], text.partition("\n")[0]):
+        if found := _ALONE.fullmatch(without_latex(canonical(line[:MAX_LENGTH]))):
+            return found[1].upper()
+    if found := _WITH_TEXT.fullmatch(canonical(text[:MAX_LENGTH])):
+        return found[1]
+    *_, called = None, *_CALLED_RIGHT.finditer(text[-10 * MAX_LENGTH :])
+    return (called[1] or called[2]) if called else None

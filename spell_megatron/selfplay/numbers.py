@@ -132,12 +132,15 @@ _UNITS = re.compile(r"[%‰°*`$€£¥)\]]*(?:\s+[^\W\d_/]+){0,3}\s*[.*`$]*")
 
 
 def number_alone(text: str) -> str | None:
-    """The number that stands alone in the last line of a text, perhaps with a unit."""
-    last = _SIDES.split(without_latex(canonical(text.rstrip().rpartition("\n")[2][:MAX_LENGTH])))[-1].strip()
-    found = _number(last)
-    if found is None or found.value is None or not _UNITS.fullmatch(last[found.end :].removeprefix(".")):
-        return None
-    return None if re.match(r"[0-9]+\.\s", last) else number_at(last)
+    """The number that stands alone in the last or first line of a text, perhaps with a unit."""
+    text = text.strip()
+    for line in (text.rpartition("\n")[2], text.partition("\n")[0]):
+        side = _SIDES.split(without_latex(canonical(line[:MAX_LENGTH])))[-1].strip()
+        found = _number(side)
+        alone = found and found.value is not None and _UNITS.fullmatch(side[found.end :].removeprefix("."))
+        if alone and not re.match(r"[0-9]+\.\s", side):
+            return number_at(side)
+    return None
 
 
 def in_parentheses(text: str) -> bool:

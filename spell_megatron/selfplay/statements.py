@@ -16,8 +16,8 @@ MAX_BOX = 1000
 _KEYS = ("answer", "option", "choice", "letter", "答案", r"\boxed")
 _PHRASE = re.compile(
     r"(?:answers?(?![^\W_])[\"'*_`]*(?:\s+(?:choice|option|letter)(?![^\W_]))?|option|choice|letter)"
-    r"(?:\s+(?:to|for|of|in)\s[^.:;?!\n]{0,80}?)?[\s*_`]*"
-    r"(?:(?:is|are|was|were|equals)\b|(?:would|should|must|will|may|might|could)\s+be\b|[:：=]|(?<=<answer)>)"
+    r"(?:\s+here\b|,[^,.:;?!\n]{1,40},|\s*\([^()\n]{1,40}\)|\s+(?:to|for|of|in)\s[^.:;?!\n]{0,80}?)?[\s*_`]*"
+    r"(?:(?:is|are|was|were|equals)\b|(?:would|should|must|will|may|might|could)\s+be\b|[:：=—]|(?<=<answer)>)"
     r"|答案[\s*_`]*(?:是|为|為|[:：])",
     re.IGNORECASE,
 )

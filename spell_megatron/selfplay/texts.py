@@ -38,6 +38,7 @@ _OR_AFTER = re.compile(
 
 
 _DELETED = re.compile(r"\*|</?answer>|<｜Assistant｜>|<｜end▁of▁sentence｜>")
+_LIST_MARK = re.compile(r"\s*(?:[0-9]+[.)]|[-•])\s+")
 _REFUSAL = re.compile(r"not\s+(?:the\s+|in\s+|at\s+|on\s+)?[\"'“]?[A-Z0-9]")
 # The end of a sentence after which another one begins; what is short before a full stop may be an abbreviation.
 _SENTENCE_END = re.compile(
@@ -51,7 +52,8 @@ def text_at(content: str) -> str | None:
     That the answer is *not* something says nothing yet.
     """
     line = _DELETED.sub("", content.partition("\n")[0])
-    end = _SENTENCE_END.search(line)
+    mark = _LIST_MARK.match(line)
+    end = _SENTENCE_END.search(line, mark.end() if mark else 0)
     answer = line[: end.end() if end else None].strip('. \t\r"“”`')
     if not answer or "insert answer here" in answer or _REFUSAL.match(answer):
         return None
