@@ -45,7 +45,7 @@ class Director:
         self.config, self.engines, self._stop = config, engines, stop
         sampling, selfplay = config.rollout.sampling, config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path, config.model.prompt_date)
-        self._prompts = PromptSet.load(selfplay.prompts)
+        self._prompts = PromptSet.load(selfplay.prompts, selfplay.questioner.quotes)
         sampler = ClusterSampler(
             load_clusters(config.data.documents),
             selfplay.tasks,

@@ -30,6 +30,10 @@ class QuestionerConfig(Section):
     history_high: float = 1.0
     """A question enters the history only if its mean responder reward is below this. The paper asks for 0 < mean < 1.
     The released code also admits 1; set 1.01 to do the same."""
+    quotes: bool = False
+    """Ask the questioner to quote what its answer rests on. A question is dropped unless it has quotes and each stands
+    in the documents, word for word. The prompt set must have the file evidence.md, and {{evidence}} in the questioner's
+    prompts."""
     max_reference_tokens: int = Field(40, ge=1)
     """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
     reward: Literal["gaussian", "azr", "r_zero", "variance"] = "gaussian"
@@ -44,8 +48,8 @@ class QuestionerConfig(Section):
     ungrounded_reward: float = -0.5
     """Reward of a question that the policy answers correctly without its documents."""
     unconfirmed_reward: float = -0.5
-    """Reward of a question whose reference does not pass selfplay.gate. A penalty can drive the questioner to questions
-    that are ever easier; with 0 such questions are only left out."""
+    """Reward of a question whose reference does not pass selfplay.gate, or whose quotes are not in the documents. A
+    penalty can drive the questioner to questions that are ever easier; with 0 such questions are only left out."""
     advantage_group: Literal["task", "batch"] = "task"
     """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
 

@@ -41,7 +41,10 @@ def inspect(
     clusters = found.attempt("data.documents", lambda: load_clusters(config.data.documents))
     if clusters is not None:
         check_documents(found, config, clusters)
-    found.attempt("selfplay.prompts", lambda: PromptSet.load(config.selfplay.prompts))
+    found.attempt(
+        "selfplay.prompts selfplay.questioner.quotes",
+        lambda: PromptSet.load(config.selfplay.prompts, config.selfplay.questioner.quotes),
+    )
     check_verifier(found, config)
     check_held_out_questions(found, config.validation.questions)
     policy = check_model_folder(found, config.model.path, config.model.dtype)

@@ -12,6 +12,7 @@ from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.parsing import Question, parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.quotes import quotes_found
 from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.step_client import Prompt, StepClient
 from spell_megatron.selfplay.together import gather
@@ -30,11 +31,20 @@ class Checks:
 
     async def fault(self, attempt: Attempt, question: Question) -> Outcome | None:
         """How the attempt ends because of its question; None if the responder can have it."""
+        if self._config.questioner.quotes and not self._quoted(attempt, question):
+            return Outcome.UNCONFIRMED
         if self._config.grounding.enabled and await self._answered_without_documents(attempt, question):
             return Outcome.UNGROUNDED
         if self._config.gate.enabled and not await self._confirmed(attempt, question):
             return Outcome.UNCONFIRMED
         return None
+
+    def _quoted(self, attempt: Attempt, question: Question) -> bool:
+        """Whether the question has quotes, and all stand in the documents that its questioner saw."""
+        found = quotes_found(question.quotes, [attempt.cluster.documents[index] for index in attempt.context])
+        attempt.counts["quotes"] += len(question.quotes)
+        attempt.counts["quotes_found"] += found
+        return found == len(question.quotes) > 0
 
     # The check that a question needs its documents
 

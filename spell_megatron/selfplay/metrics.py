@@ -24,6 +24,7 @@ COUNTED_RATES = (
     ("yes_on_wrong", "valid_votes_on_wrong"),
     ("no_context_right", "no_context_answers"),
     ("gate_answers_reaching_reference", "gate_answers"),
+    ("quotes_found", "quotes"),
 )
 COUNTS = ("context_documents_cut", "verifier_prompt_too_long", "gate_prompt_tokens", "gate_response_tokens")
 

@@ -24,6 +24,7 @@ from spell_megatron.selfplay.numbers import (
     parse_number,
 )
 from spell_megatron.selfplay.outcomes import Outcome
+from spell_megatron.selfplay.prompts import EVIDENCE
 from spell_megatron.selfplay.records import CONTROL, read_record
 from spell_megatron.selfplay.references import says_something
 from spell_megatron.selfplay.scoring import answer_kind
@@ -36,7 +37,7 @@ class Question:
     """A question with its reference answer.
 
     `text` is what responder and verifier are shown. For multiple choice it is made of `stem` and the
-    four `options`, and `reference` is a letter.
+    four `options`, and `reference` is a letter. `quotes` are the passages on which the questioner says that it rests.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Question:
     reference: str
     stem: str = ""
     options: tuple[str, ...] = ()
+    quotes: tuple[str, ...] = ()
 
     def permuted(self, order: Sequence[int]) -> Question:
         """The multiple-choice question with option `order[i]` at place i; the reference moves along.
@@ -167,7 +169,18 @@ def parse_question(
     answer = None if truncated else after_thinking(text)
     if answer is None:
         return Outcome.TRUNCATED
-    return question_from_record(task, read_record(answer), count_tokens, max_reference_tokens)
+    record = read_record(answer)
+    question = question_from_record(task, record, count_tokens, max_reference_tokens)
+    return question if isinstance(question, Outcome) else replace(question, quotes=_quotes(record))
+
+
+def _quotes(record: dict[str, Any]) -> tuple[str, ...]:
+    """The quotes in a record of the questioner: a list of texts, or one; () if it is anything else."""
+    evidence = next((value for key, value in record.items() if str(key).strip().lower() == EVIDENCE), None)
+    quotes = [evidence] if isinstance(evidence, str) else evidence
+    if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
+        return ()
+    return tuple(filter(None, map(_clean, quotes)))
 
 
 def question_from_record(

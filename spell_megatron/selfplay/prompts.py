@@ -13,12 +13,15 @@ from spell_megatron.selfplay.history import Entry
 
 SETS = Path(__file__).parent / "prompt_sets"
 NO_DOCUMENTS = "Empty"
+EVIDENCE = "evidence"
+"""The file that asks the questioner for quotes, and the placeholder of its text in the questioner's prompts."""
 
 _PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 
 
-def _required() -> dict[str, set[str]]:
+def _required(quotes: bool) -> dict[str, set[str]]:
     """The files of a prompt set and the placeholders of each."""
+    evidence = {EVIDENCE} if quotes else set()
     files = {
         "document": {"document"},
         "example": {"number", "question", "answer"},
@@ -26,10 +29,10 @@ def _required() -> dict[str, set[str]]:
     }
     for task in get_args(Task):
         letter = {"letter"} if task == "doc_mc" else set()
-        files[f"questioner_{task}"] = {"documents"} | letter
-        files[f"questioner_{task}_history"] = {"documents", "examples"} | letter
+        files[f"questioner_{task}"] = {"documents"} | letter | evidence
+        files[f"questioner_{task}_history"] = {"documents", "examples"} | letter | evidence
         files[f"responder_{task}"] = {"documents", "question"}
-    return files
+    return files | ({EVIDENCE: set()} if quotes else {})
 
 
 def fill(template: str, **values: str) -> str:
@@ -40,14 +43,15 @@ def fill(template: str, **values: str) -> str:
 class PromptSet:
     """The templates of a set. No document, question or answer can change a prompt's form (see `fill`)."""
 
-    def __init__(self, templates: dict[str, str]) -> None:
+    def __init__(self, templates: dict[str, str], evidence: str = "") -> None:
         self._templates = templates
+        self._evidence = evidence
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> PromptSet:
+    def load(cls, name_or_path: str | Path, quotes: bool = False) -> PromptSet:
         """Load a set of this package by name, or a folder of .md files.
 
-        Files are UTF-8; one trailing newline is dropped.
+        Files are UTF-8; one trailing newline is dropped. `quotes`: ask the questioner for quotes.
 
         Raises:
             UserError: naming every missing file and every missing or unknown placeholder.
@@ -63,14 +67,14 @@ class PromptSet:
             )
         templates: dict[str, str] = {}
         faults: list[str] = []
-        for name, placeholders in _required().items():
+        for name, placeholders in _required(quotes).items():
             path = folder / f"{name}.md"
             try:
                 text = path.read_text(encoding="utf-8").removesuffix("\n")
             except (OSError, UnicodeDecodeError) as error:
                 faults.append(f"{path.name} cannot be read ({error})")
                 continue
-            found = set(_PLACEHOLDER.findall(text))
+            found = set(_PLACEHOLDER.findall(text)) - (set() if quotes else {EVIDENCE})
             faults += [f"{path.name} lacks {{{{{p}}}}}" for p in sorted(placeholders - found)]
             faults += [f"{path.name} has the unknown {{{{{p}}}}}" for p in sorted(found - placeholders)]
             templates[name] = text
@@ -79,7 +83,7 @@ class PromptSet:
                 f"The prompt set in {folder} cannot be used: {'; '.join(faults)}. "
                 f"Compare with the set in {SETS / 'full'}."
             )
-        return cls(templates)
+        return cls(templates, templates[EVIDENCE] if quotes else "")
 
     def _fill(self, name: str, **values: str) -> str:
         return fill(self._templates[name], **values)
@@ -97,7 +101,7 @@ class PromptSet:
         """
         if task == "doc_mc" and letter is None:
             raise ValueError("a multiple-choice prompt needs the letter of the right option")
-        values = {"documents": self._documents(documents), "letter": letter or ""}
+        values = {"documents": self._documents(documents), "letter": letter or "", EVIDENCE: self._evidence}
         if not history:
             return self._fill(f"questioner_{task}", **values)
         values["examples"] = "\n".join(
