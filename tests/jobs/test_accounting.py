@@ -8,8 +8,6 @@ import pytest
 import yaml
 from mini_slurm import MiniSlurm, missing
 
-FAILS = 'python() { [ "$1" = -c ] || return 3; }'
-"""Setup by which the run, but not the cluster's file, is at fault."""
 QUICKSTART = ("--config", "examples/quickstart.yaml")
 
 
@@ -28,13 +26,13 @@ def launch(spell_launch, cluster: MiniSlurm, folder, **settings: object) -> subp
 
 
 def test_jobs_are_recorded(accounts, spell_launch, tmp_path):
-    done = launch(spell_launch, accounts, tmp_path, account="project", setup=FAILS)
+    done = launch(spell_launch, accounts, tmp_path, account="project", setup="exit 3")
     assert done.returncode == 0, done.stderr
     job = re.search(r"job (\d+)", done.stdout)[1]
     accounts.wait(job, 300)
-    assert accounts.job(job)["Restarts"] == "3"  # it is queued again after each failure, until it is hopeless
+    assert accounts.job(job)["Restarts"] == "0"  # the same setup would fail again
     fields, deadline = "--format=State,Account,ExitCode", time.monotonic() + 60  # the record follows the end
-    while (recorded := accounts.run("sacct", "-nPX", fields, "--jobs", job)) != "FAILED|project|3:0\n":
+    while (recorded := accounts.run("sacct", "-nPX", fields, "--jobs", job)) != "FAILED|project|2:0\n":
         assert time.monotonic() < deadline, recorded
         time.sleep(0.5)
 

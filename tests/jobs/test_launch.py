@@ -221,7 +221,7 @@ type() { [ "$2" = nvidia-smi ] || builtin type "$@"; }
 timeout() { shift; "$@"; }
 python() {
     case $*/$SLURM_PROCID in
-        *-c*) ;;
+        -c*) ;;
         *train*/0) sleep 2; return 2 ;;
         *) sleep 60; return 143 ;;
     esac
