@@ -56,8 +56,8 @@ spell_setup_failed() {  # COMMAND DEPTH
     local file=${1#* } line
     file=${file%% *} file=${file//[\\"\\']/} file=${file/#\\~\\//$HOME/}
     [ "$2" = "$spell_depth" ] || return 0
-    case $1 in "source "* | ". "*) [ ! -r "${file@P}" ] || return 0 ;; esac
     line=$(sed -n "${BASH_LINENO[0]}p" "${BASH_SOURCE[1]}" 2>/dev/null)
+    case $1 in "source "* | ". "* | "\\\\. "*) [ ! -r "${file@P}" ] || return 0 ;; esac
     spell_fail 2 "setup failed at: ${line:-$1}. Correct it in the cluster's file; write '|| true' after a command that \
 may fail."
 }

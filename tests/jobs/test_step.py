@@ -53,6 +53,8 @@ def run(tmp_path):
         'source "$PWD/carefree.sh"',
         "activate_it() { source carefree.sh; true; }; activate_it",
         "[ -f /nonexistent ] && source carefree.sh",
+        "\\. ./carefree.sh",
+        'eval "$(echo export A=1)"',
         "if false; then :; fi\nfalse || true",
         "set -e\nset -u\ntrue",
         "ls /nonexistent | cat",
