@@ -52,7 +52,7 @@ class SlurmRun:
         own = self._steps[0] if not site.heterogeneous else step
         asked = gpu_fields(site, engines=own is not self._steps[0], tasks_per_node=own.tasks_per_node)
         if site.heterogeneous and site.gpu_request.startswith("gpus-per-"):
-            asked = {site.gpu_request.replace("-", "_"): 0} | asked  # one part may have GPUs, and the other none
+            asked.setdefault(site.gpu_request.replace("-", "_"), 0)  # one part may have GPUs, and the other none
         for field in ("gpus_per_node", "gpus_per_task", "gres"):
             setattr(built, field, asked.get(field))
         if site.heterogeneous:
