@@ -136,16 +136,13 @@ def _load_optimizer(optimizer, loaded: dict[Any, Any], updates: int) -> None:
     own = optimizer_parts(optimizer)
     parts = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
     for part, member in zip(parts, own, strict=True):
-        groups = [
-            {name: value for name, value in group.items() if name != "params"} | {"step": updates}
-            for group in member.param_groups
-        ]
         if "param_state" in part:
+            groups = [{**group, "params": [], "step": updates} for group in member.param_groups]
             part |= {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
         else:
             state = part.get("optimizer", part)
-            for group, ours in zip(state["param_groups"], groups, strict=True):
-                group.update(ours)
+            # Here parameters are numbers, to which those of the state refer.
+            state["param_groups"] = [{**g, "step": updates} for g in member.optimizer.state_dict()["param_groups"]]
             # torch's AdamW counts the steps of each parameter, and Megatron restores them from this. The Adam of
             # transformer-engine counts those of the group, and refuses others.
             if any("step" in moments for moments in member.optimizer.state.values()):
