@@ -226,9 +226,10 @@ def _atom(tokens: list[Token], position: int, depth: int) -> tuple[float, int]:
         above, position = _atom(tokens, position + 1, depth + 1)
         below, position = _atom(tokens, position, depth + 1)
         return above / below, position
-    if kind != "number" or tokens[position].value is None:
+    number = tokens[position].value if kind == "number" else None
+    if number is None:
         raise ValueError("no number")
-    whole = float(tokens[position].value)  # type: ignore[arg-type]
+    whole = float(number)
     parts = tokens[position : position + 4]
     if [part.kind for part in parts] == ["number", "/", "number", "scale"] and parts[0].end == parts[2].start - 1:
         return whole / float(parts[2].value or 0), position + 3  # 3/4 million

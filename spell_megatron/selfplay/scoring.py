@@ -15,8 +15,10 @@ from spell_megatron.selfplay.texts import cover_exact_match
 AnswerKind = Literal["number", "text", "letter"]
 
 RELATIVE_TOLERANCE = 0.0015
-# Percent for fraction, and thousands, millions or billions for units.
-SCALES = (1e2, 1e3, 1e6, 1e9)
+# Thousands, millions or billions for units.
+SCALES = (1e3, 1e6, 1e9)
+# Percent for a fraction or a ratio; a ratio this large is not given in percent, so 2000 is not 20.
+PERCENT, LARGEST_RATIO = 100.0, 10.0
 
 
 def answer_kind(task: str) -> AnswerKind:
@@ -70,11 +72,13 @@ def within_tolerance(prediction: float, reference: float) -> bool:
 def numbers_match(prediction: float, reference: float) -> bool:
     """Whether two numbers have the same sign, and magnitudes that agree in one of two ways.
 
-    They lie within 0.15 %, or one is the other times 100, 1e3, 1e6 or 1e9 within 0.15 %.
+    They lie within 0.15 %, or one is the other times 1e3, 1e6 or 1e9 within 0.15 %, or times 100 if the other is below
+    10.
     """
     if prediction * reference < 0 or (prediction < 0) != (reference < 0):
         return False
     small, large = sorted((abs(prediction), abs(reference)))
-    if any(small <= 2 * large / s and abs(small * s - large) <= RELATIVE_TOLERANCE * large for s in SCALES):
+    scales = (PERCENT, *SCALES) if small < LARGEST_RATIO else SCALES
+    if any(small <= 2 * large / s and abs(small * s - large) <= RELATIVE_TOLERANCE * large for s in scales):
         return True
     return within_tolerance(prediction, reference)

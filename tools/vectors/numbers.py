@@ -4,7 +4,7 @@ Decided: arithmetic only, nothing is executed; what is no finite number (also ye
 lists, choices) matches nothing; signs count; scientific notation is read and never written; commas go only
 where they separate thousands; leading zeros are ignored; ^ is a power; words of scale multiply. The number stated last
 counts, with its sign and without words before it; one in parentheses keeps them, as it can be negative. Numbers match
-within 0.15 % or by a forgiven factor, and not because they round alike.
+within 0.15 % or by a forgiven factor, which 100 is only for what can be a ratio, and not because they round alike.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def numbers_agree(a: float, b: float) -> bool:
     """The comparison, in exact fractions."""
     p, gt = Fraction(a), Fraction(b)
     large, small, tolerance = max(abs(p), abs(gt)), min(abs(p), abs(gt)), Fraction("0.0015")
-    if any(small <= 2 * large / s and abs(small * s - large) <= tolerance * large for s in (100, 10**3, 10**6, 10**9)):
+    forgiven = [10**3, 10**6, 10**9] + [100] * (small < 10)
+    if any(small <= 2 * large / s and abs(small * s - large) <= tolerance * large for s in forgiven):
         return p * gt >= 0
     return abs(p - gt) <= tolerance * abs(gt)
 
