@@ -11,10 +11,11 @@ from contextlib import ExitStack
 
 import torch.distributed as dist
 
+from spell_megatron import ranks
 from spell_megatron.checkpoint.restore import restore
 from spell_megatron.checkpoint.saver import Saver
 from spell_megatron.config.schema import Config
-from spell_megatron.errors import ProcessLost
+from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
@@ -63,10 +64,16 @@ def run(config: Config, resume: bool = False, rendezvous: Rendezvous | None = No
             return _run(config, resume, rendezvous, stop)
         except Stopped as stopped:
             return stopped.reason
+        except UserError:
+            reason = stop.reason()
+            if stop.can_save or reason in (None, Reason.STOP):
+                raise
+            return reason  # the end of the job has ended the engines
         except RuntimeError as error:
             if not lost_connection(error):
                 raise
-            if reason := stop.reason():
+            reason = stop.reason()
+            if reason and (ranks.rank() > 0 or not stop.can_save):
                 return reason
             stop.wait(_FIRST)  # a launcher ends all processes when one ends badly, and tells the status of that one
             raise ProcessLost(LOST.format(error=str(error).splitlines()[0])) from error
