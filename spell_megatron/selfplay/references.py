@@ -11,27 +11,30 @@ from spell_megatron.selfplay.numbers import format_decimal, parse_number
 from spell_megatron.selfplay.texts import normalize_text
 
 # A reference, in the form of `normalize_text`, that says that there is none.
-_SUBJECT = r"(?:(?:it|this|that|answer|information|which) (?:is|was) )?"
+_TEXTS = r"(?:documents?|texts?|passages?|articles?|sources?|context)"
+_SUBJECT = r"(?:(?:it|this|that|answer|information|which|data) (?:(?:is|was) )?)?"
 _ABSENT = (
     r"unknown|unspecified|undetermined|unclear|unanswerable|undefined|undisclosed|n a|na|none|null|nil|tbd",
     r"not applicable",
     r"not (?:\w+ )?(?:mentioned|specified|stated|given|provided|available|known|clear|determined|disclosed|found|"
-    r"reported|included|discussed|indicated|enough information|possible to (?:say|tell|determine))",
-    r"(?:cannot|can not|could not) be (?:determined|answered|inferred|found|known|established)",
-    r"(?:there (?:is|are) )?(?:no|insufficient|not enough) (?:answer|information|data|evidence|mention|details?)",
-    r"(?:documents?|texts?|passages?) (?:do|does) not|i (?:do not|dont) know",
+    r"reported|included|discussed|indicated|enough info(?:rmation)?|possible to (?:say|tell|determine))",
+    rf"(?:not in|none of) (?:these |given |provided )?{_TEXTS}(?: .*)?",
+    r"(?:cannot|can not|cant|could not|couldnt) be (?:determined|answered|inferred|found|known|established)",
+    r"(?:there (?:is|are) )?(?:no|insufficient|not enough) (?:answer|info(?:rmation)?|data|evidence|mention|details?)",
+    rf"{_TEXTS} (?:(?:do|does) not|doesnt|dont)|i (?:do not|dont) know",
 )
 _WHERE = (
-    r"(?: (?:is|was|in|from|by|based|according|to|about|on|for|within|without|available|given|provided|state|say|"
-    r"mention|specify|contain|information)\b.*)?"
+    r"(?: (?:is|was|can|not|in|from|by|based|according|to|about|on|for|within|without|available|given|provided|state|"
+    r"say|mention|specify|contain|information)\b.*)?"
 )
+_EMPTY = ("the", "an", "answer", "your answer", "insert answer here")
 _NO_ANSWER = re.compile(f"{_SUBJECT}(?:{'|'.join(_ABSENT)}){_WHERE}")
 
 
 def says_something(reference: str) -> bool:
     """Whether a text says something that an answer can match, and not that there is no answer."""
     said = normalize_text(reference)
-    return bool(said) and said not in ("the", "an") and not _NO_ANSWER.fullmatch(said)
+    return bool(said) and said not in _EMPTY and not _NO_ANSWER.fullmatch(said)
 
 
 def known_answer(task: str, value: object) -> str:

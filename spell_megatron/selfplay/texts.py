@@ -15,12 +15,15 @@ _POLAR = ("yes", "no")
 _SCRIPT_WITHOUT_BLANKS = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 _IN_RANGE = re.compile(r"(?<=[0-9]) ?[-—] ?(?=[0-9])")
+_NUMBER_WORDS = re.compile(
+    r"\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)[ -](?=(?:one|two|three|four|five|six|seven|eight|nine)\b)"
+)
 _PERCENT = re.compile(r"(?<=[0-9])\s*(?:percent|per cent)\b")
 _SIGNED_CURRENCY = re.compile(r"(?<![\w)])-[$€£¥](?=[.0-9])")
 _INITIALS = re.compile(r"(?<![^\W_])([^\W\d_])\.\s+(?=[^\W\d_]\.)")
 _JOINED = re.compile(r"(?<=[^\W\d_])(?:\.|'(?!s\b))(?=[^\W\d_])")
 _WORD = re.compile(
-    r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)*|\.[0-9]+)(?:-[0-9]+(?:\.[0-9]+)*)*[^\W_]*"  # 5, -1.5, 1914-1918, 1990s
+    r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)*|\.[0-9]+)(?:[-/:][0-9]+(?:\.[0-9]+)*)*[^\W_]*"  # 5, 1914-18, 3/4, 90s
     r"|[^\W_]+(?:'s\b)?[+#]*"  # Ada, Ada's, C++
     r"|,"
 )
@@ -64,10 +67,11 @@ def words(text: str) -> str:
     """The words and commas of a text in lower case, with one blank between them.
 
     Other punctuation, quotes and signs of currency and percent are left out. Dots and apostrophes within words join
-    them (U.S. -> us, J. R. R. -> jrr, O'Brien -> obrien). Numbers keep point, minus and range. Of scripts without
-    blanks, every character is a word.
+    them (U.S. -> us, J. R. R. -> jrr, O'Brien -> obrien). Numbers keep point and minus. A range, a ratio or a date
+    is one word. Of scripts without blanks, every character is a word.
     """
-    text = _SCRIPT_WITHOUT_BLANKS.sub(r" \1 ", canonical(text).casefold().replace("&", " and "))
+    text = _SCRIPT_WITHOUT_BLANKS.sub(r" \1 ", canonical(text).casefold().replace("i̇", "i").replace("&", " and "))
+    text = _NUMBER_WORDS.sub(r"\1", text)
     text = _IN_RANGE.sub("-", _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
     text = _SIGNED_CURRENCY.sub("-", _PERCENT.sub("", _JOINED.sub("", _INITIALS.sub(r"\1.", text))))
     return " ".join(_WORD.findall(text))

@@ -39,6 +39,10 @@ CLAIMED = [
     ("12,500 people", "12500 people"),
     ("12 %", "12%"),
     ("12 percent", "12%"),
+    ("at 10:45", "10:45"),
+    ("\N{VULGAR FRACTION THREE QUARTERS}", "3/4"),
+    ("forty five", "forty-five"),
+    ("\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}zmir", "izmir"),
     ("\N{MINUS SIGN}4", "-4"),
     ("-$4", "-4"),
     # articles that are letters
@@ -78,6 +82,9 @@ NOT_CLAIMED = [
     ("-4", "4"),
     ("2045", "45"),
     ("1803-1815", "1815"),
+    ("3/4", "3"),
+    ("10:45", "45"),
+    ("forty-five", "forty"),
     ("100,000", "100"),
     # articles that are letters
     ("Hepatitis B", "Hepatitis A"),
