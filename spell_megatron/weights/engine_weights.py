@@ -12,7 +12,8 @@ from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.training.model import TreeGPTModel
-from spell_megatron.weights.probe import Mismatch, compare_logprobs
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.weights.probe import Answers, ask, judge
 from spell_megatron.weights.push import OtherModel, Push, WeightPusher
 from spell_megatron.weights.reshard import export
 
@@ -106,7 +107,9 @@ class EngineWeights:
                 raise
             return None, str(error)
 
-    def probe(self, mismatch: Mismatch, rollout: RolloutConfig, longest: int) -> None:
+    def probe(
+        self, mismatch: Callable[[Sequence[Row] | None], list[float]], rollout: RolloutConfig, longest: int
+    ) -> None:
         """Compares the engines, which have the trainer's weights, with the trainer. All ranks call it after a `push`.
 
         Args:
@@ -117,10 +120,29 @@ class EngineWeights:
         Raises:
             UserError: they do not compute the same, or an engine does not answer.
         """
-        colocated = from_rank_0(self._engines is not None and self._engines.transport.colocated)
-        compare_logprobs(self._engines, mismatch, self._model.policy, rollout, longest)
-        if colocated:  # the engines have slept meanwhile
+        answers: list[Answers] = []
+        while from_rank_0(self._died_while_asked(answers, rollout, longest)):
             self.push(self._step)
+        if self._engines:
+            self._engines.sleep()
+        rows = [row for answer in answers for row in answer.rows]
+        differences = iter(mismatch(rows if self._engines else None))
+        for answer in answers:
+            judge(
+                answer, [next(differences) for _ in answer.rows], str(self._model.policy.dtype).removeprefix("torch.")
+            )
+        if from_rank_0(bool(self._engines and self._engines.transport.colocated)):  # the engines have slept
+            self.push(self._step)
+
+    def _died_while_asked(self, answers: list[Answers], rollout: RolloutConfig, longest: int) -> bool:
+        """Whether an engine, which a push can replace, ended before all answered; otherwise `answers` has these."""
+        try:
+            answers += ask(self._engines, self._model.policy.arch.vocabulary, rollout, longest) if self._engines else []
+        except UserError:
+            if self._engines is None or not (self._engines.restartable and self._engines.failed()):
+                raise
+            return True
+        return False
 
     def revive(self) -> list[str]:
         """Restarts the engines, none of which answers, and gives them the weights they had. Called on rank 0.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,9 @@ import requests
 
 from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.errors import UserError
-from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row
-
-Mismatch = Callable[[Sequence[Row] | None], list[float]]
-"""`Trainer.mismatch`."""
 
 LIMITS = {"float32": 0.03, "bfloat16": 0.3}
 """Largest difference of log-probabilities that rounding explains, by the type of the weights.
@@ -35,39 +29,8 @@ SHORT, SHORT_TOKENS, SAMPLES, TOKENS, SEED = 4, 24, 4, 8, 0
 """Number of short prompts and their length; answers to each prompt and their length; seed of the prompts' token ids."""
 
 
-def compare_logprobs(
-    engines: Engines | None, mismatch: Mismatch, policy: PolicyModel, rollout: RolloutConfig, longest: int
-) -> None:
-    """Have every engine answer some short prompts and a long one, and compare.
-
-    The prompts are of random token ids, the same in every run. Nothing is left behind but the prompts in the engines'
-    prefix caches. All trainer ranks call it; engines that share GPUs with the trainer sleep afterwards.
-
-    Args:
-        engines: with the trainer's weights, on rank 0; None on the others.
-        mismatch: of the trainer, which all ranks run.
-        policy: the model.
-        rollout: the settings of that name.
-        longest: tokens of the long prompt, at most those that a prompt of the run can have.
-
-    Raises:
-        UserError: the log-probabilities of an engine are not the trainer's, or an engine does not answer.
-    """
-    answers: list[_Answers] = []
-    if engines is not None:
-        prompts = _prompts(policy.arch.vocabulary, longest)
-        with ThreadPoolExecutor(len(engines.engines)) as threads:
-            answers = list(threads.map(lambda engine: _ask(engine, prompts, rollout), engines.engines))
-        engines.sleep()
-    from_rank_0("the engines have answered")
-    rows = [row for answer in answers for row in answer.rows]
-    differences = iter(mismatch(rows if engines is not None else None))
-    for answer in answers:
-        _judge(answer, [next(differences) for _ in answer.rows], str(policy.dtype).removeprefix("torch."))
-
-
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """What an engine has sampled."""
 
     url: str
@@ -77,6 +40,26 @@ class _Answers:
     """With its log-probabilities."""
 
 
+def ask(engines: Engines, vocabulary: int, rollout: RolloutConfig, longest: int) -> list[Answers]:
+    """What each engine answers to some short prompts and a long one.
+
+    The prompts are of random token ids, the same in every run. Nothing is left behind but the prompts in the engines'
+    prefix caches.
+
+    Args:
+        engines: with the trainer's weights.
+        vocabulary: number of token ids.
+        rollout: the settings of that name.
+        longest: tokens of the long prompt, at most those that a prompt of the run can have.
+
+    Raises:
+        UserError: an engine does not answer.
+    """
+    prompts = _prompts(vocabulary, longest)
+    with ThreadPoolExecutor(len(engines.engines)) as threads:
+        return list(threads.map(lambda engine: _ask(engine, prompts, rollout), engines.engines))
+
+
 def _prompts(vocabulary: int, longest: int) -> list[list[int]]:
     """Short prompts, and one that reaches the last positions."""
     rng = np.random.default_rng(SEED)
@@ -84,7 +67,7 @@ def _prompts(vocabulary: int, longest: int) -> list[list[int]]:
     return [rng.integers(0, vocabulary, length).tolist() for length in lengths]
 
 
-def _ask(engine: Engine, prompts: list[list[int]], rollout: RolloutConfig) -> _Answers:
+def _ask(engine: Engine, prompts: list[list[int]], rollout: RolloutConfig) -> Answers:
     """What an engine samples after each prompt."""
     sampling = rollout.sampling
     wanted: dict[str, Any] = {
@@ -112,11 +95,17 @@ def _ask(engine: Engine, prompts: list[list[int]], rollout: RolloutConfig) -> _A
             f"{engine.url} did not answer the prompts by which it is compared with the trainer ({error}). Look into "
             "its log, correct what it names, and start or resume the run."
         ) from error
-    return _Answers(engine.url, quantization, rows)
+    return Answers(engine.url, quantization, rows)
 
 
-def _judge(answers: _Answers, differences: list[float], dtype: str) -> None:
-    """UserError if the mean differences of an engine's rows are more than rounding explains."""
+def judge(answers: Answers, differences: list[float], dtype: str) -> None:
+    """UserError if the trainer differs from an engine by more than rounding explains.
+
+    Args:
+        answers: of the engine.
+        differences: of each row, by `Trainer.mismatch`.
+        dtype: of the weights.
+    """
     limit = QUANTISED_LIMIT if answers.quantization else LIMITS[dtype]
     kind = f"an engine that quantises ({answers.quantization})" if answers.quantization else dtype
     lengths = np.array([row.prompt_length for row in answers.rows])

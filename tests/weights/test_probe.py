@@ -10,15 +10,14 @@ import math
 import shutil
 
 import pytest
-from engine_fixtures import engine_config
+from engine_fixtures import VOCABULARY, engine_config
 from hf_models import load
 
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
-from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights
-from spell_megatron.weights.probe import SAMPLES, SHORT, compare_logprobs
+from spell_megatron.weights.probe import SAMPLES, SHORT, ask, judge
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def probe(engines_for, policy, process_group, tmp_path):
     """probe(**config) compares an engine of policy("dense") with a trainer whose config.json has these fields too."""
     engines = engines_for("dense")
 
-    def run(**config: object) -> None:
+    def run(killed: bool = False, **config: object) -> None:
         folder = shutil.copytree(policy("dense"), tmp_path / "policy")
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | config))
@@ -34,6 +33,9 @@ def probe(engines_for, policy, process_group, tmp_path):
         trainer = Trainer(load(folder), TrainingConfig(), rollout.sampling.temperature, 2)
         weights = EngineWeights(trainer.model, engines, verify=True, say=print, stop=lambda: None)
         weights.push(0)
+        if killed:
+            (server,) = engines.source.servers.values()
+            server.process.kill()
         try:
             weights.probe(trainer.mismatch, rollout, rollout.sampling.max_prompt_tokens)
         finally:
@@ -44,6 +46,11 @@ def probe(engines_for, policy, process_group, tmp_path):
 
 def test_the_same_computation_agrees(probe):
     probe()  # measured 1e-6; refused above 0.03
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_meanwhile_is_replaced(probe):
+    probe(killed=True)
 
 
 def test_another_rotary_embedding_is_refused(probe):
@@ -62,7 +69,8 @@ def test_what_differs_at_long_distances_only_is_told_so(engines_for, policy):
             asked.append(rows)
             return [difference if row.prompt_length == longest else 1e-6 for row in rows]
 
-        compare_logprobs(engines, mismatch, PolicyModel.load(policy("dense")), rollout.model_copy(update=more), longest)
+        (answers,) = ask(engines, VOCABULARY, rollout.model_copy(update=more), longest)
+        judge(answers, mismatch(answers.rows), "float32")
 
     compare(0.02)
     with pytest.raises(
