@@ -24,6 +24,7 @@ from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
+from spell_megatron.monitoring.versions import note_versions
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import local_processes
@@ -80,6 +81,7 @@ class Leader:
         self._first_validation: Metrics = {}
         self._last_validation: Metrics = {}
         self._unvalidated = False
+        self._restarts = self._without_update = 0
 
     def __enter__(self) -> Leader:
         with ExitStack() as stack:
@@ -87,6 +89,7 @@ class Leader:
             self._status = stack.enter_context(Status(self._folder, self._config.run.steps))
             self.progress = Progress(status=self._status)
             (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            note_versions(self._folder)
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
             self._status.watch(self._engines.health)
@@ -194,6 +197,9 @@ class Leader:
     def end_step(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of update `step`, and validate where it is due."""
         metrics["time/step"] = time.monotonic() - self._started
+        metrics["rollout/restarts"] = self._weights.restarts - self._restarts
+        self._restarts = self._weights.restarts
+        self._without_update += bool(metrics.get("train/skipped") or metrics.get("train/empty"))
         self._log.log(step, metrics)
         self._last_validation = self._validate(step)
         self.progress.summary(step, self._config.run.steps, metrics | self._last_validation)
@@ -228,7 +234,8 @@ class Leader:
             missing = " before its validation" if self._unvalidated else ""
             line = f"stopped after step {step} of {steps}{missing} ({stopped}); go on with --resume"
         else:
-            line = f"done after {steps} steps{gain(self._first_validation, self._last_validation)}"
+            left_out = f", {self._without_update} of them without an update" if self._without_update else ""
+            line = f"done after {steps} steps{left_out}{gain(self._first_validation, self._last_validation)}"
         self.progress.line(f"{self._folder}: {line}")
         self._status.update(state="stopped" if stopped else "finished")
         return from_rank_0(stopped)

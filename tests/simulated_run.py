@@ -151,10 +151,11 @@ def _cluster(number: int, rng: random.Random) -> Cluster:
 
 def _validation(step: int, rng: random.Random) -> dict[str, float]:
     accuracy = 0.37 + 0.2 * (1 - math.exp(-step / 300)) + rng.gauss(0, 0.01)
-    metrics = {"validation/pass@1": accuracy, "validation/pass@4": accuracy + 0.18, "time/validation": 9 + rng.random()}
-    for task, gap in (("doc_general_qa", 0.03), ("docmath_qa", -0.03)):
-        metrics |= {f"validation/{task}/pass@1": accuracy + gap, f"validation/{task}/pass@4": accuracy + gap + 0.18}
-    return metrics | {"validation/standard_error": 0.018}
+    metrics: dict[str, float] = {"validation/question_set": 42, "time/validation": 9 + rng.random()}
+    for name, gap, count in (("", 0, 500), ("doc_general_qa/", 0.03, 250), ("docmath_qa/", -0.03, 250)):
+        metrics |= {f"validation/{name}pass@1": accuracy + gap, f"validation/{name}pass@4": accuracy + gap + 0.18}
+        metrics |= {f"validation/{name}questions": count, f"validation/{name}standard_error": 0.4 / count**0.5}
+    return metrics
 
 
 def _trainer(step: int, rng: random.Random) -> dict[str, float]:
@@ -163,6 +164,7 @@ def _trainer(step: int, rng: random.Random) -> dict[str, float]:
     metrics = {
         "time/rollout": rollout,
         "rollout/tokens_per_second": 1500 * noise(),
+        "rollout/restarts": 0,
         "train/loss": rng.gauss(0, 0.01),
         "train/entropy": (0.2 + 0.5 * math.exp(-step / 400)) * noise(),
         "train/mismatch_abs": 4e-3 * noise(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
@@ -31,7 +33,8 @@ async def validate(
 
     The sampling temperature is the rollout's. Prompts over the limit lose tokens in the middle, so
     that the question at the end survives. Returns pass@1 and pass@samples (unbiased estimate, paper
-    Eq. 11) over all questions and per task, and the standard error of pass@1 over questions.
+    Eq. 11) over all questions and per task, the number of questions and the standard error of pass@1 over them, and
+    `validation/question_set`, a checksum: where it is equal, the questions are.
     """
     done = 0
 
@@ -55,12 +58,19 @@ async def validate(
         return sum(rule_score(question.task, prediction, question.answer) for prediction in predictions)
 
     counts = await asyncio.gather(*(correct(question) for question in questions))
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {"validation/question_set": _checksum(questions)}
     tasks = sorted({question.task for question in questions})
     of_task = {t: [c for c, q in zip(counts, questions, strict=True) if q.task == t] for t in tasks}
     for name, members in [("", counts), *((f"{t}/", some) for t, some in of_task.items())]:
+        metrics[f"validation/{name}questions"] = len(members)
         for k in sorted({1, samples}):
             metrics[f"validation/{name}pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in members)
-    if len(counts) > 1:
-        metrics["validation/standard_error"] = stdev(c / samples for c in counts) / len(counts) ** 0.5
+        if len(members) > 1:
+            metrics[f"validation/{name}standard_error"] = stdev(c / samples for c in members) / len(members) ** 0.5
     return metrics
+
+
+def _checksum(questions: Sequence[HeldOutQuestion]) -> int:
+    """A number that tells sets of questions apart, whatever their order."""
+    texts = sorted(json.dumps([q.task, q.question, q.answer, q.documents]) for q in questions)
+    return zlib.crc32("\n".join(texts).encode())

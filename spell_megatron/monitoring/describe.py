@@ -9,6 +9,7 @@ from typing import Any
 
 from spell_megatron.monitoring import status
 from spell_megatron.monitoring.metrics import read_records
+from spell_megatron.monitoring.progress import no_update
 from spell_megatron.monitoring.queue import Job
 
 SHOWN = (
@@ -71,7 +72,7 @@ def _steps(state: dict[str, Any], rows: Sequence[dict]) -> str:
 
 def _last_step(rows: Sequence[dict]) -> list[str]:
     last = rows[-1] if rows else {}
-    return [form.format(last[name]) for name, form in SHOWN if last.get(name) is not None]
+    return [form.format(last[name]) for name, form in SHOWN if last.get(name) is not None] + no_update(last)
 
 
 def _place(state: dict[str, Any], job: Job | None) -> str:

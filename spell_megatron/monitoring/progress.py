@@ -97,7 +97,9 @@ class Progress:
     def summary(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step, made of those metrics that it has."""
         parts = [form.format(metrics[name]) for name, form in SHOWN if name in metrics]
-        self.line("  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts, *_held_out(metrics)]))
+        self.line(
+            "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts, *no_update(metrics), *_held_out(metrics)])
+        )
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a validation after `step` updates."""
@@ -124,6 +126,13 @@ class _Lines:
             self._console.print(f"  {self._name} {count}", markup=False, highlight=False, soft_wrap=True)
 
 
+def no_update(metrics: Mapping[str, float]) -> list[str]:
+    """That a step did not change the weights, and why."""
+    if metrics.get("train/skipped"):
+        return ["no update: the gradient was not finite"]
+    return ["no update: nothing to train on"] if metrics.get("train/empty") else []
+
+
 def _held_out(metrics: Mapping[str, float]) -> list[str]:
     """Results over all held-out questions; those of single tasks are in the metrics file."""
     shown = [
@@ -133,6 +142,8 @@ def _held_out(metrics: Mapping[str, float]) -> list[str]:
     ]
     if shown and "validation/standard_error" in metrics:
         shown[0] += f" (± {metrics['validation/standard_error']:.1%})"
+    if shown and "validation/questions" in metrics:
+        shown.append(f"of {metrics['validation/questions']:,.0f} questions")
     return shown
 
 

@@ -19,13 +19,16 @@ class Row:
     better: Literal["more", "less", ""] = ""
     """Whether more or less of it is better, if either is."""
     sparse: bool = False
+    across: Literal["always", "questions", ""] = ""
+    """Whether the best of several runs is marked: `questions`, if they had the same held-out questions; never, if each
+    run makes up the questions that it is measured by."""
 
 
 def table(names: Iterable[str]) -> list[Row]:
     """Rows of the table of first, last and best values."""
     held_out = sorted(n for n in names if n.startswith("validation/pass@"))
     return [
-        *(Row(f"held-out {n.removeprefix('validation/')}", n, "share", "more", sparse=True) for n in held_out),
+        *(Row(f"held-out {n.removeprefix('validation/')}", n, "share", "more", True, "questions") for n in held_out),
         Row("answers right by the rule check", "selfplay/rule_score", "share"),
         Row("reward of answers", "selfplay/responder/reward", "number"),
         Row("reward of questions", "selfplay/questioner/reward", "number", "more"),
@@ -36,8 +39,8 @@ def table(names: Iterable[str]) -> list[Row]:
         Row("tokens of an answer", "selfplay/responder/response_tokens", "tokens"),
         Row("entropy", "train/entropy", "number"),
         Row("gradient norm", "train/grad_norm", "number"),
-        Row("mismatch, mean |d|", "train/mismatch_abs", "number", "less"),
-        Row("seconds per step", "time/step", "seconds", "less"),
-        Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more"),
-        Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more"),
+        Row("mismatch, mean |d|", "train/mismatch_abs", "number", "less", across="always"),
+        Row("seconds per step", "time/step", "seconds", "less", across="always"),
+        Row("tokens per second of the trainer", "train/tokens_per_second", "tokens", "more", across="always"),
+        Row("tokens per second of the engines", "rollout/tokens_per_second", "tokens", "more", across="always"),
     ]

@@ -51,6 +51,7 @@ def read_evaluation(folder: Path, name: str) -> dict[str, Any]:
             "facts": {label: results["settings"].get(key) for key, label in FACTS.items()},
             "interval": str(results["interval"]),
             "columns": {column: {m: _pass_at_k(about[m]) for m in MEASURES} for column, about in curves.items()},
+            "questions": {column: _questions(column, results["benchmarks"]) for column in curves},
             "benchmarks": {name: _benchmark(about) for name, about in results["benchmarks"].items()},
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -65,6 +66,13 @@ def columns(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     have = {column: None for evaluation in evaluations for column in evaluation["columns"]}
     first = [column for column in (*COLUMNS, "Avg") if column in have]
     return [*first, *(column for column in have if column not in first)]
+
+
+def _questions(column: str, benchmarks: Mapping[str, Any]) -> list[list[Any]]:
+    """[benchmark, number of questions] of each benchmark that a column is of."""
+    paper = sorted({benchmark for names in COLUMNS.values() for benchmark in names})
+    members = paper if column == "Avg" else COLUMNS.get(column, (column,))
+    return [[name, benchmarks[name]["questions"]] for name in sorted(members) if name in benchmarks]
 
 
 def _pass_at_k(estimates: Mapping[str, Mapping[str, float]]) -> list[list[float]]:

@@ -6,6 +6,7 @@ Everything a run logs can be plotted under "Any metric" of the page; here is wha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from spell_megatron.report.outcomes import ends
 from spell_megatron.report.panel import (
@@ -47,6 +48,10 @@ def _results(tasks: Sequence[str], ks: Sequence[int]) -> Section:
         Series(f"pass@{k}", (f"validation/pass@{k}",), colour, "validation/standard_error" if k == 1 else None)
         for k, colour in zip(ks, COLOURS, strict=False)
     ]
+    held_out_by_task = [
+        replace(series, error=f"validation/{task}/standard_error")
+        for task, series in zip(tasks, by_task(tasks, "validation/{task}/pass@1"), strict=False)
+    ]
     return Section(
         "results",
         "Reward, accuracy, length",
@@ -54,10 +59,12 @@ def _results(tasks: Sequence[str], ks: Sequence[int]) -> Section:
         [
             Panel(
                 "Accuracy on held-out questions",
-                "Answers to questions that training never sees, scored by rule; bars: one standard error.",
+                "Share of questions, which training never sees, with a right answer by the rule check: a single one "
+                "(pass@1), one of k (pass@k). Bars: one standard error.",
                 "share",
                 {"all tasks": held_out}
-                | {f"pass@{k} by task": by_task(tasks, f"validation/{{task}}/pass@{k}") for k in ks},
+                | {f"pass@{k} by task": by_task(tasks, f"validation/{{task}}/pass@{k}") for k in ks}
+                | ({"pass@1 by task": held_out_by_task} if 1 in ks else {}),
                 sparse=True,
             ),
             Panel(
@@ -255,10 +262,15 @@ def _training() -> Section:
         "Training",
         "Over all response tokens of the update.",
         [
-            Panel("Gradient norm", "Before clipping.", "number", single(("gradient norm", "train/grad_norm"))),
+            Panel(
+                "Gradient norm",
+                "Length of the gradient before clipping at training.optimizer.clip_grad.",
+                "number",
+                single(("gradient norm", "train/grad_norm")),
+            ),
             Panel(
                 "Entropy",
-                "Of the policy's next-token distribution, in nats.",
+                "Of the policy's next-token distribution, in nats: 0 if it is always sure of the next token.",
                 "number",
                 single(("entropy", "train/entropy")),
             ),
@@ -271,19 +283,7 @@ def _training() -> Section:
                     ("most likely was sampled", "train/top_share"),
                 ),
             ),
-            Panel(
-                "Mismatch of engine and trainer",
-                "Mean |d| of the log-probabilities, and k3 estimate of the divergence.",
-                "number",
-                single(("mean |d|", "train/mismatch_abs"), ("divergence", "train/mismatch_kl")),
-                log=True,
-            ),
-            Panel(
-                "Largest ratio of engine and trainer",
-                "exp(|d|) of the token on which they differ most; 1 is agreement.",
-                "number",
-                single(("largest ratio", "train/mismatch_max_ratio")),
-            ),
+            *_mismatch(),
             Panel(
                 "Loss",
                 "Its sign and size say little in policy gradients.",
@@ -304,6 +304,25 @@ def _training() -> Section:
             *_experts(),
         ],
     )
+
+
+def _mismatch() -> list[Panel]:
+    return [
+        Panel(
+            "Mismatch of engine and trainer",
+            "d: log-probability of a token by the trainer, minus that by the engine; 0 is agreement. Mean |d|, and the "
+            "divergence by the k3 estimate.",
+            "number",
+            single(("mean |d|", "train/mismatch_abs"), ("divergence", "train/mismatch_kl")),
+            log=True,
+        ),
+        Panel(
+            "Largest ratio of engine and trainer",
+            "exp(|d|) of the token on which they differ most; 1 is agreement.",
+            "number",
+            single(("largest ratio", "train/mismatch_max_ratio")),
+        ),
+    ]
 
 
 def _experts() -> list[Panel]:

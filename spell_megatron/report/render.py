@@ -19,21 +19,43 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.monitoring.status import silent
 from spell_megatron.report.comparison import table
 from spell_megatron.report.evaluations import columns
+from spell_megatron.report.health import findings
 from spell_megatron.report.outcomes import funnel, outcome_labels
 from spell_megatron.report.panels import sections
 from spell_megatron.report.runs import Run
-from spell_megatron.report.transcripts import MAX_JUDGMENT_SHARE
+from spell_megatron.report.timing import timing
+from spell_megatron.report.transcripts import MAX_JUDGMENT_SHARE, shorten
+from spell_megatron.report.verdict import verdict
+
+FACTS = ("model.path", "data.documents", "run.seed")
+"""Settings that the card of a run names."""
+
+OWN = ("run.name", "run.output_dir")
+"""Settings in which runs always differ."""
+
+AXES = {
+    "steps": "steps",
+    "time": "time at work",
+    "generated": "tokens generated",
+    "trained": "tokens trained on",
+}
+"""What the plots of runs may have below them."""
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = (
     "uPlot.iife.min.js",
     "elements.js",
     "numbers.js",
+    "axes.js",
+    "download.js",
+    "reach.js",
     "plots.js",
     "overview.js",
     "evaluations.js",
@@ -54,26 +76,16 @@ def render(
     tasks = list(
         {match[1]: None for name in names if (match := re.match(r"(?:selfplay|validation)/(\w+)/(?:rate|pass@)", name))}
     )
+    settings = _settings(runs)
     data = {
-        "runs": [
-            {
-                "name": run.name,
-                "folder": str(run.folder),
-                "steps": run.steps,
-                "planned": run.planned,
-                "first_time": run.first_time,
-                "last_time": run.last_time,
-                "facts": {key: run.settings.get(key) for key in ("model.path", "data.documents", "run.seed")},
-                "metrics": run.metrics,
-                "notes": run.notes,
-            }
-            for run in runs
-        ],
+        "runs": [_about(run) for run in runs],
+        "axes": AXES,
         "evaluations": evaluations,
         "evaluation_columns": columns(evaluations),
         "sections": [asdict(section) for section in sections(tasks, names)],
         "table": [asdict(row) for row in table(names)],
-        "settings": _differences(runs),
+        "settings": [row for row in settings if len(set(row[1:])) > 1 and row[0] not in OWN],
+        "all_settings": settings,
         "outcomes": outcome_labels(),
         "funnel": funnel(),
         "text_chars": text_chars,
@@ -87,7 +99,7 @@ def render(
     parts = {
         "policy": f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        "title": html.escape("SPELL report: " + ", ".join(shown)),
+        "title": html.escape(_text("SPELL report: " + ", ".join(shown), 200)),
         "licence": files["uPlot-LICENSE.txt"].strip(),
         "style": style,
         "script": script,
@@ -98,11 +110,70 @@ def render(
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], files["page.html"])
 
 
-def _differences(runs: Sequence[Run]) -> list[list[str]]:
-    """Settings in which the runs differ: [key, value of the first run, of the second, …]."""
-    keys = {key: None for run in runs for key in run.settings if key not in ("run.name", "run.output_dir")}
-    rows = [[key, *(str(run.settings.get(key, "–")) for run in runs)] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
+def _about(run: Run) -> dict[str, Any]:
+    """What the page shows of a run."""
+    took = timing(run)
+    times = [time for time in run.times if time is not None]
+    state = run.status or {}
+    return {
+        "name": _text(run.name),
+        "folder": _text(str(run.folder)),
+        "steps": run.steps,
+        "planned": run.planned,
+        "state": "silent" if run.status and silent(run.status) else state.get("state"),
+        "first_time": times[0] if times else None,
+        "last_time": times[-1] if times else None,
+        "seconds": took.seconds,
+        "pauses": took.pauses,
+        "set_back": took.set_back,
+        "axes": _axes(run, took.seconds),
+        "made": run.made,
+        "verdict": asdict(verdict(run)),
+        "question_set": _question_set(run),
+        "findings": [asdict(finding) | {"text": shorten(finding.text, 1000)} for finding in findings(run)],
+        "facts": {key: _text(run.settings[key]) for key in FACTS if key in run.settings},
+        "versions": {_text(name): _text(version) for name, version in run.versions.items()},
+        "metrics": run.metrics,
+        "notes": run.notes,
+    }
+
+
+def _axes(run: Run, seconds: Sequence[float]) -> dict[str, list[float]]:
+    """Where the steps stand on each axis of `AXES` that the run has measured; a step without a number adds nothing."""
+    counted = {
+        "time": seconds,
+        "generated": [value or 0 for value in run.column("selfplay/generated_tokens")],
+        "trained": [
+            (value or 0) * (was is not False)
+            for value, was in zip(run.column("train/tokens_unshared"), run.made, strict=True)
+        ],
+    }
+    return {name: list(accumulate(amounts)) for name, amounts in counted.items() if any(amounts)}
+
+
+def _question_set(run: Run) -> str | None:
+    """What held-out questions a run had; runs of which this is equal can be compared. None: its folder does not say."""
+    logged = [run.column(f"validation/{name}") for name in ("question_set", "questions")]
+    sets = {pair for pair in zip(*logged, strict=True) if pair != (None, None)}
+    names = [run.settings.get(f"validation.{name}") for name in ("questions", "limit", "samples")]
+    if names[0] is None and not sets:
+        return None
+    return json.dumps([sorted(map(str, sets)), _text(names if not sets else names[2:])])
+
+
+def _settings(runs: Sequence[Run]) -> list[list[str]]:
+    """All settings: [key, value of the first run, of the second, …]."""
+    keys = {key: None for run in runs for key in run.settings}
+    return [[_text(key), *(_text(run.settings[key]) if key in run.settings else "–" for run in runs)] for key in keys]
+
+
+def _text(value: Any, limit: int = 400) -> str:
+    """A setting, a name or a path as the page shows it."""
+    try:
+        words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError):  # YAML can hold a list in itself, and keys of any kind
+        words = str(value)
+    return shorten(words.encode("utf-8", "backslashreplace").decode(), limit)
 
 
 def _digest(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from spell_megatron.errors import UserError
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.report.evaluations import is_evaluation, read_evaluation
+from spell_megatron.report.health import findings
 from spell_megatron.report.render import render
 from spell_megatron.report.runs import Run, is_run, read_run
 from spell_megatron.report.transcripts import choose_dumps, read_questions
@@ -57,7 +58,9 @@ def write_report(
     line += f"{len(questions)} questions with transcripts"
     if evaluations:
         line += f", {len(evaluations)} evaluation(s)"
-    return "\n".join([line, *(f"  {run.name}: {note}" for run in runs for note in run.notes)])
+    faults = [(run.name, f"{found.title}: {found.text} {found.remedy}") for run in runs for found in findings(run)]
+    notes = [(run.name, note) for run in runs for note in run.notes]
+    return "\n".join([line, *(f"  {name}: {text}" for name, text in (*faults, *notes))])
 
 
 def _questions(

@@ -7,13 +7,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from spell_megatron.files import json_lines
 from spell_megatron.report.runs import Run, number
 
 MAX_JUDGMENT_SHARE = 4
 """Judgments are cut to texts this many times shorter than others, because an answer has many of them."""
+
+MAX_NAME = 200
+"""Longest name of a document or cluster, in characters."""
+
+MAX_DOCUMENTS = 50
+"""Most documents of a prompt that are named."""
 
 QUESTIONS_PER_STEP = 5
 """Transcripts come from as many steps as give about so many questions each."""
@@ -54,7 +60,7 @@ def read_questions(file: Path, count: int, text_chars: int, run: int, notes: lis
     """
     try:
         questions = [_question(list(rows), text_chars, run) for _, rows in groupby(_rows(file), lambda row: row["uid"])]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         notes.append(f"{file.name} cannot be read ({type(error).__name__}: {error}) and is left out")
         return []
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -95,25 +101,25 @@ def _question(rows: Iterable[dict[str, Any]], text_chars: int, run: int) -> dict
     asked = None
     if question:
         asked = _sample(question, text_chars) | {
-            "text": question["prediction"],
-            "prompt": _shorten(question["prompt"], text_chars),
-            "documents": question["document_ids"],
+            "text": shorten(question["prediction"], text_chars),
+            "prompt": shorten(question["prompt"], text_chars),
+            "documents": _names(question["document_ids"]),
         }
     return {
         "run": run,
         "step": first["step"],
         "uid": first["uid"],
         "task": first["task"],
-        "cluster": first["cluster_id"],
+        "cluster": shorten(first["cluster_id"], MAX_NAME),
         "outcome": first.get("outcome") or _older_outcome(question, answers),
-        "reference": first["reference"],
+        "reference": shorten(first["reference"], text_chars),
         "question": asked,
-        "documents": answers[0]["document_ids"] if answers else [],
-        "responder_prompt": _shorten(answers[0]["prompt"], text_chars) if answers else None,
+        "documents": _names(answers[0]["document_ids"]) if answers else [],
+        "responder_prompt": shorten(answers[0]["prompt"], text_chars) if answers else None,
         "answers": [
             _sample(answer, text_chars)
             | {
-                "prediction": answer["prediction"],
+                "prediction": shorten(answer["prediction"], text_chars // MAX_JUDGMENT_SHARE),
                 "rule": answer["rule_score"],
                 "verdict": answer["verdict"],
                 # the verifier's groups bear the number of the answer
@@ -131,7 +137,7 @@ def _sample(row: dict[str, Any], text_chars: int) -> dict[str, Any]:
     return {
         "reward": number(row["reward"]),
         "advantage": number(row["advantage"]),
-        "output": _shorten(row["output"], text_chars),
+        "output": shorten(row["output"], text_chars),
         "tokens": row["response_tokens"],
         "prompt_tokens": row["prompt_tokens"],
         "truncated": row["truncated"],
@@ -151,9 +157,19 @@ def _older_outcome(question: dict[str, Any] | None, answers: Sequence[dict[str, 
     return "all_1" if rewards == {1.0} else "all_0"
 
 
-def _shorten(text: str, limit: int) -> str:
+def _names(documents: Sequence[str]) -> list[str]:
+    """Names of documents, the first `MAX_DOCUMENTS` of them."""
+    named = [shorten(name, MAX_NAME) for name in documents[:MAX_DOCUMENTS]]
+    return [*named, f"{len(documents) - MAX_DOCUMENTS} more"] if len(documents) > MAX_DOCUMENTS else named
+
+
+@overload
+def shorten(text: str, limit: int) -> str: ...
+@overload
+def shorten(text: str | None, limit: int) -> str | None: ...
+def shorten(text: str | None, limit: int) -> str | None:
     """A text without its middle if it is longer than `limit` characters, and how much is missing."""
-    if len(text) <= limit:
+    if text is None or len(text) <= limit:
         return text
     head = limit * 2 // 3
     return f"{text[:head]}\n[… {len(text) - limit:,} characters left out …]\n{text[len(text) - limit + head :]}"

@@ -60,6 +60,8 @@ class EngineWeights:
         self._verify, self._say, self._stop = verify, say, stop
         self._pusher = WeightPusher(engines)
         self._step = 0
+        self.restarts = 0
+        """How often engines were restarted, on rank 0."""
 
     def close(self) -> None:
         """Ends the connection; the engines keep serving what they have."""
@@ -176,6 +178,7 @@ class EngineWeights:
             urls = ", ".join(self._engines.urls[number] for number in broken)
             self._say(f"Waiting for engines to be started again ({urls}): {why or 'ended'}.")
             self._engines.restart(broken)
+            self.restarts += 1
         if from_rank_0(bool(broken or why)):
             self._pusher.close()
             self._pusher = WeightPusher(self._engines)

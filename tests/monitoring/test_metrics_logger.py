@@ -45,6 +45,19 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert without_time(tmp_path) == [{"step": 1, "grad_norm": None, "loss": None}]
 
 
+def test_what_is_logged_for_the_step_of_a_resume_is_added_to_it(tmp_path):
+    """Such as the validation that a stop interrupted."""
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS) as log:
+        log.log(1, {"a": 1, "note": "é"})
+        log.log(2, {"a": 2})
+        log.log(3, {"a": 3})
+    with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS, resume_step=2) as log:
+        log.log(2, {"validation/pass@1": 0.5})
+        log.log(3, {"a": 30})
+    expected = [{"step": 1, "a": 1, "note": "é"}, {"step": 2, "a": 2, "validation/pass@1": 0.5}, {"step": 3, "a": 30}]
+    assert without_time(tmp_path) == expected
+
+
 def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
     with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS) as log:
         for step in range(6):

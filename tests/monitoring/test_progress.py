@@ -47,14 +47,18 @@ def test_the_line_of_a_step_shows_the_metrics_that_it_has(plain):
 def test_a_step_without_an_update_has_a_line_too(plain):
     progress, written = plain
     progress.summary(1, 2, {"selfplay/rate/mixed": 0.0, "train/empty": 1.0, "train/grad_norm": float("nan")})
-    assert written() == "step 1/2  mixed 0%  grad norm nan\n"
+    progress.summary(2, 2, {"train/skipped": 1.0, "train/grad_norm": float("inf")})
+    assert written() == (
+        "step 1/2  mixed 0%  grad norm nan  no update: nothing to train on\n"
+        "step 2/2  grad norm inf  no update: the gradient was not finite\n"
+    )
 
 
 def test_the_line_of_a_validation(plain):
     progress, written = plain
     measured = {"validation/pass@1": 0.5, "validation/pass@4": 0.75, "validation/standard_error": 0.0213}
-    progress.validation(0, measured)
-    assert written() == "held-out after step 0:  pass@1 50.0% (± 2.1%)  pass@4 75.0%\n"
+    progress.validation(0, measured | {"validation/questions": 1200})
+    assert written() == "held-out after step 0:  pass@1 50.0% (± 2.1%)  pass@4 75.0%  of 1,200 questions\n"
 
 
 def test_without_a_terminal_only_long_stages_write(plain, monkeypatch):

@@ -25,7 +25,7 @@ from spell_megatron.processes import folder_lock
 def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "INTERVAL", 0.05)
     (tmp_path / "stop").touch()  # of an earlier start
-    rows = '{"step": 0}\n{"step": 1, "time/step": 90.0, "selfplay/reward": 0.25}\n{"st'
+    rows = '{"step": 0}\n{"step": 1, "time/step": 90.0, "selfplay/reward": 0.25, "train/skipped": 1.0}\n{"st'
     (tmp_path / "metrics.jsonl").write_text(rows)
     with Status(tmp_path, steps=11) as own:
         assert not (tmp_path / "stop").exists()
@@ -37,7 +37,12 @@ def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
             while not (told := status.read(tmp_path)).get("engines"):
                 assert time.monotonic() < deadline
             text = "\n".join(describe(tmp_path, told))
-    for part in (": running\n", "1/11, 90 s per step, 15 min to go", "rollout 4/6, for ", "reward 0.250"):
+    for part in (
+        ": running\n",
+        "1/11, 90 s per step, 15 min to go",
+        "rollout 4/6, for ",
+        "reward 0.250, no update: the gradient",
+    ):
         assert part in text, text
     for part in (f"process {os.getpid()} on", "http://n1:1 does not answer", "none yet"):
         assert part in text, text

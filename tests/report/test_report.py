@@ -5,8 +5,6 @@ tests/report/test_report_page.py opens pages in a browser.
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import os
 import re
@@ -15,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from report_data import data_of, embedded, record, write_run
 from simulated_run import make_evaluation, make_run
 
 from spell_megatron.cli import main
@@ -36,53 +35,9 @@ def simulated(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "hostile", STEPS, remark=HOSTILE)
 
 
-def write_run(folder: Path, *lines: str) -> Path:
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def record(step: int, **metrics: float | None) -> str:
-    return json.dumps({"step": step, "time": 1795290427.5 + step} | metrics)
-
-
-def embedded(page: str, name: str):
-    """What the page holds under an id, unpacked."""
-    letters = re.search(rf'<script type="application/gzip" id="{name}">([A-Za-z0-9+/=]*)</script>', page)[1]
-    return json.loads(gzip.decompress(base64.b64decode(letters)))
-
-
 def rollouts(run: Path, step: int) -> list[dict]:
     with (run / "rollouts" / f"step_{step:06d}.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def test_columns_stand_over_the_steps(tmp_path):
-    lines = record(0, b=0.5), record(1, a=1 / 3), record(2, a=None, text="x", b=1e-9)
-    run = read_run(write_run(tmp_path / "run", *lines, ""), "run")
-    assert run.steps == [0, 1, 2]
-    assert run.metrics == {"b": [0.5, None, 1e-9], "a": [None, 0.33333, None]}
-    assert (run.first_time, run.last_time) == (1795290427.5, 1795290429.5)
-    assert run.notes == []
-
-
-def test_the_line_that_is_being_written_is_left_out(tmp_path):
-    run = read_run(write_run(tmp_path / "run", record(1, a=1), '{"step": 2, "a":'), "run")
-    assert run.steps == [1] and run.notes == []
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"torn\n' + record(3, a=3) + "\n[]\n" + record(4, a=4) + "\n")
-    run = read_run(tmp_path / "run", "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 1e999}\n\xff\xfe\n')
-    assert read_run(tmp_path / "run", "run").notes == ["4 unreadable line(s) of metrics.jsonl left out"]
-    assert run.steps == [3, 4] and run.notes == ["2 unreadable line(s) of metrics.jsonl left out"]
-
-
-def test_what_a_resumed_run_did_again_counts(tmp_path):
-    """Steps 3 to 5 were logged before the crash; the run has come back as far as step 4."""
-    lines = [record(s, a=s) for s in range(6)] + [record(3, a=30), record(4, b=40)]
-    run = read_run(write_run(tmp_path / "run", *lines), "run")
-    assert run.steps == [0, 1, 2, 3, 4]
-    assert run.metrics == {"a": [0, 1, 2, 30, None], "b": [None] * 4 + [40]}
 
 
 def test_a_run_that_is_still_going_says_so(simulated, tmp_path):
@@ -247,7 +202,8 @@ def test_every_metric_that_is_plotted_is_logged(simulated):
     tasks = ["doc_general_qa", "docmath_qa"]
     curves = [c for s in sections(tasks, logged) for p in s.panels for group in p.groups.values() for c in group]
     plotted = {metric for curve in curves for metric in curve.metrics} | {row.metric for row in table(logged)}
-    assert {curve.error for curve in curves} == {None, "validation/standard_error"}
+    errors = {f"validation/{task}standard_error" for task in ("", "doc_general_qa/", "docmath_qa/")}
+    assert {curve.error for curve in curves} - {None} == errors <= set(logged)
     mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
     of_gate = {metric for metric in plotted if metric.endswith("rate/gate_answers_reaching_reference")}
     # a checkpoint comes every fifty steps of a simulated run
@@ -279,6 +235,10 @@ def test_evaluations_stand_beside_runs(simulated, tmp_path):
             assert shown["benchmarks"][name]["subsets"].keys() == about["subsets"].keys()
     assert list(data["evaluations"][0]["columns"]) == ["DocMath", "Frames", "LB-MQA", "LB-V2", "Avg"]
     assert list(data["evaluations"][1]["columns"]) == ["DocMath", "hotpotqa", "mine"]  # LB-MQA needs all three
+    assert data["evaluations"][1]["questions"] == {
+        name: [[name.lower(), 40]] for name in ("DocMath", "hotpotqa", "mine")
+    }
+    assert len(data["evaluations"][0]["questions"]["Avg"]) == 6
     assert data["evaluations"][0]["facts"]["judge"] == "gpt-oss-120b" != data["evaluations"][1]["facts"]["judge"]
 
 
@@ -346,3 +306,71 @@ def test_an_output_that_cannot_be_written_is_known_before_the_transcripts_are_re
             write_report([run], out, on_progress=lambda done, total: read.append(done))
     assert not read and (tmp_path / "pipe").is_fifo()
     write_report([run], tmp_path / "new" / "folder" / "report.html")
+
+
+def test_numbers_of_the_page_are_those_of_the_log(tmp_path):
+    """With every digit: a ratio just above 1 is no square wave."""
+    values = [1.000044, 1.000051, 1.0000490001, 123456789.125, 2**53, 1e-300, -0.1]
+    lines = [record(step, ratio=value) for step, value in enumerate(values)]
+    run = data_of(write_run(tmp_path / "run", *lines, ""), tmp_path / "report.html")["runs"][0]
+    assert run["metrics"]["ratio"] == values
+
+
+def test_no_text_of_a_question_is_without_limit(tmp_path):
+    """Not what was asked, the reference, the prediction, or the names and the number of documents."""
+    run = make_run(tmp_path / "run", 1)
+    file = run / "rollouts" / "step_000001.jsonl"
+    long = {"prediction": "p" * 10**6, "reference": "r" * 10**6, "cluster_id": "c" * 10**6}
+    rows = [row | long | {"document_ids": ["d" * 10**5] * 100} for row in rollouts(run, 1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([run], tmp_path / "report.html", text_chars=400)
+    for question in embedded((tmp_path / "report.html").read_text(), "transcripts-data"):
+        assert len(json.dumps(question)) < 400 * 100
+        assert len(question["question"]["text"]) < 500 > len(question["reference"])
+        assert question["question"]["documents"][50:] == ["50 more"]
+
+
+def test_samples_without_a_reward_and_outcomes_of_a_later_version(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    file = run / "rollouts" / "step_000001.jsonl"
+    rows = [row | {"reward": None, "advantage": None, "outcome": "new_kind"} for row in rollouts(run, 1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes: list[str] = []
+    questions = read_questions(file, 1000, 400, 0, notes)
+    assert notes == [] and {q["outcome"] for q in questions} == {"new_kind"}
+
+
+def test_a_folder_whose_name_is_not_utf8(simulated, tmp_path):
+    folder = shutil.copytree(simulated, tmp_path / os.fsdecode(b"run-\xff"))
+    run = data_of(folder, tmp_path / "report.html")["runs"][0]
+    assert run["name"] == "run-\\udcff" and run["steps"]
+
+
+def test_places_on_the_axes(tmp_path):
+    """Time at work and tokens so far; an update that was left out trained on nothing."""
+    rollout = {"time/step": 10.0, "selfplay/generated_tokens": 5}
+    made, left_out = ({"train/tokens_unshared": 7, "train/skipped": skipped} for skipped in (0.0, 1.0))
+    updates = made, left_out, {"train/empty": 1.0}, made
+    steps = [record(i + 1, **rollout, **update) for i, update in enumerate(updates)]
+    steps.insert(0, record(0, **{"time/validation": 30.0}))
+    run = data_of(write_run(tmp_path / "run", *steps, ""), tmp_path / "report.html")["runs"][0]
+    assert run["axes"] == {"time": [30, 40, 50, 60, 70], "generated": [0, 5, 10, 15, 20], "trained": [0, 7, 7, 7, 14]}
+    assert run["made"] == [None, True, False, False, True]
+
+
+def test_runs_can_be_compared_only_by_the_same_questions(simulated, tmp_path):
+    def key(name: str, settings: str, *lines: str) -> str | None:
+        folder = write_run(tmp_path / name, *lines, "")
+        (folder / "config.yaml").write_text(settings)
+        return data_of(folder, tmp_path / "report.html")["runs"][0]["question_set"]
+
+    def measured(name: str, number: float, count: int = 500) -> str:
+        known = {"validation/pass@1": 0.5, "validation/question_set": number, "validation/questions": count}
+        return key(name, f"validation: {{questions: {name}.jsonl, samples: 4}}", record(0, **known))
+
+    assert measured("a", 1) == measured("elsewhere", 1) != measured("b", 2)
+    assert measured("c", 1, 250) != measured("d", 1)
+    # runs of earlier versions do not say what their files held: the name must do
+    old = [key(f"old-{i}", f"validation: {{questions: {name}}}", record(0, a=1)) for i, name in enumerate("aab")]
+    assert old[0] == old[1] != old[2]
+    assert key("none", "", record(0, a=1)) is None

@@ -6,9 +6,7 @@ Skipped where there is no Chromium with its driver (Debian: `apt-get install chr
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -18,55 +16,15 @@ from simulated_run import make_evaluation, make_run
 from spell_megatron.report.panels import sections
 from spell_megatron.report.report import write_report
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium (extra dev)")
+pytest.importorskip("selenium.webdriver", reason="needs the package selenium (extra dev)")
 
-from selenium.webdriver import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
+from chromium_page import choose, click, inks, luminance, texts, unfold
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><b>bold</b>"
 MOST_PLOTS = sum(len(section.panels) for section in sections([], [])) + 1  # and that of any metric
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no Chromium with chromedriver here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for switch in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(switch)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium refuses to run as root with it
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    browser.set_page_load_timeout(120)
-    yield browser
-    browser.quit()
-
-
-@pytest.fixture
-def show(chromium):
-    """show(page, width, scheme) -> the browser with that page; at the end there must be no error in its console."""
-
-    def show(page: Path, width: int = 1280, scheme: str = "light"):
-        chromium.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
-        )
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        chromium.get("about:blank")
-        chromium.get_log("browser")
-        chromium.get(page.as_uri())
-        WebDriverWait(chromium, 120).until(lambda b: b.find_element(By.TAG_NAME, "html").get_attribute("data-ready"))
-        return chromium
-
-    yield show
-    assert chromium.get_log("browser") == []
-    assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
 
 
 @pytest.fixture(scope="module")
@@ -98,48 +56,6 @@ def evaluated(tmp_path_factory) -> Path:
     write_report([make_run(folder / "run", 3), *evaluations], folder / "report.html", transcripts=5)
     write_report(evaluations[:1], folder / "alone.html")
     return folder / "report.html"
-
-
-def texts(browser, selector: str) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
-
-
-def click(browser, selector: str) -> None:
-    browser.execute_script("document.querySelector(arguments[0]).click()", selector)
-
-
-def unfold(browser, selector: str, content: str) -> None:
-    """Open the first of some questions or answers, and wait for what is in it."""
-    click(browser, f"{selector} > summary")
-    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, f"{selector}[open] {content}"))
-
-
-def choose(browser, selector: str, text: str) -> None:
-    Select(browser.find_element(By.CSS_SELECTOR, selector)).select_by_visible_text(text)
-
-
-def inks(browser) -> list[int]:
-    """Number of colours in each plot of the page: one that is empty has a single one."""
-    return browser.execute_script(
-        """
-        return [...document.querySelectorAll(".plot canvas")].map((canvas) => {
-          const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
-          copy.drawImage(canvas, 0, 0);
-          const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
-          return new Set(new Uint32Array(data.buffer)).size;
-        });
-        """
-    )
-
-
-def luminance(browser, selector: str = "body") -> float:
-    """0 for black, 1 for white: of an element's background."""
-    colour = browser.execute_script(
-        "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor", selector
-    )
-    return sum(int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]) / 765
 
 
 def test_the_page_of_a_run_has_everything(show, page):

@@ -16,6 +16,8 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+const swatch = (colour) => h("span", { class: "swatch", colour });
+
 async function unpack(id) {
   const letters = atob($(id).textContent);
   $(id).remove();
@@ -30,5 +32,5 @@ const { runs } = data;
 const several = runs.length > 1;
 const RUN_COLOURS = ["blue", "orange", "green", "purple", "red", "teal", "pink", "brown"];
 const runColour = (index) => RUN_COLOURS[index % RUN_COLOURS.length];
-const state = { window: 1, hidden: new Set() };
-const redraws = []; // to be called when runs, averaging or theme change
+const state = { window: 1, axis: "steps", hidden: new Set() };
+const redraws = []; // to be called when runs, axis, averaging or theme change

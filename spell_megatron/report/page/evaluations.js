@@ -48,8 +48,9 @@ function evaluationTable(id, title, text, head, rows) {
 function scoreTable(measure, k) {
   const at = (evaluation, column) => evaluation.columns[column]?.[measure].find(([of]) => of === k)?.slice(1);
   const best = data.evaluation_columns.map((column) => {
-    const means = evaluations.map((e) => at(e, column)?.[0]).filter((mean) => mean !== undefined);
-    return means.length > 1 ? Math.max(...means) : null;
+    const members = evaluations.filter((e) => at(e, column));
+    const sets = new Set(members.map((e) => JSON.stringify(e.questions[column])));
+    return members.length > 1 && sets.size === 1 ? Math.max(...members.map((e) => at(e, column)[0])) : null;
   });
   const rows = evaluations.map((evaluation, index) =>
     h(
@@ -63,7 +64,7 @@ function scoreTable(measure, k) {
       }),
     ),
   );
-  const compared = manyEvaluations ? " Bold: the highest of the evaluations, which need not be of one setting." : "";
+  const compared = manyEvaluations ? " Bold: the highest, where all are of as many questions; their settings may differ." : "";
   const text = `In %; in brackets: ${evaluations[0].interval}.${compared}`;
   return evaluationTable("scores", `pass@${k}`, text, data.evaluation_columns, rows);
 }
@@ -84,6 +85,7 @@ function passPlot(column, measure, hidden, redraw) {
       return {
         label: name,
         colour: runColour(index),
+        dash: dash(index),
         hidden: hidden.has(index),
         toggle: () => {
           if (!hidden.delete(index)) hidden.add(index);
@@ -91,7 +93,7 @@ function passPlot(column, measure, hidden, redraw) {
         },
         ks: points.map(([k]) => k),
         // side by side, so that no interval hides another
-        steps: points.map(([k]) => ks.indexOf(k) + 0.06 * (i - (members.length - 1) / 2)),
+        x: points.map(([k]) => ks.indexOf(k) + 0.06 * (i - (members.length - 1) / 2)),
         smooth: points.map(([, mean]) => mean),
         bars: points.map(([, , low, high]) => [low, high]),
       };
@@ -123,6 +125,7 @@ function passPlot(column, measure, hidden, redraw) {
             label: curve.label,
             stroke: () => paint(`var(--${curve.colour})`),
             width: 2,
+            dash: curve.dash,
             spanGaps: true,
             points: { show: true, size: 7 },
           })),
@@ -130,7 +133,7 @@ function passPlot(column, measure, hidden, redraw) {
         hooks: {
           setCursor: [(u) => values(u.cursor.idx == null ? ks[0] : ks[Math.round(u.data[0][u.cursor.idx])])],
           ready: [() => values(ks[0])],
-          draw: [(u) => curves.forEach((curve) => drawBars(u, curve.colour, curve.steps, curve.bars))],
+          draw: [(u) => curves.forEach((curve) => drawBars(u, curve.colour, curve.x, curve.bars))],
         },
       },
       chartData,

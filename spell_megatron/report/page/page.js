@@ -21,16 +21,27 @@ function controls() {
     state.window = +$("window").value;
     redrawAll();
   });
-  $("theme").addEventListener("change", () => {
-    document.documentElement.dataset.theme = $("theme").value;
+  const axes = Object.keys(data.axes).filter((axis) => axis === "steps" || runs.some((run) => run.axes[axis]));
+  $("axis").append(...axes.map((axis) => h("option", { value: axis }, data.axes[axis])));
+  $("axis").parentElement.hidden = axes.length < 2;
+  $("axis").addEventListener("change", () => {
+    state.axis = $("axis").value;
     redrawAll();
   });
+  const paintIn = (theme) => {
+    document.documentElement.dataset.theme = theme;
+    redrawAll();
+  };
+  $("theme").addEventListener("change", () => paintIn($("theme").value));
+  addEventListener("beforeprint", () => paintIn("light"));
+  addEventListener("afterprint", () => paintIn($("theme").value));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
 }
 
+/** The sections of plots. Those without any are named in a line, which is returned. */
 function plots() {
+  const empty = [];
   for (const part of data.sections) {
-    const element = section(part.id, part.title, part.text);
     const grid = h("div", { class: "grid" });
     if (part.id === "outcomes") grid.append(...runs.map(funnelCard).filter(Boolean));
     const [absent, zero] = [[], []];
@@ -39,20 +50,27 @@ function plots() {
       if (curves.some(nonzero)) grid.append(plotPanel(panel, present(panel.groups)));
       else (curves.some(measured) ? zero : absent).push(panel.title);
     }
-    element.append(grid);
+    if (!grid.children.length) {
+      empty.push(part.title);
+      continue;
+    }
     const left = [
       ["Not plotted, for it is zero at every step", zero],
       ["Not measured", absent],
     ].filter(([, titles]) => titles.length);
+    const element = section(part.id, part.title, part.text);
+    element.append(grid);
     if (left.length)
       element.append(
         h("p", { class: "missing" }, left.map(([why, titles]) => `${why}: ${titles.join("; ")}.`).join(" ")),
       );
   }
+  return empty.length ? `The runs have logged nothing for these sections: ${empty.join("; ")}.` : "";
 }
 
-function anyMetric() {
+function anyMetric(missing) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
+  if (!names.length) return;
   const unit = (name) => (/\/rate\/|pass@|_share$|truncated$/.test(name) ? "share" : "number");
   const groups = names.map((name) => [name, [{ label: name, metrics: [name], colour: "blue", error: null }]]);
   const element = section(
@@ -88,30 +106,35 @@ function anyMetric() {
   }
   select.value = names.includes("selfplay/reward") ? "selfplay/reward" : names[0];
   show(select.value);
-  element.append(h("div", { class: "filters" }, h("label", {}, "Metric", select)), box);
+  const everything = csvButton("all metrics", () => csvOfEverything(names), "Save all numbers (CSV)");
+  element.append(h("div", { class: "filters" }, h("label", {}, "Metric", select), everything), box);
+  if (missing) element.append(h("p", { class: "missing" }, missing));
 }
 
 let ready = false;
 controls();
 if (runs.length) {
+  const faults = banner();
+  if (faults) $("main").append(faults);
   const overview = section("overview", "Overview", "");
   overview.append(
     h("div", { class: several ? "" : "beside" }, h("div", { class: "cards" }, runs.map(runCard)), comparison()),
   );
-  const settings = settingsTable();
-  if (settings) overview.append(settings);
+  overview.append(...settingsTables().filter(Boolean));
 }
 if (evaluations.length) showEvaluations();
 if (runs.length) {
-  plots();
-  anyMetric();
+  anyMetric(plots());
 }
 const transcripts = runs.length ? section("transcripts", "Transcripts", "") : null;
 redrawAll();
 ready = true;
 $("footer").append(
   `Written ${date(data.written)} by spell report. The page connects to nothing. `,
-  runs.length ? "Drag over a plot to enlarge a range of steps, double-click to go back." : "",
+  runs.length
+    ? "Click a point of a plot for the transcripts of its step. Drag over a plot to enlarge a range, double-click to go " +
+        "back. CSV saves the numbers of a plot."
+    : "",
 );
 
 // Transcripts are the bulk of the page: they come when the plots are there.

@@ -1,5 +1,18 @@
 // Plots: a panel with a choice of curves, a legend with values, and a canvas.
 
+/** A piece of a line, as it is drawn in a plot. */
+function stroke(colour, pattern = []) {
+  const line = h("span", { class: "stroke" });
+  const stops = [];
+  let at = 0;
+  pattern.forEach((length, i) => {
+    stops.push(`${i % 2 ? "transparent" : `var(--${colour})`} ${at}px ${at + length}px`);
+    at += length;
+  });
+  line.style.background = stops.length ? `repeating-linear-gradient(to right, ${stops.join(", ")})` : `var(--${colour})`;
+  return line;
+}
+
 const probe = h("span", { hidden: true });
 document.body.append(probe);
 const resolved = new Map();
@@ -12,48 +25,11 @@ function paint(expression) {
   return resolved.get(expression);
 }
 
-const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000];
-const AXIS_FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
-const AXIS = {
-  stroke: () => paint("var(--soft)"),
-  font: AXIS_FONT,
-  grid: { stroke: () => paint("var(--grid)"), width: 1 },
-  ticks: { show: false },
-};
-const HEIGHT = 232;
+const HEIGHT = 248;
+const DASHES = [[], [9, 4], [2, 3], [10, 3, 2, 3]]; // curves differ by more than their colour
+/** Dashes of the curve with this number: where colours begin again, they shift. */
+const dash = (index) => DASHES[(index + Math.floor(index / RUN_COLOURS.length)) % DASHES.length];
 const MOST_BARS = 60; // a stack over so many steps is drawn as bars
-
-/** Digits after the point that multiples of an increment need. */
-function digitsOf(increment) {
-  let digits = 0;
-  while (digits < 8 && Math.abs(increment * 10 ** digits - Math.round(increment * 10 ** digits)) > 1e-6) digits++;
-  return digits;
-}
-
-function axisValue(value, unit, increment) {
-  if (value === null) return "";
-  if (unit === "share") return `${(value * 100).toFixed(digitsOf(increment * 100))}%`;
-  if (Math.abs(value) >= 10000) return `${(value / 1000).toFixed(digitsOf(increment / 1000))}k`;
-  if (value !== 0 && increment < 0.00005) {
-    const power = 10 ** Math.floor(Math.log10(Math.abs(value)) + 1e-9);
-    return value.toExponential(digitsOf(increment / power)).replace(/-/g, "−");
-  }
-  return value.toFixed(digitsOf(increment)).replace("-", "−");
-}
-
-/** Of an axis for values from `low` to `high`, with room for error bars of a length. */
-function valueRange(unit, stacked, low, high, error) {
-  if (low === null || low === undefined) return [0, 1];
-  [low, high] = [low - error, high + error];
-  const flat = high - low <= 1e-6 * Math.abs(high); // averages of equal numbers differ by roundings
-  const room = flat ? Math.abs(high) * 0.1 || (unit === "share" ? 0.05 : 1) : (high - low) * 0.08;
-  let from = low - room;
-  let to = high + room;
-  if (stacked) [from, to] = [0, unit === "share" ? 1 : high * 1.05 || 1];
-  if (low >= 0) from = Math.max(0, from);
-  if (unit === "share" && high <= 1) to = Math.min(1, to);
-  return [from, to];
-}
 
 const measured = (curve) => runs.some((run) => column(run, curve.metrics));
 const nonzero = (curve) => runs.some((run) => column(run, curve.metrics)?.some((value) => value));
@@ -98,24 +74,31 @@ function chooser(options, title, onchange) {
 /** The curves to be drawn now: label, colour, steps, values, smooth (averaged values), and what a click hides. */
 function curvesOf(panel, choice, off) {
   const width = panel.sparse ? 1 : state.window;
-  const curve = (run, series, label, colour, hidden, toggle) => {
+  const curve = (run, index, series, drawn) => {
     const values = column(run, series.metrics);
-    if (!values) return null;
+    const x = positions(run);
+    if (!values || !x) return null;
     const error = series.error ? run.metrics[series.error] : null;
-    return { label, colour, hidden, toggle, error, steps: run.steps, values, smooth: average(values, width) };
+    return { run: index, error, x, steps: run.steps, values, smooth: average(values, width), ...drawn };
   };
   if (several) {
     return runs
-      .map((run, i) => curve(run, choice.curves[0], run.name, runColour(i), state.hidden.has(i), () => toggleRun(i)))
+      .map((run, i) => {
+        const toggle = () => toggleRun(i);
+        const drawn = { label: run.name, colour: runColour(i), dash: dash(i), hidden: state.hidden.has(i), toggle };
+        return curve(run, i, choice.curves[0], drawn);
+      })
       .filter(Boolean);
   }
   return choice.curves
-    .map((series) =>
-      curve(runs[0], series, series.label, series.colour, off.has(series.label), (redraw) => {
+    .map((series, i) => {
+      const toggle = (redraw) => {
         if (!off.delete(series.label)) off.add(series.label);
         redraw();
-      }),
-    )
+      };
+      const { label, colour } = series;
+      return curve(runs[0], 0, series, { label, colour, dash: dash(i), hidden: off.has(label), toggle });
+    })
     .filter(Boolean);
 }
 
@@ -125,33 +108,33 @@ function toggleRun(index) {
 }
 
 /** Entries of a legend, each with the cell that its value will be in. */
-function legendButtons(curves, cells, redraw) {
+function legendButtons(curves, cells, redraw, areas = false) {
   return curves.map((curve, i) =>
     h(
       "button",
       { type: "button", "aria-pressed": String(!curve.hidden), onclick: () => curve.toggle(redraw) },
-      h("span", { class: "swatch", colour: curve.colour }),
+      areas ? swatch(curve.colour) : stroke(curve.colour, curve.dash),
       curve.label,
       cells[i],
     ),
   );
 }
 
-/** One panel: title, choice of curves, legend with values, plot. */
+/** One panel: title, choice of curves, numbers to save, legend with values, plot. */
 function plotPanel(panel, groups) {
   const options = choices(groups);
   const select = chooser(options, panel.title, () => draw());
   const legend = h("div", { class: "legend" });
-  const plot = h("div", { class: "plot", role: "img", "aria-label": panel.title });
+  const plot = h("div", { class: "plot" });
   const off = new Set();
+  const stacked = panel.stacked && !several;
   let chart = null;
+  let curves = [];
 
   function draw() {
-    const choice = options[select ? +select.value : 0];
-    const all = curvesOf(panel, choice, off);
-    const curves = all.filter((curve) => !curve.hidden);
+    const all = curvesOf(panel, options[select ? +select.value : 0], off);
+    curves = all.filter((curve) => !curve.hidden);
     chart?.destroy();
-    const stacked = panel.stacked && !several;
     const values = fillLegend(all, draw);
     const [chartData, shown] = align(curves, stacked, panel.log);
     chart = new uPlot(
@@ -159,45 +142,71 @@ function plotPanel(panel, groups) {
       chartData,
       plot,
     );
+    reachPlot(chart, () => curves);
   }
 
-  /** Makes the legend, and returns a function that shows the values at a step (null: the last ones). */
+  /** Makes the legend, and returns a function that shows the values at a place of the axis (null: the last ones). */
   function fillLegend(curves, redraw) {
     const at = h("span", { class: "at" });
     const cells = curves.map(() => h("span", { class: "value" }));
-    legend.replaceChildren(...legendButtons(curves, cells, redraw), at);
-    const whole = curves.every((curve) => curve.smooth.every((value) => value === null || Number.isInteger(value)));
-    const largest = Math.max(0, ...curves.map((curve) => Math.abs(curve.smooth[lastIndex(curve.smooth)] ?? 0)));
-    const digits = whole && panel.unit === "number" ? 0 : digitsFor(largest, panel.unit);
-    const last = Math.max(...curves.map((curve) => curve.steps[lastIndex(curve.smooth)] ?? 0));
-    return (step) => {
-      at.textContent = `step ${step ?? last}`;
+    legend.replaceChildren(...legendButtons(curves, cells, redraw, stacked), at);
+    const digits = legendDigits(curves, panel.unit);
+    const last = Math.max(0, ...curves.map((curve) => curve.x[lastIndex(curve.smooth)] ?? 0));
+    return (x) => {
       curves.forEach((curve, i) => {
-        const index = step === null ? lastIndex(curve.smooth) : curve.steps.indexOf(step);
+        const index = x === null ? lastIndex(curve.smooth) : indexAt(curve, x);
         cells[i].textContent = format(curve.smooth[index], panel.unit, panel.log ? undefined : digits);
       });
+      const step = several || state.axis === "steps" ? "" : `, step ${curves[0]?.steps[indexAt(curves[0], x ?? last)]}`;
+      at.textContent = placeText(x ?? last) + step;
+      if (document.activeElement === plot) plot.setAttribute("aria-valuetext", spoken(curves, cells, at));
     };
   }
 
   redraws.push(draw);
   new ResizeObserver(() => chart?.setSize({ width: plot.clientWidth, height: HEIGHT })).observe(plot);
+  plotKeys(plot, panel.title, () => chart, () => curves);
   return h(
     "article",
     { class: "panel" },
-    h("header", {}, h("h3", {}, panel.title), select),
+    h(
+      "header",
+      {},
+      h("h3", {}, panel.title),
+      h("div", { class: "tools" }, select, csvButton(panel.title, () => csvOfCurves(curves))),
+    ),
     panel.text ? h("p", { class: "about" }, panel.text) : null,
     legend,
     plot,
   );
 }
 
-/** Columns for uPlot over all steps of the curves: [steps, ...], and what each column shows. */
+const spoken = (curves, cells, at) =>
+  [at.textContent, ...curves.map(({ label }, i) => `${label} ${cells[i].textContent}`)].join(", ");
+
+/** Digits after the point of all values in a legend. */
+function legendDigits(curves, unit) {
+  const all = curves.flatMap((curve) => curve.smooth);
+  if (unit === "number" && all.every((value) => value === null || Number.isInteger(value))) return 0;
+  const spans = curves.map(({ smooth }) => extent(smooth)).filter(([low]) => low !== null);
+  const last = curves.map(({ smooth }) => Math.abs(smooth[lastIndex(smooth)] ?? 0));
+  const apart = spans.map(([low, high]) => high - low).filter((span) => span > 0);
+  return digitsFor(Math.max(0, ...last), unit, apart.length ? Math.min(...apart) : 0);
+}
+
+/** The record of a curve at a place of the axis: on the axis of steps at it, on others at it or before; -1 for none. */
+function indexAt({ x }, place) {
+  if (state.axis === "steps") return x.indexOf(place);
+  return place > x.at(-1) ? -1 : x.findLastIndex((value) => value <= place);
+}
+
+/** Columns for uPlot over all places of the curves on the axis: [places, ...], and what each column shows. */
 function align(curves, stacked, log) {
-  const steps = [...new Set(curves.flatMap((curve) => curve.steps))].sort((a, b) => a - b);
+  const steps = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
   const place = new Map(steps.map((step, i) => [step, i]));
   const spread = (curve, values) => {
     const wide = new Array(steps.length).fill(null);
-    curve.steps.forEach((step, i) => (wide[place.get(step)] = log && values[i] <= 0 ? null : values[i]));
+    curve.x.forEach((step, i) => (wide[place.get(step)] = log && values[i] <= 0 ? null : values[i]));
     return wide;
   };
   if (!stacked) {
@@ -216,13 +225,14 @@ function align(curves, stacked, log) {
 
 function plotOptions(panel, curves, shown, stacked, steps, width, values) {
   const bars = stacked && steps.length <= MOST_BARS;
-  const margin = bars || steps.length === 1 ? 0.5 : 0;
+  const margin = steps.length === 1 ? 0.5 : bars ? (steps.at(-1) - steps[0]) / (2 * steps.length - 2) : 0;
   const error = Math.max(0, ...curves.flatMap((curve) => curve.error ?? []));
   const series = shown.map(({ curve, faint }) => ({
     label: curve.label,
     stroke: () => paint(stacked ? "var(--panel)" : `var(--${curve.colour})`),
     fill: stacked ? () => paint(`color-mix(in srgb, var(--${curve.colour}) 78%, var(--panel))`) : undefined,
     width: stacked || faint ? 1 : 2,
+    dash: stacked || faint ? undefined : curve.dash,
     alpha: faint ? 0.24 : 1,
     spanGaps: true,
     paths: bars ? uPlot.paths.bars({ size: [0.8, 60] }) : undefined,
@@ -243,29 +253,15 @@ function plotOptions(panel, curves, shown, stacked, steps, width, values) {
       y: panel.log ? { distr: 3 } : { range: (u, low, high) => valueRange(panel.unit, stacked, low, high, error) },
     },
     axes: [
-      { ...AXIS, incrs: STEPS, space: 55, size: 26, gap: 4, values: (u, splits) => splits.map(String) },
+      stepAxis(),
       valueAxis(panel.unit, panel.log),
     ],
     series: [{}, ...series],
     hooks: {
       setCursor: [(u) => values(u.cursor.idx === null || u.cursor.idx === undefined ? null : u.data[0][u.cursor.idx])],
       ready: [() => values(null)],
-      draw: [(u) => curves.forEach((curve) => curve.error && drawBars(u, curve.colour, curve.steps, errorBars(curve)))],
+      draw: [(u) => curves.forEach((curve) => curve.error && drawBars(u, curve.colour, curve.x, errorBars(curve)))],
     },
-  };
-}
-
-/** The axis of the values. */
-function valueAxis(unit, log) {
-  return {
-    ...AXIS,
-    space: 38,
-    gap: 6,
-    size: (u, texts) => 14 + Math.max(22, ...(texts ?? []).map((text) => (text ?? "").length * 7.2)),
-    values: (u, splits, i, space, increment) =>
-      splits.map((v) =>
-        log ? (v === null ? "" : v.toExponential(0).replace("-", "−")) : axisValue(v, unit, increment),
-      ),
   };
 }
 

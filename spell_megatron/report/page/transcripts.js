@@ -1,5 +1,10 @@
 // The browser of transcripts.
 
+let wanted = null; // what to show as soon as the transcripts are there
+
+/** Shows the transcripts of a run's step, or says that the page has none. */
+let showTranscriptsOf = (run, step) => (wanted = [run, step]);
+
 function showTranscripts(questions) {
   const PAGE_SIZE = 30;
   const unique = (values) => [...new Set(values)];
@@ -16,6 +21,7 @@ function showTranscripts(questions) {
       ),
     );
   if (!questions.length) {
+    showTranscriptsOf = () => transcripts.scrollIntoView();
     transcripts.append(
       h(
         "p",
@@ -42,8 +48,10 @@ function showTranscripts(questions) {
     task: filter("Task", unique(questions.map((q) => q.task)).sort()),
     outcome: filter(
       "Outcome",
-      Object.keys(data.outcomes).filter((key) => questions.some((q) => q.outcome === key)),
-      (key) => data.outcomes[key].label,
+      unique([...Object.keys(data.outcomes), ...questions.map((q) => q.outcome)]).filter((key) =>
+        questions.some((q) => q.outcome === key),
+      ),
+      (key) => outcome(key).label,
     ),
   };
   if (!several) filters.run.hidden = true;
@@ -56,13 +64,15 @@ function showTranscripts(questions) {
     "aria-label": "Search",
   });
   for (const [name, label] of Object.entries(filters)) label.lastChild.id = `filter-${name}`;
-  const count = h("p", { class: "count", "aria-live": "polite" });
+  const count = h("p", { class: "count", "aria-live": "polite", tabindex: -1 });
+  const instead = h("p", { class: "about", id: "instead", "aria-live": "polite", hidden: true });
   const box = h("div", { id: "questions" });
   const more = h("button", { type: "button", class: "more", onclick: () => extend() }, "Show more");
   let found = [];
   let shown = 0;
 
   function list() {
+    instead.hidden = true;
     const chosen = Object.fromEntries(Object.entries(filters).map(([name, label]) => [name, label.lastChild.value]));
     const words = search.value.toLowerCase().trim();
     found = questions.filter(
@@ -99,14 +109,39 @@ function showTranscripts(questions) {
       search,
     ),
     count,
+    instead,
     box,
     more,
   );
   list();
+  showTranscriptsOf = (run, step) => {
+    const own = unique(questions.filter((q) => q.run === run).map((q) => q.step));
+    const nearest = own.sort((a, b) => Math.abs(a - step) - Math.abs(b - step))[0];
+    for (const label of Object.values(filters)) label.lastChild.value = "";
+    filters.run.lastChild.value = String(run);
+    filters.step.lastChild.value = nearest === undefined ? "" : String(nearest);
+    against.checked = false;
+    search.value = "";
+    list();
+    if (nearest !== step) {
+      const file = `rollouts/step_${String(step).padStart(6, "0")}`;
+      const which = several ? ` of ${runs[run].name}` : "";
+      instead.textContent =
+        `This page has no transcripts of step ${step}${which}` +
+        `${nearest === undefined ? "" : `; here is the nearest step, ${nearest}`}. All that was written in a step is in ` +
+        `${file}.* of the run's folder; spell report --transcripts N takes more steps into the page.`;
+      instead.hidden = false;
+    }
+    transcripts.scrollIntoView();
+    count.focus({ preventScroll: true });
+  };
+  if (wanted) showTranscriptsOf(...wanted);
 }
 
+/** An outcome's label and colour; a later version's outcome has its name. */
+const outcome = (key) => data.outcomes[key] ?? { label: key, colour: "grey" };
 const outcomeChip = (key) =>
-  h("span", { class: "chip" }, swatch(data.outcomes[key].colour), data.outcomes[key].label.split(":")[0]);
+  h("span", { class: "chip" }, swatch(outcome(key).colour), outcome(key).label.split(":")[0]);
 const signed = (value) => (value ? `${value > 0 ? "+" : "−"}${Math.abs(value).toFixed(2)}` : "–");
 const mark = (value) =>
   value === null || value === undefined
@@ -114,7 +149,7 @@ const mark = (value) =>
     : value > 0
       ? h("span", { class: "yes" }, "right")
       : h("span", { class: "no" }, "wrong");
-const points = (value) => value.toFixed(2).replace("-", "−");
+const points = (value) => value?.toFixed(2).replace("-", "−") ?? "–";
 
 function questionItem(q) {
   const right = q.answers.filter((a) => a.reward > 0).length;
