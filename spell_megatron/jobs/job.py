@@ -142,11 +142,22 @@ def prologue(config: Config) -> str:
     return f"{unset}\n{_prepare(config, folder)}\n{nodes}\n{ending}"
 
 
+# The submitting machine may just have made the run's folder, so that it can neither be made nor seen here yet.
+_MAKE_FOLDER = """\
+spell_looks=0
+until mkdir -p "$(dirname "$SPELL_RENDEZVOUS")"; do
+    spell_looks=$((spell_looks + 1))
+    [ $spell_looks -le 60 ] || exit 1
+    sleep 2
+done"""
+
+
 def _prepare(config: Config, folder: str) -> str:
     return "\n".join(
         [
             f"export SPELL_RENDEZVOUS={folder}",
-            'mkdir -p "$(dirname "$SPELL_RENDEZVOUS")" && mkdir -m 700 "$SPELL_RENDEZVOUS" || exit 1',
+            _MAKE_FOLDER,
+            'mkdir -m 700 "$SPELL_RENDEZVOUS" || exit 1',
             f"cat > \"$SPELL_RENDEZVOUS/config.yaml.tmp\" <<'{_END}' || exit 1",
             to_yaml(config) + _END,
             _appears("config.yaml"),

@@ -19,6 +19,7 @@ from mini_slurm import FINISHED, HEAD, MiniSlurm, missing
 from network import Network
 from small_run import MARK, ROOT, SMALL
 
+from spell_megatron.jobs.job import _MAKE_FOLDER
 from spell_megatron.processes.rendezvous import NODES
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -161,6 +162,13 @@ def test_trainer_processes_meet(slurm, shared):
     assert [said[:3] for said in words] == [[str(rank), "3", "6.0"] for rank in range(3)], ends
     assert len({said[3] for said in words}) == 1
     assert json.loads((folder / "trainer").read_text())["address"] == slurm.address("n1")
+
+
+def test_a_job_begins_in_a_folder_that_was_just_made_elsewhere(slurm, shared):
+    """As `spell launch` does: here it can neither be made nor seen yet."""
+    subprocess.run([*slurm.enter(HEAD), "mkdir", shared / "new"], check=True)
+    script = f'SPELL_RENDEZVOUS={shared}/new/jobs/1.0\n{_MAKE_FOLDER}\nmkdir "$SPELL_RENDEZVOUS"'
+    subprocess.run([*slurm.enter("n1"), "bash", "-c", script], check=True)
 
 
 def test_a_folder_belongs_to_one_machine(slurm, shared):
