@@ -100,11 +100,14 @@ def read_section(schema: type[Schema], files: Files, overrides: Sequence[str] = 
 def noted_prompt_date(settings: Path) -> date | None:
     """`model.prompt_date` in a file of a run's settings; None if there is no such file, or it does not say.
 
-    Raises UserError if the file cannot be read.
+    Raises UserError if the file cannot be read, or names no day.
     """
     model = _read_yaml(settings).get("model") if settings.is_file() else None
     noted = model.get("prompt_date") if isinstance(model, dict) else None
-    return date.fromisoformat(str(noted)) if noted else None
+    try:
+        return date.fromisoformat(str(noted)) if noted else None
+    except ValueError:
+        raise UserError(f"{settings} has model.prompt_date {noted!r}. Write a day there, such as 2026-11-29.") from None
 
 
 def to_yaml(config: Config) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -165,7 +165,9 @@ def _pin_date(evaluation: Evaluation) -> None:
     model = evaluation.config.model
     if model.prompt_date is None:
         noted = _noted_settings(evaluation.folder / "evaluation.json").get("prompt_date")
-        model.prompt_date = date.fromisoformat(noted) if noted else date.today()
+        model.prompt_date = date.today()
+        with suppress(ValueError):  # none is noted, or no day, which is then told as a change
+            model.prompt_date = date.fromisoformat(str(noted))
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def test_the_day_of_the_prompts_is_that_of_the_runs_beginning(spell, inputs, tmp
     assert day("--resume", run) == "2024-07-26"
     assert day("--config", inputs / "run.yaml", "--run.name=old", "--resume") == "2024-07-26"
     assert day("--resume", run, "--model.prompt_date=2025-01-01") == "2025-01-01"
+    (run / "config.yaml").write_text("model: {prompt_date: tomorrow}\n")
+    status, _, errors = spell("train", "--config", inputs / "run.yaml", "--run.name=old", "--resume", "--dry-run")
+    assert status == 2 and "has model.prompt_date 'tomorrow'. Write a day there" in errors
 
 
 def test_a_run_folder_belongs_to_one_process(inputs, spell, monkeypatch):

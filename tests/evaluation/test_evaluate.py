@@ -413,6 +413,8 @@ def test_the_day_of_the_prompts_is_that_of_the_run_or_of_the_evaluations_beginni
     stub.requests.clear()
     assert main(command(step, stub, mine, out, "--samples", "2")) == 0  # on another day
     assert len(stub.requests) == 5 and all(body["prompt"][:11] == ours for _, body, _ in stub.requests)
+    (out / "evaluation.json").write_text(json.dumps(settings | {"prompt_date": 5}))
+    assert main(command(step, stub, mine, out, "--samples", "2")) == 2
     del settings["prompt_date"]  # as earlier versions wrote it
     (out / "evaluation.json").write_text(json.dumps(settings))
     assert main(command(step, stub, mine, out, "--samples", "3")) == 0
