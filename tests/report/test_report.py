@@ -48,6 +48,7 @@ def test_a_run_that_is_still_going_says_so(simulated, tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
     message = write_report([folder], tmp_path / "report.html")
     assert f"going: step 3 of {STEPS}: still going, or stopped early" in message
+    assert "going: The run ended before its last step: Nothing says that it is still going" in message
     steps = {q["step"] for q in embedded((tmp_path / "report.html").read_text(), "transcripts-data")}
     assert steps == {1, 2, 3}  # the files of step 4 and on are an earlier life's, or of a step that is not done
 
