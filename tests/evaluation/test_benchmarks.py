@@ -127,7 +127,7 @@ def wrong_strings() -> bytes:
     [
         ("hotpotqa.parquet", wrong_strings(), "row 2 holds bytes that are not UTF-8 in 'input', 'context'"),
         ("hotpotqa.parquet", b"PAR1", "not a readable parquet file"),
-        ("hotpotqa.jsonl", gzip.compress(b"{}"), "this is gzip data"),
+        ("hotpotqa.jsonl", gzip.compress(b"{}", mtime=0), "this is gzip data"),
         ("hotpotqa.zip", damaged_archive(), "cannot be read as hotpotqa"),
         ("hotpotqa.zip", damaged_archive()[:-30], "cannot be read as hotpotqa"),
     ],
