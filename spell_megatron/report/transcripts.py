@@ -101,6 +101,7 @@ def _question(rows: Iterable[dict[str, Any]], text_chars: int, run: int) -> dict
     asked = None
     if question:
         asked = _sample(question, text_chars) | {
+            "gate": number(question.get("gate")),
             "text": shorten(question["prediction"], text_chars),
             "prompt": shorten(question["prompt"], text_chars),
             "documents": _names(question["document_ids"]),

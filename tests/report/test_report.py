@@ -171,6 +171,16 @@ def test_long_texts_lose_their_middle(tmp_path):
     assert len(judgment["output"].split("\n")[0]) == 66  # two thirds of a hundred
 
 
+def test_what_the_gate_said_of_a_question_stands_with_it(simulated, tmp_path):
+    file = tmp_path / "step_000001.jsonl"
+    rows = [row | {"gate": 0.75} if row["role"] == "questioner" else row for row in rollouts(simulated, 1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {q["question"]["gate"] for q in read_questions(file, 1000, 400, 0, [])} == {0.75}
+    older = [{key: value for key, value in row.items() if key != "gate"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in older))
+    assert {q["question"]["gate"] for q in read_questions(file, 1000, 400, 0, [])} == {None}
+
+
 def test_a_dump_that_cannot_be_read_is_left_out(simulated, tmp_path):
     folder = shutil.copytree(simulated, tmp_path / "run")
     (folder / "rollouts" / "step_000002.jsonl").write_text('{"uid": "2.0", "role"')

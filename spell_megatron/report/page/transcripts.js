@@ -193,6 +193,12 @@ function questionBody(q) {
       ["Question", asked?.text],
       ["Reference", q.reference],
       [
+        "Gate",
+        typeof asked?.gate === "number"
+          ? `${Math.round(100 * asked.gate)} % of the answers from its documents reach the reference`
+          : null,
+      ],
+      [
         "Reward",
         asked &&
           `${points(asked.reward)}, advantage ${signed(asked.advantage)}, ${asked.tokens} tokens` +
