@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share. This file also puts `tests/` on the import path."""
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in LONG):
             item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def signal_mask():
+    """`spell train` blocks signals for good: what later tests start must not inherit that."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture(scope="module")
