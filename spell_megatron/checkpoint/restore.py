@@ -87,8 +87,9 @@ def _small_files(folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any] | 
     meta, state = read_meta(folder), read_state(folder)
     tensors, rank = folder / "trainer", dist.get_rank()
     read_object(tensors / "metadata.json", go_on_without(folder))
-    _read(tensors / ".metadata", lambda path: FileSystemReader(str(path.parent)).read_metadata(), folder)
-    _read(tensors / "common.pt", lambda path: dist_checkpointing.load_common_state_dict(path.parent), folder)
+    stored = _read(tensors / ".metadata", lambda path: FileSystemReader(str(path.parent)).read_metadata(), folder)
+    if not any(key.startswith("common_state") for key in stored.state_dict_metadata):  # Megatron 0.19 stores it there
+        _read(tensors / "common.pt", lambda path: dist_checkpointing.load_common_state_dict(path.parent), folder)
     random = None
     if rank < meta["ranks"]:
         # plain values and tensors: loading them executes nothing
