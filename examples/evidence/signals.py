@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from spell_megatron.config.reading import load_config  # noqa: E402
 from spell_megatron.evaluation.policies import Policy, engine_policy  # noqa: E402
 from spell_megatron.rollout.engines import Engines  # noqa: E402
 from spell_megatron.selfplay.documents import Cluster, load_clusters  # noqa: E402
+from spell_megatron.selfplay.names import unknown_names  # noqa: E402
 from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question  # noqa: E402
 from spell_megatron.selfplay.prompts import PromptSet  # noqa: E402
 from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
@@ -44,7 +44,6 @@ from spell_megatron.tokenizer import PolicyTokenizer  # noqa: E402
 
 CONFIG = ROOT / "examples" / "quickstart.yaml"
 THRESHOLDS = (0.5, 0.75, 1.0)
-NAME = re.compile(r"\b[A-Z][a-z]+\b")
 
 
 @dataclass
@@ -114,9 +113,7 @@ class Experiment:
             self.share(asked, "source and 2 others, own orders", distracted(2)),
             self.share(asked, "source and 4 others, own orders", distracted(4)),
         )
-        text = " ".join(asked.cluster.documents[i] for i in source)
-        names = [name for name in NAME.findall(asked.question.text) if name != "What"]
-        stands = all(re.search(rf"\b{name}\b", text) for name in names)
+        stands = not unknown_names(asked.question.text, [asked.cluster.documents[i] for i in source])
         signals = asked.signals
         signals["names in source"] = float(stands)
         for other in ("source", "source and 2 others, own orders"):

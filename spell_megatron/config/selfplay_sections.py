@@ -34,6 +34,9 @@ class QuestionerConfig(Section):
     """Ask the questioner to quote what its answer rests on. A question is dropped unless it has quotes and each stands
     in the documents, word for word. The prompt set must have the file evidence.md, and {{evidence}} in the questioner's
     prompts."""
+    known_names: bool = False
+    """Drop a question if it names something that the documents of its questioner do not. Names are words that start
+    with a capital inside a sentence. This costs nothing to check."""
     max_reference_tokens: int = Field(40, ge=1)
     """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
     reward: Literal["gaussian", "azr", "r_zero", "variance"] = "gaussian"
@@ -48,8 +51,9 @@ class QuestionerConfig(Section):
     ungrounded_reward: float = -0.5
     """Reward of a question that the policy answers correctly without its documents."""
     unconfirmed_reward: float = -0.5
-    """Reward of a question whose reference does not pass selfplay.gate, or whose quotes are not in the documents. A
-    penalty can drive the questioner to questions that are ever easier; with 0 such questions are only left out."""
+    """Reward of a question whose reference does not pass selfplay.gate, or whose quotes or names are not in the
+    documents. A penalty can drive the questioner to questions that are ever easier; with 0 such questions are only left
+    out."""
     advantage_group: Literal["task", "batch"] = "task"
     """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
 

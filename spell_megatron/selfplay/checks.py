@@ -9,6 +9,7 @@ from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.config.selfplay_sections import GateConfig, SelfPlayConfig
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.letters import LETTERS
+from spell_megatron.selfplay.names import unknown_names
 from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.parsing import Question, parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
@@ -31,6 +32,8 @@ class Checks:
 
     async def fault(self, attempt: Attempt, question: Question) -> Outcome | None:
         """How the attempt ends because of its question; None if the responder can have it."""
+        if self._config.questioner.known_names and not self._known(attempt, question):
+            return Outcome.UNCONFIRMED
         if self._config.questioner.quotes and not self._quoted(attempt, question):
             return Outcome.UNCONFIRMED
         if self._config.grounding.enabled and await self._answered_without_documents(attempt, question):
@@ -39,9 +42,16 @@ class Checks:
             return Outcome.UNCONFIRMED
         return None
 
+    def _known(self, attempt: Attempt, question: Question) -> bool:
+        """Whether the documents that the questioner saw hold all names of its question."""
+        unknown = unknown_names(question.stem or question.text, _shown(attempt))
+        attempt.counts["checked_names"] += 1
+        attempt.counts["unknown_names"] += bool(unknown)
+        return not unknown
+
     def _quoted(self, attempt: Attempt, question: Question) -> bool:
         """Whether the question has quotes, and all stand in the documents that its questioner saw."""
-        found = quotes_found(question.quotes, [attempt.cluster.documents[index] for index in attempt.context])
+        found = quotes_found(question.quotes, _shown(attempt))
         attempt.counts["quotes"] += len(question.quotes)
         attempt.counts["quotes_found"] += found
         return found == len(question.quotes) > 0
@@ -122,6 +132,11 @@ class Checks:
             if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
                 return prompt
             distractors.pop()
+
+
+def _shown(attempt: Attempt) -> list[str]:
+    """The documents that the questioner saw."""
+    return [attempt.cluster.documents[index] for index in attempt.context]
 
 
 def confirms(reached: int, answers: int, largest_other: int, config: GateConfig) -> bool:

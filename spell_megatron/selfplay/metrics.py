@@ -25,6 +25,7 @@ COUNTED_RATES = (
     ("no_context_right", "no_context_answers"),
     ("gate_answers_reaching_reference", "gate_answers"),
     ("quotes_found", "quotes"),
+    ("unknown_names", "checked_names"),
 )
 COUNTS = ("context_documents_cut", "verifier_prompt_too_long", "gate_prompt_tokens", "gate_response_tokens")
 

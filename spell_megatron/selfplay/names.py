@@ -1,0 +1,32 @@
+"""Whether the names in a question stand in the documents that it was asked about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from spell_megatron.selfplay.characters import canonical
+from spell_megatron.selfplay.texts import words
+
+_TOKEN = re.compile(r"[^\W\d_][\w.'-]*")
+# Where a sentence or a quotation begins, every word has a capital.
+_BEGINNING = re.compile(r"(?:^|[.:?!\"(\n])\s*$")
+
+
+def unknown_names(question: str, documents: Sequence[str]) -> list[str]:
+    """The words of a question that start with a capital inside a sentence, and stand in none of the documents.
+
+    Case and punctuation do not count, nor a genitive's s. Scripts without capitals have no names here.
+    """
+    text = canonical(question)
+    found = [
+        token[0]
+        for token in _TOKEN.finditer(text)
+        if token[0][0].isupper() and len(token[0]) > 1 and not _BEGINNING.search(text[: token.start()])
+    ]
+    known = {_stem(word) for document in documents for word in words(document).split()}
+    return [name for name in found if not all(_stem(word) in known for word in words(name).split())]
+
+
+def _stem(word: str) -> str:
+    return word.removesuffix("'s").removesuffix("'")
