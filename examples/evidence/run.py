@@ -13,6 +13,7 @@ the first 300 clusters of the quick start's documents, so that each is met again
     no_history         the questioner never sees what was asked before
     gate               the recipe with the gate: a question is used only if answers from its documents confirm it
     gate_new_documents, gate_solved_only, gate_no_history     the gate with each kind of history
+    gate_and_names     no history, the gate, and no questions about names that the documents do not hold
     rlvr               the baseline: one question with its right answer for each cluster, rewards by rule
     fixed_questioner   the recipe without the questioner's rows in the update
     fixed_verifier     the recipe without the verifier's rows in the update
@@ -75,6 +76,7 @@ ARMS = {
     "gate_new_documents": self_play("new", gate=True),
     "gate_solved_only": self_play("none", gate=True),
     "gate_no_history": self_play("off", gate=True),
+    "gate_and_names": self_play("off", gate=True, selfplay__questioner__known_names="true"),
     "rlvr": self_play(selfplay__questioner__enabled="false", selfplay__verifier__enabled="false"),
     "fixed_questioner": self_play(training__role_weights="{questioner: 0}"),
     "fixed_verifier": self_play(training__role_weights="{verifier: 0}"),
