@@ -63,6 +63,8 @@ _VALIDATED = "validation/pass@1"
 
 NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
 
+NOTHING_TRAINED = "{folder}: nothing was trained in {steps} steps, and the weights are those of the start. {why}"
+
 
 class Leader:
     """Rank 0. A context manager: it starts the engines, and leaving it ends them.
@@ -82,6 +84,7 @@ class Leader:
         self._last_validation: Metrics = {}
         self._unvalidated = False
         self._restarts = self._without_update = 0
+        self._why_none = ""
 
     def __enter__(self) -> Leader:
         with ExitStack() as stack:
@@ -171,6 +174,7 @@ class Leader:
         if why:
             self.progress.line(f"step {step}: {why}")
         self._empty.note(not rows, why=why)
+        self._why_none = why or self._why_none
         try:
             self._engines.sleep()
         except UserError:
@@ -200,6 +204,8 @@ class Leader:
         metrics["rollout/restarts"] = self._weights.restarts - self._restarts
         self._restarts = self._weights.restarts
         self._without_update += bool(metrics.get("train/skipped") or metrics.get("train/empty"))
+        if metrics.get("train/skipped"):
+            self._why_none = "The gradient was not finite: lower training.optimizer.lr."
         self._log.log(step, metrics)
         self._last_validation = self._validate(step)
         self.progress.summary(step, self._config.run.steps, metrics | self._last_validation)
@@ -226,9 +232,16 @@ class Leader:
         """Wait until all ranks have come here: rank 0 last, after the last validation."""
         self._weights.give_order(Order.END)
 
-    def end(self, step: int) -> Reason | None:
-        """Tell the user that the run ends after `step` updates; returns why it stopped before its end, if it did."""
+    def end(self, step: int, updates: int) -> Reason | None:
+        """Tell the user that the run ends after `step` steps; returns why it stopped before its end, if it did.
+
+        Raises:
+            UserError: the run has made all steps, and none of them has changed the weights (`updates` is 0).
+        """
         steps, stopped = self._config.run.steps, None
+        if 0 < steps <= step and not updates:
+            from_rank_0(None)
+            raise UserError(NOTHING_TRAINED.format(folder=self._folder, steps=steps, why=self._why_none))
         if step < steps or self._unvalidated:
             stopped = self._stop.reason() or Reason.STOP
             missing = " before its validation" if self._unvalidated else ""
@@ -279,7 +292,7 @@ class Follower:
     def meet(self) -> None:
         self._weights.wait_for_order()
 
-    def end(self, step: int) -> Reason | None:
+    def end(self, step: int, updates: int) -> Reason | None:
         return from_rank_0(None)
 
 

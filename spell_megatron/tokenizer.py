@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ class PolicyTokenizer:
     def count(self, text: str) -> int:
         """Number of tokens of a text by itself."""
         return len(self.encode(text))
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text by itself; faster than one by one."""
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text by itself."""

@@ -118,7 +118,7 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
             save(saver, step, rank)
         rank.meet()
         saver.finish()
-        return rank.end(step)
+        return rank.end(step, trainer.scheduler.num_steps)
 
 
 def load_trainer(policy: PolicyModel, config: Config) -> Trainer:

@@ -140,8 +140,11 @@ def make_policy(family: str, folder: Path, corpus: Path | None) -> None:
     model.save_pretrained(folder)
 
 
-def train(folder: Path, *overrides: str) -> tuple[Path, str]:
-    """Two steps with the policy and the corpus in `folder`; returns the run's folder and what it printed."""
+def train(folder: Path, *overrides: str, status: int = 0) -> tuple[Path, str]:
+    """Two steps with the policy and the corpus in `folder`; returns the run's folder and what it printed.
+
+    status: with which it ends.
+    """
     config = {
         "run": {"name": "run", "output_dir": str(folder), "steps": STEPS, "device": "cpu"},
         "model": {"path": "policy", "dtype": "float32"},
@@ -180,7 +183,7 @@ def train(folder: Path, *overrides: str) -> tuple[Path, str]:
         timeout=900,
     )
     output = process.stdout + process.stderr
-    assert process.returncode == 0, output[-5000:]
+    assert process.returncode == status, output[-5000:]
     return folder / "run", output
 
 
@@ -249,15 +252,17 @@ def test_family_takes_two_steps(family, tmp_path):
 
 @pytest.mark.slow
 def test_random_weights_end_without_an_update(tmp_path):
-    """Nothing parses, so there is no gradient: the run says so, counts it, and ends as it should."""
+    """Nothing parses, so there is no gradient: the run says so, counts it, and ends as one that failed."""
     import torch
     from safetensors.torch import load_file
 
     prepare_corpus(tmp_path / "corpus.parquet")
     make_policy("qwen3", tmp_path / "policy", None)
-    run, output = train(tmp_path, "--selfplay.max_rounds=2", "--rollout.sampling.max_response_tokens=600")
+    settings = ("--selfplay.max_rounds=2", "--rollout.sampling.max_response_tokens=600")
+    run, output = train(tmp_path, *settings, status=2)
 
-    assert output.count("nothing to train on, the update is left out (12 tried: ") == STEPS
+    assert output.count("nothing to train on, the update is left out (12 tried: ") == STEPS + 1
+    assert f"nothing was trained in {STEPS} steps" in output and "done after" not in output
     steps = metrics(run)
     assert sorted(steps) == [0, 1, 2]
     for step in (1, 2):

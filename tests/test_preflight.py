@@ -54,7 +54,7 @@ def setup(dense, tmp_path):
             "model": {"path": dense, "dtype": "float32"},
             "data": {"documents": documents},
             "run": {"output_dir": tmp_path / "runs", "device": "cpu"},
-            "selfplay": {"groups": 2, "clusters_per_round": 6, "verifier": {"share": 0.5}},
+            "selfplay": {"groups": 2, "clusters_per_round": 6, "prompts": "compact", "verifier": {"share": 0.5}},
             "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
         }
         for section, values in sections.items():

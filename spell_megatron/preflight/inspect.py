@@ -6,22 +6,26 @@ nothing and loads no weights.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spell_megatron.config.faults import involves
 from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
+from spell_megatron.preflight.documents import check_documents, check_enough
 from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import check_disk, check_packages, check_run_folder, check_trainer
 from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder, check_resumed_model
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.sampler import ClusterSampler
+
+if TYPE_CHECKING:
+    from spell_megatron.evaluation.questions import HeldOutQuestion
+    from spell_megatron.tokenizer import PolicyTokenizer
+    from spell_megatron.training.policy import PolicyModel
 
 
 def inspect(
@@ -39,15 +43,19 @@ def inspect(
     check_run_folder(found, config.run, resume, restarted)
     check_packages(found, config)
     clusters = found.attempt("data.documents", lambda: load_clusters(config.data.documents))
-    if clusters is not None:
-        check_documents(found, config, clusters)
-    found.attempt(
+    of_task = check_documents(found, config, clusters) if clusters else {}
+    prompts = found.attempt(
         "selfplay.prompts selfplay.questioner.quotes",
         lambda: PromptSet.load(config.selfplay.prompts, config.selfplay.questioner.quotes),
     )
     check_verifier(found, config)
-    check_held_out_questions(found, config.validation.questions)
-    policy = check_model_folder(found, config.model.path, config.model.dtype)
+    questions = held_out_questions(found, config.validation.questions)
+    policy, tokenizer = check_model_folder(found, config.model.path, config.model.dtype)
+    usable = len(clusters or ())
+    if clusters and prompts and policy and tokenizer:
+        usable = check_texts(found, config, clusters, of_task, questions, prompts, policy, tokenizer)
+    if clusters:
+        check_enough(found, config, usable)
     if policy is not None:
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
@@ -62,40 +70,6 @@ def inspect(
     return found
 
 
-def check_documents(found: Findings, config: Config, clusters: Sequence[Cluster]) -> None:
-    """The document clusters have what the tasks need, and are enough."""
-    play, file = config.selfplay, config.data.documents
-    if not play.questioner.enabled and not clusters[0].question:
-        found.fault(
-            "selfplay.questioner.enabled data.documents",
-            f"the questioner is off, and {file} has no questions. Give a file whose rows have task, question, answer "
-            "and documents, or turn the questioner on",
-        )
-    sources = Counter(cluster.source for cluster in clusters)
-    unknown = [source for source in config.data.sources if source not in sources]
-    for source in unknown:
-        close = difflib.get_close_matches(source, sources, 1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"The file has {', '.join(map(repr, sources))}."
-        found.fault("data.sources", f"no cluster of {file} has the source {source!r}. {hint}")
-    if not unknown:
-        found.attempt(
-            "data.sources data.documents selfplay.tasks selfplay.clusters_per_round",
-            lambda: ClusterSampler(clusters, play.tasks, config.data.sources, play.clusters_per_round, config.run.seed),
-        )
-    reachable = play.max_rounds * min(len(clusters), play.clusters_per_round)
-    if play.groups > reachable:
-        found.fault(
-            "selfplay.groups data.documents selfplay.max_rounds",
-            f"a step asks one question per cluster, and max_rounds = {play.max_rounds} rounds over {len(clusters)} "
-            f"clusters can never come to {play.groups} mixed groups. Lower it to {reachable} or less, or add documents",
-        )
-    elif play.groups > len(clusters):
-        found.warn(
-            f"selfplay.groups = {play.groups} is more than the {len(clusters)} document "
-            "clusters, so an update holds several questions about the same documents"
-        )
-
-
 def check_verifier(found: Findings, config: Config) -> None:
     """An update has room for a group of judgments."""
     play = config.selfplay
@@ -108,9 +82,36 @@ def check_verifier(found: Findings, config: Config) -> None:
         )
 
 
-def check_held_out_questions(found: Findings, questions: Path | None) -> None:
-    """The file of held-out questions can be read."""
-    if questions is not None:
-        from spell_megatron.evaluation.questions import load_questions
+def held_out_questions(found: Findings, file: Path | None) -> Sequence[HeldOutQuestion]:
+    """The questions in the file of held-out ones; none if there is none, or it cannot be read."""
+    if file is None:
+        return ()
+    from spell_megatron.evaluation.questions import load_questions
 
-        found.attempt("validation.questions", lambda: load_questions(questions))
+    return found.attempt("validation.questions", lambda: load_questions(file)) or ()
+
+
+def check_texts(
+    found: Findings,
+    config: Config,
+    clusters: Sequence[Cluster],
+    of_task: Mapping[str, Sequence[str]],
+    questions: Sequence[HeldOutQuestion],
+    prompts: PromptSet,
+    policy: PolicyModel,
+    tokenizer: PolicyTokenizer,
+) -> int:
+    """Documents and held-out questions fit into prompts; returns how many clusters do."""
+    from spell_megatron.preflight import prompt_lengths
+
+    lengths = prompt_lengths.PromptLengths(config, prompts, tokenizer)
+    room = prompt_lengths.prompt_room(config, policy.hf_config)
+
+    def check() -> int:
+        prompt_lengths.check_held_out_lengths(found, config, questions, lengths, tokenizer)
+        if not of_task:
+            return len(clusters)
+        return prompt_lengths.check_prompt_lengths(found, config, clusters, of_task, lengths, tokenizer, room)
+
+    usable = found.attempt("model.path", check)  # a chat template may not take what it is given
+    return len(clusters) if usable is None else usable

@@ -17,14 +17,18 @@ from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import uses_gpus
 
 if TYPE_CHECKING:
+    from spell_megatron.tokenizer import PolicyTokenizer
     from spell_megatron.training.policy import Architecture, PolicyModel
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads that vLLM serves on CPUs. With another size it dies at the first request."""
 
 
-def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel | None:
-    """Configuration, weights and tokenizer are complete; what config.json says, or None if it cannot be used."""
+def check_model_folder(found: Findings, path: Path, dtype: str) -> tuple[PolicyModel | None, PolicyTokenizer | None]:
+    """Configuration, weights and tokenizer are complete.
+
+    Returns what config.json says, and the tokenizer; None for one that cannot be used.
+    """
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         found.fault(
@@ -32,7 +36,7 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
             f"the folder {path} {kind}. Give the local folder of a Hugging Face checkpoint. Relative "
             "paths are taken from the current directory, then from the folder of the YAML file",
         )
-        return None
+        return None, None
     # transformers takes seconds to import: not before the folder is known to exist
     from spell_megatron.tokenizer import PolicyTokenizer
     from spell_megatron.training.policy import PolicyModel
@@ -59,7 +63,7 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> PolicyModel |
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
             f"{policy.arch.vocabulary}. Use the tokenizer that belongs to the model",
         )
-    return policy
+    return policy, tokenizer
 
 
 def check_resumed_model(found: Findings, run_folder: Path, policy: PolicyModel) -> None:

@@ -23,7 +23,7 @@ def inputs(tmp_path_factory) -> Path:
         "model": {"path": "policy", "dtype": "float32"},
         "data": {"documents": "clusters.jsonl"},
         "run": {"device": "cpu", "steps": 2},
-        "selfplay": {"groups": 2, "clusters_per_round": 6},
+        "selfplay": {"groups": 2, "clusters_per_round": 6, "prompts": "compact"},
         "rollout": {"sampling": {"max_prompt_tokens": 200, "max_response_tokens": 50}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))

@@ -1,0 +1,37 @@
+"""How rank 0 ends a run; the rest of it is tested with engines in tests/test_train.py."""
+
+import io
+
+import pytest
+from rich.console import Console
+from small_run import ROOT
+
+from spell_megatron.config.reading import load_config
+from spell_megatron.errors import UserError
+from spell_megatron.leader import Leader
+from spell_megatron.monitoring.progress import Progress
+from spell_megatron.monitoring.status import Status
+from spell_megatron.monitoring.stopping import StopRequest
+
+
+@pytest.fixture
+def leader(tmp_path, monkeypatch):
+    """A leader of a run of two steps, without engines."""
+    monkeypatch.chdir(ROOT)
+    config = load_config("examples/quickstart.yaml", ["--run.steps=2"])
+    leader = Leader(config, tmp_path, StopRequest(tmp_path), None)
+    leader._status = Status(tmp_path, 2)
+    leader.progress = Progress(console=Console(file=io.StringIO()))
+    return leader
+
+
+def test_a_run_that_trained_nothing_is_not_done(leader):
+    leader._why_none = "Prepare shorter documents."
+    with pytest.raises(UserError, match=r"nothing was trained in 2 steps.*Prepare shorter documents\."):
+        leader.end(2, updates=0)
+    assert "done" not in leader.progress.console.file.getvalue()
+
+
+def test_a_run_that_trained_in_one_step_is_done(leader):
+    assert leader.end(2, updates=1) is None
+    assert "done after 2 steps" in leader.progress.console.file.getvalue()
