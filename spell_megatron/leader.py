@@ -19,12 +19,14 @@ from spell_megatron.config.reading import to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.director import Director
 from spell_megatron.errors import UserError
+from spell_megatron.files import write_text
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.monitoring.versions import note_versions
+from spell_megatron.preflight.resume import VALIDATED
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import local_processes
@@ -58,9 +60,6 @@ class InARow:
             raise UserError(self._message.format(count=self._count, **details))
 
 
-_VALIDATED = "validation/pass@1"
-"""A metric of each validation."""
-
 NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
 
 NOTHING_TRAINED = "{folder}: nothing was trained in {steps} steps, and the weights are those of the start. {why}"
@@ -91,7 +90,8 @@ class Leader:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._status = stack.enter_context(Status(self._folder, self._config.run.steps))
             self.progress = Progress(status=self._status)
-            (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            if not (self._folder / "config.yaml").exists():
+                self._note_settings()
             note_versions(self._folder)
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
@@ -102,6 +102,9 @@ class Leader:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
+
+    def _note_settings(self) -> None:
+        write_text(self._folder / "config.yaml", to_yaml(self._config))
 
     def _open_engines(self) -> Engines:
         run, training = self._config.run, self._config.training
@@ -139,10 +142,11 @@ class Leader:
         metrics = self.push(step)
         with self.progress.stage("comparing engines and trainer"):
             _probe(self._weights, trainer, self._config)
+        self._note_settings()  # those of a resume count only now that it can train
         self._stop.can_save = True
         if not state:
             self._log.log(0, metrics)
-        if not self._log.has(step, _VALIDATED):
+        if not self._log.has(step, VALIDATED):
             self._first_validation = self._validate(step)
             if self._first_validation:
                 self.progress.validation(step, self._first_validation)
@@ -225,7 +229,7 @@ class Leader:
         if metrics:
             self._log.log(step, metrics | {"time/validation": time.monotonic() - started})
             if step:
-                note_score(self._folder, step, metrics[_VALIDATED])
+                note_score(self._folder, step, metrics[VALIDATED])
         return metrics
 
     def meet(self) -> None:

@@ -19,6 +19,7 @@ from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
+from spell_megatron.preflight.resume import finished
 from spell_megatron.processes.collective import from_rank_0, lost_connection
 from spell_megatron.processes.joining import join
 from spell_megatron.processes.rendezvous import Rendezvous
@@ -88,6 +89,9 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
         policy = PolicyModel.load(config.model.path, config.model.dtype)
         backend.initialise(policy, config.training, config.run.device, config.run.seed)
         resume = from_rank_0(resume)  # a job's script decides it on each node, and may not see the checkpoint there yet
+        if from_rank_0(nothing_to_do := finished(config) if resume and dist.get_rank() == 0 else ""):
+            Progress(enabled=dist.get_rank() == 0).line(nothing_to_do)
+            return None
         rank: Rank = Leader(config, folder, stop, rendezvous) if dist.get_rank() == 0 else Follower(config, stop)
         stack.enter_context(rank)
         with rank.progress.stage("loading the policy"):

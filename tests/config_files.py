@@ -21,12 +21,12 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def add_checkpoint(run: Path, policy: Path) -> Path:
-    """What preflight reads of the newest checkpoint of a run; returns its folder."""
-    step = run / "checkpoints" / "step_000001"
+def add_checkpoint(run: Path, policy: Path, number: int = 1) -> Path:
+    """What preflight reads of a checkpoint of a run, which becomes its newest; returns its folder."""
+    step = run / "checkpoints" / f"step_{number:06d}"
     step.mkdir(parents=True)
-    (step / "meta.json").write_text('{"step": 1, "updates": 1, "ranks": 1}')
-    (step / "state.json").write_text('{"step": 1}')
+    (step / "meta.json").write_text(f'{{"step": {number}, "updates": {number}, "ranks": 1}}')
+    (step / "state.json").write_text(f'{{"step": {number}}}')
     (step / "hf").symlink_to(policy)
     (step.parent / "latest").write_text(step.name)
     return step

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.config.faults import Fault
 from spell_megatron.config.help import all_settings
 from spell_megatron.config.reading import Reading, read_config
 from spell_megatron.config.schema import Config
@@ -63,38 +65,47 @@ def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    """`--resume [RUN_FOLDER]`."""
+    """`--resume [RUN_FOLDER[@STEP]]`."""
     parser.add_argument(
         "--resume",
         nargs="?",
         const="",
-        metavar="RUN_FOLDER",
+        metavar="RUN_FOLDER[@STEP]",
         help="continue a run from its newest checkpoint, with its own settings unless --config is given; "
-        "without RUN_FOLDER: the run that --config names",
+        "without RUN_FOLDER: the run that --config names; with @STEP: begin a new run, in a folder of its own, with "
+        "this checkpoint of the old one",
     )
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What `--resume` names."""
+
+    folder: Path
+    """Of a run."""
+    step: int | None = None
+    """A new run begins with this step of it; None: it goes on itself, from its newest checkpoint."""
+
+    @classmethod
+    def of(cls, text: str) -> Resume:
+        """From RUN_FOLDER or RUN_FOLDER@STEP."""
+        run, _, step = text.rpartition("@")
+        if run and step.isdecimal() and not Path(text).is_dir():
+            return cls(Path(run), int(step))
+        return cls(Path(text))
 
 
 def read_run(
     command: str, arguments: argparse.Namespace, overrides: Sequence[str]
-) -> tuple[Reading[Config], Path | None]:
-    """The settings that --config and --resume name, and the folder of the run to be continued, if any.
+) -> tuple[Reading[Config], Resume | None]:
+    """The settings that --config and --resume name, and the run to be continued, if any.
 
     Raises:
         UserError: they name none, or a file cannot be read at all.
     """
     if arguments.resume:
-        folder = Path(arguments.resume)
-        own = folder / "config.yaml"
-        if not own.is_file() and not arguments.config:
-            raise UserError(
-                f"There is no run to resume in {folder}: it has no config.yaml. Give the folder of a run, or "
-                "the YAML file with --config."
-            )
-        location = folder.absolute()
-        reading = read_config(arguments.config or own, overrides)
-        run = reading.settings.run
-        run.output_dir, run.name = location.parent, location.name
-        return reading, folder
+        resume = Resume.of(arguments.resume)
+        return _read_resumed(resume, arguments.config, overrides), resume
     if arguments.config is None:
         raise UserError(
             "A run needs settings. Give a YAML file with --config, or a run to continue with --resume "
@@ -102,7 +113,44 @@ def read_run(
         )
     reading = read_config(arguments.config, overrides)
     run = reading.settings.run
-    return reading, None if arguments.resume is None else run.output_dir / run.name
+    return reading, None if arguments.resume is None else Resume(run.output_dir / run.name)
+
+
+def _read_resumed(resume: Resume, files: list[Path] | None, overrides: Sequence[str]) -> Reading[Config]:
+    """The settings of a run that `--resume RUN_FOLDER[@STEP]` continues or begins with."""
+    own = resume.folder / "config.yaml"
+    if not own.is_file() and not files:
+        if (resume.folder / "meta.json").is_file():
+            its_run, step = resume.folder.parents[1], resume.folder.name.removeprefix("step_")
+            raise UserError(
+                f"{resume.folder} is a checkpoint, not a run. Continue the run with --resume {its_run}, or begin a new "
+                f"run with this checkpoint: --resume {its_run}@{int(step) if step.isdecimal() else 'STEP'}."
+            )
+        raise UserError(
+            f"There is no run to resume in {resume.folder}: it has no config.yaml. Give the folder of a run, or "
+            "the YAML file with --config."
+        )
+    location = resume.folder.absolute()
+    reading = read_config(files or own, overrides)
+    run = reading.settings.run
+    named = {key for key in ("run.name", "run.output_dir") if key in reading.overridden}
+    if resume.step is not None:
+        if not files and "run.output_dir" not in named:
+            run.output_dir = location.parent
+        if not files and "run.name" not in named:
+            run.name = f"{location.name}-from-{resume.step}"
+        return reading
+    elsewhere = (run.output_dir / run.name).absolute() != location
+    if elsewhere and named:
+        reading.faults.append(
+            Fault.of(
+                " ".join(sorted(named)),
+                f"--resume {resume.folder} goes on in that folder. To begin another run with one of its checkpoints, "
+                f"say --resume {resume.folder}@STEP",
+            )
+        )
+    run.output_dir, run.name = location.parent, location.name
+    return reading
 
 
 def add_rendezvous(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.cli.arguments import add_command, add_config, add_resume, overrides_of, read_run, settings_help
+from spell_megatron.errors import ExitStatus, UserError
 
 
 def add_parser(commands: Any) -> None:
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.jobs.submit import launch
+    from spell_megatron.preflight.resume import finished
 
     rest = arguments.rest
     if "=" in (arguments.resume or ""):  # an override that follows a bare --resume
@@ -46,8 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
     words = [f"--{word}" if word.startswith(("cluster.", "run.executor.")) else word for word in rest]
     of_executor, of_site, of_run = _separate(overrides_of(words), "run.executor.", "cluster.")
     reading, resumed = read_run("launch", arguments, of_run)
+    config = reading.checked()
+    if resumed:
+        if resumed.step is not None:
+            raise UserError(
+                "A job goes on from the newest checkpoint of a run. `spell train --resume RUN_FOLDER@STEP` begins a "
+                "new run on the machine where it is called; a job can go on with that one."
+            )
+        if nothing_to_do := finished(config):
+            print(nothing_to_do)
+            return ExitStatus.SUCCESS
     return launch(
-        reading.checked(),
+        config,
         arguments.cluster,
         of_site,
         of_executor,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spell_megatron.cli.arguments import (
+    Resume,
     add_command,
     add_config,
     add_rendezvous,
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
         run,
         help="train a policy by self-play",
         usage="spell train --config FILE [--config FILE ...] [--SECTION.KEY=VALUE ...] [--dry-run]\n"
-        "       spell train --resume RUN_FOLDER [--SECTION.KEY=VALUE ...]",
+        "       spell train --resume RUN_FOLDER[@STEP] [--SECTION.KEY=VALUE ...]",
         description="Train a policy by self-play on document clusters. Everything is checked before a model "
         "is loaded. Results are written to the folder run.output_dir/run.name.",
         epilog=settings_help(),
@@ -65,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     reading, resume = _read(arguments, overrides_of(arguments.rest))
     found = _preflight(arguments, reading, resume)
     config = reading.checked(found.faults)
+    goes_on = resume is not None and resume.step is None
+    if goes_on and launched_processes() is None and (nothing_to_do := _finished(config)):
+        print(nothing_to_do)
+        return ExitStatus.SUCCESS
     if arguments.dry_run:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in _overview(config, resume, found.warnings)))
         return ExitStatus.SUCCESS
@@ -72,10 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
         return launch_processes(config.training, arguments.argv)
     for warning in found.warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
-    return _train(arguments, config, resume is not None)
+    return _train(arguments, config, resume)
 
 
-def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: Path | None) -> Findings:
+def _finished(config: Config) -> str:
+    from spell_megatron.preflight.resume import finished
+
+    return finished(config)
+
+
+def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: Resume | None) -> Findings:
     """What rank 0 finds wrong with the settings on this machine."""
     from spell_megatron.preflight.findings import Findings
     from spell_megatron.preflight.inspect import inspect
@@ -83,7 +94,10 @@ def _preflight(arguments: argparse.Namespace, reading: Reading[Config], resume: 
     if rank() > 0:
         return Findings()
     known_faulty = {key for fault in reading.faults for key in fault.keys}
-    return inspect(reading.settings, resume, known_faulty, _restarted(arguments))
+    if resume is None or resume.step is None:
+        folder = None if resume is None else resume.folder
+        return inspect(reading.settings, folder, known_faulty, _restarted(arguments))
+    return inspect(reading.settings, None, known_faulty, _restarted(arguments), (resume.folder, resume.step))
 
 
 def _restarted(arguments: argparse.Namespace) -> bool:
@@ -91,7 +105,7 @@ def _restarted(arguments: argparse.Namespace) -> bool:
     return arguments.rendezvous is not None and slurm_restarts() > 0
 
 
-def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitStatus:
+def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None) -> ExitStatus:
     """Train in this process; the exit status tells why the run stopped."""
     quiet_libraries()
     from spell_megatron.monitoring.stopping import Reason
@@ -102,14 +116,26 @@ def _train(arguments: argparse.Namespace, config: Config, resume: bool) -> ExitS
         from spell_megatron.processes.rendezvous import BEGUN, Rendezvous
 
         rendezvous = Rendezvous(arguments.rendezvous, arguments.engine_nodes)
-    with _run_folder(config, known=resume or _restarted(arguments)):
+    goes_on = resume is not None and resume.step is None
+    with _run_folder(config, known=goes_on or _restarted(arguments)):
+        if resume is not None and resume.step is not None and rank() == 0:
+            _fork(resume, config)
         if rendezvous and rank() == 0:
             rendezvous.publish(BEGUN, {})
-        stopped = train(config, resume=resume, rendezvous=rendezvous)
+        stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
     # An orderly end is told by rank 0 alone: launchers end the others when one process has another status than 0.
     return stopped.exit_status if stopped and rank() == 0 else ExitStatus.SUCCESS
+
+
+def _fork(resume: Resume, config: Config) -> None:
+    """Make the new run's folder, with the step of the old run that it begins with."""
+    from spell_megatron.checkpoint.fork import fork, kept_step
+
+    folder = config.run.output_dir / config.run.name
+    if not (folder / "checkpoints" / "latest").exists():  # a job that is started again goes on from its own
+        fork(kept_step(resume.folder, resume.step or 0), folder)
 
 
 @contextmanager
@@ -131,14 +157,14 @@ def _run_folder(config: Config, known: bool) -> Iterator[None]:
         yield
 
 
-def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Reading[Config], Path | None]:
-    """The settings, and the folder of the run to be continued, if any."""
+def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Reading[Config], Resume | None]:
+    """The settings, and the run to be continued, if any."""
     if arguments.rendezvous:
         from spell_megatron.processes.rendezvous import await_settings
 
         await_settings(arguments.config or ())
     reading, resumed = read_run("train", arguments, overrides)
-    _pin_date(reading.settings, resumed)
+    _pin_date(reading.settings, resumed.folder if resumed else None)
     return reading, resumed
 
 
@@ -149,7 +175,13 @@ def _pin_date(config: Config, resumed: Path | None) -> None:
         config.model.prompt_date = began or date.today()
 
 
-def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> list[str]:
+def _beginning(resume: Resume | None) -> str:
+    if resume is None:
+        return "new"
+    return "continued" if resume.step is None else f"new, from step {resume.step} of {resume.folder}"
+
+
+def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
     from spell_megatron.rollout.placement import transport_elsewhere
     from spell_megatron.rollout.server import ServerSettings, server_command
@@ -167,7 +199,7 @@ def _overview(config: Config, resume: Path | None, warnings: Sequence[str]) -> l
     experts = f", {arch.experts} experts" if arch.experts else ""
     lines = [
         "Overview",
-        f"run folder   {config.run.output_dir / config.run.name} ({'continued' if resume else 'new'})",
+        f"run folder   {config.run.output_dir / config.run.name} ({_beginning(resume)})",
         f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",
         f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",

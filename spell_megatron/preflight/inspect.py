@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spell_megatron.checkpoint.folder import latest
+from spell_megatron.checkpoint.fork import kept_step
 from spell_megatron.config.faults import involves
 from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
@@ -19,6 +21,7 @@ from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import check_disk, check_packages, check_run_folder, check_trainer
 from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder, check_resumed_model
+from spell_megatron.preflight.resume import steps_fault
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
 
@@ -29,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    config: Config, resume: Path | None = None, known_faulty: Collection[str] = (), restarted: bool = False
+    config: Config,
+    resume: Path | None = None,
+    known_faulty: Collection[str] = (),
+    restarted: bool = False,
+    begin_with: tuple[Path, int] | None = None,
 ) -> Findings:
     """Check a configuration against this machine.
 
@@ -38,6 +45,7 @@ def inspect(
         known_faulty: keys that are known to be wrong already; faults that involve them are left out.
         restarted: Slurm has queued the job again, which was ended before its first checkpoint, so that the run's
             folder may hold results.
+        begin_with: (folder of another run, its step) with whose checkpoint a new run begins.
     """
     found = Findings()
     check_run_folder(found, config.run, resume, restarted)
@@ -59,8 +67,7 @@ def inspect(
     if policy is not None:
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
-        if resume is not None:
-            check_resumed_model(found, config.run.output_dir / config.run.name, policy)
+    check_resumed(found, config, policy, resume is not None, begin_with)
     check_engine_urls(found, config.rollout.urls)
     check_ports(found, config.rollout)
     check_trainer(found, config)
@@ -68,6 +75,27 @@ def inspect(
         check_disk(found, config, policy)
     found.faults = [fault for fault in found.faults if not involves(fault, known_faulty)]
     return found
+
+
+def check_resumed(
+    found: Findings,
+    config: Config,
+    policy: PolicyModel | None,
+    goes_on: bool,
+    begin_with: tuple[Path, int] | None,
+) -> None:
+    """The checkpoint that the run goes on from, or begins with, is complete, of this model, and not its last."""
+    checkpoint = None
+    if begin_with is not None:
+        checkpoint = found.attempt("run.name", lambda: kept_step(*begin_with))
+    elif goes_on:
+        checkpoint = found.attempt("run.name", lambda: latest(config.run.output_dir / config.run.name))
+    if checkpoint is None:
+        return
+    if fault := steps_fault(config, checkpoint, new=begin_with is not None):
+        found.faults.append(fault)
+    if policy is not None:
+        check_resumed_model(found, checkpoint, policy)
 
 
 def check_verifier(found: Findings, config: Config) -> None:

@@ -66,17 +66,14 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> tuple[PolicyM
     return policy, tokenizer
 
 
-def check_resumed_model(found: Findings, run_folder: Path, policy: PolicyModel) -> None:
-    """The newest checkpoint of the run to be continued is complete, and of this model."""
-    from spell_megatron.checkpoint.folder import latest, read_meta, read_state
+def check_resumed_model(found: Findings, checkpoint: Path, policy: PolicyModel) -> None:
+    """The checkpoint that a run goes on from is complete, and of this model."""
+    from spell_megatron.checkpoint.folder import read_meta, read_state
     from spell_megatron.checkpoint.same_model import check_same_model
 
-    newest = found.attempt("run.name", lambda: latest(run_folder))
-    if newest is None:
-        return
-    files = found.attempt("run.name", lambda: (read_meta(newest), read_state(newest)))
+    files = found.attempt("run.name", lambda: (read_meta(checkpoint), read_state(checkpoint)))
     if files is not None:
-        found.attempt("model.path", lambda: check_same_model(newest, policy))
+        found.attempt("model.path", lambda: check_same_model(checkpoint, policy))
 
 
 def check_weights(found: Findings, folder: Path, policy: PolicyModel) -> None:

@@ -77,6 +77,103 @@ def test_resuming_takes_the_settings_and_the_folder_of_the_run(spell, inputs, tm
     assert status == 2 and "already holds a run" in errors and "--resume" in errors
 
 
+@pytest.fixture
+def old(spell, inputs, tmp_path) -> Path:
+    """A run of 4 steps, which has kept 2 and 4."""
+    folder = tmp_path / "runs" / "old"
+    text = spell("train", "--config", inputs / "run.yaml", "--dry-run", "--run.name=old", "--run.steps=4")[1]
+    for step in (2, 4):
+        add_checkpoint(folder, inputs / "policy", step)
+    (folder / "config.yaml").write_text(text)
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))
+    (folder / "logs").mkdir()
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The (configuration, resume) with which training is called, which does nothing."""
+    calls = []
+
+    def train(config, resume, rendezvous):
+        calls.append((config, resume))
+
+    monkeypatch.setitem(sys.modules, "spell_megatron.train", types.SimpleNamespace(run=train))
+    return calls
+
+
+def test_a_run_with_fewer_steps_than_it_has_made_is_refused_and_left_as_it_was(spell, old, trained):
+    before = files(old)
+    status, output, errors = spell("train", "--resume", old, "--run.steps=3")
+    assert status == 2 and "run.steps: the run has made 4 steps already, and this is 3" in errors
+    assert "--resume RUN_FOLDER@STEP" in errors and output == ""
+    assert files(old) == before and not trained
+
+
+def test_a_finished_run_says_so_at_once(spell, old, trained):
+    before = files(old)
+    for more in ((), ("--dry-run",), ("--run.steps=4",)):
+        status, output, errors = spell("train", "--resume", old, *more)
+        assert (status, errors) == (0, "") and "has made all its 4 steps" in output
+        assert f"spell train --resume {old} --run.steps=8" in output
+    assert files(old) == before and not trained
+    assert spell("train", "--resume", old, "--run.steps=8")[0] == 0
+    assert [(config.run.steps, resume) for config, resume in trained] == [(8, True)]
+
+
+def test_a_run_that_lacks_its_last_validation_is_not_finished(spell, old, trained, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"task": "doc_general_qa", "question": "Who?", "answer": "She", "documents": ["A text."]}\n')
+    words = ("train", "--resume", old, f"--validation.questions={questions}")
+    assert spell(*words)[0] == 0 and len(trained) == 1
+    with (old / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "validation/pass@1": 0.5}\n')
+    assert "has made all its 4 steps" in spell(*words)[1] and len(trained) == 1
+
+
+def test_a_new_run_begins_with_a_kept_step_of_another(spell, old, trained, inputs):
+    before = files(old)
+    status, output, _ = spell("train", "--resume", f"{old}@2", "--dry-run", "--run.steps=3")
+    assert status == 0 and f"old-from-2 (new, from step 2 of {old})" in output and files(old) == before
+    assert spell("train", "--resume", f"{old}@2", "--run.steps=3")[0] == 0
+    new = old.with_name("old-from-2")
+    assert [(config.run.name, resume) for config, resume in trained] == [(new.name, True)]
+    assert (new / "checkpoints" / "latest").read_text() == "step_000002"
+    assert [path.name for path in sorted((new / "checkpoints").iterdir())] == ["latest", "step_000002"]
+    one, other = (run / "checkpoints" / "step_000002" / "state.json" for run in (old, new))
+    assert one.samefile(other)  # no second copy
+    assert files(old) == before
+    status, _, errors = spell("train", "--resume", f"{old}@2", "--run.steps=3")
+    assert status == 2 and "already holds a run" in errors
+    assert spell("train", "--resume", f"{old}@2", "--run.steps=3", "--run.name=third")[0] == 0
+    assert (old.with_name("third") / "checkpoints" / "step_000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "message"),
+    [
+        (3, (), "has no checkpoint of step 3. It has kept 2, 4"),
+        (4, (), "the run has made 4 steps already, and this is 4"),
+        (2, ("--run.name=old",), "already holds a run"),
+    ],
+)
+def test_a_new_run_that_cannot_begin_so(spell, old, step, more, message):
+    status, _, errors = spell("train", "--resume", f"{old}@{step}", *more)
+    assert status == 2 and message in errors
+
+
+def test_a_resume_does_not_go_elsewhere(spell, old, inputs):
+    status, _, errors = spell("train", "--resume", old, "--run.name=other", "--run.steps=8")
+    assert status == 2 and "run.name: --resume" in errors and "goes on in that folder" in errors
+    assert spell("train", "--resume", old, "--run.name=old", "--run.steps=8", "--dry-run")[0] == 0
+    status, _, errors = spell("train", "--resume", old / "checkpoints" / "step_000002")
+    assert status == 2 and f"--resume {old}@2" in errors
+
+
 def test_the_day_of_the_prompts_is_that_of_the_runs_beginning(spell, inputs, tmp_path):
     def day(*words) -> str:
         return yaml.safe_load(spell("train", *words, "--dry-run")[1])["model"]["prompt_date"]
