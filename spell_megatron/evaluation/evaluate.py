@@ -11,12 +11,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.schema import Config, ModelConfig, SamplingConfig
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.answers import read_answers
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
+from spell_megatron.evaluation.checked_engines import check_engines
 from spell_megatron.evaluation.generate import fingerprint, generate, missing
 from spell_megatron.evaluation.journal import Journal
 from spell_megatron.evaluation.judge import PROMPT, Judge, judge_all, load_prompt, verdicts
@@ -27,14 +27,11 @@ from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.progress import Progress
-from spell_megatron.preflight.engine_model import check_engine_model, check_positions
-from spell_megatron.preflight.findings import Findings
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
-from spell_megatron.training.policy import PolicyModel
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,8 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     """
     check_writable(evaluation.folder, OUTPUTS)
     template = load_prompt(evaluation.judge_prompt)
+    if not evaluation.answers and not evaluation.server:
+        check_engines(evaluation.config)
     questions = _questions(evaluation, progress)
     remedy = "Wait until it has ended, or give this one another --out."
     with FolderLock(evaluation.folder, "`spell evaluate`", remedy):
@@ -151,7 +150,7 @@ def _answer(evaluation: Evaluation, questions: Questions, progress: Progress) ->
     tokenizer = PolicyTokenizer(evaluation.config.model.path, evaluation.config.model.prompt_date)
     every = [question for members in questions.values() for question in members]
     with Journal(evaluation.folder / "samples.jsonl") as journal:
-        _check_settings(evaluation.folder / "evaluation.json", _settings(evaluation))
+        _check_settings(evaluation.folder / "evaluation.json", _settings(evaluation), journal.empty)
         wanted = missing(prompts, every, evaluation.samples, journal)
         if wanted:
             total = len(every) * evaluation.samples
@@ -186,13 +185,13 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Compare with the settings that a folder's samples were made with; a new folder gets these.
+def _check_settings(path: Path, settings: Mapping[str, Any], unused: bool) -> None:
+    """Compare with the settings that a folder's samples were made with; a folder without any (`unused`) gets these.
 
     Raises:
         UserError: they differ.
     """
-    earlier = _noted_settings(path)
+    earlier = {} if unused else _noted_settings(path)
     if not earlier:
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return
@@ -221,19 +220,6 @@ def _noted_settings(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_model(model: ModelConfig, sampling: SamplingConfig) -> None:
-    """UserError if vLLM would not compute what the model's config.json says. Families that cannot be trained are not
-    checked."""
-    try:
-        policy = PolicyModel.load(model.path, model.dtype)
-    except UserError:
-        return
-    found = Findings()
-    check_engine_model(found, model.path, policy)
-    check_positions(found, sampling, policy.hf_config)
-    raise_faults(found.faults, "the model")
-
-
 def _generate(
     evaluation: Evaluation,
     prompts: PromptSet,
@@ -255,7 +241,6 @@ def _generate(
         return
     logs = evaluation.folder / "logs"
     config = evaluation.config
-    _check_model(config.model, rollout.sampling)
     with Engines.open(
         config.model,
         rollout,

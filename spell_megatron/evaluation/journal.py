@@ -34,6 +34,10 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+    @property
+    def empty(self) -> bool:
+        return os.fstat(self._file).st_size == 0
+
     def _drop_torn_line(self) -> None:
         end = size = os.fstat(self._file).st_size
         while end and os.pread(self._file, 1, end - 1) != b"\n":

@@ -161,8 +161,13 @@ def _quantization(folder: Path, hf_config: Any) -> tuple[str, str]:
     return (QUANTIZATION_FILE if (folder / QUANTIZATION_FILE).exists() else ""), ""
 
 
-def check_positions(found: Findings, sampling: SamplingConfig, hf_config: Any) -> None:
-    """The longest prompt and response fit the positions of the model in vLLM."""
+def check_positions(
+    found: Findings,
+    sampling: SamplingConfig,
+    hf_config: Any,
+    names: tuple[str, str] = ("max_prompt_tokens", "max_response_tokens"),
+) -> None:
+    """The longest prompt and response fit the positions of the model in vLLM. `names`: what a user calls the two."""
     longest, limit, field = sampling.longest_sequence, *position_limit(hf_config)
     if longest <= limit:
         return
@@ -170,7 +175,9 @@ def check_positions(found: Findings, sampling: SamplingConfig, hf_config: Any) -
         "rollout.sampling.max_prompt_tokens rollout.sampling.max_response_tokens "
         "rollout.sampling.max_verdict_tokens rollout.sampling.max_no_context_tokens model.path"
     )
-    lower = f"Lower max_prompt_tokens or max_response_tokens by {longest - limit}"
+    if names[0].startswith("--"):
+        keys = " ".join(names)
+    lower = f"Lower {names[0]} or {names[1]} by {longest - limit}"
     extended = _extended(hf_config)
     if limit < longest <= extended:
         text = f"{hf_config.rope_parameters['factor']:g} x original_max_position_embeddings, its rope scaling"
@@ -198,7 +205,7 @@ def position_limit(hf_config: Any) -> tuple[int, str]:
     if own := getattr(hf_config, "model_max_length", None):
         present = {"model_max_length": own}
     field = min(present, key=lambda name: present[name])
-    parameters = hf_config.rope_parameters
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
     limit = present[field] * (parameters["factor"] if parameters.get("rope_type") == "linear" else 1.0)
     if parameters.get("rope_type") == "yarn" and _extended(hf_config) < limit:
         return _extended(hf_config), "rope scaling"
@@ -207,7 +214,7 @@ def position_limit(hf_config: Any) -> tuple[int, str]:
 
 def _extended(hf_config: Any) -> int:
     """Positions to which yarn or llama3 extends a model; 0 without them."""
-    parameters = hf_config.rope_parameters
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
     if parameters.get("rope_type") not in ("yarn", "llama3") or not parameters.get("factor"):
         return 0
     return int(parameters["factor"] * parameters["original_max_position_embeddings"])

@@ -380,7 +380,40 @@ def test_a_model_that_vllm_would_compute_otherwise_is_refused(mine, tmp_path, ca
     words = ["evaluate", "--model", policy, "--benchmark", f"m={mine}", "--out", tmp_path / "out", "--max-input", 700]
     assert main([str(word) for word in words]) == 2
     told = capsys.readouterr().err
-    assert "2 faults in the model" in told and "o_proj.bias" in told and "128 positions (rope scaling)" in told
+    assert "2 faults in the evaluation" in told and "o_proj.bias" in told and "128 positions (rope scaling)" in told
+
+
+def evaluate_quickstart(mine: Path, out: Path, *words: object) -> int:
+    policy = ROOT / "examples" / "quickstart" / "policy"
+    common = ("evaluate", "--model", policy, "--benchmark", f"m={mine}", "--out", out)
+    return main([str(word) for word in (*common, *words)])
+
+
+def test_limits_beyond_the_models_positions_are_told_before_anything_is_written(mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate_quickstart(mine, out) == 2
+    told = capsys.readouterr().err
+    assert "--max-input: the longest prompt and response together, 20480 tokens" in told
+    assert "Lower --max-input or --max-output by" in told
+    assert not (out / "evaluation.json").exists()
+
+
+def test_of_a_family_that_cannot_be_trained_the_positions_count_too(mine, tmp_path, capsys):
+    policy = shutil.copytree(ROOT / "examples" / "quickstart" / "policy", tmp_path / "policy")
+    config = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "max_position_embeddings": 512}
+    (policy / "config.json").write_text(json.dumps(config))
+    words = ["evaluate", "--model", policy, "--benchmark", f"m={mine}", "--out", tmp_path / "out", "--max-input", 700]
+    assert main([str(word) for word in words]) == 2
+    assert "more than the model's 512 positions" in capsys.readouterr().err
+
+
+def test_a_corrected_command_is_not_held_to_one_that_answered_nothing(tokenizer_folder, stub, mine, tmp_path, capsys):
+    right, stub.answer = stub.answer, lambda body: (400, "the prompt is too long")
+    out = tmp_path / "out"
+    assert main(command(tokenizer_folder, stub, mine, out)) == 2
+    stub.answer = right
+    assert main(command(tokenizer_folder, stub, mine, out, "--max-input", "100")) == 0, capsys.readouterr().err
+    assert json.loads((out / "evaluation.json").read_text())["max_input"] == 100
 
 
 def test_a_step_of_a_run_is_a_model(tokenizer_folder, stub, mine, tmp_path):
