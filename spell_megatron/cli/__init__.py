@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from spell_megatron import __version__
 from spell_megatron.cli import convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
+from spell_megatron.cli.arguments import files_of
 from spell_megatron.errors import ExitStatus, ProcessLost, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, rest = parser.parse_known_args(argv)
             if rest and not arguments.takes_settings:
                 parser.error(f"unknown argument {rest[0]!r}; see `spell {argv[0]} --help`")
+            if arguments.takes_settings:
+                files, rest = files_of(rest)
+                arguments.config = [*(arguments.config or ()), *files] or None
+                if arguments.needs_config and not arguments.config:
+                    raise UserError("The settings of a run are missing. Give their YAML file: --config FILE.")
             arguments.rest, arguments.argv = rest, argv
             return arguments.command(arguments)
         finally:

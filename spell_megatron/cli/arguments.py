@@ -53,15 +53,35 @@ def add_command(
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """`--config FILE`, once or several times."""
+    """`--config FILE`, once or several times, or FILE alone (see `files_of`).
+
+    required: a command line without one is refused.
+    """
     parser.add_argument(
         "--config",
         type=Path,
         action="append",
         metavar="FILE",
-        required=required,
-        help="YAML file of the run's settings; of several, later ones override earlier ones",
+        help="YAML file of the run's settings; of several, later ones override earlier ones. --config may be left out "
+        "before a name that ends in .yaml",
     )
+    parser.set_defaults(needs_config=required)
+
+
+def files_of(rest: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Among words that no argument takes: files of settings that stand alone, and the others.
+
+    A word behind a setting without `=` is the setting's value.
+    """
+    files: list[Path] = []
+    others: list[str] = []
+    for word in rest:
+        is_value = others and others[-1].startswith("--") and "=" not in others[-1]
+        if not word.startswith("--") and "=" not in word and word.endswith((".yaml", ".yml")) and not is_value:
+            files.append(Path(word))
+        else:
+            others.append(word)
+    return files, others
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
@@ -207,8 +227,13 @@ def overrides_of(rest: Sequence[str]) -> list[str]:
         elif overrides and "=" not in overrides[-1]:
             overrides[-1] += f"={word}"
         else:
-            raise UserError(f"Unexpected argument {word!r}. Settings are written --SECTION.KEY=VALUE.")
+            hint = f" To continue the run in that folder, say --resume {word}." if _is_run(word) else ""
+            raise UserError(f"Unexpected argument {word!r}. Settings are written --SECTION.KEY=VALUE.{hint}")
     return overrides
+
+
+def _is_run(word: str) -> bool:
+    return (Path(word) / "config.yaml").is_file()
 
 
 def quiet_libraries() -> None:

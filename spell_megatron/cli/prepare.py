@@ -9,6 +9,7 @@ from typing import Any
 
 from spell_megatron.cli.arguments import add_command
 from spell_megatron.corpus.options import Options
+from spell_megatron.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = {option.name: getattr(arguments, option.name) for option in fields(Options)}
     given |= {name: tuple(given[name]) for name in ("decontaminate", "tasks")}
     options = Options(**given)
+    if arguments.out.is_file():
+        raise UserError(f"{arguments.out} exists already. Choose another place with --out, or move it away.")
     from spell_megatron.corpus.prepare import prepare
 
     print(prepare(arguments.inputs, arguments.out, options))

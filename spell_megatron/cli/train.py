@@ -183,6 +183,7 @@ def _beginning(resume: Resume | None) -> str:
 
 def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
+    from spell_megatron.preflight.engines import states
     from spell_megatron.rollout.placement import transport_elsewhere
     from spell_megatron.rollout.server import ServerSettings, server_command
     from spell_megatron.selfplay.documents import load_clusters
@@ -190,6 +191,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     from spell_megatron.weights.sizes import checkpoint_bytes
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
+    key = os.environ.get(rollout.api_key_env)
     transport = transport_elsewhere(config.run.device)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     arch = policy.arch
@@ -210,7 +212,10 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
         f"{checkpoint_bytes(policy) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
     ]
     if rollout.urls:
-        lines.append(f"engines      running at {', '.join(rollout.urls)}")
+        lines.append("engines      running ones, asked just now:")
+        lines += [f"  {url} {wrong or 'answers'}" for url, wrong in states(rollout.urls, key)]
+        if not key:
+            lines.append(f"warning: {rollout.api_key_env} is not set; the engines' key is taken from it")
     else:
         settings = ServerSettings(config.model, rollout, config.run.seed, config.training.routing_replay)
         command = server_command(settings, transport, rollout.base_port or 0)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from spell_megatron.config.faults import Fault, involves
 from spell_megatron.config.help import Setting, all_settings
+from spell_megatron.config.other_names import OTHER_NAMES
 from spell_megatron.config.section import Schema, Section, subsection
 
 # What pydantic's ErrorDetails hold: "type", "loc" (a path of keys and list indices), "msg", "input", "ctx".
@@ -98,11 +99,18 @@ def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
     *parents, leaf = location
     prefix = "".join(part + "." for part in parents)
     siblings = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
+    leaves: dict[str, list[str]] = {}
+    for key in keys:
+        leaves.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    name = leaf.lower().replace("-", "_")
+    if elsewhere := leaves.get(name):
+        return f"Did you mean {' or '.join(elsewhere)}?"
+    if (other := OTHER_NAMES.get(name)) and any(key == other or key.startswith(f"{other}.") for key in keys):
+        return f"Did you mean {other}?"
     if close := difflib.get_close_matches(leaf, siblings, 1):
         return f"Did you mean {prefix}{close[0]}?"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
     if close := difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75):
-        return f"Did you mean {leaves[close[0]]}?"
+        return f"Did you mean {' or '.join(leaves[close[0]])}?"
     if close := difflib.get_close_matches(".".join(location), keys, 1):
         return f"Did you mean {close[0]}?"
     if siblings:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
+
+import requests
 
 from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.preflight.findings import Findings
+
+_SECONDS = 5.0
+"""How long an engine may take to say that it is well."""
 
 
 def check_engine_urls(found: Findings, urls: Sequence[str]) -> None:
@@ -32,6 +38,25 @@ def check_ports(found: Findings, rollout: RolloutConfig) -> None:
             f"port {', '.join(taken)} is in use or not allowed. End the program that holds it, choose another "
             "base_port, or leave it out, so that the run chooses free ports",
         )
+
+
+def states(urls: Sequence[str], api_key: str | None) -> list[tuple[str, str]]:
+    """(address, "" or what is wrong) of each engine, which is asked once whether it is well."""
+
+    def ask(url: str) -> str:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy stands between us and an engine
+            try:
+                status = session.get(f"{url.rstrip('/')}/health", headers=headers, timeout=_SECONDS).status_code
+            except requests.Timeout:
+                return f"does not answer within {_SECONDS:.0f} s"
+            except requests.RequestException:
+                return "cannot be reached: nothing listens there, or its machine is not known"
+        return "" if status == 200 else f"answers with HTTP status {status}"
+
+    with ThreadPoolExecutor(max(1, len(urls))) as threads:
+        return list(zip(urls, threads.map(ask, urls), strict=True))
 
 
 def url_problem(url: str) -> str | None:

@@ -12,3 +12,7 @@ def test_prepare_writes_clusters(spell, tmp_path):
     status, output, errors = spell("prepare", "texts", *words)
     assert status == 0 and not errors.strip()
     assert (tmp_path / "corpus.parquet").is_file() and output
+    before = (tmp_path / "corpus.parquet").read_bytes()
+    status, output, errors = spell("prepare", "texts", *words, "--seed", "1")
+    assert status == 2 and "corpus.parquet exists already" in errors and not output
+    assert (tmp_path / "corpus.parquet").read_bytes() == before

@@ -9,7 +9,9 @@ import sys
 import textwrap
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,43 @@ def test_several_files_and_resuming_with_them(spell, inputs, tmp_path):
     folder = tmp_path / "runs" / "more"
     add_checkpoint(folder, inputs / "policy")
     assert "(continued)" in spell(*words, "--resume")[1]
+
+
+def test_a_file_of_settings_may_stand_alone(spell, inputs, tmp_path, monkeypatch):
+    (tmp_path / "more.yml").write_text("run: {name: more, stepps: 3}\n")
+    status, _, errors = spell("train", inputs / "run.yaml", "more.yml", "--dry-run")
+    assert status == 2 and "run.stepps (more.yml): unknown key" in errors
+    status, _, errors = spell("train", "--selfplay.groups=0", "--data.documents", "x.yaml", inputs / "run.yaml")
+    assert (status == 2 and "x.yaml is neither .parquet nor .jsonl" in errors) or "x.yaml does not exist" in errors
+    assert "selfplay.groups" in errors
+    status, _, errors = spell("plan", "--gpu", "H100-80G")
+    assert status == 2 and "--config FILE" in errors and "Traceback" not in errors
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    status, _, errors = spell("train", "run")
+    assert status == 2 and "say --resume run" in errors
+
+
+def test_a_dry_run_asks_running_engines(spell, inputs, monkeypatch):
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            right = self.headers["Authorization"] == "Bearer key" and self.path == "/health"
+            self.send_response(200 if right else 401)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        url = f"http://127.0.0.1:{server.server_port}"
+        words = ("train", inputs / "run.yaml", "--dry-run", f"--rollout.urls=[{url},http://127.0.0.1:1]")
+        status, output, _ = spell(*words)
+        monkeypatch.setenv("SPELL_API_KEY", "key")
+        again = spell(*words)[1]
+        server.shutdown()
+    assert status == 0 and f"#   {url} answers with HTTP status 401" in output and "SPELL_API_KEY is not set" in output
+    assert f"#   {url} answers\n#   http://127.0.0.1:1 cannot be reached" in again
 
 
 def test_a_dry_run_with_faults_fails(spell, inputs):

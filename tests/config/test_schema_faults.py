@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hypothesis
+import pytest
 import yaml
 from config_files import faults_of
 from hypothesis import strategies as st
 
 from spell_megatron.config.help import all_settings
+from spell_megatron.config.other_names import OTHER_NAMES
 from spell_megatron.config.reading import read_config
 from spell_megatron.config.schema import Config
 
@@ -50,6 +52,34 @@ def test_every_fault_is_reported_at_once_each_on_a_line_with_its_remedy(write):
     assert by_key.keys() == expected.keys()
     for key, text in expected.items():
         assert text in by_key[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.optimizer.learning_rate", "training.optimizer.lr"),
+        ("training.learning_rate", "training.optimizer.lr"),
+        ("learning-rate", "training.optimizer.lr"),
+        ("lr", "training.optimizer.lr"),
+        ("training.weight_decay", "training.optimizer.weight_decay"),
+        ("selfplay.num_generations", "selfplay.group_size"),
+        ("run.max_steps", "run.steps"),
+        ("rollout.max_new_tokens", "rollout.sampling.max_response_tokens"),
+        ("model.model_name_or_path", "model.path"),
+        ("checkpoint.save_steps", "checkpoint.every"),
+        ("threads", "rollout.threads or training.threads"),
+        ("selfplay.group_sise", "selfplay.group_size"),
+    ],
+)
+def test_names_of_other_programs_and_of_other_sections(write, key, meant):
+    lines = faults_of(write("model: {path: m}\ndata: {documents: d}\n"), f"--{key}=1")
+    assert [line for line in lines if line.endswith(f"Did you mean {meant}?")] == lines
+
+
+def test_other_names_lead_to_settings():
+    keys = {setting.key for setting in all_settings()}
+    assert not [name for name, key in OTHER_NAMES.items() if not any(k == key or k.startswith(f"{key}.") for k in keys)]
+    assert not {key.rsplit(".", 1)[-1] for key in keys} & OTHER_NAMES.keys()
 
 
 # recursive: anything YAML can hold may stand in the place of any section
