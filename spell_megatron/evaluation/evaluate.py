@@ -16,7 +16,6 @@ from spell_megatron.errors import UserError
 from spell_megatron.evaluation import results
 from spell_megatron.evaluation.answers import read_answers
 from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
-from spell_megatron.evaluation.checked_engines import check_engines
 from spell_megatron.evaluation.generate import fingerprint, generate, missing
 from spell_megatron.evaluation.journal import Journal
 from spell_megatron.evaluation.judge import PROMPT, Judge, judge_all, load_prompt, verdicts
@@ -27,6 +26,7 @@ from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.preflight.evaluation import check_evaluation
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
@@ -94,7 +94,7 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     check_writable(evaluation.folder, OUTPUTS)
     template = load_prompt(evaluation.judge_prompt)
     if not evaluation.answers and not evaluation.server:
-        check_engines(evaluation.config)
+        check_evaluation(evaluation.config.model, evaluation.config.rollout)
     questions = _questions(evaluation, progress)
     remedy = "Wait until it has ended, or give this one another --out."
     with FolderLock(evaluation.folder, "`spell evaluate`", remedy):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.preflight.engine_model import (
     LENGTH_FIELDS,
@@ -22,17 +22,17 @@ LIMITS = ("--max-input", "--max-output")
 """What the command calls the longest prompt and the longest response."""
 
 
-def check_engines(config: Config) -> None:
+def check_evaluation(model: ModelConfig, rollout: RolloutConfig) -> None:
     """UserError that lists all faults of model, limits, ports and addresses.
 
     Models of families that cannot be trained are evaluated too: of them only the positions are checked.
     """
-    found, path, rollout = Findings(), config.model.path, config.rollout
+    found, path = Findings(), model.path
     check_engine_urls(found, rollout.urls)
     check_ports(found, rollout)
     check_generation_config(found, path)
     try:
-        policy = PolicyModel.load(path, config.model.dtype)
+        policy = PolicyModel.load(path, model.dtype)
         check_engine_model(found, path, policy)
         hf_config = policy.hf_config
     except UserError:
