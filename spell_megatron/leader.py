@@ -26,6 +26,7 @@ from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.monitoring.versions import note_versions
+from spell_megatron.planner.engine_share import engine_settings
 from spell_megatron.preflight.resume import VALIDATED
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
@@ -108,14 +109,16 @@ class Leader:
 
     def _open_engines(self) -> Engines:
         run, training = self._config.run, self._config.training
+        trainers = local_processes() or training.parallel.processes
+        elsewhere = self._config.rollout.urls or (self._rendezvous and self._rendezvous.engine_nodes)
         return Engines.open(
             self._config.model,
-            self._config.rollout,
+            self._config.rollout if elsewhere else engine_settings(self._config, trainers),
             self._folder / "logs",
             device=run.device,
             seed=run.seed,
             routing=training.routing_replay,
-            trainers=local_processes() or training.parallel.processes,
+            trainers=trainers,
             rendezvous=self._rendezvous,
         )
 

@@ -17,7 +17,7 @@ def planned_gib(recompute: str, prompt: int, response: int, tiny: bool) -> float
     config.training.recompute = recompute
     policy = PolicyModel.of(sizes(tiny, num_hidden_layers=4), "bfloat16")
     memory = trainer_memory(ModelSize.of(policy), config, 1, Assumptions(reserve=0, fragmentation=0))
-    return (memory.total - memory.buffers) / 2**30
+    return (memory.state + memory.working) / 2**30
 
 
 tiny, response, cases = json.loads(sys.argv[1])

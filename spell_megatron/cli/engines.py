@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from spell_megatron.planner.engine_share import engine_settings
     from spell_megatron.processes.rendezvous import BEGUN, Rendezvous, await_settings
     from spell_megatron.rollout.engine_nodes import serve
 
@@ -42,16 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
     rendezvous = Rendezvous(arguments.rendezvous, max(1, arguments.engine_nodes))
     rendezvous.wait(BEGUN)  # the folder of the logs may belong to another job
     logs = config.run.output_dir / config.run.name / "logs"
+    nodes = rendezvous.engine_nodes
+    trainers = config.training.parallel.processes // nodes if arguments.colocated else 0
     serve(
         config.model,
-        config.rollout,
+        engine_settings(config, trainers, nodes),
         logs,
         rendezvous,
         node,
         device=config.run.device,
         seed=config.run.seed,
         routing=config.training.routing_replay,
-        trainers=config.training.parallel.processes // rendezvous.engine_nodes if arguments.colocated else 0,
+        trainers=trainers,
     )
     return 0
 

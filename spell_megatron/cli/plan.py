@@ -14,7 +14,7 @@ from spell_megatron.cli.arguments import (
     settings_help,
 )
 from spell_megatron.config.reading import load_config
-from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.errors import ExitStatus
 
 
 def add_parser(commands: Any) -> None:
@@ -23,10 +23,12 @@ def add_parser(commands: Any) -> None:
         "plan",
         run,
         help="tell whether a run fits its GPUs, and how long a step takes",
-        usage="spell plan --config FILE [--config FILE ...] [--gpu NAME] [--gpus-per-node N] [--SECTION.KEY=VALUE ...]",
-        description="Tell whether training.parallel.processes trainer GPUs and the engines' GPUs are enough for a "
-        "run, how long a step takes, and which layout would be the fastest that fits. Needs neither GPUs nor "
-        "weights: of model.path it reads only config.json. Exit status 2: the run does not fit.",
+        usage="spell plan --config FILE [--config FILE ...] [--gpu NAME] [--gpus-per-node N] [--host-memory GIB] "
+        "[--SECTION.KEY=VALUE ...]",
+        description="Tell whether the GPUs of trainer and engines and the memory of their nodes are enough for a run, "
+        "how long a step takes, which layouts would be the fastest that fit as many GPUs, with trainer and engines on "
+        "the same GPUs or on GPUs of their own, and on how few GPUs the model trains. Needs neither GPUs nor weights: "
+        "of model.path it reads only config.json. Exit status 2: the run does not fit.",
         epilog=settings_help(),
         takes_settings=True,
     )
@@ -34,36 +36,39 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
     add_number(add, "--gpus-per-node", 8, "GPUs of each node")
+    add_number(add, "--host-memory", None, "memory of each node in GiB (default: what is usual for the GPU)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, overrides_of(arguments.rest))
     quiet_libraries()
     from spell_megatron.monitoring.progress import Progress
-    from spell_megatron.planner.gpus import GPUS, Assumptions
+    from spell_megatron.planner.gpus import Assumptions, find_gpu
     from spell_megatron.planner.model_size import ModelSize
-    from spell_megatron.planner.search import TRIES, fastest, plan_layout
+    from spell_megatron.planner.plan import make_plan
+    from spell_megatron.planner.search import fastest, fewest
     from spell_megatron.planner.text import plan_text, proposal_text
     from spell_megatron.preflight.engine_model import check_positions
     from spell_megatron.preflight.findings import Findings
     from spell_megatron.training.policy import PolicyModel
 
-    if arguments.gpu not in GPUS:
-        raise UserError(f"--gpu {arguments.gpu} is not known. Known are {', '.join(GPUS)}.")
+    gpu = find_gpu(arguments.gpu)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     model = ModelSize.of(policy)
-    processes, gpu = config.training.parallel.processes, GPUS[arguments.gpu]
-    assume = Assumptions(arguments.gpus_per_node)
-    plan = plan_layout(model, config, processes, gpu, assume)
-    print("\n".join(plan_text(model, config, plan, arguments.gpu, assume)))
+    host_memory = arguments.host_memory * 2**30 if arguments.host_memory else None
+    assume = Assumptions(arguments.gpus_per_node, host_memory)
+    plan = make_plan(model, config, config.training.parallel.processes, gpu, assume)
+    print("\n".join(plan_text(model, plan)))
     found = Findings()
     check_positions(found, config.rollout.sampling, policy.hf_config)
     for fault in found.faults:
         print(f"The run will not start: {fault.message}.")
-    best = None
-    with Progress().stage("other layouts") as advance:
-        for number, tried in enumerate(fastest(model, config, processes, gpu, assume)):
-            advance(number + 1, TRIES)
-            best = tried if tried.fits else None
-    print(proposal_text(plan, best))
+    proposals, smallest = {}, {}
+    with Progress().stage("other layouts", 4) as advance:
+        for colocated, where in ((True, "colocated"), (False, "separate")):
+            proposals[where] = fastest(model, config, plan.gpus, colocated, gpu, assume)
+            advance(2 * len(proposals) - 1)
+            smallest[where] = fewest(model, config, colocated, gpu, assume)
+            advance(2 * len(smallest))
+    print("\n".join(proposal_text(plan, proposals, smallest)))
     return ExitStatus.SUCCESS if plan.fits else ExitStatus.USER_ERROR

@@ -28,7 +28,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.processes.launch import launch_processes
 from spell_megatron.processes.signals import expect_requests
-from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, rank, slurm_restarts
+from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, local_processes, rank, slurm_restarts
 
 if TYPE_CHECKING:
     from spell_megatron.preflight.findings import Findings
@@ -183,8 +183,9 @@ def _beginning(resume: Resume | None) -> str:
 
 def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) -> list[str]:
     """What a run would do, in a few lines."""
+    from spell_megatron.planner.engine_share import engine_settings
     from spell_megatron.preflight.engines import states
-    from spell_megatron.rollout.placement import transport_elsewhere
+    from spell_megatron.rollout.placement import transport_here
     from spell_megatron.rollout.server import ServerSettings, server_command
     from spell_megatron.selfplay.documents import load_clusters
     from spell_megatron.training.policy import PolicyModel
@@ -192,7 +193,8 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
     key = os.environ.get(rollout.api_key_env)
-    transport = transport_elsewhere(config.run.device)
+    gpus, trainers = rollout.replicas * rollout.tensor_parallel, local_processes() or parallel.processes
+    transport = transport_here(gpus, config.run.device, trainers, rollout.colocated)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     arch = policy.arch
     clusters = load_clusters(config.data.documents)
@@ -217,7 +219,9 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
         if not key:
             lines.append(f"warning: {rollout.api_key_env} is not set; the engines' key is taken from it")
     else:
-        settings = ServerSettings(config.model, rollout, config.run.seed, config.training.routing_replay)
+        settings = ServerSettings(
+            config.model, engine_settings(config, trainers), config.run.seed, config.training.routing_replay
+        )
         command = server_command(settings, transport, rollout.base_port or 0)
         port = "" if rollout.base_port else " (port 0: a free one)"
         lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]

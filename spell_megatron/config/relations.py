@@ -164,8 +164,20 @@ def training_faults(config: Config) -> Iterator[Fault]:
 
 
 def rollout_faults(config: Config) -> Iterator[Fault]:
-    """The ports of the engines."""
-    rollout = config.rollout
+    """The GPUs and ports of the engines."""
+    rollout, processes = config.rollout, launched_processes() or config.training.parallel.processes
+    if rollout.colocated and rollout.urls:
+        yield Fault.of(
+            "rollout.colocated rollout.urls",
+            "the engines of rollout.urls run already, on GPUs that the run does not choose. Leave out either",
+        )
+    elif rollout.colocated and processes != rollout.replicas * rollout.tensor_parallel:
+        yield Fault.of(
+            "rollout.colocated rollout.replicas rollout.tensor_parallel training.parallel.processes",
+            f"each GPU has one trainer process and belongs to one engine, but there are {processes} trainer processes, "
+            f"and replicas x tensor_parallel = {rollout.replicas} x {rollout.tensor_parallel} GPUs of engines. Make "
+            "both numbers equal, or set colocated to false",
+        )
     if rollout.base_port is not None and rollout.base_port + rollout.replicas - 1 > 65535:
         yield Fault.of(
             "rollout.base_port rollout.replicas",

@@ -86,10 +86,14 @@ class RolloutConfig(Section):
     """Number of servers that the run starts."""
     tensor_parallel: int = Field(1, ge=1)
     """Number of GPUs (on CPUs: processes) per server."""
+    colocated: bool = False
+    """The servers share the trainer's GPUs, and both work in turn: each GPU has one trainer process and belongs to one
+    server. false: servers get GPUs of their own, unless the machine has just as many as either of both needs."""
     concurrency: int = Field(256, ge=1)
     """Number of sequences that a server generates at the same time (vLLM's --max-num-seqs)."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a server may use."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory that a server may use. null: 0.85; on the trainer's GPUs what the trainer leaves of it
+    while servers work. `spell plan` and `--dry-run` print it."""
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of a server on CPUs, in GiB."""
     threads: int = Field(1, ge=1)

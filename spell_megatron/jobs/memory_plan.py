@@ -30,7 +30,9 @@ def memory_plan(config: Config, site: Site) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
-        arguments = ("--config", file, "--gpu", site.gpu, "--gpus-per-node", str(site.gpus_per_node))
+        arguments = ["--config", str(file), "--gpu", site.gpu, "--gpus-per-node", str(site.gpus_per_node)]
+        if site.colocated:
+            arguments.append("--rollout.colocated=true")
         plan = subprocess.run(
             [python, "-m", "spell_megatron", "plan", *arguments], capture_output=True, text=True, cwd=folder
         )

@@ -97,6 +97,12 @@ def _placement_faults(site: Site, config: Config) -> Iterator[Fault]:
             "gpus_per_node run.device",
             "is 0, but run.device is cuda. Give the number of GPUs, or train with --run.device=cpu",
         )
+    if config.rollout.colocated and site.engine_nodes:
+        yield Fault.of(
+            "engine_nodes rollout.colocated",
+            "engines on nodes of their own cannot share the trainer's GPUs. Leave out engine_nodes, and set "
+            "`colocated` if the job has several nodes; or set rollout.colocated to false",
+        )
     if site.engine_nodes >= site.nodes:
         yield Fault.of(
             "engine_nodes nodes",

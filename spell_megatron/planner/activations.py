@@ -8,6 +8,7 @@ measured peaks. transformer-engine's fused layers keep less.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from spell_megatron.config.schema import Config
 from spell_megatron.training.layout import context_split
@@ -43,19 +44,18 @@ def stage_activations(
     training = config.training
     own = math.ceil(tokens / training.parallel.context)
     kept = whole = largest_feed_forward = 0
-    for layer in layers:
-        attention, feed_forward = layer_activations(arch, config, arch.moe_layers[layer], own, gpu)
+    for moe, count in Counter(arch.moe_layers[layer] for layer in layers).items():
+        attention, feed_forward = layer_activations(arch, config, moe, own, gpu)
         whole = max(whole, attention + feed_forward)
         if training.recompute == "full":
-            kept += 0 if training.offload else own * arch.hidden * element_bytes(config) // training.parallel.tensor
-        elif training.recompute == "selective":
-            kept += attention
+            each = 0 if training.offload else own * arch.hidden * element_bytes(config) // training.parallel.tensor
         else:
-            kept += attention + feed_forward
+            each = attention + (feed_forward if training.recompute == "none" else 0)
+        kept += count * each
         largest_feed_forward = max(largest_feed_forward, feed_forward)
     again = {"full": whole, "selective": largest_feed_forward, "none": 0}[training.recompute]
-    moe = any(arch.moe_layers[layer] for layer in layers)
-    return microbatches * kept, again + _passing(arch, config, moe, own)
+    sparse = any(arch.moe_layers[layer] for layer in layers)
+    return microbatches * kept, again + _passing(arch, config, sparse, own)
 
 
 def offloaded_bytes(

@@ -1,14 +1,17 @@
-"""The GPUs that the planner knows, and what its estimates assume about them."""
+"""The GPUs that the planner knows, and what its estimates assume about them and their machines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from spell_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
 class Gpu:
     """What the planner knows of a kind of GPU. The figures are the manufacturers' (dense bfloat16, no sparsity)."""
 
+    name: str
     memory: float
     """Bytes, as the driver reports them."""
     flops: float
@@ -17,14 +20,32 @@ class Gpu:
     """Bytes per second of its memory."""
     link: float
     """Bytes per second to the other GPUs of its node, one way."""
+    host_memory: float
+    """Bytes of memory of its node for each GPU: the least that large clouds sell with eight of them."""
 
 
 GPUS = {
-    "A100-80G": Gpu(81920 * 2**20, 312e12, 2.04e12, 300e9),
-    "H100-80G": Gpu(81559 * 2**20, 989e12, 3.35e12, 450e9),
-    "H200-141G": Gpu(143771 * 2**20, 989e12, 4.8e12, 450e9),
-    "B200": Gpu(183359 * 2**20, 2250e12, 8.0e12, 900e9),
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100-80G", 81920 * 2**20, 312e12, 2.04e12, 300e9, 144 * 2**30),
+        Gpu("H100-80G", 81559 * 2**20, 989e12, 3.35e12, 450e9, 212 * 2**30),
+        Gpu("H200-141G", 143771 * 2**20, 989e12, 4.8e12, 450e9, 237 * 2**30),
+        Gpu("B200", 183359 * 2**20, 2250e12, 8.0e12, 900e9, 237 * 2**30),
+    )
 }
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of a name, whose letters may be small, and whose size of memory may be left out.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = name.strip().casefold()
+    for known, gpu in GPUS.items():
+        if wanted in (known.casefold(), known.split("-")[0].casefold(), f"{known}B".casefold()):
+            return gpu
+    raise UserError(f"The GPU {name!r} is not known. Known are {', '.join(GPUS)}.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class Assumptions:
     """What the estimates assume. This project has measured none of it on the GPUs above."""
 
     gpus_per_node: int = 8
+    host_memory: float | None = None
+    """Bytes of memory of a node; None: what is usual for the GPU."""
     matrix_efficiency: float = 0.45
     """Share of a GPU's FLOPs that training and prefill reach."""
     memory_efficiency: float = 0.6
@@ -43,7 +66,7 @@ class Assumptions:
     host: float = 25e9
     """Bytes per second between a GPU and the memory of its host, one way (PCIe 4)."""
     reserve: float = 3 * 2**30
-    """Bytes per GPU for the CUDA context, NCCL and libraries' workspaces."""
+    """Bytes per GPU for the CUDA context, NCCL and libraries' workspaces of a trainer process."""
     fragmentation: float = 0.05
     """Share of the activations lost between the allocator's blocks."""
     mixed: float = 0.5
@@ -59,3 +82,11 @@ class Assumptions:
     about half the time of the answers, as the paper reports."""
     engine_workspace: float = 4 * 2**30
     """Bytes that an engine needs per GPU besides weights and KV cache."""
+    engine_asleep: float = 5 * 2**30
+    """Bytes per GPU that an engine keeps while it sleeps: CUDA context, NCCL, CUDA graphs, blocks of torch's allocator.
+    vLLM's users report 4.8 to 6.9 GiB ("memory is still in use", its issues 17117 and 47654)."""
+    process: float = 6 * 2**30
+    """Bytes of host memory of a trainer process, and of an engine's process on a GPU: Python, CUDA and libraries."""
+    push_tensor: float = 0.25e-3
+    """Seconds of a push for each tensor besides its bytes. slime pushes the 18,867 tensors of Qwen3-30B-A3B into vLLM
+    in 5.3 s (its issue vime 176)."""

@@ -1,12 +1,13 @@
-"""Bytes that a run needs on its trainer ranks and engines.
+"""Bytes that a run needs on its trainer ranks, by what takes them.
 
 Parameters, gradients and optimizer state are counted, not estimated: Megatron builds one rank of the real model at the
-real number of processes, with a pretended process group and a device without memory (`backend.pretend`).
-`planner.activations` estimates the rest.
+real number of processes, with a pretended process group and a device without memory (`backend.pretend`). The search for
+layouts uses a formula for them. `planner.activations` estimates the rest, and `planner.phases` says what is there when.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from spell_megatron.planner.activations import (
     row_tokens,
     stage_activations,
 )
-from spell_megatron.planner.gpus import Assumptions, Gpu
+from spell_megatron.planner.gpus import Assumptions
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
@@ -47,15 +48,24 @@ class TrainerMemory:
     steps. The optimizers of transformer-engine and apex do not."""
     buffers: int
     """Weights on their way to the engines."""
+    gather: int
+    """What a checkpoint gathers of the optimizer's state at a time: one of its three float32 parts, of all ranks that
+    share a parameter, before it goes to host memory."""
     reserve: int
-    host: int
+    offloaded: int
     """Bytes in the host's memory, not the GPU's: activations that wait there (`training.offload`)."""
+    saved: int
+    """Bytes in the host's memory while a checkpoint is saved: weights and the gathered state of the optimizer."""
 
     @property
-    def total(self) -> int:
-        """Bytes of GPU memory at the peak."""
-        working = max(self.activations + max(self.layer, self.head), self.step)
-        return self.parameters + self.gradients + self.optimizer + working + self.buffers + self.reserve
+    def state(self) -> int:
+        """Bytes of weights, gradients and optimizer state."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def working(self) -> int:
+        """Bytes that an update needs at its peak besides the state."""
+        return max(self.activations + max(self.layer, self.head), self.step)
 
 
 class CountedMemory(NamedTuple):
@@ -67,33 +77,36 @@ class CountedMemory(NamedTuple):
     layers: range
 
 
-@dataclass(frozen=True)
-class EngineMemory:
-    """Bytes per GPU of one vLLM engine."""
-
-    weights: int
-    kv_per_token: int
-    kv_cache: int
-    sequences: float
-    """Number of sequences of the longest length that fit the KV cache."""
+Count = Callable[[ModelSize, Config, int, int], CountedMemory]
+"""`count` or `estimate`."""
 
 
-def trainer_memory(model: ModelSize, config: Config, processes: int, assume: Assumptions) -> TrainerMemory:
-    """Memory of the fullest of `processes` trainer ranks on GPUs: the first or the last pipeline stage."""
+def trainer_memory(
+    model: ModelSize, config: Config, processes: int, assume: Assumptions, counting: Count | None = None
+) -> TrainerMemory:
+    """Memory of the fullest of `processes` trainer ranks on GPUs: the first or the last pipeline stage.
+
+    counting: how weights, gradients and optimizer state are found; None: `count`.
+    """
     stages = config.training.parallel.pipeline
-    ranks = {0, processes - processes // stages}
-    found = [_rank_memory(model, config, rank, processes, assume) for rank in ranks]
-    return replace(max(found, key=lambda m: m.total), host=max(m.host for m in found))
+    ranks = sorted({0, processes - processes // stages})
+    found = [_rank_memory(model, config, rank, processes, assume, counting or count) for rank in ranks]
+    fullest = max(found, key=lambda m: m.state + m.working)
+    names = ("offloaded", "saved", "gather", "buffers")
+    return replace(fullest, **{name: max(getattr(memory, name) for memory in found) for name in names})
 
 
-def _rank_memory(model: ModelSize, config: Config, rank: int, processes: int, assume: Assumptions) -> TrainerMemory:
+def _rank_memory(
+    model: ModelSize, config: Config, rank: int, processes: int, assume: Assumptions, counting: Count
+) -> TrainerMemory:
     arch, stages = model.arch, config.training.parallel.pipeline
-    counted = counted_memory(model.policy, config, rank, processes)
+    counted = counting(model, config, rank, processes)
     stage = rank * stages // processes
     waiting = stages - stage  # microbatches between their forward and backward pass
     tokens = row_tokens(config)
     kept, layer = stage_activations(arch, config, counted.layers, tokens, waiting, gpu=True)
     head = head_bytes(arch, config, tokens) if stage == stages - 1 else 0
+    gather, saved = _checkpoint_bytes(model, config, stage, processes)
     scattered = 1 + assume.fragmentation
     return TrainerMemory(
         parameters=counted.parameters,
@@ -104,9 +117,59 @@ def _rank_memory(model: ModelSize, config: Config, rank: int, processes: int, as
         head=int(head * scattered),
         step=step_bytes(config, counted.optimizer),
         buffers=2 * max(BUCKET_BYTES, model.parameters.largest_tensor * element_bytes(config)),
+        gather=gather,
         reserve=int(assume.reserve),
-        host=offloaded_bytes(arch, config, counted.layers, tokens, waiting, gpu=True),
+        offloaded=offloaded_bytes(arch, config, counted.layers, tokens, waiting, gpu=True),
+        saved=counted.parameters + saved,
     )
+
+
+def count(model: ModelSize, config: Config, rank: int, processes: int) -> CountedMemory:
+    """Weights, gradients and optimizer state of a rank, as Megatron builds it."""
+    return counted_memory(model.policy, config, rank, processes)
+
+
+def estimate(model: ModelSize, config: Config, rank: int, processes: int) -> CountedMemory:
+    """What `count` finds but for padding, by a formula; takes no time."""
+    parallel = config.training.parallel
+    stage = rank * parallel.pipeline // processes
+    parts = model.rank_parameters(parallel, stage)
+    stepped = sum(size / sharers for size, sharers in zip(parts, _sharers(config, processes), strict=True))
+    size = element_bytes(config)
+    return CountedMemory(
+        size * sum(parts),
+        4 * sum(parts),
+        int(4 * _copies(config) * stepped),
+        model.stage_layers(parallel, stage),
+    )
+
+
+def _sharers(config: Config, processes: int) -> tuple[int, int]:
+    """Ranks that share the optimizer state of (a parameter outside of experts, one of an expert)."""
+    parallel = config.training.parallel
+    if not config.training.optimizer.distributed:
+        return 1, 1
+    return processes // (parallel.tensor * parallel.pipeline), processes // parallel.expert_ranks
+
+
+def _copies(config: Config) -> int:
+    """Float32 numbers of optimizer state per parameter: two moments and, for bfloat16, the weight."""
+    return 3 if config.model.dtype == "bfloat16" else 2
+
+
+def _checkpoint_bytes(model: ModelSize, config: Config, stage: int, processes: int) -> tuple[int, int]:
+    """Bytes that a checkpoint takes of the optimizer's state on a rank of a stage: (on the GPU, in host memory).
+
+    Megatron's "fully reshardable" state: of each group of parameters (experts, and all others), one part of the state
+    after the other is gathered on the GPUs of all ranks that share it, copied to host memory and joined there.
+    """
+    parts = model.rank_parameters(config.training.parallel, stage)
+    if not config.training.optimizer.distributed:
+        return 0, 4 * _copies(config) * sum(parts)
+    shared = tuple(zip(parts, _sharers(config, processes), strict=True))
+    gather = max(4 * size + 4 * size // sharers for size, sharers in shared)
+    joining = max(8 * size + 12 * size // sharers for size, sharers in shared)
+    return gather, 12 * sum(parts) + joining
 
 
 def counted_memory(policy: PolicyModel, config: Config, rank: int, processes: int) -> CountedMemory:
@@ -129,21 +192,11 @@ def counted_memory(policy: PolicyModel, config: Config, rank: int, processes: in
             for group in part.optimizer.param_groups
             for p in group["params"]
         ]
-        copies = 3 if config.model.dtype == "bfloat16" else 2  # two moments and, for bfloat16, float32 weights
         first = get_transformer_layer_offset(model.config)
         layers = range(first, first + len(model.decoder.layers))
-        return CountedMemory(parameters, gradients, copies * sum(p.nbytes for p in stepped), layers)
+        return CountedMemory(parameters, gradients, _copies(config) * sum(p.nbytes for p in stepped), layers)
 
 
 def step_bytes(config: Config, optimizer: int) -> int:
     """Bytes that torch's AdamW needs for a step if its state takes `optimizer` bytes: one of its float32 copies."""
-    return optimizer // (3 if config.model.dtype == "bfloat16" else 2)
-
-
-def engine_memory(model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions) -> EngineMemory:
-    """Memory of a vLLM engine, per GPU."""
-    arch, tensor, size = model.arch, config.rollout.tensor_parallel, element_bytes(config)
-    weights = model.parameters.all * size // tensor
-    per_token = int(2 * arch.layers * max(arch.groups / tensor, 1) * arch.head_dim * size)
-    cache = int(gpu.memory * config.rollout.gpu_memory_utilization - weights - assume.engine_workspace)
-    return EngineMemory(weights, per_token, cache, max(cache, 0) / per_token / config.rollout.sampling.longest_sequence)
+    return optimizer // _copies(config)

@@ -1,13 +1,27 @@
-"""The size of the policy, which all plans for it have in common."""
+"""The size of the policy, which all plans for it have in common, and of a trainer rank's part of it."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.training.cost import training_cost
 from spell_megatron.training.policy import Architecture, PolicyModel
 from spell_megatron.training.prefix_tree import Cost
+from spell_megatron.weights.names import Layout, rules
 from spell_megatron.weights.sizes import ParameterCounts, count_parameters
+
+
+class Part(NamedTuple):
+    """Numbers of parameters of a layer, or of a rank: those that every rank of a stage has, those that
+    tensor-parallel ranks share, and those of experts."""
+
+    whole: int = 0
+    cut: int = 0
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -18,11 +32,17 @@ class ModelSize:
     cost: Cost
     """FLOPs of training."""
     parameters: ParameterCounts
+    layers: tuple[Part, ...]
 
     @classmethod
     def of(cls, policy: PolicyModel) -> ModelSize:
         """The size of a policy, from its config.json alone."""
-        return cls(policy, training_cost(policy.arch), count_parameters(policy))
+        parts: dict[int | None, list[int]] = defaultdict(lambda: [0, 0, 0])
+        for rule in rules(policy).values():
+            kind = 2 if rule.expert is not None else int(rule.layout is not Layout.REPLICATED)
+            parts[rule.layer][kind] += sum(math.prod(shape) for shape in rule.shapes)
+        layers = tuple(Part(*parts[layer]) for layer in range(policy.arch.layers))
+        return cls(policy, training_cost(policy.arch), count_parameters(policy), layers)
 
     @property
     def arch(self) -> Architecture:
@@ -38,3 +58,20 @@ class ModelSize:
         """Parameters that a token uses: of the experts only those to which it is sent."""
         share = self.arch.experts_per_token / self.arch.experts if self.arch.experts else 0.0
         return self.dense_parameters + self.parameters.experts * share
+
+    def stage_layers(self, parallel: ParallelConfig, stage: int) -> range:
+        """Numbers of the layers of a pipeline stage; the first stages have one more where they do not divide evenly."""
+        each, more = divmod(self.arch.layers, parallel.pipeline)
+        first = stage * each + min(stage, more)
+        return range(first, first + each + (stage < more))
+
+    def rank_parameters(self, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+        """(parameters outside of experts, parameters of experts) on a rank of a pipeline stage."""
+        arch, last = self.arch, parallel.pipeline - 1
+        own = [self.layers[layer] for layer in self.stage_layers(parallel, stage)]
+        dense = sum(part.whole + part.cut // parallel.tensor for part in own)
+        vocabulary = math.ceil(arch.vocabulary / parallel.tensor) * arch.hidden
+        dense += vocabulary * (stage == 0)
+        if stage == last:
+            dense += arch.hidden + vocabulary * (not arch.tied or last > 0)  # a tied head has a copy of the embedding
+        return dense, sum(part.experts for part in own) // (parallel.expert * parallel.expert_tensor)

@@ -5,61 +5,97 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from spell_megatron.config.schema import Config
 from spell_megatron.planner.activations import row_tokens
-from spell_megatron.planner.gpus import Assumptions, Gpu
-from spell_megatron.planner.memory import TrainerMemory, engine_memory
 from spell_megatron.planner.model_size import ModelSize
-from spell_megatron.planner.search import Plan
+from spell_megatron.planner.plan import Plan
 from spell_megatron.planner.times import StepTimes, assumed_lengths
 
 GIB = 2**30
 
 
-def plan_text(model: ModelSize, config: Config, plan: Plan, gpu_name: str, assume: Assumptions) -> Iterator[str]:
+def plan_text(model: ModelSize, plan: Plan) -> Iterator[str]:
     """The plan in lines of text."""
+    rollout = plan.config.rollout
     active = f", {model.active_parameters / 1e9:.2f} billion active per token" if model.arch.experts else ""
     yield f"model     {model.parameters.all:,} parameters{active}"
-    rows = f"rows of up to {row_tokens(config):,} tokens"
-    yield f"trainer   {plan.processes} x {gpu_name}: {describe_layout(plan)}; {rows}"
-    yield from _trainer_lines(plan, config, assume)
-    yield f"engines   {config.rollout.replicas} x {config.rollout.tensor_parallel} {gpu_name}"
-    yield from _engine_lines(model, config, plan.gpu, assume)
+    rows = f"rows of up to {row_tokens(plan.config):,} tokens"
+    yield f"trainer   {plan.processes} x {plan.gpu.name}: {describe_trainer(plan)}; {rows}"
+    yield from _trainer_lines(plan)
+    where = "on the trainer's GPUs, in turn with it" if rollout.colocated else plan.gpu.name
+    yield f"engines   {rollout.replicas} x {rollout.tensor_parallel} {where}"
+    yield from _engine_lines(plan)
+    yield f"memory    of the fullest {'GPU' if rollout.colocated else 'GPU of the trainer'} at the peak of each phase"
+    yield from _phase_lines(plan)
+    yield from _host_lines(plan)
     yield _step_line(plan.times)
-    yield _assumptions_line(config, plan, assume)
+    yield _assumptions_line(plan)
+    yield f"limits    {limits_text(plan)}"
 
 
-def proposal_text(plan: Plan, best: Plan | None) -> str:
-    """The line that proposes the `best` other layout instead of the plan's; None: no other one fits."""
-    if best is None:
-        return f"proposal  no layout on {plan.processes} GPUs fits: use more of them, or shorter rows"
-    if plan.fits and best.times.update >= plan.times.update:
-        return "proposal  none: no other layout is faster and fits"
+def limits_text(plan: Plan) -> str:
+    """What is short, or would be first."""
+    phase, host = plan.fullest, plan.host.total / GIB
+    room = plan.gpu.memory - phase.total
+    amount = f"leaves {room / GIB:.1f} GiB" if room >= 0 else f"needs {-room / GIB:.1f} GiB more"
     return (
-        f"proposal  {describe_layout(best)}: {best.memory.total / GIB:.2f} GiB, updates "
-        f"{plan.times.update / best.times.update:.2f} times as fast"
+        f"GPU memory: the phase {phase.name} {amount}; KV cache: {plan.engine.sequences:.1f} sequences of the longest "
+        f"length per engine, at least 1; host memory: {host:,.0f} of {plan.host_memory / GIB:,.0f} GiB on a node"
     )
 
 
-def describe_layout(plan: Plan) -> str:
-    """A layout in one line: sizes above 1, data-parallel replicas, recompute and offload."""
-    parallel = plan.parallel
+def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[str, Plan | None]) -> Iterator[str]:
+    """Lines with other plans on the same number of GPUs, and with the fewest GPUs.
+
+    Args:
+        proposals: the fastest plan that fits, by where trainer and engines are; None: none fits.
+        smallest: the same, on the fewest GPUs.
+    """
+    for where, best in proposals.items():
+        label = f"{'proposal' if where == next(iter(proposals)) else '':10}{where:10}"
+        if best is None:
+            yield f"{label}nothing fits {plan.gpus} GPUs"
+        elif plan.fits and best.times.step > 0.99 * plan.times.step:
+            yield f"{label}nothing that fits is faster"
+        else:
+            faster = f", {plan.times.step / best.times.step:.2f} times as fast" if plan.fits else ""
+            yield f"{label}{_describe(best)}{faster}"
+    for where, least in smallest.items():
+        label = f"{'fewest' if where == next(iter(smallest)) else '':10}{where:10}"
+        yield f"{label}{f'{least.gpus} GPUs: {_describe(least)}' if least else 'no number of GPUs is enough'}"
+
+
+def _describe(plan: Plan) -> str:
+    return (
+        f"step {_duration(plan.times.step)}: {describe_trainer(plan)} on {plan.processes} GPUs "
+        f"({plan.fullest.total / GIB:.1f} GiB), {describe_engines(plan)}"
+    )
+
+
+def describe_trainer(plan: Plan) -> str:
+    """The trainer's layout in one line: sizes above 1, data-parallel replicas, recompute, and what leaves the GPU."""
+    training = plan.config.training
+    parallel = training.parallel
     sizes = [
         f"{name} {getattr(parallel, name)}"
         for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
         if getattr(parallel, name) > 1
     ]
     replicas = plan.processes // parallel.dense_ranks
-    return ", ".join([*sizes, f"data {replicas}", f"recompute {plan.recompute}", *["offload"] * plan.offload])
+    return ", ".join([*sizes, f"data {replicas}", f"recompute {training.recompute}", *["offload"] * training.offload])
+
+
+def describe_engines(plan: Plan) -> str:
+    """Number and size of the engines."""
+    return f"engines {plan.config.rollout.replicas} x {plan.config.rollout.tensor_parallel}"
 
 
 def _gib(label: str, nbytes: float, note: str) -> str:
     return f"  {label:12} {nbytes / GIB:8.2f} GiB   {note}"
 
 
-def _trainer_lines(plan: Plan, config: Config, assume: Assumptions) -> Iterator[str]:
-    memory: TrainerMemory = plan.memory
-    master = " with float32 weights" if config.model.dtype == "bfloat16" else ""
+def _trainer_lines(plan: Plan) -> Iterator[str]:
+    memory = plan.memory
+    master = " with float32 weights" if plan.config.model.dtype == "bfloat16" else ""
     yield _gib("parameters", memory.parameters, "counted on a rank of the real model")
     yield _gib("gradients", memory.gradients, "counted; float32")
     yield _gib("optimizer", memory.optimizer, f"counted; AdamW{master}")
@@ -67,48 +103,70 @@ def _trainer_lines(plan: Plan, config: Config, assume: Assumptions) -> Iterator[
     yield _gib("layer", memory.layer, "formula: gradients of one layer, and its activations computed again")
     yield _gib("head", memory.head, "formula: the vocabulary head; only the larger of layer and head counts")
     yield _gib("step", memory.step, "torch's AdamW; counts only if it is more than the three above together")
-    yield _gib("buffers", memory.buffers, "weights on their way to the engines")
+    yield _gib("buffers", memory.buffers, "weights on their way to the engines; only in a push")
+    yield _gib("gather", memory.gather, "optimizer state on its way to a checkpoint; only while it is saved")
     yield _gib("reserve", memory.reserve, "assumed: CUDA context, NCCL, workspaces")
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield _gib("total", memory.total, f"of {plan.gpu.memory / GIB:.2f} on the fullest rank: {verdict}")
-    if plan.offload:
-        node = min(assume.gpus_per_node, plan.processes)
-        yield _gib(
-            "host",
-            memory.host,
-            f"of pinned host memory; {node * memory.host / GIB:.2f} on a node of {node} such ranks",
-        )
 
 
-def _engine_lines(model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions) -> Iterator[str]:
-    engine = engine_memory(model, config, gpu, assume)
+def _engine_lines(plan: Plan) -> Iterator[str]:
+    engine, rollout = plan.engine, plan.config.rollout
+    why = "set" if rollout.gpu_memory_utilization is not None else "what the trainer leaves, at most 0.92"
+    if rollout.gpu_memory_utilization is None and not rollout.colocated:
+        why = "the default"
+    yield f"  gpu_memory_utilization {engine.share:.2f} ({why})"
     yield _gib("weights", engine.weights, "per GPU")
+    verdict = "" if engine.sequences >= 1 else ": TOO SMALL"
     yield _gib(
         "KV cache",
         engine.kv_cache,
         f"{engine.kv_per_token / 1024:.1f} KiB per token and GPU: {engine.sequences:.1f} sequences of the longest "
-        "length, more where prompts are shared",
+        f"length, more where prompts are shared{verdict}",
     )
 
 
+def _phase_lines(plan: Plan) -> Iterator[str]:
+    for phase in plan.phases:
+        both = f", trainer {phase.trainer / GIB:.2f} and engine {phase.engine / GIB:.2f}" if phase.engine else ""
+        verdict = "fits" if phase.total <= plan.gpu.memory else "DOES NOT FIT"
+        yield _gib(phase.name, phase.total, f"of {plan.gpu.memory / GIB:.2f}{both}: {verdict}")
+
+
+def _host_lines(plan: Plan) -> Iterator[str]:
+    host, node = plan.host, min(plan.assume.gpus_per_node, plan.processes)
+    parts = {
+        "pinned while engines generate": host.swapped,
+        "offloaded activations": host.offloaded,
+        "a checkpoint being saved": host.saved,
+        "processes": host.processes,
+    }
+    listed = ", ".join(f"{name} {nbytes / GIB:,.0f}" for name, nbytes in parts.items() if nbytes)
+    verdict = "fits" if host.total <= plan.host_memory else "DOES NOT FIT"
+    limit = plan.host_memory / GIB
+    yield _gib("host", host.total, f"of {limit:,.0f} on a node of {node} trainer ranks ({listed}): {verdict}")
+
+
 def _step_line(times: StepTimes) -> str:
+    swap = f", swapping {_duration(times.swap)}" if times.swap else ""
     return (
         f"step      about {_duration(times.step)}: rollout {_duration(times.prefill + times.decode)} "
         f"(prefill {_duration(times.prefill)}, decoding {_duration(times.decode)}), update {_duration(times.update)} "
         f"(computing {_duration(times.compute)}, communication {_duration(times.communication)}, pipeline bubbles "
-        f"{_duration(times.bubble)}), weights to the engines {_duration(times.refit)}"
+        f"{_duration(times.bubble)}), weights to the engines {_duration(times.push)}{swap}"
     )
 
 
-def _assumptions_line(config: Config, plan: Plan, assume: Assumptions) -> str:
-    lengths, gpu = assumed_lengths(config, assume), plan.gpu
-    host = f", {assume.host / 1e9:.0f} GB/s to the host" if plan.offload else ""
+def _assumptions_line(plan: Plan) -> str:
+    assume, gpu = plan.assume, plan.gpu
+    lengths = assumed_lengths(plan.config, assume)
+    to_host = plan.config.training.offload or plan.times.swap
+    host = f", {assume.host / 1e9:.0f} GB/s to the host" if to_host else ""
     return (
         f"assumed   prompts of {lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, judgments of "
         f"{lengths.verdict:,.0f}; {assume.mixed:.0%} of the questions mixed; "
         f"{assume.matrix_efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, {assume.memory_efficiency:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in "
-        f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them{host}; nothing overlaps"
+        f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them{host}; "
+        f"{1e3 * assume.push_tensor:g} ms per tensor of a push; nothing overlaps"
     )
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from spell_megatron.config.schema import Config
 from spell_megatron.planner.activations import element_bytes, row_tokens
 from spell_megatron.planner.gpus import Assumptions, Gpu
-from spell_megatron.planner.memory import engine_memory
 from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.phases import EngineMemory
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.policy import Architecture
 from spell_megatron.training.prefix_tree import Cost
@@ -26,8 +26,10 @@ class StepTimes:
     """Pipeline stages wait for each other."""
     prefill: float
     decode: float
-    refit: float
+    push: float
     """Weights go to the engines."""
+    swap: float
+    """What leaves shared GPUs goes to host memory and comes back."""
 
     @property
     def update(self) -> float:
@@ -37,11 +39,16 @@ class StepTimes:
     @property
     def step(self) -> float:
         """Seconds of everything, one after the other."""
-        return self.update + self.prefill + self.decode + self.refit
+        return self.update + self.prefill + self.decode + self.push + self.swap
 
 
-def step_times(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> StepTimes:
-    """Estimated seconds of one step, with prompts and responses of the assumed lengths."""
+def step_times(
+    model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions, engine: EngineMemory, swapped: int
+) -> StepTimes:
+    """Estimated seconds of one step, with prompts and responses of the assumed lengths.
+
+    swapped: bytes that leave each of the trainer's GPUs for host memory and come back.
+    """
     arch, training, parallel = model.arch, config.training, config.training.parallel
     replicas = processes // parallel.dense_ranks
     update, tokens = _update_work(config, model.cost, assume)
@@ -50,9 +57,22 @@ def step_times(model: ModelSize, config: Config, processes: int, gpu: Gpu, assum
     microbatches = max(1, tokens / row_tokens(config) / replicas)
     bubble = compute * (parallel.pipeline - 1) / microbatches
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
-    prefill, decode = _rollout_times(model, config, gpu, assume)
-    refit = model.parameters.all * element_bytes(config) / (assume.network * assume.link_efficiency)
-    return StepTimes(compute, communication, bubble, prefill, decode, refit)
+    prefill, decode = _rollout_times(model, config, gpu, assume, engine)
+    push = _push_time(model, config, processes, gpu, assume)
+    return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * swapped / assume.host)
+
+
+def _push_time(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> float:
+    """Seconds of a push: its bytes, and vLLM's calls for each tensor.
+
+    Every rank, or rank 0 alone, collects the weights of all ranks. Engines on the same GPUs then read them there;
+    others get them over the network.
+    """
+    nbytes = model.parameters.all * element_bytes(config)
+    seconds = model.parameters.tensors * assume.push_tensor + _collective(nbytes, processes, 1, gpu, assume)
+    if config.rollout.colocated:
+        return seconds
+    return seconds + nbytes / (assume.network * assume.link_efficiency)
 
 
 class Lengths(NamedTuple):
@@ -182,12 +202,13 @@ def _gradient_exchange(model: ModelSize, config: Config, processes: int, gpu: Gp
     )
 
 
-def _rollout_times(model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions) -> tuple[float, float]:
+def _rollout_times(
+    model: ModelSize, config: Config, gpu: Gpu, assume: Assumptions, engine: EngineMemory
+) -> tuple[float, float]:
     """(seconds of prefill, seconds of decoding) of the engines."""
     play, rollout = config.selfplay, config.rollout
     prompt, response, judged, verdict = assumed_lengths(config, assume)
     questions = play.groups / assume.mixed
-    engine = engine_memory(model, config, gpu, assume)
     forward = 2 * _tree(model.cost, prompt, 0, 0)[0] + play.group_size * _tree(model.cost, judged, 0, 0)[0]
     gpus = rollout.replicas * rollout.tensor_parallel
     prefill = questions * forward / 3 / (gpus * gpu.flops * assume.matrix_efficiency)

@@ -14,7 +14,9 @@ from spell_megatron.rollout.transports.transport import Transport
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def place(replicas: int, tensor_parallel: int, device: Device, trainers: int) -> tuple[list[list[str]], Transport]:
+def place(
+    replicas: int, tensor_parallel: int, device: Device, trainers: int, colocated: bool = False
+) -> tuple[list[list[str]], Transport]:
     """GPUs of each server on this machine, and the transport of its weights.
 
     Servers take the GPUs that the trainer leaves free. If trainer and engines both need all of them, they share them.
@@ -24,6 +26,7 @@ def place(replicas: int, tensor_parallel: int, device: Device, trainers: int) ->
         tensor_parallel: GPUs of each server.
         device: where the run's processes run (run.device).
         trainers: trainer processes on this machine; each takes one GPU, the first ones.
+        colocated: share the trainer's GPUs also where others are free (rollout.colocated).
 
     Raises:
         UserError: there are not enough GPUs.
@@ -31,16 +34,41 @@ def place(replicas: int, tensor_parallel: int, device: Device, trainers: int) ->
     gpus = [] if device == "cpu" else _visible_gpus()
     if not gpus:
         return [[] for _ in range(replicas)], GLOO
-    free = gpus[trainers:]
-    if len(free) >= replicas * tensor_parallel:
-        return _shares(free, replicas, tensor_parallel), NCCL
-    if len(gpus) == trainers == replicas * tensor_parallel:
+    engines = replicas * tensor_parallel
+    if _together(len(gpus), engines, trainers, colocated):
         return _shares(gpus, replicas, tensor_parallel), IPC
+    free = gpus[trainers:]
+    if len(free) >= engines and not (colocated and trainers):
+        return _shares(free, replicas, tensor_parallel), NCCL
+    remedy = "Lower rollout.replicas or rollout.tensor_parallel, use fewer trainer processes"
+    if not colocated:
+        remedy += ", or start engines on other machines and name them in rollout.urls"
     raise UserError(
         f"This machine shows {len(gpus)} GPU(s): {trainers} for the trainer leave {max(0, len(free))} for "
-        f"{replicas} engine(s) of {tensor_parallel} GPU(s). Lower rollout.replicas or rollout.tensor_parallel, "
-        "use fewer trainer processes, or start engines on other machines and name them in rollout.urls."
+        f"{replicas} engine(s) of {tensor_parallel} GPU(s). {remedy}."
     )
+
+
+def shares_gpus(engines: int, device: Device, trainers: int, colocated: bool) -> bool:
+    """Whether `place` gives the servers of this machine, which need `engines` GPUs, those of the trainer."""
+    gpus = [] if device == "cpu" else _visible_gpus()
+    return bool(gpus) and _together(len(gpus), engines, trainers, colocated)
+
+
+def transport_here(engines: int, device: Device, trainers: int, colocated: bool) -> Transport:
+    """The transport that `place` chooses, also where there are too few GPUs."""
+    return IPC if shares_gpus(engines, device, trainers, colocated) else transport_elsewhere(device)
+
+
+def gpu_memory() -> int:
+    """Bytes of the first GPU, as the driver reports them; takes no memory of it, which torch would."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory(0)
+
+
+def _together(gpus: int, engines: int, trainers: int, colocated: bool) -> bool:
+    return gpus >= trainers == engines and (colocated or gpus == trainers)
 
 
 def transport_elsewhere(device: Device) -> Transport:

@@ -23,6 +23,9 @@ from spell_megatron.processes.signals import given_on
 from spell_megatron.ranks import TRAINER_VARIABLES, slurm_job, slurm_restarts
 from spell_megatron.rollout.transports.transport import Transport
 
+ALONE = 0.85
+"""Share of the memory of its own GPUs that a server may use, unless rollout.gpu_memory_utilization says another."""
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -86,7 +89,7 @@ def _cpu_flags(rollout: RolloutConfig) -> list[str]:
 
 
 def _gpu_flags(settings: ServerSettings, transport: Transport) -> list[str]:
-    flags = ["--gpu-memory-utilization", str(settings.rollout.gpu_memory_utilization)]
+    flags = ["--gpu-memory-utilization", str(settings.rollout.gpu_memory_utilization or ALONE)]
     if transport.colocated:
         flags.append("--enable-sleep-mode")
     if settings.routing and _has_experts(settings.model.path):

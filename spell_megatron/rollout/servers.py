@@ -54,7 +54,8 @@ class Servers:
     ) -> None:
         self._settings, self._api_key, self._log_folder = settings, api_key, log_folder
         self._replicas, self._host = replicas, host
-        self._gpus, self._transport = place(len(replicas), settings.rollout.tensor_parallel, device, trainers)
+        rollout = settings.rollout
+        self._gpus, self._transport = place(len(replicas), rollout.tensor_parallel, device, trainers, rollout.colocated)
         self.servers: dict[int, Server] = {}
         atexit.register(self.stop)
 

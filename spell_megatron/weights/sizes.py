@@ -18,6 +18,8 @@ class ParameterCounts:
     """Parameters of the experts alone."""
     largest_tensor: int
     """Parameters of the largest Hugging Face tensor."""
+    tensors: int
+    """Number of Hugging Face tensors."""
 
 
 def count_parameters(policy: PolicyModel) -> ParameterCounts:
@@ -27,6 +29,7 @@ def count_parameters(policy: PolicyModel) -> ParameterCounts:
         all=sum(size for _, size in sizes),
         experts=sum(size for expert, size in sizes if expert is not None),
         largest_tensor=max(size for _, size in sizes),
+        tensors=len(sizes),
     )
 
 

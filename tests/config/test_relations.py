@@ -45,6 +45,8 @@ from spell_megatron.config.reading import load_config
             "training.moe_dispatcher",
         ),
         ({"rollout": {"base_port": 65535, "replicas": 2}}, "rollout.base_port"),
+        ({"rollout": {"colocated": True, "replicas": 2}}, "rollout.colocated"),
+        ({"rollout": {"colocated": True, "urls": ["http://a:1"]}}, "rollout.colocated"),
         ({"validation": {"every": 3}}, "validation.every"),
     ],
 )

@@ -1,17 +1,91 @@
-"""The fastest layout that fits."""
+"""The fastest plans that fit, and the fewest GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
 
 from benchmarks.planner_memory import make_config
-from spell_megatron.planner.gpus import GPUS, Assumptions, Gpu
+from spell_megatron.planner.gpus import GPUS, Assumptions
+from spell_megatron.planner.memory import counted_memory, estimate
 from spell_megatron.planner.model_size import ModelSize
-from spell_megatron.planner.search import fastest, plan_layout
+from spell_megatron.planner.plan import make_plan
+from spell_megatron.planner.search import fastest, fewest
+from spell_megatron.planner.text import proposal_text
 from spell_megatron.training.policy import PolicyModel
 
+GPU = GPUS["H100-80G"]
 
-def test_the_proposal_is_the_fastest_that_fits(checkpoints):
+
+@pytest.fixture(scope="module")
+def moe(checkpoints):
+    """(size, configuration) of a small mixture of experts."""
     config = make_config(checkpoints / "moe", "full", {}, 1024)
-    model, gpu = ModelSize.of(PolicyModel.load(checkpoints / "moe", config.model.dtype)), GPUS["H100-80G"]
-    tried = list(fastest(model, config, 8, gpu, Assumptions()))
-    assert tried[-1].fits and tried[-1].recompute == "none"
-    assert tried[-1].times.update < plan_layout(model, config, 8, gpu, Assumptions()).times.update
-    small = Gpu(2**30, gpu.flops, gpu.bandwidth, gpu.link)
-    assert not list(fastest(model, config, 8, small, Assumptions()))
+    return ModelSize.of(PolicyModel.load(checkpoints / "moe", config.model.dtype)), config
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_the_proposal_is_the_fastest_that_fits(moe, colocated):
+    model, config = moe
+    best = fastest(model, config, 8, colocated, GPU, Assumptions())
+    assert best and best.fits and best.gpus == 8 and best.config.rollout.colocated == colocated
+    rollout = best.config.rollout
+    assert rollout.replicas * rollout.tensor_parallel == (8 if colocated else 8 - best.processes)
+    slower = config.model_copy(update={"rollout": rollout})
+    assert best.times.step < make_plan(model, slower, best.processes, GPU, Assumptions()).times.step
+    assert best.config.training.recompute == "none"
+
+
+def test_nothing_is_proposed_where_nothing_fits(moe):
+    model, config = moe
+    small = replace(GPU, memory=2**30)
+    assert fastest(model, config, 8, True, small, Assumptions()) is None
+    poor = Assumptions(host_memory=2**30)
+    assert fastest(model, config, 8, False, GPU, poor) is None
+
+
+def test_the_fewest_gpus(moe):
+    """One for trainer and engines in turn, or one for each, where a small model fits."""
+    model, config = moe
+    for colocated, gpus in ((True, 1), (False, 2)):
+        least = fewest(model, config, colocated, GPU, Assumptions())
+        assert least and least.gpus == gpus
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "layout", "processes"),
+    [
+        ("dense", {}, 1),
+        ("dense", {"tensor": 2, "pipeline": 4}, 8),
+        ("dense", {"pipeline": 3}, 6),
+        ("moe", {"pipeline": 2, "expert": 4}, 8),
+        ("moe", {"tensor": 4, "context": 2, "expert": 2, "expert_tensor": 2}, 8),
+    ],
+)
+def test_the_formula_finds_what_is_counted(kind, layout, processes, distributed, checkpoints):
+    """But for the padding of buffers: 64 elements for each parameter, and a little for each rank."""
+    config = make_config(checkpoints / kind, "none", layout, 1024)
+    config.training.optimizer.distributed = distributed
+    policy = PolicyModel.load(checkpoints / kind, config.model.dtype)
+    for rank in range(0, processes, processes // config.training.parallel.pipeline):  # one of each stage
+        found, counted = (
+            estimate(ModelSize.of(policy), config, rank, processes),
+            counted_memory(policy, config, rank, processes),
+        )
+        assert found.parameters == counted.parameters and found.layers == counted.layers
+        assert found[1:3] == pytest.approx(counted[1:3], rel=0.01)
+
+
+def test_a_plan_that_does_not_fit_is_not_compared_with_one_that_does(moe):
+    model, config = moe
+    best = fastest(model, config, 8, True, GPU, Assumptions())
+    small = make_plan(model, config, 8, replace(GPU, memory=2**30), Assumptions())
+    lines = list(proposal_text(small, {"colocated": best, "separate": None}, {"colocated": best, "separate": None}))
+    assert not small.fits and "times as fast" not in "".join(lines)
+    assert lines[0].startswith("proposal  colocated step") and "nothing fits" in lines[1]
+    assert lines[2].startswith("fewest    colocated 8 GPUs") and "no number of GPUs is enough" in lines[3]
+    slow = make_plan(model, config, 8, GPU, Assumptions())
+    assert "times as fast" in next(iter(proposal_text(slow, {"colocated": best}, {})))
+    assert "nothing that fits is faster" in next(iter(proposal_text(best, {"colocated": best}, {})))

@@ -14,19 +14,31 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_the_command(checkpoints, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {{path: {checkpoints / 'moe'}}}\ndata: {{documents: none}}\n")
-    assert main(["plan", "--config", str(path), "--training.parallel.processes=2"]) == 0
+    assert main(["plan", "--config", str(path), "--training.parallel.processes=2", "--gpu", "h100"]) == 0
     printed = capsys.readouterr().out
-    assert "fits" in printed and "active per token" in printed and "proposal" in printed
+    for part in ("active per token", "gpu_memory_utilization 0.85 (the default)", "a node of 2 trainer ranks"):
+        assert part in printed
+    for line in ("  update", "  push", "  checkpoint", "limits", "proposal  colocated", "fewest    colocated 1 GPUs"):
+        assert f"\n{line}" in printed
     config = json.loads((checkpoints / "moe" / "config.json").read_text())
     short = tmp_path / "short"
     short.mkdir()
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    main(["plan", "--config", str(path), f"--model.path={short}"])
-    assert "The run will not start: the longest prompt and response together" in capsys.readouterr().out
+    assert main(["plan", "--config", str(path), f"--model.path={short}", "--rollout.colocated=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "The run will not start: the longest prompt and response together" in printed
+    assert "on the trainer's GPUs, in turn with it" in printed and "\n  generate" in printed
     assert main(["plan", "--config", str(path), "--gpu", "H1000"]) == 2
     assert "Known are A100-80G" in capsys.readouterr().err
+    assert main(["plan", "--config", str(path), "--host-memory", "4"]) == 2
+    assert "of 4 on a node of 1 trainer ranks (a checkpoint being saved" in capsys.readouterr().out
+
+
+@pytest.mark.measures
+def test_a_plan_that_does_not_fit_gets_a_proposal_that_does(capsys):
     big = str(EXAMPLES / "qwen3_30b_a3b_thinking_100k.yaml")
     alone = ["--training.parallel.processes=1", "--training.parallel.tensor=1", "--training.parallel.context=1"]
     assert main(["plan", "--config", big, *alone, "--training.parallel.expert=1"]) == 2
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT" in printed and "no layout on 1 GPUs fits" in printed
+    assert "DOES NOT FIT" in printed and "GiB more" in printed
+    assert "proposal  " in printed and "times as fast" not in printed and "fewest    " in printed

@@ -1,0 +1,108 @@
+"""What is on a GPU and in host memory when, and what engines on the trainer's GPUs get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spell_megatron.config.reading import load_config
+from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+from spell_megatron.planner import engine_share
+from spell_megatron.planner.engine_share import engine_settings, share_on
+from spell_megatron.planner.gpus import GPUS, Assumptions
+from spell_megatron.planner.memory import estimate
+from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.phases import MOST
+from spell_megatron.planner.plan import Plan, make_plan
+from spell_megatron.rollout.server import ALONE
+from spell_megatron.training.policy import PolicyModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GPU = GPUS["H100-80G"]
+
+
+@pytest.fixture(scope="module")
+def size():
+    """Of Qwen3-30B-A3B."""
+    return ModelSize.of(PolicyModel.load(EXAMPLES / "models" / "qwen3_30b_a3b_instruct_2507", "bfloat16"))
+
+
+def configured(**changes) -> Config:
+    """Qwen3-30B-A3B on 8 GPUs, with settings by section."""
+    config = load_config([EXAMPLES / "paper_16k.yaml", EXAMPLES / "paper_16k" / "qwen3_30b_a3b_instruct_2507.yaml"])
+    raw = config.model_dump()
+    raw["training"]["parallel"] = {"processes": 8, "context": 8, "expert": 8}
+    for section, values in changes.items():
+        raw[section] |= values
+    return Config.model_validate(raw)
+
+
+def planned(size: ModelSize, processes: int = 8, **changes) -> Plan:
+    return make_plan(size, configured(**changes), processes, GPU, Assumptions(), estimate)
+
+
+def phases(plan: Plan) -> dict[str, int]:
+    return {phase.name: phase.total for phase in plan.phases}
+
+
+SHARED = {"colocated": True, "replicas": 4, "tensor_parallel": 2}
+
+
+def test_shared_gpus_hold_both_sides(size):
+    assume, alone, shared = Assumptions(), planned(size), planned(size, rollout=SHARED)
+    assert set(phases(shared)) == {"update", "push", "checkpoint", "generate"}
+    assert phases(shared)["update"] == phases(alone)["update"] + assume.engine_asleep
+    # A push has the weights of both, and not yet the KV cache.
+    assert phases(shared)["push"] == phases(alone)["push"] + assume.engine_asleep + shared.engine.weights
+    assert shared.engine.weights == 2 * size.parameters.all // 2
+    assert (shared.gpus, alone.gpus) == (8, 24)
+    assert shared.host.processes == 2 * alone.host.processes
+
+
+def test_more_gpus_never_need_more_memory_on_each(size):
+    """Also of the host, and with longer rows never less."""
+    for changes in ({}, {"rollout": SHARED}):
+        before = None
+        for processes in (8, 16, 32, 64):
+            plan = planned(size, processes, **changes)
+            assert before is None or all(phases(plan)[name] <= before[name] for name in ("update", "push"))
+            before = phases(plan)
+        rows = [planned(size, training={"tokens_per_microbatch": n}, **changes) for n in (40960, 65536, 131072)]
+        assert [phases(plan)["update"] for plan in rows] == sorted(phases(plan)["update"] for plan in rows)
+        assert rows[0].memory.working < rows[-1].memory.working
+
+
+def test_engines_get_what_the_trainer_leaves(size):
+    assert planned(size).engine.share == ALONE
+    assert planned(size, rollout=SHARED | {"gpu_memory_utilization": 0.4}).engine.share == 0.4
+    many = planned(size, 256, rollout=SHARED)  # each rank holds little
+    held = many.memory.state + many.memory.reserve
+    assert many.engine.share == pytest.approx(1 - held / GPU.memory, abs=0.01)
+    assert many.engine.share <= min(MOST, 1 - held / GPU.memory)
+    assert phases(many)["generate"] <= GPU.memory
+
+
+def test_the_run_gives_engines_the_plans_share(size, monkeypatch):
+    config = configured(rollout=SHARED, training={"parallel": {"processes": 256, "context": 8, "expert": 8}})
+    monkeypatch.setattr(engine_share, "shares_gpus", lambda *_: True)
+    monkeypatch.setattr(engine_share, "gpu_memory", lambda: int(GPU.memory))
+    share = make_plan(size, config, 256, GPU, Assumptions()).engine.share
+    assert engine_settings(config, 8).gpu_memory_utilization == share
+    assert config.rollout.gpu_memory_utilization is None
+    config.rollout.gpu_memory_utilization = 0.3
+    assert engine_settings(config, 8) is config.rollout
+    config.rollout.gpu_memory_utilization = None
+    monkeypatch.setattr(engine_share, "shares_gpus", lambda *_: False)
+    assert engine_settings(config, 8) is config.rollout
+    with pytest.raises(UserError, match=r"leaves .* GiB to the engines.*weights.*`spell plan`"):
+        share_on(20 * 2**30, config)
+
+
+def test_a_push_counts_calls_as_well_as_bytes(size):
+    assert size.parameters.tensors == 18_867
+    slow = make_plan(size, configured(), 8, GPU, Assumptions(push_tensor=1e-3), estimate)
+    fast = make_plan(size, configured(), 8, GPU, Assumptions(push_tensor=0), estimate)
+    assert slow.times.push - fast.times.push == pytest.approx(18.867)
+    assert fast.times.push > 2 * size.parameters.all / 50e9
