@@ -68,20 +68,23 @@ def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
     parser.set_defaults(needs_config=required)
 
 
-def files_of(rest: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Among words that no argument takes: files of settings that stand alone, and the others.
+def loose_words(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Among words that no argument takes: those that stand alone, and the settings with their values.
 
     A word behind a setting without `=` is the setting's value.
     """
-    files: list[Path] = []
-    others: list[str] = []
+    loose: list[str] = []
+    settings: list[str] = []
     for word in rest:
-        is_value = others and others[-1].startswith("--") and "=" not in others[-1]
-        if not word.startswith("--") and "=" not in word and word.endswith((".yaml", ".yml")) and not is_value:
-            files.append(Path(word))
-        else:
-            others.append(word)
-    return files, others
+        is_value = settings and settings[-1].startswith("--") and "=" not in settings[-1]
+        (settings if word.startswith("--") or is_value else loose).append(word)
+    return loose, settings
+
+
+def files_of(rest: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Among words that no argument takes: files of settings that stand alone, and the others."""
+    files = [word for word in loose_words(rest)[0] if word.endswith((".yaml", ".yml")) and "=" not in word]
+    return [Path(word) for word in files], [word for word in rest if word not in files]
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spell_megatron.cli.arguments import add_command, add_config, add_number, overrides_of, quiet_libraries
+from spell_megatron.cli.policy_folder import policy_folder
 from spell_megatron.config.reading import noted_prompt_date, read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
@@ -144,10 +145,7 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
     """Settings of engines, sampling and prompts. --model and the limits override the settings of a file."""
     if (arguments.model is None) == (arguments.answers is None):
         raise UserError("Give a model to evaluate with --model FOLDER, or answers to score with --answers FILE.")
-    model = arguments.model or Path("none")
-    if (model / "hf" / "config.json").is_file():  # a step of a run
-        model = model / "hf"
-    of_run = model.absolute().parent / "config.json" if model.name == "hf" else None
+    model, of_run = policy_folder(arguments.model or Path("none"))
     if not (model / "config.json").is_file() and not arguments.server and not arguments.answers:
         raise UserError(f"There is no model in {model}: it has no config.json. Give --model a Hugging Face checkpoint.")
     overrides = [

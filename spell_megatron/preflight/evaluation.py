@@ -13,6 +13,7 @@ from spell_megatron.preflight.engine_model import (
     check_engine_model,
     check_generation_config,
     check_positions,
+    position_limit,
 )
 from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
@@ -40,6 +41,12 @@ def check_evaluation(model: ModelConfig, rollout: RolloutConfig) -> None:
     if hf_config is not None:
         check_positions(found, rollout.sampling, hf_config, LIMITS)
     raise_faults(found.faults, "the evaluation")
+
+
+def positions(model: Path) -> int | None:
+    """Number of tokens that vLLM serves in a sequence of a model of any family, if its config.json tells."""
+    config = _any_config(model)
+    return None if config is None else position_limit(config)[0]
 
 
 def _any_config(path: Path) -> Any:
