@@ -11,13 +11,26 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from spell_megatron import __version__
-from spell_megatron.cli import ask, convert, engines, evaluate, launch, plan, prepare, report, status, stop, train
+from spell_megatron.cli import (
+    ask,
+    convert,
+    engines,
+    evaluate,
+    launch,
+    metrics,
+    plan,
+    prepare,
+    report,
+    status,
+    stop,
+    train,
+)
 from spell_megatron.cli.arguments import files_of
 from spell_megatron.errors import ExitStatus, ProcessLost, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
-COMMANDS = (train, launch, engines, status, stop, evaluate, ask, plan, prepare, convert, report)
+COMMANDS = (train, launch, engines, status, stop, evaluate, ask, plan, prepare, convert, report, metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

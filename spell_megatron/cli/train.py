@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from spell_megatron.cli.arguments import (
     Resume,
@@ -26,6 +26,7 @@ from spell_megatron.cli.arguments import (
 from spell_megatron.config.reading import Reading, noted_prompt_date, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.monitoring.run_log import Level
 from spell_megatron.processes.launch import launch_processes
 from spell_megatron.processes.signals import expect_requests
 from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, local_processes, rank, slurm_restarts
@@ -52,6 +53,11 @@ def add_parser(commands: Any) -> None:
         "--dry-run", action="store_true", help="check everything, print all settings and an overview, and stop"
     )
     add_resume(parser)
+    parser.add_argument(
+        "--log-level",
+        choices=get_args(Level),
+        help="short for --logging.level: what is written to logs/train.log in the run's folder",
+    )
     add_rendezvous(parser, required=False)
 
 
@@ -63,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         from spell_megatron.processes.lifetime import end_with_parent
 
         end_with_parent()
-    reading, resume = _read(arguments, overrides_of(arguments.rest))
+    level = [f"logging.level={arguments.log_level}"] if arguments.log_level else []
+    reading, resume = _read(arguments, [*overrides_of(arguments.rest), *level])
     found = _preflight(arguments, reading, resume)
     config = reading.checked(found.faults)
     goes_on = resume is not None and resume.step is None
@@ -108,6 +115,7 @@ def _restarted(arguments: argparse.Namespace) -> bool:
 def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None) -> ExitStatus:
     """Train in this process; the exit status tells why the run stopped."""
     quiet_libraries()
+    from spell_megatron.monitoring.run_log import run_log
     from spell_megatron.monitoring.stopping import Reason
     from spell_megatron.train import run as train
 
@@ -122,7 +130,8 @@ def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None)
             _fork(resume, config)
         if rendezvous and rank() == 0:
             rendezvous.publish(BEGUN, {})
-        stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
+        with run_log(config.run.output_dir / config.run.name, rank(), config.logging.level):
+            stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it
     # An orderly end is told by rank 0 alone: launchers end the others when one process has another status than 0.

@@ -257,6 +257,9 @@ class LoggingConfig(Section):
     """Also log to Weights & Biases. The wandb package must be installed."""
     wandb_project: str = "spell"
     """Project at Weights & Biases."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is written to logs/train.log in the run's folder: messages of this level and above. Libraries' warnings go
+    there too, and with debug what else they say."""
     dump: Literal["none", "jsonl", "parquet"] = "jsonl"
     """Format of the files with the questions, answers and judgments of each step. none: no files."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from spell_megatron.monitoring.glossary import LEGEND
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.unread import silence
+
+logger = logging.getLogger(__name__)
 
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines of one stage where there is no terminal."""
@@ -54,6 +58,7 @@ class Progress:
         """
         self.console = console or PatientConsole(quiet=not enabled)
         self._status = status
+        self._explained = False
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
@@ -61,18 +66,21 @@ class Progress:
 
         total: what the number counts to; None: not known yet, then the bar only moves.
         """
+        logger.debug("%s begins", name)
+        started = time.monotonic()
         with self._shown(name, total) as show:
             status = self._status
             if status is None:
                 yield show
-                return
-            status.stage(name)
+            else:
+                status.stage(name)
 
-            def update(done: int, total: int | None = total) -> None:
-                status.stage(name, done, total)
-                show(done, total)
+                def update(done: int, total: int | None = total) -> None:
+                    status.stage(name, done, total)
+                    show(done, total)
 
-            yield update
+                yield update
+        logger.debug("%s took %.1f s", name, time.monotonic() - started)
 
     @contextmanager
     def _shown(self, name: str, total: int | None) -> Iterator[Callable[..., None]]:
@@ -95,7 +103,10 @@ class Progress:
             yield update
 
     def summary(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of a step, made of those metrics that it has."""
+        """Print the line of a step, made of those metrics that it has; before the first one, what they mean."""
+        if not self._explained:
+            self.line(LEGEND)
+            self._explained = True
         parts = [form.format(metrics[name]) for name, form in SHOWN if name in metrics]
         self.line(
             "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts, *no_update(metrics), *_held_out(metrics)])
@@ -106,7 +117,8 @@ class Progress:
         self.line("  ".join([f"held-out after step {step}:", *_held_out(metrics)]))
 
     def line(self, text: str) -> None:
-        """Print a line, as it is, without disturbing a bar."""
+        """Print a line, as it is, without disturbing a bar, and log it."""
+        logger.info("%s", text)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

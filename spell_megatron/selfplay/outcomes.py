@@ -87,7 +87,7 @@ class Outcome(StrEnum):
     ERROR = (
         "error",
         "internal error",
-        "The log holds the stack trace of each error.",
+        "logs/train.log in the run's folder holds the stack trace of each error.",
     )
     QUESTIONER_PROMPT_TOO_LONG = (
         "questioner_prompt_too_long",

@@ -241,7 +241,8 @@ def test_a_run_folder_belongs_to_one_process(inputs, spell, monkeypatch):
     monkeypatch.setitem(sys.modules, "spell_megatron.train", types.SimpleNamespace(run=train))
     words = ("train", "--config", inputs / "run.yaml", "--run.name=mine")
     assert spell(*words)[0] == 0
-    assert seen == [["lock-1"]] and list(folder.iterdir()) == []
+    assert [sorted(names) for names in seen] == [["lock-1", "logs"]]
+    assert [path.name for path in folder.iterdir()] == ["logs"]
     with run_lock(folder):
         status, _, errors = spell(*words)
     assert status == 2 and "in use by `spell train`" in errors and len(seen) == 1

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from spell_megatron.monitoring import progress as module
+from spell_megatron.monitoring.glossary import LEGEND
 from spell_megatron.monitoring.progress import PatientConsole, Progress, gain
 
 
@@ -39,7 +40,7 @@ def test_the_line_of_a_step_shows_the_metrics_that_it_has(plain):
         },
     )
     assert written() == (
-        "step  3/16  reward 0.512  mixed 40%  valid 88%  tokens 120,034  grad norm 0.812  rollout 10.2s  "
+        f"{LEGEND}\nstep  3/16  reward 0.512  mixed 40%  valid 88%  tokens 120,034  grad norm 0.812  rollout 10.2s  "
         "update 4.0s  push 0.3s  pass@1 53.7%\n"
     )
 
@@ -49,7 +50,7 @@ def test_a_step_without_an_update_has_a_line_too(plain):
     progress.summary(1, 2, {"selfplay/rate/mixed": 0.0, "train/empty": 1.0, "train/grad_norm": float("nan")})
     progress.summary(2, 2, {"train/skipped": 1.0, "train/grad_norm": float("inf")})
     assert written() == (
-        "step 1/2  mixed 0%  grad norm nan  no update: nothing to train on\n"
+        f"{LEGEND}\nstep 1/2  mixed 0%  grad norm nan  no update: nothing to train on\n"
         "step 2/2  grad norm inf  no update: the gradient was not finite\n"
     )
 
