@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config.faults import Fault
-from spell_megatron.config.help import all_settings
+from spell_megatron.config.help import Setting, all_settings
 from spell_megatron.config.reading import Reading, read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.config.section import Section
@@ -46,10 +46,52 @@ def add_command(
         usage=usage,
         epilog=epilog,
         allow_abbrev=False,
+        add_help=not takes_settings,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if takes_settings:
+        parser.add_argument(
+            "-h",
+            "--help",
+            nargs="?",
+            action=_Help,
+            metavar="SECTION",
+            help="show this; or explain the settings of one section (selfplay.gate), or whose names hold a word",
+        )
     parser.set_defaults(command=run, takes_settings=takes_settings)
     return parser
+
+
+class _Help(argparse.Action):
+    """`--help [SECTION]`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            parser.print_help()
+        else:
+            print(section_help(values))
+        parser.exit()
+
+
+def section_help(word: str) -> str:
+    """The settings of a section, or those whose name holds a word.
+
+    Raises:
+        UserError: there are none.
+    """
+    word = word.lstrip("-").rstrip(".")
+    settings = list(all_settings())
+    found = [s for s in settings if f"{s.key}.".startswith(f"{word}.")] or [s for s in settings if word in s.key]
+    if not found:
+        sections = dict.fromkeys(s.key.rpartition(".")[0] for s in settings)
+        raise UserError(f"No setting's name holds {word!r}. Sections are {', '.join(sections)}.")
+    return "\n".join(line for setting in found for line in _explained(setting)).strip("\n")
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -213,12 +255,14 @@ def add_number(add: Callable[..., Any], flag: str, default: int | None, meaning:
 
 def settings_help(schema: type[Section] = Config, title: str = RUN_SETTINGS) -> str:
     """All settings of a schema with type, default and meaning, for the end of a help text."""
-    lines = [title]
-    for setting in all_settings(schema):
-        default = "required" if setting.default is None else f"default {setting.default}"
-        lines += ["", f"  {setting.key}  ({setting.type}; {default})"]
-        lines += textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+    return "\n".join([title, *(line for setting in all_settings(schema) for line in _explained(setting))])
+
+
+def _explained(setting: Setting) -> list[str]:
+    """A setting with type, default and meaning in lines, below an empty one."""
+    default = "required" if setting.default is None else f"default {setting.default}"
+    meaning = textwrap.wrap(setting.help, 98, initial_indent="      ", subsequent_indent="      ")
+    return ["", f"  {setting.key}  ({setting.type}; {default})", *meaning]
 
 
 def overrides_of(rest: Sequence[str]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 from spell_megatron.cli.arguments import (
     add_command,
@@ -15,6 +16,9 @@ from spell_megatron.cli.arguments import (
 )
 from spell_megatron.config.reading import load_config
 from spell_megatron.errors import ExitStatus
+
+if TYPE_CHECKING:
+    from spell_megatron.planner.plan import Plan
 
 
 def add_parser(commands: Any) -> None:
@@ -37,6 +41,7 @@ def add_parser(commands: Any) -> None:
     add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
     add_number(add, "--gpus-per-node", 8, "GPUs of each node")
     add_number(add, "--host-memory", None, "memory of each node in GiB (default: what is usual for the GPU)")
+    add("--json", action="store_true", help="print one JSON object: the plan, the proposals, and why it will not start")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.monitoring.progress import Progress
     from spell_megatron.planner.gpus import Assumptions, find_gpu
     from spell_megatron.planner.model_size import ModelSize
+    from spell_megatron.planner.numbers import plan_numbers
     from spell_megatron.planner.plan import make_plan
     from spell_megatron.planner.search import fastest, fewest
     from spell_megatron.planner.text import plan_text, proposal_text
@@ -58,17 +64,26 @@ def run(arguments: argparse.Namespace) -> int:
     host_memory = arguments.host_memory * 2**30 if arguments.host_memory else None
     assume = Assumptions(arguments.gpus_per_node, host_memory)
     plan = make_plan(model, config, config.training.parallel.processes, gpu, assume)
-    print("\n".join(plan_text(model, plan)))
     found = Findings()
     check_positions(found, config.rollout.sampling, policy.hf_config)
-    for fault in found.faults:
-        print(f"The run will not start: {fault.message}.")
-    proposals, smallest = {}, {}
-    with Progress().stage("other layouts", 4) as advance:
+    if not arguments.json:
+        print("\n".join(plan_text(model, plan)))
+        for fault in found.faults:
+            print(f"The run will not start: {fault.message}.")
+    proposals: dict[str, Plan | None] = {}
+    smallest: dict[str, Plan | None] = {}
+    with Progress(enabled=not arguments.json).stage("other layouts", 4) as advance:
         for colocated, where in ((True, "colocated"), (False, "separate")):
             proposals[where] = fastest(model, config, plan.gpus, colocated, gpu, assume)
             advance(2 * len(proposals) - 1)
             smallest[where] = fewest(model, config, colocated, gpu, assume)
             advance(2 * len(smallest))
-    print("\n".join(proposal_text(plan, proposals, smallest)))
+    if arguments.json:
+        others = {
+            name: {where: other and plan_numbers(other) for where, other in plans.items()}
+            for name, plans in (("proposals", proposals), ("fewest", smallest))
+        }
+        print(json.dumps({"plan": plan_numbers(plan), **others, "faults": list(map(str, found.faults))}, indent=1))
+    else:
+        print("\n".join(proposal_text(plan, proposals, smallest)))
     return ExitStatus.SUCCESS if plan.fits else ExitStatus.USER_ERROR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,27 @@ def add_parser(commands: Any) -> None:
         "no sign of life, and its job does not wait to start it again.",
     )
     add_run_folder(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: what the run says, its job, its last step's metrics"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.monitoring.status import read
 
-    return tell(arguments.run, read(arguments.run))
+    return tell(arguments.run, read(arguments.run), arguments.json)
 
 
-def tell(run_folder: Path, said: dict[str, Any]) -> ExitStatus:
+def tell(run_folder: Path, said: dict[str, Any], as_json: bool = False) -> ExitStatus:
     """Print what a run `said` of itself; returns the exit status of that."""
-    from spell_megatron.monitoring.describe import describe
+    from spell_megatron.monitoring.describe import describe, numbers
     from spell_megatron.monitoring.queue import job_of
     from spell_megatron.monitoring.status import silent
 
     job = job_of(run_folder, said)
-    print("\n".join(describe(run_folder, said, job)))
+    if as_json:
+        print(json.dumps(numbers(run_folder, said, job), indent=1))
+    else:
+        print("\n".join(describe(run_folder, said, job)))
     failed = said["state"] == "failed" or silent(said)
     return ExitStatus.RUN_FAILED if failed and not (job and job.waits) else ExitStatus.SUCCESS

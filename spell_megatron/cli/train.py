@@ -52,6 +52,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print all settings and an overview, and stop"
     )
+    parser.add_argument(
+        "--print-config",
+        nargs="?",
+        const="changed",
+        choices=("changed", "all"),
+        help="print the settings as YAML, those that differ from the defaults or all, and stop",
+    )
     add_resume(parser)
     parser.add_argument(
         "--log-level",
@@ -70,7 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         end_with_parent()
     level = [f"logging.level={arguments.log_level}"] if arguments.log_level else []
-    reading, resume = _read(arguments, [*overrides_of(arguments.rest), *level])
+    overrides = [*overrides_of(arguments.rest), *level]
+    if arguments.print_config:
+        settings = read_run("train", arguments, overrides)[0].checked()
+        print(to_yaml(settings, changed=arguments.print_config == "changed"), end="")
+        return ExitStatus.SUCCESS
+    reading, resume = _read(arguments, overrides)
     found = _preflight(arguments, reading, resume)
     config = reading.checked(found.faults)
     goes_on = resume is not None and resume.step is None

@@ -110,9 +110,13 @@ def noted_prompt_date(settings: Path) -> date | None:
         raise UserError(f"{settings} has model.prompt_date {noted!r}. Write a day there, such as 2026-11-29.") from None
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+def to_yaml(config: Config, changed: bool = False) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one.
+
+    changed: only what differs from the defaults.
+    """
+    content = config.model_dump(mode="json", exclude_defaults=changed)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _merge(raw: dict[str, Any], other: dict[str, Any], schema: type[Section]) -> None:

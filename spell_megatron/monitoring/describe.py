@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def describe(folder: Path, state: dict[str, Any], job: Job | None = None) -> lis
     lines.append(f"  checkpoint {latest.read_text().strip() if latest.exists() else 'none yet'}")
     lines.append(f"  logs       {folder / 'logs'}")
     return lines
+
+
+def numbers(folder: Path, state: dict[str, Any], job: Job | None = None) -> dict[str, Any]:
+    """The same as JSON values: what the run says, `silent` (seconds without a sign of life that there should be), job,
+    newest checkpoint, and the metrics of the last step."""
+    rows, latest = _metrics(folder), folder / "checkpoints" / "latest"
+    return {
+        **state,
+        "silent": status.silent(state),
+        "queue": asdict(job) if job else None,
+        "checkpoint": latest.read_text().strip() if latest.exists() else None,
+        "metrics": rows[-1] if rows else None,
+    }
 
 
 def _state(state: dict[str, Any], job: Job | None) -> str:

@@ -22,6 +22,21 @@ def test_help_is_good_reading(spell):
     assert spell("--version")[1] == f"spell_megatron {__version__}\n"
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "launch", "evaluate"])
+def test_help_of_a_section(spell, command):
+    status, text, _ = spell(command, "--help", "selfplay.gate")
+    keys = [line.split()[0] for line in text.splitlines() if line.startswith("  s")]
+    assert status == 0 and keys and all(key.startswith("selfplay.gate.") for key in keys)
+    assert "number; default 0.75)\n      Smallest share" in text
+
+
+def test_help_of_a_word_and_of_nothing(spell):
+    assert "training.optimizer.clip_grad" in spell("train", "--help", "clip")[1]
+    assert "--selfplay" not in spell("train", "--help", "run.steps")[1]
+    status, _, errors = spell("train", "--help", "nonsense")
+    assert status == 2 and "Sections are model, data, run" in errors
+
+
 def test_help_answers_without_the_heavy_imports():
     code = (
         "import sys; from spell_megatron import cli; cli.command_parser(); "

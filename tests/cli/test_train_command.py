@@ -18,6 +18,7 @@ import pytest
 import yaml
 from config_files import add_checkpoint
 
+from spell_megatron.config.reading import load_config
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.run_lock import run_lock
 from spell_megatron.preflight import inspect as inspection
@@ -53,6 +54,24 @@ def test_several_files_and_resuming_with_them(spell, inputs, tmp_path):
     folder = tmp_path / "runs" / "more"
     add_checkpoint(folder, inputs / "policy")
     assert "(continued)" in spell(*words, "--resume")[1]
+
+
+@pytest.mark.parametrize("kind", ["changed", "all"])
+def test_settings_are_printed_so_that_they_can_be_read_again(spell, inputs, tmp_path, kind):
+    words = (
+        "train",
+        inputs / "run.yaml",
+        "--selfplay.groups=3",
+        "--training.optimizer.lr=2e-6",
+    )  # the latter is as ever
+    status, output, errors = spell(*words, f"--print-config={kind}")
+    assert (status, errors) == (0, "") and list(tmp_path.iterdir()) == []
+    printed = yaml.safe_load(output)
+    assert printed["selfplay"]["groups"] == 3
+    assert ("optimizer" in printed.get("training", {})) == ("logging" in printed) == (kind == "all")
+    (tmp_path / "printed.yaml").write_text(output)
+    assert load_config(tmp_path / "printed.yaml") == load_config(inputs / "run.yaml", ["selfplay.groups=3"])
+    assert spell(*words, "--print-config")[1] == spell(*words, "--print-config=changed")[1]
 
 
 def test_a_file_of_settings_may_stand_alone(spell, inputs, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
 from spell_megatron.monitoring import status
-from spell_megatron.monitoring.describe import describe
+from spell_megatron.monitoring.describe import describe, numbers
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.queue import Job
 from spell_megatron.monitoring.status import Status
@@ -37,6 +37,9 @@ def test_a_run_tells_what_it_does(tmp_path, monkeypatch):
             while not (told := status.read(tmp_path)).get("engines"):
                 assert time.monotonic() < deadline
             text = "\n".join(describe(tmp_path, told))
+            said = json.loads(json.dumps(numbers(tmp_path, told, Job("7", "RUNNING", 0))))
+    assert (said["state"], said["step"], said["done"], said["silent"]) == ("running", 2, 4, 0)
+    assert said["metrics"]["selfplay/reward"] == 0.25 and said["queue"]["number"] == "7" and said["checkpoint"] is None
     for part in (
         ": running\n",
         "1/11, 90 s per step, 15 min to go",

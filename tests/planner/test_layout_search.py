@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.planner_memory import make_config
 from spell_megatron.planner.gpus import GPUS, Assumptions
 from spell_megatron.planner.memory import counted_memory, estimate
 from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.numbers import plan_numbers
 from spell_megatron.planner.plan import make_plan
 from spell_megatron.planner.search import fastest, fewest
 from spell_megatron.planner.text import proposal_text
@@ -43,6 +45,15 @@ def test_nothing_is_proposed_where_nothing_fits(moe):
     assert fastest(model, config, 8, True, small, Assumptions()) is None
     poor = Assumptions(host_memory=2**30)
     assert fastest(model, config, 8, False, GPU, poor) is None
+
+
+def test_a_plan_as_json(moe):
+    model, config = moe
+    plan = make_plan(model, config, 1, GPU, Assumptions(), estimate)
+    said = json.loads(json.dumps(plan_numbers(plan)))
+    assert said["fits"] == plan.fits and said["seconds"]["step"] == pytest.approx(plan.times.step)
+    assert said["trainer"]["processes"] == 1 and said["engines"]["sequences"] == plan.engine.sequences
+    assert max(phase["total"] for phase in said["phases"].values()) == plan.fullest.total
 
 
 def test_the_fewest_gpus(moe):
