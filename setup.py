@@ -35,6 +35,8 @@ setup(
         "huggingface_hub>=0.30",
         # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
         "megatron-core>=0.16.1,<0.20",
+        # vLLM brings it: typed JSON, ten times as fast as that of the standard library
+        "msgspec>=0.19",
         "numpy>=1.26",
         # without psutil, saving a checkpoint hangs in Megatron
         "psutil",

@@ -10,8 +10,9 @@ from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.evaluation.validation import validate
-from spell_megatron.rollout.client import Client, GenerationError
+from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.engines import Engines
+from spell_megatron.rollout.wire import GenerationError
 from spell_megatron.selfplay.documents import load_clusters
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet

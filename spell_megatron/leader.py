@@ -329,7 +329,7 @@ def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:
     """What the trainer learns of a sample: tokens, and the weight of each response token."""
     weight = sample.advantage * role_weights.get(sample.role, 1.0)
     return Row(
-        tokens=np.array([*sample.prompt_ids, *sample.response_ids], dtype=np.int64),
+        tokens=np.concatenate([sample.prompt_ids, sample.response_ids], dtype=np.int64),
         prompt_length=len(sample.prompt_ids),
         weights=np.full(len(sample.response_ids), weight, dtype=np.float32),
         rollout_logprobs=np.array(sample.logprobs, dtype=np.float32),

@@ -28,8 +28,8 @@ from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.preflight.evaluation import check_evaluation
 from spell_megatron.processes.folder_lock import FolderLock
-from spell_megatron.rollout.client import GenerationError
 from spell_megatron.rollout.engines import Engines
+from spell_megatron.rollout.wire import GenerationError
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
 

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
-import numpy as np
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.wire import Body, Completion, GenerationError, PromptJson, read_answer
 
 log = logging.getLogger(__name__)
 
-UPDATING = "updating"
-"""Weight version of an engine whose weights are being replaced; no completion may carry it."""
-
 _RETRY_SECONDS = (0.2, 1.0, 3.0, 10.0)
 _REST_SECONDS = 15.0
-
-
-class GenerationError(RuntimeError):
-    """An engine refused or broke a request, and trying it again would not help."""
+_LARGE_BYTES = 1 << 22
+"""Answers with more than this hold the routing of a prompt, and take so long to read that a thread does."""
 
 
 class _NoEngine(Exception):
@@ -39,27 +31,6 @@ class _NoEngine(Exception):
 
 class _Hangs(Exception):
     """The engine has a request and does not even answer a call."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled continuation of a prompt.
-
-    Attributes:
-        token_ids: sampled tokens, the end-of-sequence token included when there is one.
-        logprobs: natural log-probability of each of them under the distribution that was sampled
-            from (after temperature and, where top_p < 1, its renormalisation).
-        finish_reason: `stop` (end-of-sequence token) or `length` (cut at max_tokens).
-        weight_version: version of the weights that sampled all of it.
-        routing: of a mixture of experts, if the engine returns them, the experts to which it sent the tokens
-            before the last: integers [tokens, layers, experts per token]. Those of the prompt come first.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-    weight_version: str
-    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -121,6 +92,7 @@ class Client:
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
         self._revive, self._revived = revive, 0
+        self._prompt_json = PromptJson()
         self.use(urls)
 
     def use(self, urls: Sequence[str]) -> None:
@@ -174,21 +146,18 @@ class Client:
                 weight version.
             UserError: no replica can be reached.
         """
-        bodies = self._requests(list(prompt_ids), 1 if greedy else n, seed, max_tokens, greedy, prompt_routing)
-        answers = await asyncio.gather(*(self._send(body, affinity) for body in bodies))
-        routed_prompt = len(prompt_ids) if prompt_routing else 0
-        completions = [
-            _completion(choice, routed_prompt)
-            for answer in answers
-            for choice in sorted(answer, key=lambda choice: choice["index"])
-        ]
+        routed = len(prompt_ids) if prompt_routing else 0
+        wanted = self._params(len(prompt_ids), 1 if greedy else n, seed, max_tokens, greedy, prompt_routing)
+        with self._prompt_json.of(prompt_ids) as prompt:
+            answers = await asyncio.gather(*(self._send(Body(prompt, params), affinity, routed) for params in wanted))
+        completions = [completion for answer in answers for completion in answer]
         return completions * n if greedy else completions
 
-    def _requests(
-        self, ids: list[int], n: int, seed: int, max_tokens: int, greedy: bool, prompt_routing: bool
-    ) -> list[str]:
-        """The JSON of the requests for n samples, of at most `concurrency` samples each."""
-        params: dict[str, object] = {
+    def _params(
+        self, prompt_tokens: int, n: int, seed: int, max_tokens: int, greedy: bool, prompt_routing: bool
+    ) -> Iterator[dict[str, Any]]:
+        """The sampling parameters of the requests for n samples, of at most `concurrency` samples each."""
+        params: dict[str, Any] = {
             "temperature": 0.0 if greedy else self._sampling.temperature,
             "top_p": 1.0 if greedy else self._sampling.top_p,
             "max_tokens": max_tokens,
@@ -197,26 +166,19 @@ class Client:
             "detokenize": False,
         }
         if not prompt_routing:
-            params["routed_experts_prompt_start"] = len(ids)
+            params["routed_experts_prompt_start"] = prompt_tokens
         # vLLM gives sample i the seed `seed + i`: a hashed base keeps the samples of neighbouring
         # seeds apart, and lets a large n be cut into requests that give the same samples.
         base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big")
-        return [
-            json.dumps(
-                {
-                    "token_ids": ids,
-                    "sampling_params": params | {"n": min(self._concurrency, n - first), "seed": base + first},
-                }
-            )
-            for first in range(0, n, self._concurrency)
-        ]
+        for first in range(0, n, self._concurrency):
+            yield params | {"n": min(self._concurrency, n - first), "seed": base + first}
 
-    async def _send(self, body: str, affinity: str) -> list[dict]:
+    async def _send(self, body: Body, affinity: str, routed_prompt: int) -> list[Completion]:
         """Posts a request, again if engines had to be revived for it."""
         while True:
             revived = self._revived
             try:
-                return await self._try(body, affinity)
+                answer = await self._try(body, affinity)
             except _NoEngine as error:
                 if revived != self._revived:
                     continue
@@ -225,8 +187,12 @@ class Client:
                 log.warning("%s", error)
                 self.use(self._revive())
                 self._revived += 1
+                continue
+            if len(answer) > _LARGE_BYTES:
+                return await asyncio.to_thread(read_answer, answer, routed_prompt)
+            return read_answer(answer, routed_prompt)
 
-    async def _try(self, body: str, affinity: str) -> list[dict]:
+    async def _try(self, body: Body, affinity: str) -> bytes:
         """Posts a request to the replica of its affinity, or to another one while that is down."""
         for delay in (0.0, *_RETRY_SECONDS):
             await asyncio.sleep(delay)
@@ -261,7 +227,7 @@ class Client:
             key=lambda replica: hashlib.blake2b(f"{affinity}\0{replica.url}".encode()).digest(),
         )
 
-    async def _watched(self, replica: _Replica, body: str) -> list[dict]:
+    async def _watched(self, replica: _Replica, body: Body) -> bytes:
         """Posts a request, and asks the engine now and then whether it is alive.
 
         Raises:
@@ -292,21 +258,20 @@ class Client:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def _post(self, url: str, body: str) -> list[dict]:
+    async def _post(self, url: str, body: Body) -> bytes:
         assert self._session is not None, "use `async with Client(...)`"
         try:
-            async with self._session.post(
-                f"{url}/inference/v1/generate",
-                data=body,
-                headers={"Content-Type": "application/json"},
-            ) as response:
-                text = await response.text()
+            async with self._session.post(f"{url}/inference/v1/generate", data=body) as response:
+                answer = await response.read()
         except aiohttp.ConnectionTimeoutError:
             raise
         except TimeoutError as error:
             raise GenerationError(
                 f"{url} did not answer a request within {self._timeout.total:g} s (rollout.request_timeout)"
             ) from error
+        if response.status == 200:
+            return answer
+        text = answer.decode(errors="replace")
         if response.status >= 500:
             raise _ServerFault(f"HTTP {response.status}: {text[:300]}")
         if response.status == 401:
@@ -314,31 +279,8 @@ class Client:
                 f"The engine at {url} refuses the API key. Set the environment variable named by "
                 "rollout.api_key_env to the key it was started with (its VLLM_API_KEY)."
             )
-        if response.status != 200:
-            raise GenerationError(f"{url} refused a request: HTTP {response.status}: {text[:500]}")
-        return json.loads(text)["choices"]
+        raise GenerationError(f"{url} refused a request: HTTP {response.status}: {text[:500]}")
 
 
 class _ServerFault(Exception):
     """A 5xx answer: the engine is overloaded, stopping or broken; another may do better."""
-
-
-def _completion(choice: dict, routed_prompt: int) -> Completion:
-    """A completion from the engine's JSON; `routed_prompt`: prompt tokens whose routing was asked for."""
-    reason = choice["finish_reason"]
-    if reason not in ("stop", "length"):
-        raise GenerationError(f"the engine ended a completion with {reason!r}; was it aborted?")
-    versions = sorted({span["version"] for span in choice["weight_versions"] or ()})
-    if len(versions) != 1 or versions[0].startswith(UPDATING):
-        raise GenerationError(
-            f"a completion was sampled by weight versions {versions}, not by one complete version; "
-            "no request may run across a weight update"
-        )
-    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    routing = None
-    if choice["routed_experts"] is not None:
-        routing = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
-        expected = routed_prompt + len(choice["token_ids"]) - 1
-        if len(routing) != expected:
-            raise GenerationError(f"the engine returned the experts of {len(routing)} tokens, not of {expected}")
-    return Completion(choice["token_ids"], logprobs, reason, versions[0], routing)

@@ -36,9 +36,9 @@ class Sample:
     role: Role
     task: str
     cluster_id: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logprobs: list[float]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    logprobs: Sequence[float]
     weight_version: str
     reward: float
     advantage: float = 0.0

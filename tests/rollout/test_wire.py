@@ -1,0 +1,163 @@
+"""What goes over the wire: bodies as a server gets them, answers as vLLM writes them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.rollout.client import Client
+from spell_megatron.rollout.wire import Completion, GenerationError, PromptJson, read_answer
+
+
+def answer_of(*choices: dict) -> bytes:
+    return json.dumps({"request_id": "r", "model": "policy", "usage": None, "choices": choices}).encode()
+
+
+def choice(tokens=(7, 8), **changes) -> dict:
+    content = [{"token_id": t, "logprob": -t / 4, "rank": 1, "top_logprobs": []} for t in tokens]
+    whole = {
+        "index": 0,
+        "finish_reason": "stop",
+        "stop_reason": None,
+        "token_ids": list(tokens),
+        "logprobs": {"content": content},
+        "routed_experts": None,
+        "weight_versions": [{"start": 0, "end": len(tokens), "version": "4"}],
+    }
+    return whole | changes
+
+
+def generate(*calls: dict, concurrency: int = 4, answer=lambda body: answer_of(choice())):
+    """The completions of calls of `Client.generate` that are made together, and the bodies that the server got."""
+    bodies = []
+
+    async def serve(request: web.Request) -> web.Response:
+        assert request.content_type == "application/json" and request.content_length == len(await request.read())
+        bodies.append(await request.json())
+        return web.Response(body=answer(bodies[-1]), content_type="application/json")
+
+    async def main() -> list[list[Completion]]:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/inference/v1/generate", serve)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        try:
+            sampling = SamplingConfig(temperature=0.8, top_p=0.9)
+            async with Client([url], "key", sampling, stop_token_ids=[9, 3], concurrency=concurrency) as client:
+                made = await asyncio.gather(*(client.generate(**call) for call in calls))
+                assert not client._prompt_json._made
+                return made
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(main()), sorted(bodies, key=lambda body: body["sampling_params"]["seed"])
+
+
+@pytest.mark.parametrize("ids", [[40, 150_000, 42], array("i", [40, 150_000, 42])])
+def test_a_request_as_the_server_gets_it(ids):
+    call = {"prompt_ids": ids, "n": 6, "seed": 3, "max_tokens": 5, "affinity": "a"}
+    _, bodies = generate(call)
+    common = {"max_tokens": 5, "logprobs": 0, "stop_token_ids": [3, 9], "detokenize": False}
+    params = {"temperature": 0.8, "top_p": 0.9} | common
+    seed = 2_544_853_721_762_854  # blake2b of "3": other seeds would sample other completions than earlier versions
+    assert bodies == [
+        {"token_ids": [40, 150_000, 42], "sampling_params": params | {"n": 4, "seed": seed}},
+        {"token_ids": [40, 150_000, 42], "sampling_params": params | {"n": 2, "seed": seed + 4}},
+    ]
+    _, bodies = generate(call | {"greedy": True, "prompt_routing": False})
+    greedy = {"temperature": 0.0, "top_p": 1.0, "n": 1, "seed": seed, "routed_experts_prompt_start": 3}
+    assert bodies == [{"token_ids": [40, 150_000, 42], "sampling_params": common | greedy}]
+
+
+def test_a_long_prompt_arrives_whole():
+    ids = array("i", range(300_000))
+    _, bodies = generate(*({"prompt_ids": ids, "n": 1, "seed": s, "max_tokens": 1, "affinity": ""} for s in range(3)))
+    assert len(bodies) == 3 and all(body["token_ids"] == ids.tolist() for body in bodies)
+
+
+def test_the_json_of_a_prompt_is_made_once_for_all_requests_under_way():
+    ids, equal, prompts = [1, 2, 3], [1, 2, 3], PromptJson()
+    with prompts.of(ids) as first:
+        with prompts.of(ids) as second:
+            assert first == b"[1,2,3]" and second is first
+        with prompts.of(ids) as third, prompts.of(equal) as other:
+            assert third is first and other == first and other is not first
+        with pytest.raises(KeyError), prompts.of(ids):
+            raise KeyError
+        assert len(prompts._made) == 1
+    assert not prompts._made and not prompts._users
+
+
+def test_answers_are_read_in_their_order_as_arrays():
+    reversed_choices = answer_of(choice([5, 6, 7], index=1, finish_reason="length"), choice([1, 2], index=0))
+    first, second = read_answer(reversed_choices, 0)
+    assert first == Completion(array("i", [1, 2]), array("f", [-0.25, -0.5]), "stop", "4")
+    assert second == Completion(array("i", [5, 6, 7]), array("f", [-1.25, -1.5, -1.75]), "length", "4")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (answer_of(choice(finish_reason="abort")), "'abort'; was it aborted"),
+        (answer_of(choice(finish_reason=None)), "None; was it aborted"),
+        (answer_of(choice(weight_versions=None)), r"weight versions \[\]"),
+        (answer_of(choice(weight_versions=[{"version": "3"}, {"version": "4"}])), r"weight versions \['3', '4'\]"),
+        (answer_of(choice(weight_versions=[{"version": "updating to 4"}])), "weight versions"),
+        (answer_of(choice(logprobs=None)), "cannot be read .*logprobs"),
+        (answer_of(choice(token_ids=None)), "cannot be read .*token_ids"),
+        (answer_of(choice())[:-9], "cannot be read"),
+        (b"<html>busy</html>", "cannot be read .*busy"),
+    ],
+)
+def test_answers_that_cannot_be_used(answer, reason):
+    with pytest.raises(GenerationError, match=reason):
+        read_answer(answer, 0)
+    with pytest.raises(GenerationError, match=reason):
+        call = {"prompt_ids": [1], "n": 1, "seed": 1, "max_tokens": 1, "affinity": ""}
+        generate(call, answer=lambda body: answer)
+
+
+def vllm_answer(routing: np.ndarray) -> bytes:
+    """An answer with three tokens, made by vLLM's own code."""
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateTokensChoice, GenerateTokensResponse
+    from vllm.utils.serial_utils import numpy2base64
+
+    made = GenerateTokensChoice(
+        index=0,
+        finish_reason="stop",
+        token_ids=[7, 8, 257],
+        logprobs={"content": [{"token_id": token, "logprob": -0.5} for token in (7, 8, 257)]},
+        routed_experts=numpy2base64(routing),
+        weight_versions=[{"start": 0, "end": 3, "version": "4"}],
+    )
+    return GenerateTokensResponse(choices=[made]).model_dump_json().encode()
+
+
+def test_routings_are_read_as_vllm_writes_them():
+    def routing(tokens: int) -> np.ndarray:
+        return np.arange(tokens * 6, dtype=np.uint16).reshape(tokens, 3, 2)
+
+    (completion,) = read_answer(vllm_answer(routing(4 + 2)), routed_prompt=4)
+    assert completion.routing.dtype == np.uint16 and completion.weight_version == "4"
+    np.testing.assert_array_equal(completion.routing, routing(6))
+    (short,) = read_answer(vllm_answer(routing(2)), routed_prompt=0)
+    assert len(short.routing) == 2
+    with pytest.raises(GenerationError, match="experts of 6 tokens, not of 2"):
+        read_answer(vllm_answer(routing(6)), routed_prompt=0)
+
+
+def test_the_routing_of_a_long_prompt():
+    routing = np.random.default_rng(0).integers(0, 128, (80_000 + 2, 16, 4), dtype=np.uint8)
+    answer = vllm_answer(routing)
+    call = {"prompt_ids": array("i", range(80_000)), "n": 1, "seed": 1, "max_tokens": 1, "affinity": ""}
+    (((completion,),), _) = generate(call, answer=lambda body: answer)
+    np.testing.assert_array_equal(completion.routing, routing)
