@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from spell_megatron.files import appearing_file
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.outcomes import Outcome
 
 # Many readers (str.splitlines too) end a line at these, which JSON allows inside a text.
-LINE_BREAKS = {ord(character): json.dumps(character)[1:-1] for character in "\x85\u2028\u2029"}
+LINE_BREAKS = {character.encode(): b"\\u%04x" % ord(character) for character in "\x85\u2028\u2029"}
 
 
 def write_dump(
@@ -30,9 +31,7 @@ def write_dump(
     path = folder / f"step_{step:06d}.{format}"
     with appearing_file(path) as partial:
         if format == "jsonl":
-            with partial.open("w", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False).translate(LINE_BREAKS) + "\n")
+            _write_jsonl(rows, partial)
         else:
             _write_parquet(rows, partial)
     return path
@@ -77,6 +76,23 @@ def _kind(sample: Sample) -> str:
 def _text(text: str | None) -> str | None:
     """JSON that a model wrote can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
     return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
+    prompt, prompt_json = "", b'""'
+    with path.open("wb") as file:
+        for row in rows:
+            if row["prompt"] != prompt:  # answers that follow one another have the same, of up to half a megabyte
+                prompt = row["prompt"]
+                prompt_json = _json(prompt)
+            file.write(_json(row | {"prompt": msgspec.Raw(prompt_json)}) + b"\n")
+
+
+def _json(value: Any) -> bytes:
+    content = msgspec.json.encode(value)
+    for character, escaped in LINE_BREAKS.items():
+        content = content.replace(character, escaped)
+    return content
 
 
 def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
