@@ -49,6 +49,10 @@ class Completion:
     routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
+def ids_json(ids: Sequence[int]) -> bytes:
+    return msgspec.json.encode(list(ids))
+
+
 class PromptJson:
     """The JSON of the prompts that requests are under way with, made once for all requests with the same object."""
 
@@ -61,7 +65,7 @@ class PromptJson:
         """The JSON of a prompt's token ids; inside, nobody may change them."""
         key = id(prompt_ids)  # nothing else gets this id while the prompt is in use here
         if key not in self._made:
-            self._made[key] = msgspec.json.encode(list(prompt_ids))
+            self._made[key] = ids_json(prompt_ids)
         self._users[key] = self._users.get(key, 0) + 1
         try:
             yield self._made[key]

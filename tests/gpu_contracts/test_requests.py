@@ -169,8 +169,8 @@ def test_generation(routes):
 
     routes.told()
     several, (best,) = asyncio.run(ask())
-    assert [completion.token_ids for completion in several] == [[5, 6, 7, 8]] * 6
-    assert several[0].logprobs == [-1.25, -1.5, -1.75, -2.0] and several[0].weight_version == "1"
+    assert [list(completion.token_ids) for completion in several] == [[5, 6, 7, 8]] * 6
+    assert list(several[0].logprobs) == [-1.25, -1.5, -1.75, -2.0] and several[0].weight_version == "1"
     # The whole prompt's routing, or only that of the response; the last token has none.
     assert several[0].routing is not None and several[0].routing.shape == (3 + 4 - 1, 3, 2)
     assert best.routing is not None and best.routing.shape == (2 - 1, 3, 2)

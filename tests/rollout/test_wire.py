@@ -161,3 +161,19 @@ def test_the_routing_of_a_long_prompt():
     call = {"prompt_ids": array("i", range(80_000)), "n": 1, "seed": 1, "max_tokens": 1, "affinity": ""}
     (((completion,),), _) = generate(call, answer=lambda body: answer)
     np.testing.assert_array_equal(completion.routing, routing)
+
+
+def test_the_models_generation_config_does_not_change_how_engines_sample():
+    """What a request leaves out is neutral in vLLM's route for token ids, unlike in those of OpenAI's API."""
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    _, (body,) = generate({"prompt_ids": [1, 2], "n": 2, "seed": 3, "max_tokens": 5, "affinity": "a"})
+    request = GenerateRequest.model_validate(body)
+    params = request.sampling_params
+    assert request.is_sampling_param_provided("max_tokens")  # the only one that the route would take from the model
+    # What vLLM's engine does with the model's file:
+    theirs = {"temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.5, "repetition_penalty": 9.0, "eos_token_id": 7}
+    params.update_from_generation_config(theirs, None)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.8, 0.9, 0, 0.0)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert sorted(params.stop_token_ids) == [3, 7, 9]  # `PolicyTokenizer.eos_ids` has 7 too
