@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.errors import UserError
+from spell_megatron.token_pieces import PieceTokens
 
 _PROBE = "Xyzzy42"
 """A user's message to try the chat template with."""
@@ -41,12 +43,20 @@ class PolicyTokenizer:
         self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         self._template: str | None = None
         if self._tokenizer.chat_template is not None:
-            if _PROBE not in self._render(_PROBE, tokenize=False):
+            if _PROBE not in self._render(_PROBE):
                 raise self._unusable_template("It leaves out the message of the user")
             self._template = self._tokenizer.get_chat_template()
+        self._fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        self._pieces = PieceTokens(self._ids, self._fast)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, documents: Sequence[str] = ()) -> array[int]:
         """Token ids of one user turn followed by the opening of the assistant's turn.
+
+        `documents` stand in the text, in this order. They make the work faster, if other prompts have the same ones,
+        and do not change the result. One thread at a time may ask for prompts with documents.
 
         A tokenizer without a chat template gives the beginning-of-sequence token, if it has one,
         and the plain text. Special tokens spelled out in the text are broken by a space, so that a
@@ -56,16 +66,17 @@ class PolicyTokenizer:
             UserError: the chat template does not take this text.
         """
         text = self._without_special_tokens(text)
-        return self._bos + self.encode(text) if self._template is None else self._render(text, tokenize=True)
+        if self._template is None:
+            return array("i", self._bos) + self._pieces.ids(text, documents)
+        return self._pieces.ids(self._render(text), documents)
 
-    def _render(self, text: str, tokenize: bool) -> Any:
-        """One user turn and the opening of the assistant's turn by the chat template, as token ids or as text."""
+    def _render(self, text: str) -> str:
+        """One user turn and the opening of the assistant's turn by the chat template."""
         try:
             return self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}],
                 add_generation_prompt=True,
-                tokenize=tokenize,
-                return_dict=False,
+                tokenize=False,
                 strftime_now=self._now.strftime,  # in place of the clock that transformers gives to templates
             )
         except Exception as error:  # templates are programs, which fail in many ways
@@ -106,6 +117,15 @@ class PolicyTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text by itself."""
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _ids(self, texts: Sequence[str]) -> list[array[int]]:
+        """The same of several texts, without what transformers adds to a fast tokenizer's ids.
+
+        Other threads go on meanwhile.
+        """
+        if self._fast is None:
+            return [array("i", self.encode(text)) for text in texts]
+        return [array("i", made.ids) for made in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _without_special_tokens(self, text: str) -> str:
         for token in self._special:

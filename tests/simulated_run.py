@@ -36,7 +36,7 @@ PAPER = ("docmath", "frames", "2wikimqa", "hotpotqa", "musique", "longbench-v2")
 class Bytes:
     """A tokenizer of UTF-8 bytes."""
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, documents: Sequence[str] = ()) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:

@@ -27,7 +27,7 @@ FLOORS = (
     ("train", "leader", "director", "evaluation.evaluate", "planner", "report"),
     ("checkpoint", "preflight", "weights", "jobs", "corpus", "monitoring", "evaluation"),
     ("training", "rollout", "processes"),
-    ("selfplay", "tokenizer"),
+    ("selfplay", "tokenizer", "token_pieces"),
     ("config", "files", "encodings", "folders", "parquet", "errors", "ranks"),
     ("__init__",),  # the version
 )

@@ -99,7 +99,7 @@ def teach_formats(model, folder: Path, text: str, steps: int = 180) -> None:
             taught: list[int] = []
             while len(sequence) < length:
                 prompt, output = exchange(rng, prompts, text)
-                prompt_ids = tokenizer.prompt_ids(prompt)
+                prompt_ids = [*tokenizer.prompt_ids(prompt)]
                 output_ids = [*tokenizer.prompt_ids(output)[1:], eos]
                 sequence += prompt_ids + output_ids
                 taught += [-100] * len(prompt_ids) + output_ids

@@ -173,7 +173,7 @@ def test_bare_sentencepiece(tmp_path: Path, with_config: bool):
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     text = "the door of lamp 12 stands é"
     ids = tokenizer.prompt_ids(text)
-    assert ids == [1, *oracle.encode(text)]
+    assert list(ids) == [1, *oracle.encode(text)]
     assert tokenizer.decode([*ids, 2]) == text
     assert tokenizer.eos_ids == {2}
 

@@ -173,10 +173,13 @@ class Codec:
     def __init__(self, folder: Path) -> None:
         self.policy = PolicyTokenizer(folder)
         self.size = self.policy.vocab_size
-        self.prompt = self.policy.prompt_ids
         self.decode = self.policy.decode
         self.count = self.policy.count
         self._encode = AutoTokenizer.from_pretrained(folder).encode
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return list(self.policy.prompt_ids(text))
 
     def output(self, text: str) -> list[int]:
         """Token ids of a response, end of sequence included."""

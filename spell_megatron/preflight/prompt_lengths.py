@@ -98,7 +98,7 @@ def check_prompt_lengths(
             f"{_LIMIT} data.documents", f"{text}, so no question could be answered and nothing trained. {remedy}"
         )
         return len(everything)
-    found.warn(f"{text}. Questions about them are dropped. {remedy}")
+    found.warn(f"{text}. No questions are asked about them. {remedy}")
     if hopeless := [task for task, members in needed.items() if min(members) > limit]:
         found.warn(f"all clusters of {' and '.join(hopeless)} are longer, so this task is never trained")
     return len(everything) - len(long)

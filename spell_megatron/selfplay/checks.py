@@ -32,9 +32,9 @@ class Checks:
 
     async def fault(self, attempt: Attempt, question: Question) -> Outcome | None:
         """How the attempt ends because of its question; None if the responder can have it."""
-        if self._config.questioner.known_names and not self._known(attempt, question):
+        if self._config.questioner.known_names and not await self._known(attempt, question):
             return Outcome.UNCONFIRMED
-        if self._config.questioner.quotes and not self._quoted(attempt, question):
+        if self._config.questioner.quotes and not await self._quoted(attempt, question):
             return Outcome.UNCONFIRMED
         if self._config.grounding.enabled and await self._answered_without_documents(attempt, question):
             return Outcome.UNGROUNDED
@@ -42,16 +42,16 @@ class Checks:
             return Outcome.UNCONFIRMED
         return None
 
-    def _known(self, attempt: Attempt, question: Question) -> bool:
+    async def _known(self, attempt: Attempt, question: Question) -> bool:
         """Whether the documents that the questioner saw hold all names of its question."""
-        unknown = unknown_names(question.stem or question.text, _shown(attempt))
+        unknown = await self._client.in_thread(lambda: unknown_names(question.stem or question.text, _shown(attempt)))
         attempt.counts["checked_names"] += 1
         attempt.counts["unknown_names"] += bool(unknown)
         return not unknown
 
-    def _quoted(self, attempt: Attempt, question: Question) -> bool:
+    async def _quoted(self, attempt: Attempt, question: Question) -> bool:
         """Whether the question has quotes, and all stand in the documents that its questioner saw."""
-        found = quotes_found(question.quotes, _shown(attempt))
+        found = await self._client.in_thread(lambda: quotes_found(question.quotes, _shown(attempt)))
         attempt.counts["quotes"] += len(question.quotes)
         attempt.counts["quotes_found"] += found
         return found == len(question.quotes) > 0
@@ -77,7 +77,7 @@ class Checks:
 
     async def _no_context_score(self, attempt: Attempt, question: Question, index: int) -> int:
         limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
-        prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
+        prompt = await self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
         (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
         prediction = parse_answer(attempt.task, reply.text, reply.truncated)
         return rule_score(attempt.task, prediction, question.reference)
@@ -108,7 +108,7 @@ class Checks:
         if attempt.task == "doc_mc":
             order = random.Random(self._client.seed(attempt, "gate options", index)).sample(range(4), 4)
             shown = question.permuted(order)
-        prompt = self._gate_prompt(attempt, shown, rng)
+        prompt = await self._gate_prompt(attempt, shown, rng)
         if len(prompt.ids) > self._sampling.max_prompt_tokens:
             return None
         limit = self._sampling.max_response_tokens
@@ -118,7 +118,7 @@ class Checks:
         answer = parse_answer(attempt.task, reply.text, reply.truncated)
         return LETTERS[order[LETTERS.index(answer)]] if order and answer else answer
 
-    def _gate_prompt(self, attempt: Attempt, question: Question, rng: random.Random) -> Prompt:
+    async def _gate_prompt(self, attempt: Attempt, question: Question, rng: random.Random) -> Prompt:
         """The responder's prompt over the questioner's documents and as many distractors as fit."""
         documents, gate = attempt.cluster.documents, self._config.gate
         others = [index for index in range(len(documents)) if index not in attempt.context]
@@ -128,7 +128,7 @@ class Checks:
             if gate.shuffle:
                 rng.shuffle(indices)
             shown = [documents[index] for index in indices]
-            prompt = self._client.prompt(self._prompts.responder(attempt.task, question.text, shown))
+            prompt = await self._client.prompt(self._prompts.responder(attempt.task, question.text, shown), shown)
             if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
                 return prompt
             distractors.pop()

@@ -94,6 +94,11 @@ class Outcome(StrEnum):
         "questioner's prompt too long",
         "Raise rollout.sampling.max_prompt_tokens, or prepare shorter documents.",
     )
+    DOCUMENTS_TOO_LONG = (
+        "documents_too_long",
+        "documents too long to ask about",
+        "Raise rollout.sampling.max_prompt_tokens, or prepare smaller clusters.",
+    )
     RESPONDER_PROMPT_TOO_LONG = (
         "responder_prompt_too_long",
         "responder's prompt too long",

@@ -98,13 +98,15 @@ class Roles:
     async def _ask(self, attempt: Attempt) -> Question | Outcome:
         """The questioner's question, if its text is one; otherwise how the attempt ends."""
         task, cluster, config = attempt.task, attempt.cluster, self._config.questioner
+        if not await self._documents_fit(attempt):
+            return Outcome.DOCUMENTS_TOO_LONG
         rng = random.Random(self._client.seed(attempt, "context", 0))
         entries = self._history.entries(task, cluster.id)
         attempt.remembered = len(entries)
         shown_again = () if config.history_documents == "none" else entries
         context = choose_context(rng, len(cluster.documents), config.new_documents, shown_again)
         letter = rng.choice(LETTERS) if task == "doc_mc" else None
-        prompt = self._questioner_prompt(attempt, context, entries, letter)
+        prompt = await self._questioner_prompt(attempt, context, entries, letter)
         if prompt is None:
             return Outcome.QUESTIONER_PROMPT_TOO_LONG
         (reply,) = await self._client.generate(attempt, "questioner", prompt, self._sampling.max_response_tokens)
@@ -116,7 +118,7 @@ class Roles:
                 return Outcome.REPEATED
         return question
 
-    def _questioner_prompt(
+    async def _questioner_prompt(
         self, attempt: Attempt, context: Sequence[int], entries: Sequence[Entry], letter: str | None
     ) -> Prompt | None:
         """The questioner's prompt over as many of the chosen documents as fit; None if not even one does.
@@ -126,15 +128,20 @@ class Roles:
         documents = attempt.cluster.documents
         while context:
             shown = [documents[index] for index in context]
-            prompt = self._client.prompt(self._prompts.questioner(attempt.task, shown, entries, letter))
+            prompt = await self._client.prompt(self._prompts.questioner(attempt.task, shown, entries, letter), shown)
             if self._fits(prompt):
                 attempt.context = context
                 return prompt
             excess = len(prompt.ids) - self._sampling.max_prompt_tokens
-            kept = shorten_context(context, entries, excess, lambda index: self._tokenizer.count(documents[index]))
+            count = lambda index: self._tokenizer.count(documents[index])  # noqa: E731
+            kept = await self._client.in_thread(lambda: shorten_context(context, entries, excess, count))
             attempt.counts["context_documents_cut"] += len(context) - len(kept)
             context = kept
         return None
+
+    async def _documents_fit(self, attempt: Attempt) -> bool:
+        """Whether the responder's prompt has room for all documents, to say nothing of a question."""
+        return self._fits(await self._responder_prompt(attempt, "", range(len(attempt.cluster.documents))))
 
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt.ids) <= self._sampling.max_prompt_tokens
@@ -144,7 +151,7 @@ class Roles:
     async def _answers(self, attempt: Attempt, question: Question) -> Outcome:
         """The answers to a question, each with its judgments; how the attempt ends."""
         orders = self._orders(attempt)
-        prompts = {order: self._responder_prompt(attempt, question, order) for order in orders}
+        prompts = {order: await self._responder_prompt(attempt, question.text, order) for order in set(orders)}
         if not all(map(self._fits, prompts.values())):
             return Outcome.RESPONDER_PROMPT_TOO_LONG
         attempt.stage = "answers"
@@ -171,9 +178,9 @@ class Roles:
         rng = random.Random(self._client.seed(attempt, "order", 0))
         return [tuple(rng.sample(everything, len(everything))) for _ in range(self._config.group_size)]
 
-    def _responder_prompt(self, attempt: Attempt, question: Question, order: Sequence[int]) -> Prompt:
+    async def _responder_prompt(self, attempt: Attempt, question: str, order: Sequence[int]) -> Prompt:
         documents = [attempt.cluster.documents[index] for index in order]
-        return self._client.prompt(self._prompts.responder(attempt.task, question.text, documents))
+        return await self._client.prompt(self._prompts.responder(attempt.task, question, documents), documents)
 
     async def _answer(
         self, attempt: Attempt, question: Question, prompt: Prompt, order: Sequence[int], index: int
@@ -203,7 +210,7 @@ class Roles:
 
     async def _judge(self, attempt: Attempt, question: Question, prediction: str, rule: int, index: int) -> int | None:
         """Judge one answer several times; returns the majority (None when too few judgments are valid)."""
-        prompt = self._client.prompt(self._prompts.verifier(question.text, prediction, question.reference))
+        prompt = await self._client.prompt(self._prompts.verifier(question.text, prediction, question.reference))
         if not self._fits(prompt):
             attempt.counts["verifier_prompt_too_long"] += 1
             return None

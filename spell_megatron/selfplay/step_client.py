@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.attempt import Attempt
@@ -12,12 +14,14 @@ from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.selfplay.interfaces import Client, Completion, Tokenizer
 from spell_megatron.selfplay.seeds import derive_seed
 
+Result = TypeVar("Result")
+
 
 class Prompt(NamedTuple):
     """A prompt as text and as token ids."""
 
     text: str
-    ids: list[int]
+    ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,20 @@ class StepClient:
         self._seed = seed
         self._step = step
         self._weight_version = weight_version
+        # One thread: no tokenizer need bear two at a time.
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
 
     def seed(self, attempt: Attempt, purpose: str, index: int) -> int:
         """The seed for one use of randomness in an attempt; `purpose` is a role, or another name."""
         return derive_seed(self._seed, self._step, attempt.index, attempt.cluster.id, purpose, index)
 
-    def prompt(self, text: str) -> Prompt:
-        return Prompt(text, self.tokenizer.prompt_ids(text))
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """What some work returns that takes long with long documents; meanwhile the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def prompt(self, text: str, documents: Sequence[str] = ()) -> Prompt:
+        """A prompt with its token ids; `documents` stand in it, in this order."""
+        return Prompt(text, await self.in_thread(lambda: self.tokenizer.prompt_ids(text, documents)))
 
     async def generate(
         self,

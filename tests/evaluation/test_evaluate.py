@@ -132,7 +132,7 @@ def test_prompts_are_cut_in_the_middle_by_tokens(limit, tokenizer_folder, stub, 
     assert main(command(tokenizer_folder, stub, mine, out, "--samples", "1", "--max-input", str(limit))) == 0
     tokenizer, prompts = PolicyTokenizer(tokenizer_folder), PromptSet.load("full")
     whole = {
-        q.id: tokenizer.prompt_ids(prompts.responder(q.task, q.question, q.documents))
+        q.id: list(tokenizer.prompt_ids(prompts.responder(q.task, q.question, q.documents)))
         for q in load_benchmark("mine", mine)
     }
     cut = {
@@ -434,7 +434,7 @@ def test_the_day_of_the_prompts_is_that_of_the_run_or_of_the_evaluations_beginni
     (step / "hf" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') + messages[0].content }}")
     (step / "config.json").write_text('{"model": {"prompt_date": "2024-07-26"}}')
 
-    ours = PolicyTokenizer(step / "hf", date(2024, 7, 26)).prompt_ids("")
+    ours = list(PolicyTokenizer(step / "hf", date(2024, 7, 26)).prompt_ids(""))
     assert main(command(step, stub, mine, tmp_path / "of_run")) == 0
     assert all(body["prompt"][:11] == ours for _, body, _ in stub.requests)
     (step / "config.json").unlink()  # a model that is of no run
@@ -609,7 +609,7 @@ def test_a_vllm_server_counts_the_tokens_that_were_meant(engines_for, tmp_path, 
     assert all(0 < row["tokens"] <= 16 for row in rows)
     tokenizer, prompts = PolicyTokenizer(ROOT / "examples/quickstart/policy"), PromptSet.load("compact")
     question = load_benchmark("heldout", HELD_OUT, 1)[0]
-    ids = tokenizer.prompt_ids(prompts.responder(question.task, question.question, question.documents))
+    ids = list(tokenizer.prompt_ids(prompts.responder(question.task, question.question, question.documents)))
     body = {"model": "policy", "prompt": ids[:50] + ids[-51:], "max_tokens": 1}
     headers = {"Authorization": f"Bearer {engines.api_key}"}
     answer = requests.post(f"{engines.urls[0]}/v1/completions", json=body, headers=headers, timeout=60).json()

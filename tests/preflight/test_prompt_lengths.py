@@ -73,7 +73,7 @@ def test_the_advised_lengths_do(found):
 def test_some_clusters_that_are_too_long_are_a_warning(found):
     said = found([[2, 2], [60, 60], [3]])
     assert not said.faults
-    assert "1 of 3 clusters" in said.warnings[0] and "Questions about them are dropped" in said.warnings[0]
+    assert "1 of 3 clusters" in said.warnings[0] and "No questions are asked about them" in said.warnings[0]
 
 
 def test_what_is_too_long_does_not_count_as_a_cluster(found):

@@ -114,9 +114,10 @@ def test_distractors_are_other_documents_and_each_answer_has_its_own_order(promp
 
 def test_distractors_that_do_not_fit_are_left_out(prompts):
     policy = Witness(even)
-    sampling = SamplingConfig(max_prompt_tokens=195)  # a token is a byte; with a sixth document there are at least 200
+    # A token is a byte. All seven documents fit into a prompt, and with a question five or six do.
+    sampling = SamplingConfig(max_prompt_tokens=215)
     gated(prompts, policy, sampling=sampling, tasks={"doc_general_qa": 1.0}, groups=2)
-    assert {documents_in(prompt) for prompt in policy.gate_prompts} == {CONTEXT}
+    assert {documents_in(prompt) for prompt in policy.gate_prompts} == {CONTEXT, CONTEXT + 1}
 
 
 def test_multiple_choice_is_asked_in_several_orders(prompts):

@@ -11,7 +11,7 @@ def test_names_are_those_of_metrics_and_dumps():
     assert [str(outcome) for outcome in Outcome] == [
         "mixed", "all_0", "all_1", "ungrounded", "unconfirmed", "repeated", "bad_format", "truncated",
         "zero_answer", "unparsable_number", "long_reference", "error", "questioner_prompt_too_long",
-        "responder_prompt_too_long",
+        "documents_too_long", "responder_prompt_too_long",
     ]  # fmt: skip
     assert Outcome("all_0") is Outcome.ALL_0 and f"{Outcome.ALL_0}" == "all_0"
 

@@ -5,6 +5,7 @@ import pytest
 from scripted import TASKS, ScriptedPolicy, asked, make_selfplay, roll, rows_of, summary
 
 from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.selfplay.prompts import PromptSet
 
 
 def test_samples_carry_their_routings(prompts):
@@ -218,17 +219,29 @@ def test_each_answer_may_see_the_documents_in_an_order_of_its_own(prompts):
 
 
 def test_too_long_questioner_prompt_loses_documents(prompts):
-    sampling = SamplingConfig(max_prompt_tokens=120)
-    selfplay = make_selfplay(prompts, kinds=("format",), groups=1, max_rounds=1, sampling=sampling)
+    sampling = SamplingConfig(max_prompt_tokens=240)
+    names = {name for name in prompts._templates if name.startswith("questioner")}
+    wordy = PromptSet({n: t + " please" * 20 * (n in names) for n, t in prompts._templates.items()})
+    selfplay = make_selfplay(wordy, kinds=("format",), groups=1, max_rounds=1, sampling=sampling)
     selfplay.tokenizer.count = lambda text: len(text.encode())
     rollout = roll(selfplay, ScriptedPolicy())
     questions = [s for s in rollout.samples if s.role == "questioner"]
-    assert questions and all(len(s.prompt_ids) <= 120 and 1 <= len(s.document_ids) < 5 for s in questions)
+    assert questions and all(len(s.prompt_ids) <= 240 and 1 <= len(s.document_ids) < 5 for s in questions)
     assert rollout.metrics["selfplay/count/context_documents_cut"] > 0
 
 
 def test_too_long_responder_prompt_is_dropped(prompts):
-    sampling = SamplingConfig(max_prompt_tokens=150)
-    selfplay = make_selfplay(prompts, kinds=("mixed",), groups=1, max_rounds=1, sampling=sampling)
+    sampling = SamplingConfig(max_prompt_tokens=220)
+    settings = {"tasks": {"doc_general_qa": 1}, "grounding": {"enabled": False}}
+    selfplay = make_selfplay(prompts, kinds=("mixed",), groups=1, max_rounds=1, sampling=sampling, **settings)
     rollout = roll(selfplay, ScriptedPolicy())
     assert rollout.metrics["selfplay/rate/responder_prompt_too_long"] == 1
+    assert {s.outcome for s in rollout.samples} == {"responder_prompt_too_long"}
+
+
+def test_no_question_is_asked_about_documents_that_are_too_long(prompts):
+    sampling, policy = SamplingConfig(max_prompt_tokens=150), ScriptedPolicy()
+    selfplay = make_selfplay(prompts, kinds=("mixed",), groups=1, max_rounds=1, sampling=sampling)
+    rollout = roll(selfplay, policy)
+    assert rollout.metrics["selfplay/rate/documents_too_long"] == 1
+    assert not policy.requests and not rollout.samples and not rollout.batch
