@@ -18,8 +18,7 @@ import msgspec
 import numpy as np
 from aiohttp import Payload
 
-UPDATING = "updating"
-"""Weight version of an engine whose weights are being replaced; no completion may carry it."""
+from spell_megatron.rollout.engine import UPDATING
 
 _BASE64_PART = 1 << 20  # characters, a multiple of 4
 
