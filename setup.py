@@ -9,6 +9,14 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "spell_megatron" / "__init__.py").read_text()).group(1)
 README = HERE / "README.md"
 
+
+def description() -> str:
+    """The README for package indexes, where links to files of the repository and its pictures lead nowhere."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 # torch and vllm belong together: every vllm release pins one release of torch.
 VLLM = "0.32.0"
 
@@ -16,13 +24,35 @@ setup(
     name="spell_megatron",
     version=VERSION,
     description="SPELL self-play reinforcement learning for long-context models on Megatron-Core and vLLM",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The spell_megatron authors",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["reinforcement learning", "self-play", "long context", "Megatron-Core", "vLLM", "SPELL"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["spell_megatron", "spell_megatron.*"]),
+    # the examples that `spell init --example` copies, and the recipes' settings, are in the package too
+    packages=[*find_packages(include=["spell_megatron", "spell_megatron.*"]), "spell_megatron.examples"],
+    package_dir={"spell_megatron.examples": "examples"},
     package_data={
+        "spell_megatron.examples": [
+            "*.yaml",
+            "paper_16k/*.yaml",
+            "models/*/config.json",
+            "quickstart/*",
+            "quickstart/policy/*",
+        ],
         "spell_megatron.evaluation": ["judge_prompt.md"],
         "spell_megatron.report": ["page/*"],
         "spell_megatron.selfplay": ["prompt_sets/*/*.md"],

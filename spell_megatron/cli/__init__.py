@@ -16,6 +16,7 @@ from spell_megatron.cli import (
     convert,
     engines,
     evaluate,
+    init,
     launch,
     metrics,
     plan,
@@ -30,7 +31,7 @@ from spell_megatron.errors import ExitStatus, ProcessLost, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
-COMMANDS = (train, launch, engines, status, stop, evaluate, ask, plan, prepare, convert, report, metrics)
+COMMANDS = (init, train, launch, engines, status, stop, evaluate, ask, plan, prepare, convert, report, metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,9 +108,10 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=textwrap.dedent(
             """\
             A first run on documents of your own:
-              spell prepare my_documents/ --out corpus.parquet
-              spell train --config run.yaml --data.documents=corpus.parquet --dry-run
-              spell train --config run.yaml --data.documents=corpus.parquet
+              spell prepare FOLDER --out corpus.parquet
+              spell init run.yaml --model MODEL_FOLDER --documents corpus.parquet
+              spell train run.yaml --dry-run
+              spell train run.yaml
 
             `spell COMMAND --help` explains a command."""
         ),

@@ -36,13 +36,13 @@ def all_settings(schema: type[Section] = Config, prefix: str = "") -> Iterator[S
         if section := subsection(schema, name):
             yield from all_settings(section, f"{prefix}{name}.")
         else:
-            default = None if field.default is PydanticUndefined else _as_yaml(field.default)
+            default = None if field.default is PydanticUndefined else as_yaml(field.default)
             yield Setting(
                 prefix + name, _type_name(field.annotation), default, " ".join((field.description or "").split())
             )
 
 
-def _as_yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """A default value on one line."""
     if isinstance(value, tuple):
         value = list(value)
