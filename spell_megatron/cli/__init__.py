@@ -13,6 +13,7 @@ from contextlib import suppress
 from spell_megatron import __version__
 from spell_megatron.cli import (
     ask,
+    completion,
     convert,
     engines,
     evaluate,
@@ -31,7 +32,22 @@ from spell_megatron.errors import ExitStatus, ProcessLost, UserError, explain
 from spell_megatron.monitoring.unread import end_unread
 from spell_megatron.ranks import launched_processes, rank
 
-COMMANDS = (init, train, launch, engines, status, stop, evaluate, ask, plan, prepare, convert, report, metrics)
+COMMANDS = (
+    init,
+    train,
+    launch,
+    engines,
+    status,
+    stop,
+    evaluate,
+    ask,
+    plan,
+    prepare,
+    convert,
+    report,
+    metrics,
+    completion,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

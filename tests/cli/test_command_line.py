@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,23 @@ def test_help_of_a_word_and_of_nothing(spell):
     assert "--selfplay" not in spell("train", "--help", "run.steps")[1]
     status, _, errors = spell("train", "--help", "nonsense")
     assert status == 2 and "Sections are model, data, run" in errors
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["spell", "pre"], ["prepare"]),
+        (["spell", "plan", "--gpu"], ["--gpu", "--gpus-per-node"]),
+        (["spell", "train", "--selfplay.gate.en"], ["--selfplay.gate.enabled="]),
+        (["spell", "report", "--selfplay"], []),
+    ],
+)
+def test_a_shell_completes(spell, tmp_path, line, words):
+    script = spell("completion", "bash")[1]
+    ask = f'COMP_WORDS=({" ".join(line)}) COMP_CWORD={len(line) - 1}; _spell; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-uc", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == words and not done.stderr
 
 
 def test_help_answers_without_the_heavy_imports():

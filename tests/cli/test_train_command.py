@@ -182,6 +182,15 @@ def test_a_finished_run_says_so_at_once(spell, old, trained):
     assert [(config.run.steps, resume) for config, resume in trained] == [(8, True)]
 
 
+def test_a_job_for_a_finished_run_is_not_submitted(spell, old):
+    before = files(old)
+    status, output, _ = spell("launch", "--resume", old, "--cluster", "cluster.yaml")
+    assert status == 0 and "has made all its 4 steps" in output
+    status, _, errors = spell("launch", "--resume", f"{old}@2", "--cluster", "cluster.yaml")
+    assert status == 2 and "A job goes on from the newest checkpoint" in errors
+    assert files(old) == before
+
+
 def test_a_run_that_lacks_its_last_validation_is_not_finished(spell, old, trained, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"task": "doc_general_qa", "question": "Who?", "answer": "She", "documents": ["A text."]}\n')
