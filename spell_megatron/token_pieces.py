@@ -2,8 +2,8 @@
 
 Most tokenizers cut a text into words before they look for tokens within each. With such a one a word ends at the end of
 a line, and another begins with the letter that the next line begins with, whatever stands before and after. There a
-prompt can be cut: the ids of the pieces, one after the other, are those of the whole. A document is cut out from the
-first such line to the last.
+prompt can be cut: the ids of the pieces, one after the other, are those of the whole. A document is cut out from its
+beginning to its end, or from the first such line to the last.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 MEMORY = 1 << 26
 """Tokens of documents that are remembered, at four bytes each."""
@@ -29,12 +29,8 @@ _BEGINNINGS = ("a", "Ab", "AB", "I'm", "a7", "é", "e\u0301", "漢字", "は", "
 Encode = Callable[[Sequence[str]], "list[array[int]]"]
 """Gives the token ids of each of some texts by itself."""
 
-
-class _Piece(NamedTuple):
-    """A part of a text; with `inside`, the inner part of a document."""
-
-    text: str
-    inside: bool
+_Cut = tuple[str, int, int]
+"""A document, and which of its characters are a piece; one more than it has, if the end of its last line is one too."""
 
 
 class PieceTokens:
@@ -48,48 +44,61 @@ class PieceTokens:
 
     def __init__(self, encode: Encode, fast: Any) -> None:
         self._encode = encode
-        self._known: OrderedDict[str, array[int]] = OrderedDict()  # of documents' inner parts
+        self._known: OrderedDict[_Cut, array[int]] = OrderedDict()
         self._remembered = 0
         self.cuts = fast is not None and lines_begin_words(encode, fast)
         """Whether texts are cut."""
 
     def ids(self, text: str, documents: Sequence[str]) -> array[int]:
         """Token ids of a text. `documents` stand in it in this order; those that do not are no fault."""
-        pieces: list[_Piece] = []
+        pieces: list[tuple[str, _Cut | None]] = []
         done = 0
         for document in documents if self.cuts else ():
             place = text.find(document, done)
-            inner = inner_part(document) if place >= 0 else slice(0)
-            if inner.stop:
-                pieces += [_Piece(text[done : place + inner.start], False), _Piece(document, True)]
-                done = place + inner.stop
-        pieces.append(_Piece(text[done:], False))
-        ids = {piece: self._known[piece.text] for piece in pieces if piece.inside and piece.text in self._known}
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in ids]
-        texts = [text[inner_part(text)] if inside else text for text, inside in new]
-        ids.update(zip(new, self._encode(texts), strict=True))
+            start, stop = cut_out(document, text, place) if place >= 0 else (0, 0)
+            if stop > start:
+                pieces.append((text[done : place + start], None))
+                done = place + stop
+                pieces.append((text[place + start : done], (document, start, stop)))
+        pieces.append((text[done:], None))
+        known = [self._known.get(cut) if cut else None for _, cut in pieces]
+        made = iter(self._encode([piece for (piece, _), ids in zip(pieces, known, strict=True) if ids is None]))
         whole: array[int] = array("i")
-        for piece in pieces:
-            whole += ids[piece]
-            if piece.inside:
-                self._remember(piece.text, ids[piece])
+        for (_, cut), ids in zip(pieces, known, strict=True):
+            ids = next(made) if ids is None else ids
+            whole += ids
+            if cut:
+                self._remember(cut, ids)
         return whole
 
-    def _remember(self, document: str, ids: array[int]) -> None:
-        self._remembered += len(ids) - len(self._known.pop(document, ()))
-        self._known[document] = ids
+    def _remember(self, cut: _Cut, ids: array[int]) -> None:
+        self._remembered += len(ids) - len(self._known.pop(cut, ()))
+        self._known[cut] = ids
         while self._remembered > MEMORY and len(self._known) > 1:
             self._remembered -= len(self._known.popitem(last=False)[1])
 
 
-def inner_part(document: str) -> slice:
-    """The part of a document from its first line that begins with a letter, but for the first line, to its last."""
-    first, last = _SEAM.search(document), document.rfind("\n")
-    while first and last >= first.end():
-        if _SEAM.match(document, last):
-            return slice(first.end(), last + 1)
+def cut_out(document: str, text: str, place: int) -> tuple[int, int]:
+    """The part of a document that can be cut out of a text, in characters of the document; (0, 0) if there is none.
+
+    From its beginning or a later line on, to its end, with the end of the line, or to an earlier line.
+    """
+    first = 0 if _begins_line(text, place) else None
+    if first is None and (seam := _SEAM.search(document)):
+        first = seam.end()
+    if first is None:
+        return 0, 0
+    if _begins_line(text, place + len(document) + 1):
+        return first, len(document) + 1
+    last = document.rfind("\n")
+    while last >= first and not _SEAM.match(document, last):
         last = document.rfind("\n", 0, last)
-    return slice(0)
+    return (first, last + 1) if last >= first else (0, 0)
+
+
+def _begins_line(text: str, place: int) -> bool:
+    """Whether a line begins at a place, with a letter."""
+    return place > 0 and bool(_SEAM.match(text, place - 1))
 
 
 def lines_begin_words(encode: Encode, fast: Any) -> bool:

@@ -168,11 +168,22 @@ def test_a_document_in_several_prompts_is_encoded_once(qwen):
     tokenizer = PolicyTokenizer(qwen)
     pieces = counted(tokenizer)
     first, second = (f"The {name}.\n\nIt is wet.\nSo it is.\n\nEnd of {name}." for name in ("quay", "mole"))
-    for shown in ([first, second], [second, first], [second]):
+    for shown in ([first, second, first], [second, first, second], [second, first]):
         text = "\n".join(["Read", *shown, "Why?"])
         assert list(tokenizer.prompt_ids(text, shown)) == [*tokenizer._bos, *tokenizer.encode(text)]
-    inner = "It is wet.\nSo it is.\n\n"
-    assert pieces.texts.count(inner) == 2 and not any(inner in text and text != inner for text in pieces.texts)
+    made = [text for text in pieces.texts if "wet" in text]
+    assert sorted(made) == sorted([first + "\n"] * 2 + [second + "\n"])  # twice in the first prompt
+
+
+def test_of_a_document_among_other_texts_the_lines_inside_are_encoded_once(qwen):
+    tokenizer = PolicyTokenizer(qwen)
+    pieces = counted(tokenizer)
+    document = "The quay.\n\nIt is wet.\n* wet\nSo it is.\n\nEnd."
+    for before, after in (("<text>", "</text>"), ("\n - ", "\n\n# Who"), ("", "")):
+        text = f"{before}{document}{after}"
+        assert list(tokenizer.prompt_ids(text, [document])) == [*tokenizer._bos, *tokenizer.encode(text)]
+    assert pieces.texts.count("It is wet.\n* wet\nSo it is.\n\n") == 1
+    assert not any("wet" in text for text in pieces.texts if not text.startswith("It is"))
 
 
 def test_the_memory_of_documents_is_bounded(qwen, monkeypatch):
@@ -181,7 +192,7 @@ def test_the_memory_of_documents_is_bounded(qwen, monkeypatch):
     documents = [f"The lamp {i}.\n" + "It burns.\n" * 5 + "End." for i in range(30)]
     for document in [*documents, documents[-1]]:
         pieces.ids(document, [document])
-    assert 1 < len(pieces._known) < 10 and documents[-1] in pieces._known
+    assert 1 < len(pieces._known) < 10 and documents[-1] in {document for document, *_ in pieces._known}
     assert pieces._remembered == sum(map(len, pieces._known.values())) <= 200
 
 

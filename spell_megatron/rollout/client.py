@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,15 @@ def http_session(api_key: str | None, timeout: aiohttp.ClientTimeout) -> aiohttp
         # Servers close connections that were idle for 5 seconds; reusing one at that moment fails.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
     )
+
+
+def _allow_files(more: int) -> None:
+    """Let this process have so many more files open, as far as the machine allows; connections are files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited:
+        wanted = soft + more if hard == unlimited else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Client:
@@ -102,6 +112,7 @@ class Client:
         self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(self._concurrency)) for url in urls]
 
     async def __aenter__(self) -> Client:
+        _allow_files(self._concurrency * len(self._replicas))
         # The semaphores bound the sockets, so the connector need not; a request that waited for
         # a slot of the connector would have its timeout running.
         self._session = http_session(self._api_key, self._timeout)

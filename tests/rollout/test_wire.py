@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 from array import array
 
 import numpy as np
@@ -33,13 +35,20 @@ def choice(tokens=(7, 8), **changes) -> dict:
     return whole | changes
 
 
-def generate(*calls: dict, concurrency: int = 4, answer=lambda body: answer_of(choice())):
-    """The completions of calls of `Client.generate` that are made together, and the bodies that the server got."""
+def generate(*calls: dict, concurrency: int = 4, together: int = 1, answer=lambda body: answer_of(choice())):
+    """The completions of calls of `Client.generate` that are made together, and the bodies that the server got.
+
+    The server answers none before so many requests are there `together`.
+    """
     bodies = []
+    there = asyncio.Event()
 
     async def serve(request: web.Request) -> web.Response:
         assert request.content_type == "application/json" and request.content_length == len(await request.read())
         bodies.append(await request.json())
+        if len(bodies) >= together:
+            there.set()
+        await there.wait()
         return web.Response(body=answer(bodies[-1]), content_type="application/json")
 
     async def main() -> list[list[Completion]]:
@@ -82,6 +91,18 @@ def test_a_long_prompt_arrives_whole():
     ids = array("i", range(300_000))
     _, bodies = generate(*({"prompt_ids": ids, "n": 1, "seed": s, "max_tokens": 1, "affinity": ""} for s in range(3)))
     assert len(bodies) == 3 and all(body["token_ids"] == ids.tolist() for body in bodies)
+
+
+def test_more_requests_than_the_process_may_have_files_open():
+    """A machine's default is 1,024 files, and 64 engines are sent thousands of requests at a time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        calls = [{"prompt_ids": [1], "n": 1, "seed": s, "max_tokens": 1, "affinity": ""} for s in range(100)]
+        made, bodies = generate(*calls, concurrency=200, together=100)
+        assert len(made) == len(bodies) == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_json_of_a_prompt_is_made_once_for_all_requests_under_way():
