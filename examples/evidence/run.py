@@ -1,11 +1,13 @@
-"""What does self-play teach the quick start's policy, and which settings teach it most? Trains, evaluates, compares.
+"""What does self-play teach a tiny policy, and which settings teach it most? Trains, evaluates, compares.
 
     python examples/evidence/run.py [--out runs/evidence] [--seeds 3] [--updates 24] [--jobs 2] [--arms NAME ...]
-    python examples/evidence/run.py --summary [--out runs/evidence] [--seeds 3]
+    python examples/evidence/run.py --world rich --out runs/rich ...
+    python examples/evidence/run.py --summary [--world ...] [--out runs/evidence] [--seeds 3]
 
 Every arm is trained from the same weights for the same number of updates, once per seed, and its last checkpoint
-answers the 500 held-out questions of the quick start 8 times each; so does the policy they all start from. All train on
-the first 300 clusters of the quick start's documents, so that each is met again and its history counts. Arms:
+answers the 500 held-out questions of its world 8 times each; so does the policy they all start from. The world is the
+quick start's, or the rich one (examples/evidence/rich), where an answer counts in any of its names. All train on
+the first 300 clusters of the world's documents, so that each is met again and its history counts. Arms:
 
     recipe             the released recipe: the history shows the questioner all documents it asked about, no gate
     new_documents      the history shows only the documents that were new to each remembered question (the paper's text)
@@ -38,23 +40,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fictional_world import questions  # noqa: E402
-from make_quickstart_corpus import training_clusters, training_questions  # noqa: E402
+from worlds import CLUSTERS, ROOT, WORLDS, Answers, World
 
-from spell_megatron.evaluation.pass_at_k import pass_at_k  # noqa: E402
-from spell_megatron.selfplay.parsing import parse_answer  # noqa: E402
-from spell_megatron.selfplay.scoring import rule_score  # noqa: E402
-
-CONFIG, HELDOUT = ROOT / "examples" / "quickstart.yaml", ROOT / "examples" / "quickstart" / "heldout.jsonl"
-POLICY = ROOT / "examples" / "quickstart" / "policy"
-DOCUMENTS, CLUSTERS = ROOT / "examples" / "quickstart" / "documents.parquet", 300
+from spell_megatron.evaluation.pass_at_k import pass_at_k
+from spell_megatron.selfplay.parsing import parse_answer
+from spell_megatron.selfplay.scoring import rule_score
 
 
 def self_play(documents: str = "all", gate: bool = False, **settings: object) -> list[str]:
@@ -82,7 +79,7 @@ ARMS = {
     "fixed_verifier": self_play(training__role_weights="{verifier: 0}"),
     "no_verifier": self_play(selfplay__verifier__enabled="false"),
 }
-"""What differs from the quick start's configuration; rlvr has other `data.documents` too."""
+"""What differs from the world's configuration; rlvr has other `data.documents` too."""
 START, SAMPLES, RESAMPLES = "start", 8, 4000
 KS = (1, 8)
 BASES = (START, "recipe", "rlvr")
@@ -93,7 +90,7 @@ SPAN = 4
 # ------------------------------------------------------------------------------------------ training and evaluation
 
 
-def run(arm: str, seed: int, out: Path, updates: int) -> None:
+def run(arm: str, seed: int, out: Path, updates: int, world: World) -> None:
     """Train one arm with one seed, unless it has been, and evaluate it, unless that has been done.
 
     Raises:
@@ -105,7 +102,7 @@ def run(arm: str, seed: int, out: Path, updates: int) -> None:
             spell(folder, "train", "--resume", folder, f"--run.steps={updates}")
         else:
             spell(
-                *(folder, "train", "--config", CONFIG, f"--run.output_dir={out}", f"--run.name={folder.name}"),
+                *(folder, "train", "--config", world.config, f"--run.output_dir={out}", f"--run.name={folder.name}"),
                 *(f"--run.seed={seed}", f"--run.steps={updates}", "--rollout.threads=1", "--training.threads=1"),
                 *("--validation.every=4", "--validation.limit=250", "--checkpoint.keep=1"),
                 f"--data.documents={out / ('questions.jsonl' if arm == 'rlvr' else 'documents.parquet')}",
@@ -113,11 +110,11 @@ def run(arm: str, seed: int, out: Path, updates: int) -> None:
             )
     scored = out / f"{folder.name}-answers"
     if not (scored / "scores.json").exists():
-        model = POLICY if arm == START else folder / "checkpoints" / f"step_{updates:06d}"
+        model = world.policy if arm == START else folder / "checkpoints" / f"step_{updates:06d}"
         spell(
-            *(scored, "evaluate", "--model", model, "--config", CONFIG, f"--run.seed={seed}"),
-            *("--benchmark", f"heldout={HELDOUT}", "--samples", SAMPLES, "--out", scored, "--rollout.threads=1"),
-            *("--max-input", 900, "--max-output", 48),
+            *(scored, "evaluate", "--model", model, "--config", world.config, f"--run.seed={seed}"),
+            *("--benchmark", f"heldout={world.heldout}", "--samples", SAMPLES, "--out", scored, "--rollout.threads=1"),
+            *("--max-input", 900, "--max-output", 48, *(["--aliases"] if world.synonyms else [])),
         )
     print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -136,15 +133,24 @@ def spell(name: Path, *arguments: object) -> None:
 # ------------------------------------------------------------------------------------------ summary
 
 
-def right_answers(folder: Path) -> np.ndarray:
-    """Number of right answers to each held-out question, [questions], of the samples of an evaluation."""
-    questions = {str(row["id"]): row for row in map(json.loads, HELDOUT.open(encoding="utf-8"))}
+def right_answers(folder: Path, heldout: Path, aliases: bool = True) -> np.ndarray:
+    """Number of right answers to each held-out question, [questions], of the samples of an evaluation.
+
+    Without `aliases` only the first reference of a question counts, not its other names.
+    """
+    questions = {str(row["id"]): row for row in map(json.loads, heldout.open(encoding="utf-8"))}
     right = dict.fromkeys(questions, 0)
     for row in map(json.loads, (folder / "samples.jsonl").open(encoding="utf-8")):
         question = questions[row["id"]]
         prediction = parse_answer(question["task"], row["text"], row["cut"])
-        right[row["id"]] += rule_score(question["task"], prediction, question["answer"])
+        references = (question["answer"], *(question.get("aliases", ()) if aliases else ()))
+        right[row["id"]] += matches(question["task"], prediction, references)
     return np.array(list(right.values()))
+
+
+def matches(task: str, prediction: str | None, references: Iterable[str]) -> bool:
+    """Whether an answer passes the rule check against one of some references."""
+    return any(rule_score(task, prediction, reference) for reference in references)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -159,34 +165,39 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summary(out: Path, seeds: Iterable[int]) -> dict:
+def summary(out: Path, seeds: Iterable[int], world: World) -> dict:
     """pass@1 and pass@8 of every arm of which all seeds are there, and how much more that is than of each of BASES,
     question by question and seed by seed.
 
     Returns {arm: {"pass@k": {mean, low, high, seeds: [...], "over start", "over recipe", ...: {mean, low, high}},
-    "curve": [(update, pass@1)], "roles": {"first" or "last": {what: number}}}}.
+    "curve": [(update, pass@1)], "roles": {"first" or "last": {what: number}}}}. Where answers have several names, also
+    "pass@1 by rule": {mean, low, high}, with the first name alone.
     """
-    answers = answers_in_documents()
+    answers = world.answers()
     table = np.array([[pass_at_k(SAMPLES, c, k) for c in range(SAMPLES + 1)] for k in KS])
     measured: dict[str, np.ndarray] = {}  # [ks, seeds, questions]
     curves: dict[str, list[tuple[int, float]]] = {}
     for arm in (START, *ARMS):
         folders = [out / f"{arm}-{seed}-answers" for seed in seeds]
         if all((folder / "scores.json").exists() for folder in folders):
-            measured[arm] = table[:, np.stack([right_answers(folder) for folder in folders])]
+            measured[arm] = table[:, np.stack([right_answers(folder, world.heldout) for folder in folders])]
             curves[arm] = [] if arm == START else held_out_curve([out / f"{arm}-{seed}" for seed in seeds])
     results: dict = {}
     for arm, values in measured.items():
         runs = [out / f"{arm}-{seed}" for seed in seeds]
         updates = sorted(int(file.stem[5:]) for file in (runs[0] / "rollouts").glob("step_*.jsonl"))
         spans = {"first": updates[:SPAN], "last": updates[-SPAN:]}
-        of_roles = {name: roles(runs, answers, some) for name, some in spans.items()}
+        of_roles = {name: roles(runs, answers, some, world) for name, some in spans.items()}
         results[arm] = {"curve": curves[arm], "roles": {name: some for name, some in of_roles.items() if some}}
         for number, k in enumerate(KS):
             results[arm][f"pass@{k}"] = estimate(values[number]) | {
                 "seeds": values[number].mean(1).tolist(),
                 **{f"over {base}": estimate((values - measured[base])[number]) for base in BASES if base in measured},
             }
+        if world.synonyms:
+            folders = [out / f"{arm}-{seed}-answers" for seed in seeds]
+            by_rule = np.stack([right_answers(folder, world.heldout, aliases=False) for folder in folders])
+            results[arm]["pass@1 by rule"] = estimate(by_rule / SAMPLES)
     return results
 
 
@@ -205,47 +216,77 @@ def held_out_curve(folders: Sequence[Path]) -> list[tuple[int, float]]:
     return [(step, float(np.mean(values))) for step, values in sorted(points.items())]
 
 
-def answers_in_documents() -> dict[str, dict[str, str]]:
-    """For each training cluster, by its id: the questions that its documents answer, with their answers."""
-    ids = pq.read_table(DOCUMENTS, columns=["cluster_id"])["cluster_id"].to_pylist()[:CLUSTERS]
-    clusters = training_clusters(CLUSTERS)
-    return {i: {fact.text: fact.answer for fact in questions(c)} for i, c in zip(ids, clusters, strict=True)}
-
-
 def roles(
-    folders: Sequence[Path], answers: Mapping[str, Mapping[str, str]], updates: Iterable[int]
+    folders: Sequence[Path], answers: Mapping[str, Answers], updates: Iterable[int], world: World
 ) -> dict[str, float]:
     """What the roles did in these updates of some runs: means and shares over all that was written.
 
     Args:
-        answers: those that the documents give, as of `answers_in_documents`.
+        answers: those that the documents give, as of `World.answers`.
     """
-    mixed, refused, right, right_of_mixed = (
-        "questions with mixed answers", "questions that the gate refuses", "references that the documents give",
-        "... of questions with mixed answers"
-    )  # fmt: skip
-    yes = {1: "votes YES on answers right by the rule", 0: "votes YES on answers wrong by the rule"}
-    seen: dict[str, list[float]] = {name: [] for name in (mixed, refused, right, right_of_mixed, *yes.values())}
+    seen: dict[str, list[float]] = {}
     for file in (folder / "rollouts" / f"step_{update:06d}.jsonl" for folder in folders for update in updates):
-        for row in map(json.loads, file.open(encoding="utf-8")):
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        asked = {row["uid"]: row["prediction"] for row in rows if row["role"] == "questioner"}
+        for row in rows:
             if row["role"] == "questioner":
-                kept = row["reward"] > 0
-                seen[mixed].append(kept)
-                seen[refused].append(row["outcome"] == "unconfirmed")
-                if row["prediction"] is not None:
-                    given = answers[row["cluster_id"]].get(row["prediction"].strip()) == row["reference"].strip()
-                    seen[right].append(given)
-                    if kept:
-                        seen[right_of_mixed].append(given)
+                said = of_question(row, answers[row["cluster_id"]])
             elif row["role"] == "verifier" and row["verdict"] in (0, 1):
-                seen[yes[int(row["rule_score"])]].append(row["verdict"])
-    return {name: float(np.mean(values)) for name, values in seen.items() if values}
+                said = of_vote(row, asked.get(row["uid"]), answers, world)
+            else:
+                continue
+            for name, value in said.items():
+                seen.setdefault(name, []).append(value)
+    return {name: float(np.mean(seen[name])) for name in ORDER if name in seen}
+
+
+MIXED, REFUSED = "questions with mixed answers", "questions that the gate refuses"
+GIVEN, GIVEN_OF_MIXED = "references that the documents give", "... of questions with mixed answers"
+BY_RULE = {1: "votes YES on answers right by the rule", 0: "votes YES on answers wrong by the rule"}
+IN_DOCUMENTS = {1: "votes YES on answers that the documents give", 0: "... on others"}
+BY_NAME = {1: "votes YES on other names of the reference", 0: "... on answers that mean something else"}
+ORDER = (
+    MIXED,
+    REFUSED,
+    GIVEN,
+    GIVEN_OF_MIXED,
+    *(kind[right] for kind in (BY_RULE, IN_DOCUMENTS, BY_NAME) for right in (1, 0)),
+)
+"""What is counted of the roles, in the order of the table. Of the last four only where things have several names."""
+
+
+def of_question(row: Mapping[str, Any], answers: Answers) -> dict[str, float]:
+    """What a questioner's row adds to the counts."""
+    kept = row["reward"] > 0
+    counts = {MIXED: float(kept), REFUSED: float(row["outcome"] == "unconfirmed")}
+    if row["prediction"] is not None:
+        given = float(matches(row["task"], row["reference"], answers(row["prediction"].strip()) or ()))
+        counts |= {GIVEN: given} | ({GIVEN_OF_MIXED: given} if kept else {})
+    return counts
+
+
+def of_vote(
+    row: Mapping[str, Any], asked: str | None, answers: Mapping[str, Answers], world: World
+) -> dict[str, float]:
+    """What a valid vote adds to the counts; `asked` is the question, if it was asked in this run."""
+    vote = row["verdict"]
+    counts = {BY_RULE[int(row["rule_score"])]: vote}
+    if not world.synonyms:
+        return counts
+    right = answers[row["cluster_id"]](asked.strip()) if asked else None
+    if right is not None:
+        counts[IN_DOCUMENTS[matches(row["task"], row["prediction"], right)]] = vote
+    if not row["rule_score"]:
+        counts[BY_NAME[matches(row["task"], row["prediction"], world.names(row["reference"]))]] = vote
+    return counts
 
 
 def as_table(results: Mapping[str, dict]) -> str:
     """The results as a Markdown table, in percent."""
     over = [f"over {base}" for base in BASES]
     heads = [head for k in KS for head in (f"pass@{k} (95 %)", *(["seeds"] if k == 1 else []), *over)]
+    by_rule = [name for name in ("pass@1 by rule",) if all(name in result for result in results.values())]
+    heads += by_rule
     lines = [f"| arm | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for arm, result in results.items():
         cells = []
@@ -254,6 +295,7 @@ def as_table(results: Mapping[str, dict]) -> str:
             each = ", ".join(f"{100 * value:.1f}" for value in of["seeds"])
             cells += [spread(of), *([each] if k == 1 else [])]
             cells += [spread(of[name], "+") if name in of and name != f"over {arm}" else "–" for name in over]
+        cells += [spread(result[name]) for name in by_rule]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     played = {arm: result["roles"] for arm, result in results.items() if result["roles"]}
     kinds = list(dict.fromkeys(kind for of in played.values() for part in of.values() for kind in part))
@@ -294,6 +336,7 @@ def draw(results: Mapping[str, dict], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=24)
@@ -303,17 +346,17 @@ def main() -> None:
     options = parser.parse_args()
     if find_spec("matplotlib") is None:
         parser.error('the curves need matplotlib: pip install -e ".[bench]"')
-    out = options.out.resolve()
+    out, world = options.out.resolve(), WORLDS[options.world]
     out.mkdir(parents=True, exist_ok=True)
     if not options.summary:
-        pq.write_table(pq.read_table(DOCUMENTS).slice(0, CLUSTERS), out / "documents.parquet")
-        lines = (json.dumps(row) + "\n" for row in training_questions(CLUSTERS))
+        pq.write_table(pq.read_table(world.documents).slice(0, CLUSTERS), out / "documents.parquet")
+        lines = (json.dumps(row) + "\n" for row in world.training_questions(CLUSTERS))
         (out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
         todo = [(arm, seed) for seed in range(options.seeds) for arm in (START, *options.arms)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for done in [pool.submit(run, arm, seed, out, options.updates) for arm, seed in todo]:
+            for done in [pool.submit(run, arm, seed, out, options.updates, world) for arm, seed in todo]:
                 done.result()
-    results = summary(out, range(options.seeds))
+    results = summary(out, range(options.seeds), world)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(as_table(results))
     draw(results, out / "curves.svg")

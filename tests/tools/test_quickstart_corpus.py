@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import fictional_world as world  # noqa: E402
 import make_quickstart_corpus as corpus  # noqa: E402
 import make_seed_policy as seed_policy  # noqa: E402
+import tiny_policy  # noqa: E402
 
 from spell_megatron.evaluation.questions import load_questions  # noqa: E402
 from spell_megatron.selfplay.documents import load_clusters  # noqa: E402
@@ -135,10 +136,10 @@ def test_corpus_loads_and_heldout_documents_are_unseen():
 
 
 @pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> seed_policy.Codec:
+def codec(tmp_path_factory) -> tiny_policy.Codec:
     folder = tmp_path_factory.mktemp("tokenizer")
     seed_policy.make_tokenizer(folder)
-    return seed_policy.Codec(folder)
+    return tiny_policy.Codec(folder)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +155,11 @@ def test_tokenizer_is_the_committed_one_and_agrees_with_sentencepiece(codec):
     for question in load_questions(QUICKSTART / "heldout.jsonl", limit=50):
         text = prompts.responder(question.task, question.question, question.documents)
         ids = list(committed.prompt_ids(text))
-        assert ids == codec.prompt(text) == [seed_policy.BOS, *model.encode(text)]
-        assert seed_policy.UNKNOWN not in ids
+        assert ids == codec.prompt(text) == [tiny_policy.BOS, *model.encode(text)]
+        assert tiny_policy.UNKNOWN not in ids
         assert committed.decode(ids) == " ".join(text.split())
     for text in ("Plain words: 3 + 4 = 7!", "a\n\n b\tc", "<doc>x", '{"question": " x"}', "caf\u00e9"):
-        assert list(committed.prompt_ids(text)) == [seed_policy.BOS, *model.encode(text)]
+        assert list(committed.prompt_ids(text)) == [tiny_policy.BOS, *model.encode(text)]
 
 
 def test_every_value_is_one_piece(codec):
@@ -168,14 +169,14 @@ def test_every_value_is_one_piece(codec):
 def test_lessons_satisfy_the_parsers(codec, teacher):
     rng = random.Random(0)
     for fact in world.questions(world.make_cluster(rng, 6)):
-        text = codec.decode(codec.output(seed_policy.question_text(fact)))
+        text = codec.decode(codec.output(tiny_policy.question_text(fact.text, fact.answer)))
         question = parse_question(fact.task, text, False, codec.count, 40)
         assert isinstance(question, Question) and question.text.strip() == fact.text
         assert rule_score(fact.task, fact.answer, question.reference)
-        answer = codec.decode(codec.output(seed_policy.answer_text(fact.task, fact.answer)))
+        answer = codec.decode(codec.output(tiny_policy.answer_text(fact.task, fact.answer)))
         assert rule_score(fact.task, parse_answer(fact.task, answer, False), fact.answer)
     for right in (True, False):
-        assert parse_verdict(codec.decode(codec.output(seed_policy.verdict_text(right))), False) == right
+        assert parse_verdict(codec.decode(codec.output(tiny_policy.verdict_text(right))), False) == right
 
 
 def test_lessons_never_ask_what_the_history_holds(codec, teacher):
@@ -193,9 +194,9 @@ def test_lessons_never_ask_what_the_history_holds(codec, teacher):
 def test_packed_rows_give_the_logits_of_separate_sequences(teacher):
     """Both are float32; the logits are of size 1."""
     torch.manual_seed(0)
-    model = seed_policy.make_model(teacher.codec.size).eval()
+    model = tiny_policy.make_model(teacher.codec.size).eval()
     rows = [teacher.row(1), teacher.row(2), teacher.row(5)]
-    batch = seed_policy.pack(rows)
+    batch = tiny_policy.pack(rows)
     compared = 0
     with torch.no_grad():
         packed = model(input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask).logits
@@ -219,15 +220,15 @@ def test_packed_rows_give_the_logits_of_separate_sequences(teacher):
 def test_committed_policy_follows_its_formats():
     """Format only; `make_seed_policy.py --check-only` measures what it can do."""
     folder = QUICKSTART / "policy"
-    codec, prompts = seed_policy.Codec(folder), PromptSet.load("compact")
+    codec, prompts = tiny_policy.Codec(folder), PromptSet.load("compact")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == codec.size
-    assert codec.policy.eos_ids == {seed_policy.EOS} == {model.generation_config.eos_token_id}
+    assert codec.policy.eos_ids == {tiny_policy.EOS} == {model.generation_config.eos_token_id}
     rows = load_questions(QUICKSTART / "heldout.jsonl", limit=40)
     ids = [codec.prompt(prompts.responder(row.task, row.question, row.documents)) for row in rows]
     predictions = [
         parse_answer(row.task, codec.decode(response), False)
-        for row, response in zip(rows, seed_policy.sample(model, ids, 16, 0.0), strict=True)
+        for row, response in zip(rows, tiny_policy.sample(model, ids, 16, 0.0), strict=True)
     ]
     hits = sum(rule_score(row.task, prediction, row.answer) for row, prediction in zip(rows, predictions, strict=True))
     assert sum(prediction is not None for prediction in predictions) >= 36
@@ -235,7 +236,7 @@ def test_committed_policy_follows_its_formats():
     ids = [codec.prompt(prompts.questioner(row.task, row.documents[:3], [], None)) for row in rows]
     asked = [
         parse_question(row.task, codec.decode(response), False, codec.count, 40)
-        for row, response in zip(rows, seed_policy.sample(model, ids, 64, 0.0), strict=True)
+        for row, response in zip(rows, tiny_policy.sample(model, ids, 64, 0.0), strict=True)
     ]
     assert sum(isinstance(question, Question) for question in asked) >= 36
 
