@@ -28,6 +28,8 @@ from spell_megatron.preflight.inspect import inspect
 from spell_megatron.preflight.model import CPU_HEAD_SIZES
 from spell_megatron.processes import folder_lock
 from spell_megatron.processes.folder_lock import FolderLock
+from spell_megatron.selfplay.documents import load_clusters
+from spell_megatron.selfplay.sampler import ClusterSampler
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.sizes import checkpoint_bytes
 
@@ -342,6 +344,19 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(setup, dense,
     (step / "state.json").write_text("{}")
     assert inspect(config, resume=folder).faults == []
     assert "no run in" in only_fault(config, resume=tmp_path / "elsewhere")
+
+
+def test_a_run_is_not_resumed_with_other_documents(setup, dense, tmp_path):
+    config = setup()
+    clusters = load_clusters(config.data.documents)
+    sampler = ClusterSampler(clusters, config.selfplay.tasks, {}, 6, config.run.seed)
+    step = add_checkpoint(tmp_path / "runs" / "spell", dense)
+    (step / "state.json").write_text(json.dumps({"step": 1, "selfplay": {"sampler": sampler.state_dict()}}))
+    assert inspect(config, resume=step.parents[1]).faults == []
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(config.data.documents.read_text().splitlines(keepends=True)[:9]))
+    fault = only_fault(setup(data={"documents": fewer}), resume=step.parents[1])
+    assert fault.startswith("data.documents") and "made with 12 clusters" in fault and "this run has 9" in fault
 
 
 def test_a_run_is_not_resumed_with_another_model_of_the_same_sizes(setup, dense, tmp_path):

@@ -142,10 +142,12 @@ def _documents(paths: Sequence[Path], cluster: str | None) -> list[tuple[str, st
         raise UserError(f"There is no {', '.join(missing)}. Give --documents text files or folders of them.")
     if cluster is not None:
         return _of_cluster(paths, cluster)
-    from spell_megatron.corpus.reading import Counts, find_files, read_documents
+    from spell_megatron.corpus.reading import TABLE_SUFFIXES, Counts, find_files, read_documents
 
+    if tables := [str(path) for path in paths if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES]:
+        raise UserError(f"{tables[0]} is a table. Name the cluster in it whose documents are meant, with --cluster ID.")
     counts = Counts()
-    files = find_files(paths, [], counts)
+    files = [file for file in find_files(paths, [], counts) if not file.is_table]
     documents = [
         (d.id, d.text) for file in files for d in read_documents(file, "text", "", 0.0, counts) if d.text.strip()
     ]
@@ -168,6 +170,8 @@ def _of_cluster(paths: Sequence[Path], cluster: str) -> list[tuple[str, str]]:
 def _config(arguments: argparse.Namespace, settings: Sequence[str]) -> Config:
     """Settings of the engine, sampling and prompts: the run's if the model is a step of one, then those given."""
     model, of_run = policy_folder(arguments.model)
+    if not (model / "config.json").is_file():
+        raise UserError(f"There is no model in {model}: it has no config.json. Give a step of a run, or a checkpoint.")
     files = [*([of_run] if of_run else ()), *(arguments.config or ())]
     limits = _limits(model) if of_run is None else {}
     limits |= {"max_prompt_tokens": arguments.max_input} if arguments.max_input else {}

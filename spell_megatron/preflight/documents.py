@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from spell_megatron.checkpoint.folder import read_state
 from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.selfplay.documents import Cluster
 from spell_megatron.selfplay.sampler import ClusterSampler
 
 
-def check_documents(found: Findings, config: Config, clusters: Sequence[Cluster]) -> Mapping[str, Sequence[str]]:
-    """The clusters have what the tasks need; the ids of the clusters of each task, {} if these are not known."""
+def check_documents(found: Findings, config: Config, clusters: Sequence[Cluster]) -> ClusterSampler | None:
+    """The clusters have what the tasks need; what divides them among the tasks, None if that is not known."""
     play, file = config.selfplay, config.data.documents
     if not play.questioner.enabled and not clusters[0].question:
         found.fault(
@@ -28,12 +33,25 @@ def check_documents(found: Findings, config: Config, clusters: Sequence[Cluster]
         hint = f"Did you mean {close[0]!r}?" if close else f"The file has {', '.join(map(repr, sources))}."
         found.fault("data.sources", f"no cluster of {file} has the source {source!r}. {hint}")
     if unknown:
-        return {}
-    sampler = found.attempt(
+        return None
+    return found.attempt(
         "data.sources data.documents selfplay.tasks selfplay.clusters_per_round",
         lambda: ClusterSampler(clusters, play.tasks, config.data.sources, play.clusters_per_round, config.run.seed),
     )
-    return sampler.state_dict()["partition"] if sampler else {}
+
+
+def of_each_task(sampler: ClusterSampler) -> Mapping[str, Sequence[str]]:
+    """The ids of the clusters of each task."""
+    return sampler.state_dict()["partition"]
+
+
+def check_same_documents(found: Findings, sampler: ClusterSampler, checkpoint: Path) -> None:
+    """The clusters and tasks are those that a checkpoint was made with."""
+    with suppress(UserError, KeyError, TypeError):  # a damaged one is told elsewhere
+        state = read_state(checkpoint)["selfplay"]["sampler"]
+        found.attempt(
+            "data.documents data.sources selfplay.tasks", lambda: copy.deepcopy(sampler).load_state_dict(state)
+        )
 
 
 def check_enough(found: Findings, config: Config, clusters: int) -> None:

@@ -16,7 +16,7 @@ from spell_megatron.checkpoint.fork import kept_step
 from spell_megatron.config.faults import involves
 from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
-from spell_megatron.preflight.documents import check_documents, check_enough
+from spell_megatron.preflight.documents import check_documents, check_enough, check_same_documents, of_each_task
 from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.machine import check_disk, check_packages, check_run_folder, check_trainer
@@ -24,6 +24,7 @@ from spell_megatron.preflight.model import check_heads, check_lengths, check_mod
 from spell_megatron.preflight.resume import steps_fault
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.sampler import ClusterSampler
 
 if TYPE_CHECKING:
     from spell_megatron.evaluation.questions import HeldOutQuestion
@@ -51,7 +52,8 @@ def inspect(
     check_run_folder(found, config.run, resume, restarted)
     check_packages(found, config)
     clusters = found.attempt("data.documents", lambda: load_clusters(config.data.documents))
-    of_task = check_documents(found, config, clusters) if clusters else {}
+    sampler = check_documents(found, config, clusters) if clusters else None
+    of_task = of_each_task(sampler) if sampler else {}
     prompts = found.attempt(
         "selfplay.prompts selfplay.questioner.quotes",
         lambda: PromptSet.load(config.selfplay.prompts, config.selfplay.questioner.quotes),
@@ -67,7 +69,7 @@ def inspect(
     if policy is not None:
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
-    check_resumed(found, config, policy, resume is not None, begin_with)
+    check_resumed(found, config, policy, sampler, resume is not None, begin_with)
     check_engine_urls(found, config.rollout.urls)
     check_ports(found, config.rollout)
     check_trainer(found, config)
@@ -81,10 +83,12 @@ def check_resumed(
     found: Findings,
     config: Config,
     policy: PolicyModel | None,
+    sampler: ClusterSampler | None,
     goes_on: bool,
     begin_with: tuple[Path, int] | None,
 ) -> None:
-    """The checkpoint that the run goes on from, or begins with, is complete, of this model, and not its last."""
+    """The checkpoint that the run goes on from, or begins with, is complete, of this model and documents, and not its
+    last."""
     checkpoint = None
     if begin_with is not None:
         checkpoint = found.attempt("run.name", lambda: kept_step(*begin_with))
@@ -96,6 +100,8 @@ def check_resumed(
         found.faults.append(fault)
     if policy is not None:
         check_resumed_model(found, checkpoint, policy)
+    if sampler is not None:
+        check_same_documents(found, sampler, checkpoint)
 
 
 def check_verifier(found: Findings, config: Config) -> None:

@@ -56,6 +56,16 @@ def test_documents_that_are_not_there(tmp_path, name, message):
         ask._documents([tmp_path / name], None)
 
 
+def test_what_is_no_text_and_no_model(folder, tmp_path):
+    table = tmp_path / "texts" / "rows.jsonl"
+    table.write_text('{"question": "Who?"}\n')
+    assert len(ask._documents([folder], None)) == 2
+    with pytest.raises(UserError, match="is a table.*--cluster ID"):
+        ask._documents([table], None)
+    with pytest.raises(UserError, match="There is no model in"):
+        config_of(tmp_path)
+
+
 def test_a_step_of_a_run_brings_the_runs_settings(tmp_path, monkeypatch):
     step = tmp_path / "checkpoints" / "step_000012"
     step.mkdir(parents=True)
