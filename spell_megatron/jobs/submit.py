@@ -116,7 +116,8 @@ def _prepare_nemo_run(site: Site) -> None:
     if find_spec("nemo_run") is None:
         raise UserError(
             "spell launch needs nemo-run, which this Python does not have. It needs other versions of packages than "
-            "vLLM does, so install it into an environment of its own: `make environment-slurm` makes .venv-slurm. "
+            'vLLM does, so install it into an environment of its own: `pip install "spell_megatron[slurm]"` in a new '
+            "one, or in a clone of the repository `make environment-slurm`, which makes .venv-slurm. "
             "Then use .venv-slurm/bin/spell launch ..."
         )
     if not site.ssh.host:
