@@ -6,6 +6,7 @@ import asyncio
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean, stdev
 
 from spell_megatron.config.schema import SamplingConfig
@@ -37,11 +38,14 @@ async def validate(
     `validation/question_set`, a checksum: where it is equal, the questions are.
     """
     done = 0
+    # Meanwhile the event loop sends what is ready. One thread: no tokenizer need bear two at a time.
+    thread = ThreadPoolExecutor(1, "tokenizer")
 
     async def correct(question: HeldOutQuestion) -> int:
         nonlocal done
         prompt = prompts.responder(question.task, question.question, question.documents)
-        ids = middle_truncate(tokenizer.prompt_ids(prompt), sampling.max_prompt_tokens)
+        whole = await asyncio.get_running_loop().run_in_executor(thread, tokenizer.prompt_ids, prompt)
+        ids = middle_truncate(whole, sampling.max_prompt_tokens)
         completions = await client.generate(
             ids,
             n=samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -39,9 +40,9 @@ class Engine:
         return [Completion(list(text), [0.0] * len(text), "stop", "0") for text in texts]
 
 
-def measure(questions: list[HeldOutQuestion]) -> dict[str, float]:
-    prompts = PromptSet.load("compact")
-    return asyncio.run(validate(Engine(), Bytes(), prompts, SamplingConfig(), questions, samples=4, seed=0))
+def measure(questions: list[HeldOutQuestion], tokenizer: Bytes | None = None) -> dict[str, float]:
+    prompts, tokenizer = PromptSet.load("compact"), tokenizer or Bytes()
+    return asyncio.run(validate(Engine(), tokenizer, prompts, SamplingConfig(), questions, samples=4, seed=0))
 
 
 def test_each_accuracy_says_of_how_many_questions_it_is_and_how_exact():
@@ -61,3 +62,15 @@ def test_the_same_questions_have_the_same_number():
     others = [measure([QUESTIONS[0], replace(QUESTIONS[1], **change), *QUESTIONS[2:]]) for change in changes]
     numbers = {other["validation/question_set"] for other in [*others, measure(QUESTIONS[1:])]}
     assert len(numbers) == 4 and same not in numbers
+
+
+def test_prompts_are_not_tokenised_in_the_event_loop():
+    class Noting(Bytes):
+        threads: set[int] = set()
+
+        def prompt_ids(self, text: str) -> list[int]:
+            self.threads.add(threading.get_ident())
+            return super().prompt_ids(text)
+
+    assert measure(QUESTIONS, Noting()) == measure(QUESTIONS)
+    assert len(Noting.threads) == 1 and threading.get_ident() not in Noting.threads
