@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -45,6 +47,11 @@ def build_optimizer(
         use_gloo_process_groups=gloo,
     )
     return ddp, optimizer
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that a Megatron optimizer is made of: one, or with expert parallelism two."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def build_schedule(optimizer: MegatronOptimizer, options: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import FileSystemReader
 
+from spell_megatron.training.optimizer import optimizer_parts
 from spell_megatron.training.stored_keys import stored_key
 from spell_megatron.training.trainer import Trainer
 
@@ -38,11 +39,6 @@ def sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> d
             state["model"], is_loading=is_loading, metadata=metadata
         )
     return state
-
-
-def optimizer_parts(optimizer) -> list[Any]:
-    """The optimizers that a Megatron optimizer is made of: one, or with expert parallelism two."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _pad_buckets(optimizer) -> None:

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     from spell_megatron.checkpoint.restore import load
     from spell_megatron.config.schema import ParallelConfig
     from spell_megatron.training import backend, model
-    from spell_megatron.training.state import optimizer_parts
+    from spell_megatron.training.optimizer import optimizer_parts
     from spell_megatron.weights.convert import compare, hf_to_megatron
 
     transformer_engine_stub.pretend_a_gpu()
