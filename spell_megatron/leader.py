@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.selfplay.outcomes import why_empty
 from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights, Order
 
@@ -96,6 +97,7 @@ class Leader:
             note_versions(self._folder)
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
+                self._engines.sleep()  # the trainer's turn on GPUs that they share
             self._status.watch(self._engines.health)
             from_rank_0("the engines are ready")
             self._stack = stack.pop_all()
@@ -163,13 +165,16 @@ class Leader:
         return self._engines.no_routing
 
     def roll_out(self, step: int) -> tuple[Order, list[Row] | None, Metrics]:
-        """The rows of update `step`, and what is to be done with them; STOP: the rollout was given up."""
+        """The rows of update `step`, and what is to be done with them; STOP: the rollout was given up.
+
+        With its return the trainer's turn begins on GPUs that it shares with the engines; with `push` theirs does.
+        """
         self._started = time.monotonic()
         self._status.update(state="running", step=step)
         with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
             rollout = self._director.roll_out(step, str(step - 1), lambda mixed, _: advance(mixed))
         if rollout is None:
-            return self._weights.give_order(Order.STOP), None, {}
+            return self._give_up()
         seconds = time.monotonic() - self._started
         speed = rollout.metrics["selfplay/generated_tokens"] / seconds
         metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
@@ -183,12 +188,17 @@ class Leader:
         self._empty.note(not rows, why=why)
         self._why_none = why or self._why_none
         try:
-            self._engines.sleep()
+            self._weights.sleep()
         except UserError:
             if not self._stop.reason():
                 raise
-            return self._weights.give_order(Order.STOP), None, {}  # the end of the job has ended the engines
+            return self._give_up()
         return self._weights.give_order(Order.UPDATE if rows else Order.SKIP), rows, metrics
+
+    def _give_up(self) -> tuple[Order, None, Metrics]:
+        with suppress(UserError):  # the end of the job has ended the engines
+            self._engines.sleep()
+        return self._weights.give_order(Order.STOP), None, {}
 
     def push(self, step: int) -> Metrics:
         """Give the engines the weights after update `step`."""
@@ -309,9 +319,14 @@ Rank = Leader | Follower
 def _engine_weights(
     trainer: Trainer, engines: Engines | None, config: Config, progress: Progress, stop: StopRequest
 ) -> EngineWeights:
+    colocated = from_rank_0(bool(engines and engines.transport.colocated))
+    what = config.training.swap
+    if what == "auto":
+        what = "all" if colocated else "none"
     return EngineWeights(
         trainer.model,
         engines,
+        Swap(trainer.model, trainer.optimizer, what),
         verify=config.rollout.verify_weights,
         say=progress.line,
         stop=stop.reason,

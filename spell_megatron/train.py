@@ -110,12 +110,12 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
             metrics |= update(trainer, rows, rank.progress) if order is Order.UPDATE else {"train/empty": 1.0}
             skipped.note(bool(metrics.get("train/skipped")), step=step, folder=saver.root)
             stopped = from_rank_0(stop.reason())
-            if not stopped:
-                metrics |= rank.push(step)
             saver.poll()
             if step == steps or step % config.checkpoint.every == 0 or config.validation.due(step, steps):
                 metrics |= save(saver, step, rank)
                 saved = step
+            if not stopped:
+                metrics |= rank.push(step)  # the trainer's state leaves GPUs that it shares with engines
             rank.end_step(step, metrics)
 
         if step < steps and saved != step:

@@ -40,6 +40,7 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
     # These need what is there only beside vLLM.
     from spell_megatron.config.schema import RolloutConfig
     from spell_megatron.rollout.engines import Engines
+    from spell_megatron.training.swap import Swap
     from spell_megatron.training.trainer import Trainer
     from spell_megatron.weights.push import WeightPusher
     from spell_megatron.weights.reshard import export
@@ -78,21 +79,30 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
         assert engines.transport.name == expected, engines.transport.name
         model = random_model(architecture, config.training, DTYPE)
         trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
+        swap = Swap(trainer.model, trainer.optimizer, "all" if engines.transport.colocated else "none")
         pusher = WeightPusher(engines)
         stack.callback(pusher.close)
         figures: dict[str, object] = {"transport": expected}
         for version in ("1", "2"):
             push = pusher.push(export(model), version, verify=True)
+            before_leaving = gigabytes_in_use()
+            swap.leave()
+            left = before_leaving - gigabytes_in_use()
             engines.wake("kv_cache")
             rows = samples(engines, config.rollout, version)
             engines.sleep()
+            swap.come_back()
+            swapping, swap.seconds = swap.seconds, 0.0
             asleep = gigabytes_in_use()
             metrics = trainer.update(rows)
+            swap.leave(weights=False)
             engines.wake("weights")
             figures[f"version_{version}"] = {
                 "mismatch_abs": metrics["mismatch_abs"],
                 "grad_norm": metrics["grad_norm"],
                 "checksums_compared": push.verified,
+                "gigabytes_left_by_the_trainer": left,
+                "seconds_of_leaving_and_return": swapping,
                 "gigabytes_in_use_asleep": asleep,
                 "gigabytes_in_use_awake": gigabytes_in_use(),
             }

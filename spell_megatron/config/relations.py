@@ -119,6 +119,12 @@ def optimizer_faults(config: Config) -> Iterator[Fault]:
             "training.optimizer.warmup_steps run.steps",
             f"{optimizer.warmup_steps} warm-up updates leave no other updates of run.steps = {steps}. Lower it",
         )
+    if optimizer.offload and not optimizer.distributed and config.checkpoint.asynchronous:
+        yield Fault.of(
+            "training.optimizer.offload training.optimizer.distributed checkpoint.asynchronous",
+            "the state would be stepped while another process saves it. Set training.optimizer.distributed to true, or "
+            "checkpoint.asynchronous to false",
+        )
 
 
 def loss_faults(config: Config) -> Iterator[Fault]:

@@ -175,6 +175,8 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; a larger gradient is scaled down to it. 0 turns clipping off."""
     distributed: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory, where it never fits the GPUs. A step takes it to the GPU in pieces."""
 
 
 class TrainingConfig(Section):
@@ -207,6 +209,10 @@ class TrainingConfig(Section):
     layers; full: all but the inputs of the layers."""
     offload: bool = False
     """Keep the inputs of the layers in host memory until the backward pass needs them. Needs `recompute: full`."""
+    swap: Literal["auto", "none", "state", "all"] = "auto"
+    """What leaves the trainer's GPUs while the engines generate. none: nothing; state: gradients and optimizer; all:
+    also weights. Optimizer and weights then wait in host memory. auto: all if engines share the trainer's GPUs, else
+    none."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach experts on other processes. alltoall sends each token to the processes that need it. allgather
     sends all tokens to all processes, pads rows to one length and does not work with pipelines. Neither drops

@@ -107,6 +107,8 @@ class Engines:
         self.source, self.api_key, self.no_routing = source, api_key, ""
         self._check_engine, self._hang_timeout, self._log_folder = check, hang_timeout, log_folder
         self._restarts = 0
+        self._about: dict[str, dict[str, Any]] = {}
+        """What each engine says of itself, by its address."""
 
     @property
     def urls(self) -> list[str]:
@@ -165,10 +167,14 @@ class Engines:
             raise
         return engines
 
-    def _use(self, urls: Sequence[str]) -> None:
-        """Takes the engines at these addresses, once they suit the run."""
+    def _use(self, urls: Sequence[str], kept: Collection[str] = ()) -> None:
+        """Takes the engines at these addresses, once they suit the run. Those to be `kept` do, and may be asleep."""
         self.engines = [Engine(url, self.api_key) for url in urls]
-        described = [self._check_engine(engine) for engine in self.engines]
+        self._about = {
+            engine.url: self._about[engine.url] if engine.url in kept else self._check_engine(engine)
+            for engine in self.engines
+        }
+        described = list(self._about.values())
         names = {about["weight_transfer"] for about in described}
         if len(names) > 1:
             raise UserError(
@@ -246,7 +252,9 @@ class Engines:
                 "the run from its last checkpoint."
             )
         self._restarts += 1
-        self._use(self.source.restart([self.urls[number] for number in numbers]))
+        broken = [self.urls[number] for number in numbers]
+        kept = set(self.urls).difference(broken) if self.restartable else ()
+        self._use(self.source.restart(broken), kept)
 
     def stop(self) -> None:
         """Ends the servers that were started here, with all their processes. May be called again."""

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.distributed.checkpoint import FileSystemReader
 
 from spell_megatron.training.optimizer import optimizer_parts
+from spell_megatron.training.optimizer_on_host import state_on_host
 from spell_megatron.training.stored_keys import stored_key
 from spell_megatron.training.trainer import Trainer
 
@@ -35,9 +36,10 @@ def sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> d
     if with_optimizer:
         for part in optimizer_parts(trainer.optimizer):
             _pad_buckets(part)
-        state["optimizer"] = trainer.optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=metadata
-        )
+        with state_on_host(trainer.optimizer):
+            state["optimizer"] = trainer.optimizer.sharded_state_dict(
+                state["model"], is_loading=is_loading, metadata=metadata
+            )
     return state
 
 
@@ -86,9 +88,11 @@ def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
     if updates:
         # A load of its own, because Megatron lets nobody read a tensor twice in one load, and both may want a weight.
         loaded |= dist_checkpointing.load(tensors, str(folder))
-        _load_optimizer(trainer.optimizer, loaded["tensors of the optimizer"], updates)
+        with state_on_host(trainer.optimizer):
+            _load_optimizer(trainer.optimizer, loaded["tensors of the optimizer"], updates)
     else:
-        trainer.optimizer.reload_model_params()
+        with state_on_host(trainer.optimizer):
+            trainer.optimizer.reload_model_params()
     trainer.scheduler.num_steps = updates
     trainer.scheduler.step(0)
     trainer.skipped = loaded["skipped"]

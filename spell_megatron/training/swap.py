@@ -1,6 +1,7 @@
 """What leaves the trainer's GPUs while engines on the same GPUs work.
 
-Between updates the gradients are dead: their memory is freed. The optimizer's state and the weights wait in host memory.
+Between updates the gradients are dead, and their memory is freed. The optimizer's state and the weights wait in host
+memory.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Swap:
         Raises:
             UserError: the GPU lacks memory. Nothing is lost then.
         """
+        if self.what == "none":
+            return
         started = time.perf_counter()
         self._weights.come_back()
         if not only_weights:

@@ -22,6 +22,7 @@ from spell_megatron.training.loss import RowMismatch, TreeLoss, row_mismatches, 
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.moe import expert_metrics, routers
 from spell_megatron.training.optimizer import build_optimizer, build_schedule
+from spell_megatron.training.optimizer_on_host import keep_on_host
 from spell_megatron.training.prefix_tree import Row, Tree, plan
 from spell_megatron.training.rows import Routings, broadcast_rows, check_rows
 
@@ -58,6 +59,8 @@ class Trainer:
         self._cost = training_cost(self._arch)
         model.config.finalize_model_grads_func = finalize_model_grads
         self._ddp, self.optimizer = build_optimizer(model, options)
+        if options.offload:
+            keep_on_host(self.optimizer)
         self.scheduler = build_schedule(self.optimizer, options, steps)
 
     def update(self, rows: Sequence[Row] | None, progress: Progress | None = None) -> dict[str, float]:

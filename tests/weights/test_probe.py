@@ -15,6 +15,7 @@ from hf_models import load
 
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights
 from spell_megatron.weights.probe import SAMPLES, SHORT, ask, judge
@@ -31,7 +32,8 @@ def probe(engines_for, policy, process_group, tmp_path):
         (folder / "config.json").write_text(json.dumps(content | config))
         rollout = engine_config(folder).rollout
         trainer = Trainer(load(folder), TrainingConfig(), rollout.sampling.temperature, 2)
-        weights = EngineWeights(trainer.model, engines, verify=True, say=print, stop=lambda: None)
+        swap = Swap(trainer.model, trainer.optimizer, "all")  # the comparison comes when the trainer has left
+        weights = EngineWeights(trainer.model, engines, swap, verify=True, say=print, stop=lambda: None)
         weights.push(0)
         if killed:
             (server,) = engines.source.servers.values()

@@ -1,13 +1,17 @@
-"""Updates with what leaves the device in between, against updates without; for `test_swap` and the processes it starts."""
+"""Updates between which everything leaves the device, against updates without, for `test_swap` and its processes."""
 
 import itertools
 from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from trainer_cases import make_rows, make_trainer
+from trainer_cases import make_rows, make_trainer, save
 
+from spell_megatron.checkpoint.restore import load
 from spell_megatron.training.optimizer import optimizer_parts
+from spell_megatron.training.optimizer_on_host import state_on_host
 from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
 
@@ -67,25 +71,73 @@ def swaps(trainer: Trainer, swap: Swap) -> None:
             assert torch.equal(tensor, kept[name]), name
 
 
-def updates(trainer: Trainer, between=lambda: None, count: int = 3) -> Iterator[dict[str, float]]:
-    """Metrics of some updates, without times."""
-    for seed in range(count):
+def updates(trainer: Trainer, between=lambda: None, first: int = 0, count: int = 3) -> Iterator[dict[str, float]]:
+    """Metrics of updates number `first` (from 0) to `count`, without times."""
+    for seed in range(first, count):
         rows = make_rows(seed) if dist.get_rank() == 0 else None
         metrics = trainer.update(rows)
         yield {name: value for name, value in metrics.items() if "second" not in name}
         between()
 
 
-def compare_swapped(config, what: str) -> None:
-    """Three updates with everything swapped in between against three without: bit for bit, metrics included."""
+Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+"""Metrics of three updates, and weights and optimizer state after them."""
+
+
+def ordinary(config) -> Outcome:
+    """With a trainer that keeps everything on its device."""
     trainer = make_trainer(config)
-    metrics, expected = list(updates(trainer)), copies(held(trainer))
+    return list(updates(trainer)), kept_by(trainer)
+
+
+def compare_on_host(config, folder: Path, outcome: Outcome) -> None:
+    """Three updates with the optimizer's state on the host, the last one after a resume, against three without: bit for
+    bit. The checkpoint is also that of the ordinary optimizer, which goes on from it."""
+    metrics, expected = outcome
+    offloaded = deepcopy(config)
+    offloaded.training.optimizer.offload = True
+
+    trainer = make_trainer(offloaded)
+    found = list(updates(trainer, lambda: gone(trainer), count=2))
+    saved = save(folder, 2, trainer, offloaded, {})
+    gone(trainer)
+    found += updates(trainer, first=2)
+    assert found == metrics
+    assert_same(kept_by(trainer), expected)
+    for config_ in (offloaded, config):
+        resumed = make_trainer(config_)
+        load(saved, resumed)
+        assert list(updates(resumed, first=2)) == metrics[2:]
+        assert_same(kept_by(resumed), expected)
+
+
+def gone(trainer: Trainer) -> None:
+    """The device has nothing of the optimizer's state, and what had it is overwritten."""
+    tensors = held(trainer)
+    large = {name: tensor for name, tensor in tensors.items() if tensor.dim()}  # steps are counted on the host
+    assert memory(large, "state") == 0 < memory(large, "weights")
+    poison([4 * tensor.numel() for name, tensor in large.items() if name.startswith("state")])
+
+
+def kept_by(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of weights and optimizer state."""
+    with state_on_host(trainer.optimizer):
+        return copies({name: tensor for name, tensor in held(trainer).items() if not name.startswith("gradients")})
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def compare_swapped(config, what: str, outcome: Outcome) -> None:
+    """Three updates with everything swapped in between against three without: bit for bit, metrics included."""
+    metrics, expected = outcome
     trainer = make_trainer(config)
     swap = Swap(trainer.model, trainer.optimizer, what)
     swaps(trainer, swap)  # before there are moments
     found = list(updates(trainer, lambda: swaps(trainer, swap)))
     assert found == metrics
-    for name, tensor in held(trainer).items():
-        if not name.startswith("gradients"):
-            assert torch.equal(tensor, expected[name]), name
+    assert_same(kept_by(trainer), expected)
     assert swap.seconds > 0
