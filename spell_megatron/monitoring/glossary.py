@@ -92,6 +92,7 @@ MEANINGS = {
     "push/verified": "tensors whose checksums were compared after the push (rollout.verify_weights)",
     "time/rollout": "seconds of questions, answers and judgments",
     "time/push": "seconds in which the weights went to the engines",
+    "time/swap": "seconds in which rank 0 left GPUs that engines share, and came back (`training.swap`)",
     "time/checkpoint": "seconds of saving a checkpoint, or of preparing one that is written in the background",
     "time/validation": "seconds of the validation",
     "time/step": "seconds of the whole step, without the validation",
