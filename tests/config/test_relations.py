@@ -24,6 +24,10 @@ from spell_megatron.config.reading import load_config
         ({"training": {"optimizer": {"betas": [0.9, 1.0]}}}, "training.optimizer.betas"),
         ({"training": {"optimizer": {"min_lr": 1e-3}}}, "training.optimizer.min_lr"),
         ({"training": {"optimizer": {"warmup_steps": 70}}}, "training.optimizer.warmup_steps"),
+        (
+            {"training": {"optimizer": {"offload": True, "distributed": False}}, "checkpoint": {"asynchronous": True}},
+            "training.optimizer.offload",
+        ),
         ({"training": {"clip_low": 1.0}}, "training.clip_low"),
         ({"training": {"importance_sampling": "sequence"}}, "training.importance_sampling"),
         ({"training": {"role_weights": {"verifier": -1}}}, "training.role_weights"),

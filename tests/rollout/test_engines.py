@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -47,10 +48,30 @@ def test_engines_that_share_gpus_sleep(engines_for, monkeypatch):
     monkeypatch.setattr(engines, "transport", IPC)
     engines.sleep()
     assert engine.get("/is_sleeping") == {"is_sleeping": True}
+    engines.restart([])  # of another one
+    engines.new_step()
+    monkeypatch.setattr(engines, "transport", IPC)
     engines.wake("weights")
     assert engine.get("/is_sleeping") == {"is_sleeping": True}
     engines.wake("kv_cache")
     assert engine.get("/is_sleeping") == {"is_sleeping": False}
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:3", "http://127.0.0.1:1"])
+def test_only_engines_that_were_restarted_are_asked_again(address, tmp_path):
+    """Those that sleep call themselves paused. A restarted one may have its old address (rollout.base_port)."""
+    asked = []
+    source = SimpleNamespace(restartable=True, restart=lambda broken: [address, "http://127.0.0.1:2"])
+
+    def check(engine):
+        asked.append(engine.url)
+        return {"weight_transfer": "ipc", "routed_experts": True}
+
+    engines = Engines(source, "key", check, hang_timeout=1, log_folder=tmp_path)
+    engines._use(["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    engines.restart([0])
+    assert asked == ["http://127.0.0.1:1", "http://127.0.0.1:2", address]
+    assert engines.urls == [address, "http://127.0.0.1:2"]
 
 
 def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp_path: Path):

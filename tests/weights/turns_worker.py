@@ -113,7 +113,8 @@ class Engines:
 
 
 PUSH = [("wake weights", {WEIGHTS}), ("push", {WEIGHTS}), ("wake kv_cache", {NOTHING})]
-RESTART = [("restart", {NOTHING}), ("sleep", {NOTHING})]
+SLEEP = ("sleep", {NOTHING})
+RESTART = [("restart", {NOTHING}), SLEEP]
 
 
 def main(folder: Path) -> None:
@@ -153,25 +154,24 @@ def main(folder: Path) -> None:
             engines.fails, engines.events = fails, []
             if revive:
                 weights.revive()
-            else:
-                weights.sleep()
+            weights.sleep()
             assert engines.events == happened, engines.events
         assert (weights.give_order(which) if engines else weights.wait_for_order()) is which
         assert on_device(trainer) == (NOTHING if which is Order.END else WHOLE)
 
     found = [update(trainer, 0)]
     push(1, "", PUSH)
-    order(Order.UPDATE, happened=[("sleep", {NOTHING})])
+    order(Order.UPDATE, happened=[SLEEP])
     push(1, "wake weights", [PUSH[0], *RESTART, *PUSH])
     push(1, "push", [*PUSH[:2], *RESTART, *PUSH])
     push(1, "wake kv_cache", [*PUSH, *RESTART, *PUSH])
-    order(Order.UPDATE, revive=True, happened=[*RESTART, *PUSH])
+    order(Order.UPDATE, revive=True, happened=[*RESTART, *PUSH, SLEEP])
     found.append(update(trainer, 1))
     push(2, "", PUSH)
-    order(Order.UPDATE, fails="sleep", happened=[("sleep", {NOTHING}), *RESTART])  # an engine has ended
+    order(Order.UPDATE, fails="sleep", happened=[SLEEP, *RESTART])  # an engine has ended
     found.append(update(trainer, 2))
     push(3, "", PUSH)
-    order(Order.SKIP, happened=[("sleep", {NOTHING})])
+    order(Order.SKIP, happened=[SLEEP])
 
     # The end of a job ends the engines in the middle of a push: there is nothing to repeat, and a checkpoint to save.
     stop.asked = True
