@@ -32,7 +32,7 @@ def sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> d
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
+    state: dict[str, Any] = {"model": trainer.model.sharded_state_dict(metadata=metadata), "skipped": trainer.skipped}
     if with_optimizer:
         for part in optimizer_parts(trainer.optimizer):
             _pad_buckets(part)
@@ -40,6 +40,8 @@ def sharded_state(trainer: Trainer, with_optimizer: bool, is_loading: bool) -> d
             state["optimizer"] = trainer.optimizer.sharded_state_dict(
                 state["model"], is_loading=is_loading, metadata=metadata
             )
+            for entry in _tensors(state["optimizer"]):
+                entry.data = entry.data.detach()  # of the host's memory also after this
     return state
 
 
@@ -101,9 +103,13 @@ def load_trainer(folder: Path, trainer: Trainer, updates: int) -> None:
 def _use_stored_keys(wanted: dict[str, Any], folder: Path) -> None:
     """Ask for each tensor by the key that it has in this checkpoint."""
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    for entry in nested_values(wanted):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            entry.key = _most_exact(stored_key(entry.key, stored), entry.data.dtype, stored)
+    for entry in _tensors(wanted):
+        entry.key = _most_exact(stored_key(entry.key, stored), entry.data.dtype, stored)
+
+
+def _tensors(state: dict[Any, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """The tensors of a state, as Megatron describes them."""
+    return [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
 
 
 _MASTERS = "optimizer.state.param.", "optimizer.state.fp32_param."
