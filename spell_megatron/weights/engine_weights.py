@@ -115,7 +115,7 @@ class EngineWeights:
         self._swap.come_back(only_weights=True)
         if fault := self._wake("weights"):
             return None, fault
-        stream = export(self._model, everywhere=self._pusher.everywhere)
+        stream, done = export(self._model, everywhere=self._pusher.everywhere), None
         try:
             done = self._pusher.push(stream, str(self._step), verify=self._verify)
         except OtherModel:
@@ -123,7 +123,9 @@ class EngineWeights:
         except UserError as error:
             if not self._may_fail():
                 raise
-            return None, str(error)
+            fault = str(error)
+        if fault := from_rank_0(fault):
+            return None, fault
         self._swap.leave()
         return done, self._wake("kv_cache")
 
