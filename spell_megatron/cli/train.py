@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from spell_megatron import __version__
 from spell_megatron.cli.arguments import (
     Resume,
     add_command,
@@ -33,6 +35,8 @@ from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processe
 
 if TYPE_CHECKING:
     from spell_megatron.preflight.findings import Findings
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> None:
@@ -96,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         return launch_processes(config.training, arguments.argv)
     for warning in found.warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
-    return _train(arguments, config, resume)
+    return _train(arguments, config, resume, found.warnings)
 
 
 def _finished(config: Config) -> str:
@@ -124,7 +128,7 @@ def _restarted(arguments: argparse.Namespace) -> bool:
     return arguments.rendezvous is not None and slurm_restarts() > 0
 
 
-def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None) -> ExitStatus:
+def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None, warnings: Sequence[str]) -> ExitStatus:
     """Train in this process; the exit status tells why the run stopped."""
     quiet_libraries()
     from spell_megatron.monitoring.run_log import run_log
@@ -143,6 +147,9 @@ def _train(arguments: argparse.Namespace, config: Config, resume: Resume | None)
         if rendezvous and rank() == 0:
             rendezvous.publish(BEGUN, {})
         with run_log(config.run.output_dir / config.run.name, rank(), config.logging.level):
+            logger.info("spell_megatron %s: spell %s", __version__, shlex.join(arguments.argv))
+            for warning in warnings:
+                logger.warning("%s", warning)
             stopped = train(config, resume=resume is not None, rendezvous=rendezvous)
     if stopped is Reason.REQUEUE and rendezvous:
         rendezvous.publish("requeue", {})  # the job's script looks for it

@@ -268,7 +268,11 @@ def test_a_run_folder_belongs_to_one_process(inputs, spell, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "spell_megatron.train", types.SimpleNamespace(run=train))
     words = ("train", "--config", inputs / "run.yaml", "--run.name=mine")
-    assert spell(*words)[0] == 0
+    status, _, errors = spell(*words)
+    log = (folder / "logs" / "train.log").read_text()
+    assert status == 0 and "spell train --config" in log and "--run.name=mine" in log
+    for warning in errors.splitlines():
+        assert warning.removeprefix("spell: warning: ") in log
     assert [sorted(names) for names in seen] == [["lock-1", "logs"]]
     assert [path.name for path in folder.iterdir()] == ["logs"]
     with run_lock(folder):
