@@ -42,7 +42,8 @@ T = TypeVar("T")
 class Roles:
     """Takes the attempts of one step through all roles.
 
-    The history is only read. `sampling` limits the tokens of prompts and replies.
+    The history is only read. `sampling` limits the tokens of prompts and replies. `documents_fit` remembers, by the
+    cluster's id, whether the responder's prompt has room for all documents; steps share it.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Roles:
         prompts: PromptSet,
         history: History,
         client: StepClient,
+        documents_fit: dict[str, bool],
     ) -> None:
+        self._documents_fit = documents_fit
         self._config = config
         self._sampling = sampling
         self._prompts = prompts
@@ -98,7 +101,10 @@ class Roles:
     async def _ask(self, attempt: Attempt) -> Question | Outcome:
         """The questioner's question, if its text is one; otherwise how the attempt ends."""
         task, cluster, config = attempt.task, attempt.cluster, self._config.questioner
-        if not await self._documents_fit(attempt):
+        if cluster.id not in self._documents_fit:
+            everything = range(len(cluster.documents))
+            self._documents_fit[cluster.id] = self._fits(await self._responder_prompt(attempt, "", everything))
+        if not self._documents_fit[cluster.id]:
             return Outcome.DOCUMENTS_TOO_LONG
         rng = random.Random(self._client.seed(attempt, "context", 0))
         entries = self._history.entries(task, cluster.id)
@@ -138,10 +144,6 @@ class Roles:
             attempt.counts["context_documents_cut"] += len(context) - len(kept)
             context = kept
         return None
-
-    async def _documents_fit(self, attempt: Attempt) -> bool:
-        """Whether the responder's prompt has room for all documents, to say nothing of a question."""
-        return self._fits(await self._responder_prompt(attempt, "", range(len(attempt.cluster.documents))))
 
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt.ids) <= self._sampling.max_prompt_tokens

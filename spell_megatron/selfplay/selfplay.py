@@ -72,6 +72,7 @@ class SelfPlay:
         self.seed = seed
         self.untrained = untrained
         self._rate = MixedRate()
+        self._documents_fit: dict[str, bool] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for identical next batches (JSON)."""
@@ -95,7 +96,7 @@ class SelfPlay:
         """
         config = self.config
         step_client = StepClient(client, self.tokenizer, self.seed, step, weight_version)
-        roles = Roles(config, self.sampling, self.prompts, self.history, step_client)
+        roles = Roles(config, self.sampling, self.prompts, self.history, step_client, self._documents_fit)
         limit = config.max_rounds * config.clusters_per_round
         stream = Stream(self.sampler.upcoming(), roles.play, config.groups, limit, self._rate)
         attempts = await stream.run(on_progress)

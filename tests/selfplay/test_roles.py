@@ -245,3 +245,17 @@ def test_no_question_is_asked_about_documents_that_are_too_long(prompts):
     rollout = roll(selfplay, policy)
     assert rollout.metrics["selfplay/rate/documents_too_long"] == 1
     assert not policy.requests and not rollout.samples and not rollout.batch
+
+
+def test_documents_are_measured_once_in_a_run(prompts, monkeypatch):
+    selfplay = make_selfplay(prompts, n_clusters=20, clusters_per_round=20, max_rounds=1, groups=30)
+    measured, prompt_ids = [], selfplay.tokenizer.prompt_ids
+
+    def noted(text, documents=()):
+        measured.extend([text] if text.startswith("responder") and text.endswith("|") else [])
+        return prompt_ids(text, documents)
+
+    monkeypatch.setattr(selfplay.tokenizer, "prompt_ids", noted)
+    for step in (1, 2):  # each takes all clusters
+        assert len(roll(selfplay, ScriptedPolicy(), step).clusters) == 20
+        assert len(measured) == len(set(measured)) == 20
