@@ -102,6 +102,18 @@ def make_routed_rows(seed: int = 0) -> list[Row]:
     return [replace(row, weights=abs(row.weights), rollout_logprobs=x) for row, x in zip(rows, logprobs, strict=True)]
 
 
+def pieces(rows: list[Row], seed: int) -> list[list[Row]]:
+    """The rows cut at random into two pieces in any order, and an empty one. Rows that begin with the same token and
+    have routings stay together: which routing a shared token takes depends on the rows of its piece."""
+    rng = np.random.default_rng(seed)
+    together: dict[object, int] = {}
+    cut: list[list[Row]] = [[], [], []]
+    for number, row in enumerate(rows):
+        key = ("token", row.tokens[0]) if row.routing is not None else ("row", number)
+        cut[together.setdefault(key, int(rng.integers(2)))].append(row)
+    return [cut[i] for i in rng.permutation(3)]
+
+
 class Settings(Section):
     """The settings that trainers and their checkpoints read."""
 
@@ -142,6 +154,14 @@ def make_trainer(config: Settings) -> Trainer:
     model = build_model(PolicyModel.load(config.model.path, config.model.dtype), config.training)
     load_weights(model, config.model.path)
     return Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
+
+
+def update_in_pieces(trainer: Trainer, rows: list[Row], seed: int = 0) -> dict[str, float]:
+    """What `trainer.update(rows)` does, piece by piece; all ranks have the rows."""
+    trainer.begin()
+    for piece in pieces(rows, seed):
+        trainer.accumulate(piece if torch.distributed.get_rank() == 0 else None)
+    return trainer.finish()
 
 
 def saver(run: Path, trainer: Trainer, config: Settings) -> Saver:

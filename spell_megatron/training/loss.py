@@ -153,8 +153,8 @@ def _over_ranks(x: torch.Tensor, op: dist.ReduceOp) -> None:
         dist.broadcast(x, src=last, group=parallel_state.get_pipeline_model_parallel_group())
 
 
-def token_metrics(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, float], float]:
-    """Metrics of an update's response tokens and their number, equal on every rank; all ranks call it.
+def token_metrics(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
+    """Metrics of an update's response tokens, equal on every rank; all ranks call it.
 
     outputs: the dictionaries of `TreeLoss` for this rank's microbatches; only the last pipeline stage has any.
     """
@@ -166,4 +166,4 @@ def token_metrics(outputs: list[dict[str, torch.Tensor]], device: torch.device) 
     _over_ranks(top, dist.ReduceOp.MAX)
     *totals, count = sums.tolist()
     means = {name: total / count for name, total in zip(MEANS, totals, strict=True)}
-    return means | {"mismatch_max_ratio": math.exp(min(top.item(), LOG_RATIO_LIMIT))}, count
+    return means | {"mismatch_max_ratio": math.exp(min(top.item(), LOG_RATIO_LIMIT))}

@@ -20,6 +20,8 @@ class Router(TopKRouter):
     auxiliary loss by tokens.
 
     Attributes:
+        aux_scale: a microbatch of T tokens adds `aux_scale` * coefficient * T * auxiliary loss to the loss, before that
+            is divided by the batch's response tokens.
         recorded: experts of the next microbatch's tokens, integers [tokens, top_k], or None: the router chooses.
             A token whose experts are not `top_k` different ones (-1, say) has no record and gets the router's own.
 
@@ -33,14 +35,13 @@ class Router(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.aux_scale = 1.0
         self.recorded: Tensor | None = None
-        self.start_update(1.0)
+        self.start_update()
 
-    def start_update(self, aux_scale: float) -> None:
-        """Forget counts and routings. A microbatch of T tokens adds `aux_scale` * coefficient * T * auxiliary loss to
-        the loss before Megatron divides it by the batch's response tokens."""
+    def start_update(self) -> None:
+        """Forget counts and routings."""
         device = torch.cuda.current_device()
-        self.aux_scale = aux_scale
         # No buffers: they must stay as exact as they are, and out of checkpoints.
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.double, device=device)
         self.aux_loss = torch.zeros((), dtype=torch.double, device=device)

@@ -10,9 +10,10 @@ Everything here is NumPy on one core; nothing knows about models or roles.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,8 @@ class Tree:
     k: q may attend to k iff k <= q < end[k]. The loss edges source, target, row and offset are [e]: the
     hidden state at flat position `source` predicts token id `target`, which is response token `offset`
     of row number `row`. fresh, bool [t], is False where a token repeats what another tree of the batch
-    computes too: however the rows are cut, each token of their common radix tree is fresh once.
+    computes too, or one of `Earlier` rows: however the rows are cut, each token of their common radix tree is
+    fresh once.
     routed_by [t] is the row whose recorded routing a token takes, -1 if no row has any for it: of the rows
     that share the token the first, in the order of their token ids, however the rows are cut.
     """
@@ -111,6 +113,23 @@ EMPTY = Tree(
 )
 
 
+class Earlier:
+    """Token ids of the rows that an update has computed already, to know what later ones share with them."""
+
+    def __init__(self) -> None:
+        self._keys: list[bytes] = []  # in the order of their token ids
+
+    def add(self, rows: Iterable[Row]) -> None:
+        self._keys = sorted([*self._keys, *(_key(row) for row in rows)])
+
+    def shared(self, row: Row) -> int:
+        """Length of the longest prefix of a row that one of these rows begins with."""
+        key = _key(row)
+        place = bisect.bisect(self._keys, key)
+        neighbours = (np.frombuffer(k, dtype=">u4") for k in self._keys[max(0, place - 1) : place + 1])
+        return max((_common_prefix(row.tokens, tokens) for tokens in neighbours), default=0)
+
+
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Tree]:
     """Merge rows into trees of at most `max_tokens` tokens.
 
@@ -127,49 +146,58 @@ def largest_tree(max_tokens: int, longest_row: int) -> int:
     return max_tokens if longest_row <= max_tokens else longest_row + longest_row // 8
 
 
-def plan(rows: Sequence[Row], max_tokens: int, ranks: int, cost: Cost = Cost()) -> list[list[Tree]]:
+def plan(
+    rows: Sequence[Row],
+    max_tokens: int,
+    ranks: int,
+    cost: Cost = Cost(),
+    loads: Sequence[float] = (),
+    earlier: Earlier | None = None,
+) -> list[list[Tree]]:
     """Trees of each data-parallel rank: the same number on every rank, costs balanced.
 
     The longest processing time first rule assigns trees to ranks. Where whole trees leave ranks idle
     (few rows, many ranks), smaller budgets are tried too; a finer cut is taken if it lets the slowest
     rank end at least 5 % sooner, repeated prefixes included. Ranks with fewer trees get `EMPTY` ones.
     Each rank's trees come in descending cost, so that ranks that exchange tokens meet similar sizes.
+
+    loads, earlier: cost that each rank has had already in this update, none by default, and the rows that it was for.
     """
-    table = _Sorted(rows, max_tokens)
+    table = _Sorted(rows, max_tokens, earlier)
+    loads = list(loads) or [0.0] * ranks
     whole = table.pack(max_tokens)
-    best, shortest = _assign(whole, ranks, cost)
+    best, shortest = _assign(whole, loads, cost)
     if ranks > 1:
         total = sum(len(tree.tokens) for tree in whole)
         budgets = [int(1.1 * total / (ranks * parts)) + 1 for parts in (1, 2, 3, 4)]  # 10 % for uneven cuts
         for budget in dict.fromkeys(b for b in budgets if b < max_tokens):
-            assigned, slowest = _assign(table.pack(budget), ranks, cost)
+            assigned, slowest = _assign(table.pack(budget), loads, cost)
             if slowest < 0.95 * shortest:
                 best, shortest = assigned, slowest
     count = max(1, *(len(trees) for trees in best))
     return [trees + [EMPTY] * (count - len(trees)) for trees in best]
 
 
-def _assign(trees: list[Tree], ranks: int, cost: Cost) -> tuple[list[list[Tree]], float]:
-    """Longest processing time first; returns the trees of each rank and the largest total."""
-    heap = [(0.0, 0, rank) for rank in range(ranks)]
-    assigned: list[list[Tree]] = [[] for _ in range(ranks)]
+def _assign(trees: list[Tree], loads: Sequence[float], cost: Cost) -> tuple[list[list[Tree]], float]:
+    """Longest processing time first, on top of each rank's load; returns the trees of each rank and how much more the
+    fullest rank has in the end than the emptiest had before."""
+    heap = [(load, 0, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    assigned: list[list[Tree]] = [[] for _ in loads]
     for value, tree in sorted(((cost.of(tree), tree) for tree in trees), key=lambda x: -x[0]):
         load, count, rank = heapq.heappop(heap)
         assigned[rank].append(tree)
         heapq.heappush(heap, (load + value, count + 1, rank))
-    return assigned, max(load for load, _, _ in heap)
+    return assigned, max(load for load, _, _ in heap) - min(loads)
 
 
 class _Sorted:
     """Rows in depth-first order with the common prefix length of each with the one before."""
 
-    def __init__(self, rows: Sequence[Row], max_tokens: int) -> None:
+    def __init__(self, rows: Sequence[Row], max_tokens: int, earlier: Earlier | None = None) -> None:
         """max_tokens: the budget of the device. `pack` may be asked for smaller trees than that."""
         self.rows = rows
-        # Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first.
-        keys = {
-            i: row.tokens.astype(">u4").tobytes() for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length
-        }
+        keys = {i: _key(row) for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length}
         self.order = sorted(keys, key=keys.__getitem__)
         del keys
         self.lengths = np.array([len(rows[i].tokens) for i in self.order], dtype=np.int64)
@@ -179,6 +207,11 @@ class _Sorted:
         for k in range(1, len(self.order)):
             self.shared[k] = _common_prefix(rows[self.order[k - 1]].tokens, rows[self.order[k]].tokens)
         self.before = _previous_smaller(self.shared)
+        # known[k]: tokens with which row k begins that rows before it, or earlier ones, have computed.
+        self.known = self.shared
+        if earlier is not None:
+            shared_with_earlier = [earlier.shared(rows[i]) for i in self.order]
+            self.known = np.maximum(self.shared, np.array(shared_with_earlier, dtype=np.int64))
         # own[k]: tokens that the rows before k add to the common radix tree. Row k adds those numbered from there.
         self.own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
         self.routed_by = self._routed_by()
@@ -276,7 +309,7 @@ class _Sorted:
             tokens[start:stop] = row.tokens[common:]
             depth[start:stop] = np.arange(common, n)
             # Tokens that k shares with the sorted row before it are that row's, in whichever tree it is.
-            fresh[start:stop] = depth[start:stop] >= self.shared[k]
+            fresh[start:stop] = depth[start:stop] >= self.known[k]
             for first, numbers in self._nodes(k, common, n):
                 at = start + first - common
                 routed_by[at : at + numbers.stop - numbers.start] = self.routed_by[numbers]
@@ -297,6 +330,11 @@ def _previous_smaller(values: np.ndarray) -> list[int]:
             before = result[before]
         result.append(before)
     return result
+
+
+def _key(row: Row) -> bytes:
+    """Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first."""
+    return row.tokens.astype(">u4").tobytes()
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -33,9 +33,7 @@ def broadcast_rows(rows: Sequence[Row] | None, device: torch.device) -> list[Row
 
 
 def check_rows(rows: Sequence[Row], arch: Architecture) -> None:
-    """ValueError if there is no row, or a row does not belong to a model of this architecture."""
-    if not rows:
-        raise ValueError("the update batch holds no row with a response; there is nothing to train on")
+    """ValueError if a row does not belong to a model of this architecture."""
     for number, row in enumerate(rows):
         if not (row.tokens.min() >= 0 and row.tokens.max() < arch.vocabulary):
             raise ValueError(

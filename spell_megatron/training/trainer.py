@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -23,18 +23,37 @@ from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.moe import expert_metrics, routers
 from spell_megatron.training.optimizer import build_optimizer, build_schedule
 from spell_megatron.training.optimizer_on_host import keep_on_host
-from spell_megatron.training.prefix_tree import Row, Tree, plan
+from spell_megatron.training.prefix_tree import Earlier, Row, Tree, plan
 from spell_megatron.training.rows import Routings, broadcast_rows, check_rows
 
 Progress = Callable[[int, int], None]
 """Called after each microbatch of this rank with (microbatches done, microbatches in all)."""
 
 
+@dataclass
+class _UnderWay:
+    """An update that has begun, and what its rows add up to so far: equal on every rank, but for `outputs`, which are
+    what `TreeLoss` has returned on this rank, and `held`, the rows of rank 0 that wait for the others."""
+
+    loads: list[float]  # cost of the trees of each data-parallel rank
+    earlier: Earlier = field(default_factory=Earlier)  # of a mixture of experts the rows
+    held: list[Row] = field(default_factory=list)
+    outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    response_tokens: int = 0
+    tokens_unshared: int = 0
+    tokens_computed: int = 0
+    distinct: int = 0  # tokens, each once; of a mixture of experts
+    microbatches: int = 0
+    routed: bool = False
+    seconds: float = 0.0
+
+
 class Trainer:
     """The policy's Megatron model with its gradients, optimizer and learning rate schedule.
 
     The weights must be in `model` before the trainer is made: the optimizer copies them. Every rank of the process
-    group makes one and calls `update` together.
+    group makes one, and all call the same methods together. An update is `update(rows)`, or in pieces, as the rows
+    come: `begin()`, `accumulate(rows)` any number of times, `finish()`.
 
     Attributes:
         model: this rank's part of the policy.
@@ -57,7 +76,9 @@ class Trainer:
         self._arch, self._training, self._temperature = model.policy.arch, training, temperature
         self._device = next(model.parameters()).device
         self._cost = training_cost(self._arch)
-        model.config.finalize_model_grads_func = finalize_model_grads
+        # The weight of the auxiliary loss beside the policy's, and the cut that it depends on, need all rows.
+        self._all_at_once = bool(model.config.moe_aux_loss_coeff)
+        self._under_way: _UnderWay | None = None
         self._ddp, self.optimizer = build_optimizer(model, options)
         if options.offload:
             keep_on_host(self.optimizer)
@@ -90,37 +111,106 @@ class Trainer:
             ValueError: no row has a response, a token id is outside the vocabulary, or a routing is not of the
                 policy's layers and experts per token.
         """
-        start = time.perf_counter()
-        rows = self._shared(rows)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        plans = plan(rows, self._training.tokens_per_microbatch, ranks, self._cost)
-        routings = Routings(rows, plans, rank, self.model.layers, self._device)
-        distinct = int(sum(tree.fresh.sum() for trees in plans for tree in trees))
-        for router in routers(self.model):
-            # Megatron divides every gradient by the number of response tokens.
-            router.start_update(aux_scale=sum(len(row.weights) for row in rows) / distinct)
-        outputs = self._backward(rows, plans, rank, routings, progress)
-        for router in routers(self.model):
-            router.forget_routings()
-        metrics, count = token_metrics(outputs, self._device)
-        metrics |= self._step()
-        seconds = torch.tensor(time.perf_counter() - start, device=self._device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        self.begin()
+        self.accumulate(rows, progress)
+        return self.finish(progress)
 
-        computed = sum(len(tree.tokens) for trees in plans for tree in trees if len(tree.source))
-        unshared = sum(len(row.tokens) for row in rows)
+    def begin(self) -> None:
+        """Begin an update that gets its rows in pieces."""
+        self.drop()
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for router in routers(self.model):
+            router.start_update()
+        self._under_way = _UnderWay([0.0] * parallel_state.get_data_parallel_world_size())
+
+    def accumulate(self, rows: Sequence[Row] | None, progress: Progress | None = None) -> None:
+        """Forward and backward on more rows of the update that has begun; rank 0 passes them, the other ranks None.
+
+        Gradients stay on their rank until `finish`. Rows of one call share their prefixes, so rows with a common
+        prompt belong in one call. A data-parallel rank that has had more work than others gets less of this. With
+        `training.moe_aux_loss` the rows wait for `finish`.
+
+        Raises:
+            ValueError: as of `update`.
+        """
+        start, update = time.perf_counter(), self._begun()
+        if self._all_at_once:
+            update.held += rows or []
+        else:
+            self._add(update, rows, progress)
+        update.seconds += time.perf_counter() - start
+
+    def finish(self, progress: Progress | None = None) -> dict[str, float]:
+        """Reduce, divide and clip the gradient of all rows since `begin`, and step; returns what `update` does.
+
+        Another cut into calls gives the same gradient up to rounding. (Where engines have recorded different routings
+        of a token, rows of different calls that share it are each replayed by a record of their own call.)
+        `tokens_computed` and `microbatches` count what was computed: what calls share is computed in each.
+
+        Raises:
+            ValueError: no row had a response; and as of `update`.
+        """
+        start, update = time.perf_counter(), self._begun()
+        if self._all_at_once:
+            self._add(update, update.held, progress)
+        self.drop()
+        if not update.response_tokens:
+            raise ValueError("the update batch holds no row with a response; there is nothing to train on")
+        metrics = token_metrics(update.outputs, self._device)
+        finalize_model_grads([self._ddp])
+        self._ddp.scale_gradients(1 / update.response_tokens)
+        metrics |= self._step()
+        seconds = torch.tensor(update.seconds + time.perf_counter() - start, device=self._device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         metrics |= {
-            "response_tokens": count,
-            "tokens_unshared": float(unshared),
-            "tokens_computed": float(computed),
-            "sharing": unshared / computed,
-            "microbatches": float(len(plans[rank])),
+            "response_tokens": float(update.response_tokens),
+            "tokens_unshared": float(update.tokens_unshared),
+            "tokens_computed": float(update.tokens_computed),
+            "sharing": update.tokens_unshared / update.tokens_computed,
+            "microbatches": float(update.microbatches),
             "seconds": seconds.item(),
-            "tokens_per_second": unshared / seconds.item(),
+            "tokens_per_second": update.tokens_unshared / seconds.item(),
         }
         if self._arch.experts:
-            metrics |= expert_metrics(self.model, self._arch.moe_layers, distinct, routings.any)
+            metrics |= expert_metrics(self.model, self._arch.moe_layers, update.distinct, update.routed)
         return metrics
+
+    def drop(self) -> None:
+        """Leave the update that is under way, if there is one: it is as if it had never begun."""
+        self._under_way = None
+
+    def _begun(self) -> _UnderWay:
+        if self._under_way is None:
+            raise RuntimeError("no update is under way; begin() comes before accumulate() and finish()")
+        return self._under_way
+
+    def _add(self, update: _UnderWay, rows: Sequence[Row] | None, progress: Progress | None) -> None:
+        """Add the gradient of more rows, which rank 0 has, to this rank's buffers, and what they are to `update`."""
+        shared = self._shared(rows)
+        if not shared:
+            return
+        earlier = update.earlier if self._arch.experts else None
+        rank, ranks = parallel_state.get_data_parallel_rank(), len(update.loads)
+        plans = plan(shared, self._training.tokens_per_microbatch, ranks, self._cost, update.loads, earlier)
+        routings = Routings(shared, plans, rank, self.model.layers, self._device)
+        update.response_tokens += sum(len(row.weights) for row in shared)
+        update.tokens_unshared += sum(len(row.tokens) for row in shared)
+        update.tokens_computed += sum(len(tree.tokens) for trees in plans for tree in trees if len(tree.source))
+        update.distinct += int(sum(tree.fresh.sum() for trees in plans for tree in trees))
+        update.microbatches += len(plans[rank])
+        update.routed |= routings.any
+        update.loads = [
+            load + sum(self._cost.of(tree) for tree in trees) for load, trees in zip(update.loads, plans, strict=True)
+        ]
+        update.earlier.add(shared if earlier is not None else [])
+        for router in routers(self.model):
+            # The gradient is divided by the number of response tokens.
+            router.aux_scale = update.response_tokens / update.distinct
+        loss = TreeLoss(self.model, self._training, self._temperature, shared)
+        update.outputs += self._run(plans, rank, partial(self._forward, loss, routings), progress)
+        for router in routers(self.model):
+            router.forget_routings()
 
     @torch.no_grad()
     def mismatch(self, rows: Sequence[Row] | None) -> list[float]:
@@ -149,15 +239,6 @@ class Trainer:
         shared = [row for row in broadcast_rows(rows, self._device) if len(row.weights)]
         check_rows(shared, self._arch)
         return shared
-
-    def _backward(
-        self, rows: list[Row], plans: list[list[Tree]], rank: int, routings: Routings, progress: Progress | None
-    ) -> list[dict[str, torch.Tensor]]:
-        """Forward and backward of this data-parallel rank's trees; what `TreeLoss` has returned for each."""
-        self._ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss = TreeLoss(self.model, self._training, self._temperature, rows)
-        return self._run(plans, rank, partial(self._forward, loss, routings), progress)
 
     def _run(
         self,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spell_megatron.training.prefix_tree import EMPTY, Cost, Row, pack, plan
+from spell_megatron.training.prefix_tree import EMPTY, Cost, Earlier, Row, pack, plan
 
 
 def make_row(tokens, prompt_length, seed=0, routed=None):
@@ -253,6 +253,36 @@ def test_one_group_over_two_ranks_is_cut_only_if_that_pays():
         sum(len(t.tokens) for t in trees) for trees in plan(group(50, 20) + group(50, 20) + group(50, 20), 10_000, 2)
     ]
     assert max(costs) <= 1.35 * sum(costs) / 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(row_lists(), min_size=2, max_size=4), st.integers(1, 30), st.integers(1, 3))
+def test_a_token_that_an_earlier_call_has_computed_is_not_fresh(calls, max_tokens, ranks):
+    """Each prefix of all rows is fresh once, in the first call that has it."""
+    earlier, fresh = Earlier(), []
+    for rows in calls:
+        for tree in itertools.chain(*plan(rows, max_tokens, ranks, Cost(), (), earlier)):
+            fresh += [tuple(tree.tokens[ancestors(tree, q)]) for q in np.flatnonzero(tree.fresh)]
+        rows = [row for row in rows if len(row.weights)]
+        earlier.add(rows)
+        prefixes = {tuple(r.tokens[:i]) for r in rows for i in range(1, len(r.tokens) + 1)}
+        assert len(fresh) == len(set(fresh)) and prefixes <= set(fresh)
+    everything = {
+        tuple(r.tokens[:i]) for rows in calls for r in rows if len(r.weights) for i in range(1, len(r.tokens) + 1)
+    }
+    assert set(fresh) == everything
+
+
+def test_ranks_are_balanced_over_all_calls():
+    """Groups that come one after the other: the rank with less so far gets the next one."""
+    rng = np.random.default_rng(0)
+    loads, cost = [0.0] * 3, Cost()
+    for _ in range(40):
+        prompt = rng.integers(0, 1000, rng.integers(10, 300))
+        rows = [make_row(np.concatenate([prompt, rng.integers(0, 1000, 5)]), len(prompt)) for _ in range(8)]
+        plans = plan(rows, 400, 3, cost, loads)
+        loads = [load + sum(map(cost.of, trees)) for load, trees in zip(loads, plans, strict=True)]
+    assert max(loads) - min(loads) <= 340  # one group
 
 
 def test_nothing_to_train_on_gives_empty_trees():

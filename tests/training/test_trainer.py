@@ -21,6 +21,7 @@ from trainer_cases import (
     near_the_policy,
     reference,
     saved,
+    update_in_pieces,
     weights,
 )
 
@@ -112,6 +113,61 @@ def test_gradient_does_not_depend_on_the_cut(family, policies, monkeypatch):
         print(f"{family}: {metrics['microbatches']:.0f} microbatches, gradient {error:.1e}")
         assert error <= 1e-5
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if "second" not in name}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_gradient_does_not_depend_on_the_pieces(family, policies):
+    """Rows given in random pieces, in random order: gradient and metrics within 1e-5 of all at once."""
+    still = {"training__optimizer__lr": 1e-30, "training__optimizer__weight_decay": 0.0}
+    trainer = make_trainer(make_config(policies(family), training__importance_sampling="sequence", **still))
+    rows = make_rows()
+    expected, whole = trainer.update(rows), gradients(trainer)
+    of_the_cut = {"tokens_computed", "sharing", "microbatches", "seconds", "tokens_per_second", "lr"}
+    worst = 0.0
+    for seed in range(8):
+        metrics = update_in_pieces(trainer, rows, seed)
+        assert metrics.keys() == expected.keys()
+        for name in metrics.keys() - of_the_cut:
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+        worst = max(worst, difference(gradients(trainer), whole))
+    print(f"{family}: gradient {worst:.1e}")
+    assert worst <= 1e-5
+
+
+def test_with_an_auxiliary_loss_pieces_change_nothing(policies):
+    """Its weight and its cut need all rows: they wait, and metrics and weights are equal to the last bit."""
+    one, other = (make_trainer(make_config(policies("qwen3_moe"), training__moe_aux_loss=1.0)) for _ in range(2))
+    rows = make_rows()
+    expected = one.update(rows)
+    other.begin()
+    other.accumulate(rows[:5])
+    other.accumulate(rows[5:])
+    assert without_times(other.finish()) == without_times(expected)
+    assert difference(weights(other), weights(one)) == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_update_that_is_dropped_has_never_begun(distributed, family, policies):
+    """Weights, metrics, optimizer and random states of the updates after it: bit for bit."""
+    config = make_config(policies(family), training__optimizer__distributed=distributed)
+    dropped, plain = make_trainer(config), make_trainer(config)
+    for seed in range(2):
+        before = str(random_states())
+        dropped.begin()
+        dropped.accumulate(make_rows(7))
+        dropped.drop()
+        assert str(random_states()) == before
+        dropped.begin()
+        dropped.accumulate(make_rows(8))  # the next update drops it too
+        assert without_times(dropped.update(make_rows(seed))) == without_times(plain.update(make_rows(seed)))
+    assert difference(weights(dropped), weights(plain)) == 0
+    with pytest.raises(RuntimeError, match="no update is under way"):
+        dropped.accumulate(make_rows())
 
 
 @st.composite
@@ -387,5 +443,9 @@ def test_bad_batches_are_refused(policies):
     trainer = make_trainer(make_config(policies("qwen3")))
     with pytest.raises(ValueError, match="nothing to train on"):
         trainer.update([Row(np.arange(3), 3, np.zeros(0, np.float32), np.zeros(0, np.float32))])
+    trainer.begin()
+    trainer.accumulate([])
+    with pytest.raises(ValueError, match="nothing to train on"):
+        trainer.finish()
     with pytest.raises(ValueError, match="vocabulary has 128"):
         trainer.update([Row(np.array([1, 500]), 1, np.ones(1, np.float32), np.zeros(1, np.float32))])

@@ -1,4 +1,4 @@
-"""Updates in every layout, and after loading the checkpoint of another one, against one process."""
+"""Updates in every layout, in pieces, and after loading the checkpoint of another one, against one process."""
 
 import json
 import math
@@ -113,7 +113,8 @@ OF_EXPERTS = (
     "routing_replayed",
     "routing_changed",
 )
-FLOAT32 = dict.fromkeys((*METRICS, *OF_EXPERTS, "weights"), 1e-5)
+# The largest ratio is the exponential of a difference of 10 and more, with the rounding of float32.
+FLOAT32 = dict.fromkeys((*METRICS, *OF_EXPERTS, "weights"), 1e-5) | {"mismatch_max_ratio": 3e-5}
 # bfloat16 keeps 8 bits, and where a sum is cut over processes other partial sums are rounded. Twice the largest
 # difference found; one process in bfloat16 differs from one in float32 by as much.
 BFLOAT16 = {"loss": 1e-5, "grad_norm": 2e-2, "entropy": 5e-3, "mismatch_abs": 7e-3, "weights": 4e-3}
@@ -159,7 +160,8 @@ def errors(found: list[dict], found_weights, expected: list[dict], expected_weig
 
 
 def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str, float], **settings) -> None:
-    """Two updates in every layout, and a third one after loading the checkpoint of another, against one process."""
+    """Two updates in every layout, also in pieces, and a third one after loading the checkpoint of another, against one
+    process."""
     for policy in {policy for policy, _ in cases.values()}:
         (folder / policy).symlink_to(alone.folder / policy)
     cases = {name: (policy, options | settings) for name, (policy, options) in cases.items()}
@@ -178,6 +180,7 @@ def check(processes: int, cases: dict, alone, folder: Path, tolerance: dict[str,
         for what, error in (
             (name, errors(result["metrics"], result["weights"], metrics, after_two)),
             (f"{name}, resumed", errors([resumed], after_resuming, third, after_three)),
+            (f"{name}, in pieces", errors(*result["pieces"], metrics, after_two)),
         ):
             print(what, {key: f"{value:.1e}" for key, value in error.items()})
             excess = {key: value for key, value in error.items() if not value <= tolerance.get(key, math.inf)}

@@ -2,7 +2,7 @@
 
 Each case makes two updates and saves them; then a fresh trainer goes on with a third one from the checkpoint
 that the case before with the same policy has saved, or from its own, if it is the first. The case before may have
-another layout and another kind of optimizer.
+another layout and another kind of optimizer. Another fresh trainer makes the two updates in pieces.
 
 usage: trainer_layouts_worker.py FOLDER   (holds policies and cases.json; results are written beside them)
 """
@@ -15,7 +15,16 @@ from pathlib import Path
 def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str, Path]) -> None:
     import torch
     import torch.distributed as dist
-    from trainer_cases import initialise, make_config, make_routed_rows, make_rows, make_trainer, save, weights
+    from trainer_cases import (
+        initialise,
+        make_config,
+        make_routed_rows,
+        make_rows,
+        make_trainer,
+        save,
+        update_in_pieces,
+        weights,
+    )
 
     from spell_megatron.checkpoint.restore import load
     from spell_megatron.training import model
@@ -47,6 +56,8 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     resumed = make_trainer(config)
     load(before or saved[key], resumed)
     result["resumed"] = update(resumed, 2), weights(resumed)
+    trainer = make_trainer(config)
+    result["pieces"] = [update_in_pieces(trainer, rows(seed), seed) for seed in range(2)], weights(trainer)
     if dist.get_rank() == 0:
         torch.save(result, folder / f"{name}.pt")
 
