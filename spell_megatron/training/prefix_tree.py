@@ -118,13 +118,17 @@ class Earlier:
 
     def __init__(self) -> None:
         self._keys: list[bytes] = []  # in the order of their token ids
+        self._added: list[np.ndarray] = []  # nobody has asked since
 
     def add(self, rows: Iterable[Row]) -> None:
-        self._keys = sorted([*self._keys, *(_key(row) for row in rows)])
+        self._added += [row.tokens for row in rows]
 
     def shared(self, row: Row) -> int:
         """Length of the longest prefix of a row that one of these rows begins with."""
-        key = _key(row)
+        if self._added:
+            self._keys = sorted([*self._keys, *map(_key, self._added)])
+            self._added = []
+        key = _key(row.tokens)
         place = bisect.bisect(self._keys, key)
         neighbours = (np.frombuffer(k, dtype=">u4") for k in self._keys[max(0, place - 1) : place + 1])
         return max((_common_prefix(row.tokens, tokens) for tokens in neighbours), default=0)
@@ -197,7 +201,7 @@ class _Sorted:
     def __init__(self, rows: Sequence[Row], max_tokens: int, earlier: Earlier | None = None) -> None:
         """max_tokens: the budget of the device. `pack` may be asked for smaller trees than that."""
         self.rows = rows
-        keys = {i: _key(row) for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length}
+        keys = {i: _key(row.tokens) for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length}
         self.order = sorted(keys, key=keys.__getitem__)
         del keys
         self.lengths = np.array([len(rows[i].tokens) for i in self.order], dtype=np.int64)
@@ -332,9 +336,9 @@ def _previous_smaller(values: np.ndarray) -> list[int]:
     return result
 
 
-def _key(row: Row) -> bytes:
+def _key(tokens: np.ndarray) -> bytes:
     """Big-endian bytes compare like the token ids do, at memcmp speed; a prefix sorts first."""
-    return row.tokens.astype(">u4").tobytes()
+    return tokens.astype(">u4").tobytes()
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -190,7 +190,7 @@ class Trainer:
         shared = self._shared(rows)
         if not shared:
             return
-        earlier = update.earlier if self._arch.experts else None
+        earlier = update.earlier if self._arch.experts and update.microbatches else None
         rank, ranks = parallel_state.get_data_parallel_rank(), len(update.loads)
         plans = plan(shared, self._training.tokens_per_microbatch, ranks, self._cost, update.loads, earlier)
         routings = Routings(shared, plans, rank, self.model.layers, self._device)
@@ -203,7 +203,8 @@ class Trainer:
         update.loads = [
             load + sum(self._cost.of(tree) for tree in trees) for load, trees in zip(update.loads, plans, strict=True)
         ]
-        update.earlier.add(shared if earlier is not None else [])
+        if self._arch.experts:
+            update.earlier.add(shared)
         for router in routers(self.model):
             # The gradient is divided by the number of response tokens.
             router.aux_scale = update.response_tokens / update.distinct
