@@ -1,6 +1,6 @@
 """Small random Hugging Face models of every supported family, for parity tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training.model import TreeGPTModel, build_model
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights
+from spell_megatron.weights.names import expert_parts
 
 COMMON = {
     "vocab_size": 131,
@@ -98,3 +99,14 @@ def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path]
         save_file(tensors, folder / "model.safetensors")
 
     return damage
+
+
+def apart(stream: Iterable[tuple[str, torch.Tensor]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors with each expert by itself, whether a tensor had all of a layer or not."""
+    tensors = {}
+    for name, tensor in dict(stream).items():
+        parts = expert_parts(name, tensor.shape)
+        tensors |= {own: tensor[part.expert, part.rows].clone() for own, part in parts.items()} or {
+            name: tensor.clone()
+        }
+    return tensors

@@ -21,8 +21,9 @@ from hf_models import edit
 from transformers import AutoModelForCausalLM
 
 from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import Config, RolloutConfig
 from spell_megatron.errors import UserError
+from spell_megatron.preflight.engines import check_kernels
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.inspect import inspect
 from spell_megatron.preflight.model import CPU_HEAD_SIZES
@@ -302,6 +303,29 @@ def test_the_head_sizes_are_those_of_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_kernels_that_vllm_does_not_have_here(setup):
+    assert only_fault(setup(rollout={"batch_invariant": True})).startswith(
+        "rollout.batch_invariant: vLLM has no batch-invariant kernels for CPUs"
+    )
+    assert inspect(setup(rollout={"batch_invariant": True, "urls": ["http://localhost:8000"]})).faults == []
+    assert inspect(setup(model={"dtype": "bfloat16"}, rollout={"quantization": "fp8"})).faults == []
+
+    def refused(experts: bool, capability: tuple[int, int] | None, **settings: object) -> list[str]:
+        found = Findings()
+        check_kernels(found, RolloutConfig(**settings), experts, capability)
+        return [str(fault) for fault in found.faults]
+
+    for experts in (False, True):
+        assert refused(experts, (9, 0), quantization="fp8", batch_invariant=True) == []
+        assert refused(experts, (8, 0), batch_invariant=True) == []
+        (fault,) = refused(experts, (8, 6), quantization="fp8")
+        assert "GPUs of compute capability 8.6 do not compute in float8" in fault
+        (fault,) = refused(experts, (7, 5), batch_invariant=True)
+        assert "kernels for GPUs of compute capability 7.5" in fault
+    (fault,) = refused(True, None, quantization="fp8")
+    assert fault.startswith("rollout.quantization: vLLM's kernels for experts in float8 on CPUs")
 
 
 def test_documents_with_a_wrong_column(setup, tmp_path):

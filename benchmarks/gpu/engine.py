@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -43,7 +44,7 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
     from spell_megatron.training.swap import Swap
     from spell_megatron.training.trainer import Trainer
     from spell_megatron.weights.push import WeightPusher
-    from spell_megatron.weights.reshard import export
+    from spell_megatron.weights.reshard import Export
 
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -80,11 +81,15 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
         model = random_model(architecture, config.training, DTYPE)
         trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
         swap = Swap(trainer.model, trainer.optimizer, "all" if engines.transport.colocated else "none")
-        pusher = WeightPusher(engines)
+        pusher, export = WeightPusher(engines), Export(model, fuse_experts=True)
         stack.callback(pusher.close)
+
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            return export.stream(pusher.fit_buckets(), pusher.everywhere)
+
         figures: dict[str, object] = {"transport": expected}
         for version in ("1", "2"):
-            push = pusher.push(export(model), version, verify=True)
+            push = pusher.push(stream(), version, verify=True)
             before_leaving = gigabytes_in_use()
             swap.leave()
             left = before_leaving - gigabytes_in_use()
@@ -106,7 +111,7 @@ def engine_and_trainer(way: str, gpus: list[str], tiny: bool) -> dict:
                 "gigabytes_in_use_asleep": asleep,
                 "gigabytes_in_use_awake": gigabytes_in_use(),
             }
-        pushes = [pusher.push(export(model), str(number)).seconds for number in range(3, 5)]
+        pushes = [pusher.push(stream(), str(number)).seconds for number in range(3, 5)]
         source = torch.zeros(push.bytes, dtype=torch.uint8, device=device())
         copy = seconds(lambda: source.clone())
     figures |= {"gigabytes": push.bytes / 1e9, "push_seconds": min(pushes), "copy_seconds": copy}

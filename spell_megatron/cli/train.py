@@ -214,7 +214,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     from spell_megatron.planner.engine_share import engine_settings
     from spell_megatron.preflight.engines import states
     from spell_megatron.rollout.placement import transport_here
-    from spell_megatron.rollout.server import ServerSettings, server_command
+    from spell_megatron.rollout.server import ServerSettings, kernel_variables, server_command
     from spell_megatron.selfplay.documents import load_clusters
     from spell_megatron.training.policy import PolicyModel
     from spell_megatron.weights.sizes import checkpoint_bytes
@@ -252,5 +252,6 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
         )
         command = server_command(settings, transport, rollout.base_port or 0)
         port = "" if rollout.base_port else " (port 0: a free one)"
-        lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + shlex.join(command)]
+        words = [*(f"{name}={value}" for name, value in kernel_variables(rollout).items()), shlex.join(command)]
+        lines += [f"engines      {rollout.replicas} started here{port}, each by", "  " + " ".join(words)]
     return lines + [f"warning: {warning}" for warning in warnings]

@@ -170,7 +170,7 @@ def training_faults(config: Config) -> Iterator[Fault]:
 
 
 def rollout_faults(config: Config) -> Iterator[Fault]:
-    """The GPUs and ports of the engines."""
+    """The GPUs and ports of the engines, and the type in which they compute."""
     rollout, processes = config.rollout, launched_processes() or config.training.parallel.processes
     if rollout.colocated and rollout.urls:
         yield Fault.of(
@@ -183,6 +183,12 @@ def rollout_faults(config: Config) -> Iterator[Fault]:
             f"each GPU has one trainer process and belongs to one engine, but there are {processes} trainer processes, "
             f"and replicas x tensor_parallel = {rollout.replicas} x {rollout.tensor_parallel} GPUs of engines. Make "
             "both numbers equal, or set colocated to false",
+        )
+    if rollout.quantization == "fp8" and config.model.dtype != "bfloat16":
+        yield Fault.of(
+            "rollout.quantization model.dtype",
+            f"vLLM quantises weights in bfloat16 to float8, not in {config.model.dtype}. Set model.dtype to bfloat16, "
+            "or rollout.quantization to none",
         )
     if rollout.base_port is not None and rollout.base_port + rollout.replicas - 1 > 65535:
         yield Fault.of(

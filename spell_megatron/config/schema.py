@@ -108,6 +108,14 @@ class RolloutConfig(Section):
     hang_timeout: float = Field(300.0, gt=0)
     """Time in seconds after which the run asks an engine that has requests whether it is alive, and in which the engine
     must answer. An engine that does not answer is restarted."""
+    quantization: Literal["none", "fp8"] = "none"
+    """Type in which servers compute linear layers. fp8: float8 with a scale for each output channel, and activations
+    with one for each token. vLLM quantises the weights of every push. The trainer computes as before, so that the two
+    differ more; `training.importance_sampling` corrects for that. Needs `model.dtype: bfloat16` and GPUs of compute
+    capability 8.9 or higher, such as H100. On CPUs, dense models only."""
+    batch_invariant: bool = False
+    """Use vLLM's batch-invariant kernels: what a server computes for a sequence does not depend on the others that it
+    computes at the same time. Slower. Needs GPUs of compute capability 8.0 or higher, such as A100."""
     verify_weights: bool = False
     """After each push of weights, compare a checksum of every tensor on both sides. Pushes then take longer."""
     api_key_env: str = "SPELL_API_KEY"

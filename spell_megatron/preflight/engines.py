@@ -59,6 +59,38 @@ def states(urls: Sequence[str], api_key: str | None) -> list[tuple[str, str]]:
         return list(zip(urls, threads.map(ask, urls), strict=True))
 
 
+def check_kernels(found: Findings, rollout: RolloutConfig, experts: bool, capability: tuple[int, int] | None) -> None:
+    """vLLM has the kernels that the settings ask for, and can push weights into them again and again.
+
+    Args:
+        experts: the policy is a mixture of experts.
+        capability: compute capability of the GPUs; None: the engines run on CPUs.
+    """
+    if rollout.urls:
+        return
+    here = "CPUs" if capability is None else f"GPUs of compute capability {capability[0]}.{capability[1]}"
+    if rollout.quantization == "fp8":
+        if capability is None and experts:
+            found.fault(
+                "rollout.quantization model.path",
+                "vLLM's kernels for experts in float8 on CPUs have no scale for each output channel. Set "
+                "rollout.quantization to none, use a dense model, or a GPU",
+            )
+        elif capability is not None and capability < (8, 9):
+            found.fault(
+                "rollout.quantization",
+                f"{here} do not compute in float8. vLLM would compute in bfloat16 with weights that its Marlin kernel "
+                "packs, and refuses that with a scale for each output channel. Set it to none, or use GPUs of 8.9 or "
+                "higher, such as H100",
+            )
+    if rollout.batch_invariant and (capability or (0, 0)) < (8, 0):
+        found.fault(
+            "rollout.batch_invariant",
+            f"vLLM has no batch-invariant kernels for {here}. Set it to false, or use GPUs of compute capability 8.0 "
+            "or higher, such as A100",
+        )
+
+
 def url_problem(url: str) -> str | None:
     """What is wrong with an engine's address; None if nothing."""
     try:

@@ -17,9 +17,15 @@ from spell_megatron.config.faults import involves
 from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
 from spell_megatron.preflight.documents import check_documents, check_enough, check_same_documents, of_each_task
-from spell_megatron.preflight.engines import check_engine_urls, check_ports
+from spell_megatron.preflight.engines import check_engine_urls, check_kernels, check_ports
 from spell_megatron.preflight.findings import Findings
-from spell_megatron.preflight.machine import check_disk, check_packages, check_run_folder, check_trainer
+from spell_megatron.preflight.machine import (
+    capability,
+    check_disk,
+    check_packages,
+    check_run_folder,
+    check_trainer,
+)
 from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder, check_resumed_model
 from spell_megatron.preflight.resume import steps_fault
 from spell_megatron.selfplay.documents import Cluster, load_clusters
@@ -69,6 +75,7 @@ def inspect(
     if policy is not None:
         check_lengths(found, config, policy)
         check_heads(found, config, policy.arch)
+        check_kernels(found, config.rollout, policy.arch.experts > 0, capability(config))
     check_resumed(found, config, policy, sampler, resume is not None, begin_with)
     check_engine_urls(found, config.rollout.urls)
     check_ports(found, config.rollout)

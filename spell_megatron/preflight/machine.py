@@ -129,6 +129,15 @@ def uses_gpus(config: Config) -> bool:
     return torch.cuda.is_available()
 
 
+def capability(config: Config) -> tuple[int, int] | None:
+    """Compute capability of the GPUs that the run would use; None: it uses CPUs."""
+    if not uses_gpus(config):
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability()
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run has left results here. Logs of engines that died at the start are none."""
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"

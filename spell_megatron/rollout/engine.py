@@ -173,7 +173,7 @@ def check_engine(engine: Engine, model: ModelConfig, rollout: RolloutConfig, sta
         UserError: it does not suit the run, with all the reasons; or it does not answer.
     """
     about, paused = _describe(engine, rollout.api_key_env, start_as)
-    faults = list(_faults(about, model, rollout.sampling.longest_sequence))
+    faults = list(_faults(about, model, rollout))
     if paused:
         faults.append("it is paused, perhaps by a weight update that was interrupted: restart it")
     if faults:
@@ -207,7 +207,7 @@ def _describe(engine: Engine, key_variable: str, start_as: str) -> tuple[dict[st
     return about, paused
 
 
-def _faults(about: Mapping[str, Any], model: ModelConfig, longest: int) -> Iterator[str]:
+def _faults(about: Mapping[str, Any], model: ModelConfig, rollout: RolloutConfig) -> Iterator[str]:
     """Reasons why an engine that describes itself so does not suit the run."""
     wanted = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     sizes = [wanted.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
@@ -219,6 +219,11 @@ def _faults(about: Mapping[str, Any], model: ModelConfig, longest: int) -> Itera
         )
     if about["dtype"] != model.dtype:
         yield f"it computes in {about['dtype']}, but model.dtype is {model.dtype}"
+    if rollout.quantization == "fp8" and not about["quantization"]:
+        yield f"it computes linear layers in {about['dtype']}, but rollout.quantization is fp8"
+    if rollout.batch_invariant and not about["batch_invariant"]:
+        yield "it was started without VLLM_BATCH_INVARIANT=1, but rollout.batch_invariant is true"
+    longest = rollout.sampling.longest_sequence
     if about["max_model_len"] < longest:
         yield (
             f"its --max-model-len {about['max_model_len']} is less than the {longest} "

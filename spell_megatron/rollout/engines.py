@@ -18,7 +18,7 @@ from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.rollout.engine import Engine, check_engine
 from spell_megatron.rollout.engine_nodes import EngineNodes
 from spell_megatron.rollout.placement import Device, transport_elsewhere
-from spell_megatron.rollout.server import ServerSettings, server_command
+from spell_megatron.rollout.server import ServerSettings, start_command
 from spell_megatron.rollout.servers import Servers
 from spell_megatron.rollout.transports import TRANSPORTS
 from spell_megatron.rollout.transports.transport import Transport
@@ -142,9 +142,7 @@ class Engines:
                 rollout.start_timeout seconds, or an engine does not suit the configuration.
         """
         settings = ServerSettings(model, rollout, seed, routing)
-        start_as = "VLLM_SERVER_DEV_MODE=1 VLLM_API_KEY=<key> python -m vllm.entrypoints.openai.api_server " + " ".join(
-            server_command(settings, transport_elsewhere(device), 8000)[3:]
-        )
+        start_as = start_command(settings, transport_elsewhere(device))
         key = _key(rollout, rendezvous)
         source: Source
         if rendezvous and rendezvous.engine_nodes:

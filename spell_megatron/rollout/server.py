@@ -25,6 +25,9 @@ from spell_megatron.rollout.transports.transport import Transport
 
 ALONE = 0.85
 """Share of the memory of its own GPUs that a server may use, unless rollout.gpu_memory_utilization says another."""
+QUANTIZATION = "fp8_per_channel"
+"""vLLM's name of what `rollout.quantization: fp8` means. Of its online kinds of float8 it is the finest that pads no
+experts: the parts of padded ones (fp8_per_block) never add up to a whole in vLLM's count of a push."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
         "--worker-extension-cls": "spell_megatron.rollout.worker.WorkerExtension",
         "--middleware": "spell_megatron.rollout.worker.RequireKey",
     }
+    if rollout.quantization == "fp8":
+        flags["--quantization"] = QUANTIZATION
     return [
         sys.executable,
         "-m",
@@ -92,8 +97,13 @@ def _gpu_flags(settings: ServerSettings, transport: Transport) -> list[str]:
     flags = ["--gpu-memory-utilization", str(settings.rollout.gpu_memory_utilization or ALONE)]
     if transport.colocated:
         flags.append("--enable-sleep-mode")
-    if settings.routing and _has_experts(settings.model.path):
-        flags.append("--enable-return-routed-experts")
+    if _has_experts(settings.model.path):
+        if settings.routing:
+            flags.append("--enable-return-routed-experts")
+        if settings.rollout.quantization == "fp8":
+            # Each push makes new kernel objects. Those of Triton hold no tensors of their own, which CUDA graphs would
+            # go on reading. Without the second flag vLLM would quantise the routers too.
+            flags += ["--moe-backend", "triton", "--quantization-config", json.dumps({"ignore": ["*.mlp.gate"]})]
     return flags
 
 
@@ -106,12 +116,12 @@ def _has_experts(model: Path) -> bool:
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("num_experts_per_tok"))
 
 
-def server_environment(transport: Transport, threads: int, gpus: Sequence[str], key: str) -> dict[str, str]:
+def server_environment(transport: Transport, rollout: RolloutConfig, gpus: Sequence[str], key: str) -> dict[str, str]:
     """Environment of one server.
 
     Args:
         transport: of its weights.
-        threads: of a server on CPUs.
+        rollout: how it is served.
         gpus: names of its GPUs, as CUDA_VISIBLE_DEVICES lists them.
         key: that it demands. It is handed over here because command lines are public.
     """
@@ -124,7 +134,7 @@ def server_environment(transport: Transport, threads: int, gpus: Sequence[str], 
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    environment = {**inherited, **common, **transport.environment}
+    environment = {**inherited, **common, **transport.environment, **kernel_variables(rollout)}
     if not transport.on_cpus:
         return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     # oneDNN keeps a kernel for every size of a batch that it has met, up to 1,024 of them: half a gigabyte more
@@ -132,12 +142,24 @@ def server_environment(transport: Transport, threads: int, gpus: Sequence[str], 
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
     return environment | {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(rollout.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # A lone worker runs in the engine's process: in one of its own it costs a start more, and
         # each step the two wait for each other busily. (The API server's process stays apart.)
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+
+
+def kernel_variables(rollout: RolloutConfig) -> dict[str, str]:
+    """Environment variables that choose vLLM's kernels."""
+    return {"VLLM_BATCH_INVARIANT": "1"} if rollout.batch_invariant else {}
+
+
+def start_command(settings: ServerSettings, transport: Transport) -> str:
+    """What a user types to start a server that suits a run, on port 8000."""
+    variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "<key>"} | kernel_variables(settings.rollout)
+    words = ["python", *server_command(settings, transport, 8000)[1:]]
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), *words])
 
 
 # Ends the process group $2 when the process $1 has ended, however that came about, also after Slurm has signalled all

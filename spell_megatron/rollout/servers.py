@@ -89,7 +89,7 @@ class Servers:
                 self.servers[number] = Server(
                     f"http://{self._host}:{port}",
                     server_command(self._settings, self._transport, port, self._host),
-                    server_environment(self._transport, rollout.threads, self._gpus[number], self._api_key),
+                    server_environment(self._transport, rollout, self._gpus[number], self._api_key),
                     self._log_folder / f"engine-{replica}.log",
                 )
             self._wait_until_ready(numbers)

@@ -17,11 +17,14 @@ import torch
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm import envs
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from spell_megatron.rollout.checksum import checksum
+from spell_megatron.rollout.expert_loading import load_experts
 from spell_megatron.rollout.transports import TRANSPORTS
 
 
@@ -64,20 +67,28 @@ class WorkerExtension:
             "sizes": [getattr(text_config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")],
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "quantization": config.model_config.quantization,
+            "batch_invariant": envs.VLLM_BATCH_INVARIANT,
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
             "weight_transfer": None if transfer is None else transfer.backend,
             "routed_experts": config.aux_output_config.enable_return_routed_experts,
             "workers": config.parallel_config.world_size_across_dp,
+            "free_bytes": torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None,
         }
 
     def spell_weights(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]:
         """(name, start, shape, dtype, checksum) of each block of a Hugging Face tensor that this worker computes
-        with, read back from where its kernels take it. Negative zeros count as zeros."""
+        with, read back from where its kernels take it. Negative zeros count as zeros.
+
+        Raises:
+            NotImplementedError: vLLM quantises the weights, or keeps them in a way that cannot be turned back.
+        """
         # It knows the insides of vLLM's kernels, which serving and training must not depend on.
         from spell_megatron.rollout.read_back import pieces
         from spell_megatron.training.families import FAMILIES
 
+        if quantization := self.vllm_config.model_config.quantization:
+            raise NotImplementedError(f"weights that vLLM quantises ({quantization}) cannot be compared with others")
         hf_config = self.vllm_config.model_config.hf_text_config
         family, tied = FAMILIES[hf_config.model_type], hf_config.tie_word_embeddings
         return [
@@ -92,7 +103,10 @@ class WorkerExtension:
         ]
 
     def spell_watch_update(self, checksums: str) -> None:
-        """Starts to record what the weight update that has just been started does, with checksums if "yes"."""
+        """Starts to record what the weight update that has just been started does, with checksums if "yes".
+
+        Until the report, fused experts are loaded by `load_experts`.
+        """
         model = self.weight_transfer_engine.model
         record = _Record()
         load = type(model).load_weights
@@ -110,7 +124,11 @@ class WorkerExtension:
             return loaded
 
         model.load_weights = load_weights
-        for parameter in model.parameters():
+        for module in model.modules():
+            if isinstance(module, RoutedExperts):
+                module.load_weights = functools.partial(load_experts, module)
+        for name, parameter in model.named_parameters():
+            record.wanted.append(name)
             parameter.weight_loader = record.noting(parameter.weight_loader)
         self._spell_record = record
 
@@ -123,15 +141,13 @@ class WorkerExtension:
             missing: parameters that nothing was loaded into, or only a part.
         """
         model = self.weight_transfer_engine.model
-        model.__dict__.pop("load_weights", None)
+        for module in model.modules():
+            if module is model or isinstance(module, RoutedExperts):
+                module.__dict__.pop("load_weights", None)
         record = self._spell_record
         tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
         heads = {name for name, module in model.named_modules() if tied and isinstance(module, ParallelLMHead)}
-        missing = [
-            name
-            for name, _ in model.named_parameters()
-            if name not in record.loaded and name.rpartition(".")[0] not in heads
-        ]
+        missing = [name for name in record.wanted if name not in record.loaded and name.rpartition(".")[0] not in heads]
         for name, module in model.named_modules():
             info = get_layerwise_info(module)
             # A layer is complete when it has been processed, which resets its counts. Vocabulary
@@ -148,12 +164,14 @@ class _Record:
     """What arrived in a weight update.
 
     Attributes:
+        wanted: parameters of vLLM's model as checkpoints have them. (A kernel may have others, such as scales.)
         received: checksum of each tensor ("": none was asked for) by its Hugging Face name.
         current: name of the tensor that vLLM loads.
         used: names of the tensors of which something was loaded into a parameter.
         loaded: parameters of vLLM's model that something was loaded into.
     """
 
+    wanted: list[str] = field(default_factory=list)
     received: dict[str, str] = field(default_factory=dict)
     current: str = ""
     used: set[str] = field(default_factory=set)

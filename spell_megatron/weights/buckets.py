@@ -9,7 +9,21 @@ import torch
 from spell_megatron.rollout.transports.transport import Bucket
 
 BUCKET_BYTES = 64 << 20
-"""Size of a bucket. A tensor that is larger has a bucket of its own."""
+"""Size of a bucket on CPUs, and the least on GPUs. A tensor that is larger has a bucket of its own."""
+MOST_BUCKET_BYTES = 4 << 30
+TRAINER_SHARE, ENGINE_SHARE = 8, 4
+"""A bucket takes at most one part in so many of the memory that is free on a GPU.
+
+At one time a trainer rank holds two buckets on their way, the tensors made of a third, one that is being sent and,
+where it shares the GPU with an engine, the engine's copy of it and the layer into which that is loaded. An engine
+elsewhere holds two buckets and a layer.
+"""
+
+
+def fitting(trainer: int, engine: int | None) -> int:
+    """Size of a bucket for GPUs that have so many bytes free: the fullest of the trainer's, and of the engines' own."""
+    room = trainer // TRAINER_SHARE if engine is None else min(trainer // TRAINER_SHARE, engine // ENGINE_SHARE)
+    return max(BUCKET_BYTES, min(MOST_BUCKET_BYTES, room))
 
 
 def in_buckets(stream: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:

@@ -20,7 +20,7 @@ from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.swap import Swap
 from spell_megatron.weights.probe import Answers, ask, judge
 from spell_megatron.weights.push import OtherModel, Push, WeightPusher
-from spell_megatron.weights.reshard import export
+from spell_megatron.weights.reshard import Export
 
 
 class Order(Enum):
@@ -70,6 +70,7 @@ class EngineWeights:
     ) -> None:
         self._model, self._engines, self._swap = model, engines, swap
         self._verify, self._say, self._stop = verify, say, stop
+        self._export = Export(model, fuse_experts=True)
         self._pusher = WeightPusher(engines)
         self._step = 0
         self._started_again = False  # engines, since the pusher has connected to them
@@ -115,7 +116,7 @@ class EngineWeights:
         self._swap.come_back(only_weights=True)
         if fault := self._wake("weights"):
             return None, fault
-        stream, done = export(self._model, everywhere=self._pusher.everywhere), None
+        stream, done = self._export.stream(self._pusher.fit_buckets(), self._pusher.everywhere), None
         try:
             done = self._pusher.push(stream, str(self._step), verify=self._verify)
         except OtherModel:

@@ -6,6 +6,7 @@ rank's own parameter name into such a name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class Rule:
     groups: int = 1
     """Key-value heads (QKV only)."""
 
+    @property
+    def elements(self) -> int:
+        """Number of elements of the whole tensors."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
     def shard(self, tensors: list[Tensor], size: int, rank: int) -> Tensor:
         """Part of rank `rank` of `size`, from the whole Hugging Face tensors."""
         match self.layout:
@@ -75,6 +81,26 @@ class Rule:
                 return [x.flatten(0, 1) for x in grouped.split(rows, dim=1)]
             case Layout.GATE_UP:
                 return [_joined(list(parts)) for parts in zip(*(shard.chunk(2) for shard in shards))]
+
+    @property
+    def stored_experts(self) -> str:
+        """Name of the tensor in which transformers 5 stores this matrix of all experts of the layer."""
+        prefix = self.names[0].rpartition(f".{self.expert}.")[0]
+        return f"{prefix}.{'gate_up_proj' if self.layout is Layout.GATE_UP else 'down_proj'}"
+
+    def whole_experts(self, shards: list[Tensor], size: int) -> Tensor:
+        """The tensor [experts, rows, columns] of that name; for the rule of any one expert. It may be a view.
+
+        Args:
+            shards: [experts of a rank, rows, columns] of all ranks in the order of the experts; `size` ranks that
+                follow each other share the matrices of the same experts.
+        """
+        groups = [shards[start : start + size] for start in range(0, len(shards), size)]
+        if self.layout is Layout.COLUMNS:
+            return _joined([_joined(group, dim=2) for group in groups])
+        if size > 1:  # the gates of all shards come before the ups
+            groups = [[part for half in zip(*(x.chunk(2, dim=1) for x in group)) for part in half] for group in groups]
+        return _joined([_joined(group, dim=1) for group in groups])
 
 
 def _joined(shards: list[Tensor], dim: int = 0) -> Tensor:

@@ -14,13 +14,13 @@ import requests
 import torch
 
 from spell_megatron.errors import UserError
-from spell_megatron.processes.collective import from_rank_0
+from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.rollout.addresses import address_towards
 from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.engine import UPDATING, Engine
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transports.transport import Bucket, Channel, Meeting, Transport
-from spell_megatron.weights.buckets import BUCKET_BYTES, in_buckets
+from spell_megatron.weights.buckets import BUCKET_BYTES, MOST_BUCKET_BYTES, fitting, in_buckets
 
 Result = TypeVar("Result")
 
@@ -57,8 +57,8 @@ class WeightPusher:
 
     Args:
         engines: the engines on rank 0, None on the others.
-        bucket_bytes: size of the buckets in which tensors are sent. Neither side holds more than two buckets and
-            one incomplete layer.
+        bucket_bytes: size of the buckets in which tensors are sent; None: what `fit_buckets` finds, and before that
+            `BUCKET_BYTES`.
         timeout: seconds that the rendezvous, a bucket, or the end of running requests may take.
 
     Attributes:
@@ -68,9 +68,10 @@ class WeightPusher:
         UserError: the engines cannot be connected.
     """
 
-    def __init__(self, engines: Engines | None, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 600.0) -> None:
+    def __init__(self, engines: Engines | None, *, bucket_bytes: int | None = None, timeout: float = 600.0) -> None:
         self._engines = [] if engines is None else engines.engines
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes, self._most = bucket_bytes or BUCKET_BYTES, bucket_bytes or MOST_BUCKET_BYTES
+        self._engine_bytes: int | None = None
         self._timeout = timeout
         self._broken = ""
         self._channel: Channel | None = None
@@ -88,6 +89,17 @@ class WeightPusher:
                 f"The engines ({', '.join(engines.urls)}) could not be connected for weight updates: "
                 f"{error}. They must be able to reach this process over the network; their logs may say more."
             ) from error
+
+    def fit_buckets(self) -> int:
+        """Makes the buckets as large as the memory allows that is free on GPUs now. All trainer ranks call it.
+
+        Returns:
+            Their size in bytes, the same on every rank.
+        """
+        if torch.cuda.is_available():
+            free = min(from_all(torch.cuda.mem_get_info()[0]))
+            self._bucket_bytes = from_rank_0(fitting(free, self._engine_bytes))
+        return self._bucket_bytes
 
     def push(
         self,
@@ -153,7 +165,11 @@ class WeightPusher:
 
     def _connect(self, transport: Transport) -> Channel:
         """Connects rank 0 with all workers."""
-        workers = [engine.call("spell_describe")[0]["workers"] for engine in self._engines]
+        described = [engine.call("spell_describe") for engine in self._engines]
+        workers = [about[0]["workers"] for about in described]
+        if not transport.colocated:  # else the trainer sees what is free
+            free = [worker.get("free_bytes") for about in described for worker in about]
+            self._engine_bytes = min((one for one in free if one is not None), default=None)
         joining: list[Future] = []
 
         def invite(init_info: dict[str, Any]) -> None:
@@ -163,7 +179,7 @@ class WeightPusher:
                 joining.append(self._threads.submit(engine.post, "/init_weight_transfer_engine", body))
 
         channel = transport.connect(
-            Meeting(invite, _own_address(self._engines), 1 + sum(workers), self._timeout, self._bucket_bytes)
+            Meeting(invite, _own_address(self._engines), 1 + sum(workers), self._timeout, self._most)
         )
         _results(joining)
         return channel

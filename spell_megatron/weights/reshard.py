@@ -58,55 +58,136 @@ def _own_parameters(model: TreeGPTModel) -> dict[str, Tensor]:
     return {global_name(name, first_layer, first_expert): p for name, p in model.named_parameters()}
 
 
-@torch.no_grad()
 def export(
     model: TreeGPTModel, bucket_bytes: int = BUCKET_BYTES, everywhere: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream every (Hugging Face name, whole tensor) of the model on rank 0, or on every rank.
+    """`Export.stream` of a single time, with each expert by itself as in checkpoints."""
+    return Export(model).stream(bucket_bytes, everywhere)
 
-    Every rank runs the iteration; unless `everywhere`, the others send what rank 0 lacks and yield nothing.
-    Names come in the order of the Hugging Face model; a tied vocabulary head is not among them and padding
-    of the vocabulary is gone. Tensors may be views of the parameters: copy what must outlive the next update.
 
-    Each shard goes straight from one rank that holds it to those that yield, which put the shards together.
-    Ranks hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
+class Export:
+    """The parameters of a live model as a stream of Hugging Face tensors, again and again.
+
+    All ranks make it together. What stays the same from one time to the next is worked out once: names, shapes, and
+    which ranks hold what.
+
+    Args:
+        model: as `build_model` has built it.
+        fuse_experts: a matrix of all experts of a layer is one tensor [experts, rows, columns], as transformers 5 can
+            store it, if it fits a bucket.
     """
-    own, me = _own_parameters(model), dist.get_rank()
-    if len({parameter.dtype for parameter in own.values()}) > 1:
-        raise RuntimeError("the model's parameters have several types; buckets are of one")
-    buckets = _buckets(model, rules(model.policy), bucket_bytes)
-    if everywhere or me == 0:
-        incoming = _receive(buckets[0], own, everywhere)
-        for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
-            current = incoming
-            if following:  # travels while this one is used
-                incoming = _receive(following, own, everywhere)
-            shards = current.wait()
-            for number, rule in enumerate(bucket.rules.values()):
-                shape = _shard_shape(rule, len(bucket.owners))
-                yield from zip(rule.names, rule.whole([parts[number].view(shape) for parts in shards]))
-        return
-    sending: list[tuple[dist.Work, Tensor]] = []
-    for bucket in buckets:
-        if me in bucket.owners:
-            if len(sending) == 2:
-                sending.pop(0)[0].wait()
-            flat = torch.cat([own[name].detach().reshape(-1) for name in bucket.rules])
-            sending.append((dist.isend(flat, dst=0), flat))
-    for work, _ in sending:
-        work.wait()
-    return
-    yield
+
+    def __init__(self, model: TreeGPTModel, fuse_experts: bool = False) -> None:
+        self._own = _own_parameters(model)
+        if len({parameter.dtype for parameter in self._own.values()}) > 1:
+            raise RuntimeError("the model's parameters have several types; buckets are of one")
+        self._element = next(model.parameters()).element_size()
+        self._rules, self._fuse_experts = rules(model.policy), fuse_experts
+        self._holders = _Holders(model)
+        self._buckets: list[_Bucket] = []
+        self._bucket_bytes = 0
+
+    @torch.no_grad()
+    def stream(self, bucket_bytes: int = BUCKET_BYTES, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every (Hugging Face name, whole tensor) of the model on rank 0, or on every rank.
+
+        Every rank runs the iteration; unless `everywhere`, the others send what rank 0 lacks and yield nothing.
+        Names come in the order of the Hugging Face model; a tied vocabulary head is not among them and padding
+        of the vocabulary is gone. Tensors may be views of the parameters: copy what must outlive the next update.
+
+        Each shard goes straight from one rank that holds it to those that yield, which put the shards together.
+        Ranks hold two buckets of about `bucket_bytes` (or two tensors, where one is larger) beside their own part.
+        """
+        if bucket_bytes != self._bucket_bytes:
+            self._buckets, self._bucket_bytes = self._cut(bucket_bytes), bucket_bytes
+        buckets, own, me = self._buckets, self._own, dist.get_rank()
+        if everywhere or me == 0:
+            incoming = _receive(buckets[0], own, everywhere)
+            for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
+                current = incoming
+                if following:  # travels while this one is used
+                    incoming = _receive(following, own, everywhere)
+                shards = current.wait()
+                for number, part in enumerate(bucket.parts):
+                    yield from part.whole([parts[number].view(part.shape) for parts in shards])
+            return
+        sending: list[tuple[dist.Work, Tensor]] = []
+        for bucket in buckets:
+            if me in bucket.owners:
+                if len(sending) == 2:
+                    sending.pop(0)[0].wait()
+                flat = torch.cat([parameter.reshape(-1) for part in bucket.parts for parameter in part.held(own)])
+                sending.append((dist.isend(flat, dst=0), flat))
+        for work, _ in sending:
+            work.wait()
+
+    def _cut(self, bucket_bytes: int) -> list[_Bucket]:
+        """The whole model in order, the same on every rank."""
+        buckets: list[_Bucket] = []
+        size = 0
+        for part in self._parts(bucket_bytes):
+            nbytes = part.elements * self._element
+            if not buckets or buckets[-1].owners != part.owners or size + nbytes > bucket_bytes:
+                buckets.append(_Bucket([], part.owners))
+                size = 0
+            buckets[-1].parts.append(part)
+            size += nbytes
+        return buckets
+
+    def _parts(self, bucket_bytes: int) -> Iterator[_Part]:
+        together: dict[object, list[str]] = {}
+        for name, rule in self._rules.items():
+            fused = self._fuse_experts and rule.expert is not None
+            together.setdefault((rule.layer, rule.layout) if fused else name, []).append(name)
+        for names in together.values():
+            rule = self._rules[names[0]]
+            if len(names) > 1 and len(names) * rule.elements * self._element <= bucket_bytes:
+                owners, size = self._holders.of_experts(rule)
+                shape = (len(names) * size // len(owners), *_shard_shape(rule, size))
+                yield _Part(tuple(names), rule, owners, size, torch.Size(shape))
+                continue
+            for name in names:
+                rule = self._rules[name]
+                owners = self._holders.of(name, rule)
+                yield _Part((name,), rule, owners, len(owners), _shard_shape(rule, len(owners)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What travels as one piece: a parameter, or a matrix of all experts of a layer."""
+
+    parameters: tuple[str, ...]
+    """Global Megatron names."""
+    rule: Rule
+    """Of the first parameter."""
+    owners: tuple[int, ...]
+    """Global ranks, one for each shard in order."""
+    sharing: int
+    """Ranks, following each other among the owners, that share the same parameters."""
+    shape: torch.Size
+    """Of a shard. Its first dimension is that of the experts, if there are several."""
+
+    @property
+    def elements(self) -> int:
+        return len(self.parameters) * self.rule.elements
+
+    def held(self, own: dict[str, Tensor]) -> list[Tensor]:
+        """The parameters that this rank holds."""
+        return [own[name].detach() for name in self.parameters if name in own]
+
+    def whole(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face tensors."""
+        if len(self.parameters) > 1:
+            return iter([(self.rule.stored_experts, self.rule.whole_experts(shards, self.sharing))])
+        return zip(self.rule.names, self.rule.whole(shards))
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Consecutive parameters that the same ranks hold."""
+    """Consecutive parts that the same ranks hold."""
 
-    rules: dict[str, Rule]
-    """By global Megatron name."""
+    parts: list[_Part]
     owners: tuple[int, ...]
-    """Global ranks, one for each shard in order."""
 
 
 class _Incoming:
@@ -123,7 +204,7 @@ class _Incoming:
         self._shards.append(shards)
 
     def wait(self) -> list[list[Tensor]]:
-        """Shards by owner and parameter."""
+        """Shards by owner and part."""
         arrived = []
         for shards in self._shards:
             if isinstance(shards, tuple):
@@ -136,14 +217,15 @@ class _Incoming:
 
 def _receive(bucket: _Bucket, own: dict[str, Tensor], everywhere: bool) -> _Incoming:
     """Ask for a bucket on rank 0; with `everywhere`, all ranks ask for it and its owners hand it out."""
-    sizes = [_shard_shape(rule, len(bucket.owners)).numel() for rule in bucket.rules.values()]
+    sizes = [part.shape.numel() for part in bucket.parts]
     incoming, example, me = _Incoming(sizes), next(iter(own.values())), dist.get_rank()
     for rank in bucket.owners:
-        mine = [own[name].detach() for name in bucket.rules] if rank == me else []
+        mine = [part.held(own) for part in bucket.parts] if rank == me else []
         if mine and not (everywhere and dist.get_world_size() > 1):
-            incoming.add_own(mine)
+            incoming.add_own([held[0] if len(held) == 1 else torch.stack(held) for held in mine])
             continue
-        flat = torch.cat([part.reshape(-1) for part in mine]) if mine else example.new_empty(sum(sizes))
+        every = [parameter.reshape(-1) for held in mine for parameter in held]
+        flat = torch.cat(every) if every else example.new_empty(sum(sizes))
         work = dist.broadcast(flat, src=rank, async_op=True) if everywhere else dist.irecv(flat, src=rank)
         incoming.add(work, flat)
     return incoming
@@ -154,39 +236,45 @@ def _shard_shape(rule: Rule, size: int) -> torch.Size:
     return rule.shard([torch.empty(shape, device="meta") for shape in rule.shapes], size, 0).shape
 
 
-def _buckets(model: TreeGPTModel, table: dict[str, Rule], bucket_bytes: int) -> list[_Bucket]:
-    """The whole model in order, the same on every rank."""
-    places = _places(model)
-    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
-    found: dict[tuple, tuple[int, ...]] = {}
+class _Holders:
+    """Which ranks hold a parameter."""
 
-    def owners(name: str, rule: Rule) -> tuple[int, ...]:
+    def __init__(self, model: TreeGPTModel) -> None:
+        self._places = _places(model)
+        self._experts = model.config.num_moe_experts or 0
+        self._expert_groups = parallel_state.get_expert_model_parallel_world_size()
+        self._tensor = parallel_state.get_tensor_model_parallel_world_size()
+        self._expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+        self._found: dict[tuple, tuple[int, ...]] = {}
+
+    def of(self, name: str, rule: Rule) -> tuple[int, ...]:
+        """A rank for each of a parameter's shards, in order."""
         if rule.layer is not None:
-            stage = next(p.stage for p in places if rule.layer in p.layers)
+            stage = self._stage(rule.layer)
         else:
-            stage = 0 if name.startswith("embedding") else max(p.stage for p in places)
-        group = None if rule.expert is None else rule.expert // experts
-        count = 1 if rule.layout is Layout.REPLICATED else tensor if group is None else expert_tensor
-        if (stage, group, count) not in found:
-            holders = [p for p in places if p.stage == stage and group in (None, p.expert_group)]
-            shards = [p.shard if group is None else p.expert_shard for p in holders]
-            found[stage, group, count] = tuple(holders[shards.index(i)].rank for i in range(count))
-        return found[stage, group, count]
+            stage = 0 if name.startswith("embedding") else max(p.stage for p in self._places)
+        if rule.expert is not None:
+            return self._first(stage, rule.expert * self._expert_groups // self._experts, self._expert_tensor)
+        return self._first(stage, None, 1 if rule.layout is Layout.REPLICATED else self._tensor)
 
-    element = next(model.parameters()).element_size()
-    buckets: list[_Bucket] = []
-    size = 0
-    for name, rule in table.items():
-        ranks = owners(name, rule)
-        nbytes = sum(torch.Size(shape).numel() for shape in rule.shapes) * element
-        if not buckets or buckets[-1].owners != ranks or size + nbytes > bucket_bytes:
-            buckets.append(_Bucket({}, ranks))
-            size = 0
-        buckets[-1].rules[name] = rule
-        size += nbytes
-    return buckets
+    def of_experts(self, rule: Rule) -> tuple[tuple[int, ...], int]:
+        """A rank for each shard of a matrix of all experts, first those of the first experts; and the number of
+        ranks that share the same experts."""
+        assert rule.layer is not None
+        stage = self._stage(rule.layer)
+        groups = [self._first(stage, group, self._expert_tensor) for group in range(self._expert_groups)]
+        return tuple(rank for group in groups for rank in group), self._expert_tensor
+
+    def _stage(self, layer: int) -> int:
+        return next(p.stage for p in self._places if layer in p.layers)
+
+    def _first(self, stage: int, group: int | None, count: int) -> tuple[int, ...]:
+        """The first rank that holds each of `count` shards, of dense layers (None) or a group of experts."""
+        if (stage, group, count) not in self._found:
+            holders = [p for p in self._places if p.stage == stage and group in (None, p.expert_group)]
+            shards = [p.shard if group is None else p.expert_shard for p in holders]
+            self._found[stage, group, count] = tuple(holders[shards.index(i)].rank for i in range(count))
+        return self._found[stage, group, count]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ from spell_megatron.config.reading import load_config
         ({"rollout": {"base_port": 65535, "replicas": 2}}, "rollout.base_port"),
         ({"rollout": {"colocated": True, "replicas": 2}}, "rollout.colocated"),
         ({"rollout": {"colocated": True, "urls": ["http://a:1"]}}, "rollout.colocated"),
+        ({"model": {"dtype": "float32"}, "rollout": {"quantization": "fp8"}}, "rollout.quantization"),
         ({"validation": {"every": 3}}, "validation.every"),
     ],
 )

@@ -10,7 +10,12 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-for extension in ("_C", "_C_stable_libtorch", "_moe_C"):  # compiled; vLLM for CPUs lacks them
+for extension in (
+    "_C",
+    "_C_stable_libtorch",
+    "_moe_C",
+    "vllm_flash_attn._vllm_fa3_C",
+):  # compiled; vLLM for CPUs lacks them
     sys.modules[f"vllm.{extension}"] = ModuleType(f"vllm.{extension}")
 
 import vllm.platforms
@@ -44,3 +49,8 @@ vllm.platforms._current_platform = EightH100()
 import vllm.config.vllm
 
 vllm.config.vllm.HAS_TRITON = True  # it asks for a driver
+
+from vllm import _custom_ops
+
+for _kernels in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "group_gemm_supported"):  # compiled
+    setattr(_custom_ops, f"cutlass_{_kernels}", lambda capability: True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from engine_fixtures import engine_config
 
-from spell_megatron.rollout.server import ServerSettings, server_command
+from spell_megatron.config.schema import RolloutConfig
+from spell_megatron.rollout.server import ServerSettings, kernel_variables, server_command
 from spell_megatron.rollout.transports.ipc import IPC
 from spell_megatron.rollout.transports.nccl import NCCL
 from spell_megatron.rollout.transports.transport import Transport
@@ -38,14 +39,18 @@ def asked(environment: dict[str, str], commands: list[list[str]]) -> list[dict]:
 
 def test_it_understands_every_flag(with_vllm, policy):
     def command(
-        transport: Transport, kind: str, routing: bool, tensor_parallel: int, extra: tuple[str, ...] = ()
+        transport: Transport, kind: str, routing: bool, tensor_parallel: int, extra: tuple[str, ...] = (), **more: str
     ) -> list[str]:
-        config = engine_config(policy(kind), "bfloat16", tensor_parallel=tensor_parallel, extra_args=extra)
+        config = engine_config(policy(kind), "bfloat16", tensor_parallel=tensor_parallel, extra_args=extra, **more)
         return server_command(ServerSettings(config.model, config.rollout, 7, routing), transport, 8123, "0.0.0.0")
 
     commands = [command(*case) for case in CASES]
     commands += [command(NCCL, "dense", True, 2, extra) for extra in [MORE, *FAULTS]]
-    answers = iter(asked(with_vllm, commands))
+    commands += [command(IPC, kind, True, 2, quantization="fp8") for kind in ("dense", "moe")]
+    *answers, fp8_dense, fp8_experts = asked(
+        with_vllm | kernel_variables(RolloutConfig(batch_invariant=True)), commands
+    )
+    answers = iter(answers)
     for transport, kind, routing, workers in CASES:
         answer = next(answers)
         assert "says" in answer, answer["refuses"]
@@ -63,6 +68,8 @@ def test_it_understands_every_flag(with_vllm, policy):
             "tokenizer": False,
             "sleeps": transport is IPC,
             "transfer": transport.name,
+            "quantization": [None, "None", None, "auto"],
+            "batch_invariant": True,
             "routed_experts": routing and kind == "moe",
             "v2_runner": True,
             "workers": workers,
@@ -80,3 +87,7 @@ def test_it_understands_every_flag(with_vllm, policy):
     assert [told[name] for name in ("sequences", "eager", "memory")] == [5, True, 0.5]
     for (flag, *_), answer in zip(FAULTS, answers, strict=True):
         assert flag.removeprefix("--").replace("-", "_") in answer["refuses"].replace("-", "_"), answer
+    # One scale for each output channel; routers as they are; experts by kernels that CUDA graphs do not outlive.
+    channels = "QuantKey(f8e4m3fn,scale(f32,static,per_channel),symmetric)"
+    assert fp8_dense["says"]["quantization"] == ["fp8_per_channel", channels, [], "auto"]
+    assert fp8_experts["says"]["quantization"] == ["fp8_per_channel", channels, ["*.mlp.gate"], "triton"]

@@ -13,6 +13,7 @@ import sys
 
 import pretended_gpus  # noqa: F401
 import vllm
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.platforms import current_platform
@@ -42,6 +43,13 @@ def says(words: list[str]) -> dict:
         "tokenizer": not model.skip_tokenizer_init,
         "sleeps": model.enable_sleep_mode,
         "transfer": config.weight_transfer_config.backend,
+        "quantization": [
+            model.quantization,
+            str(config.quant_config and config.quant_config.args.linear.weight),
+            config.quant_config and config.quant_config.args.ignore,
+            config.kernel_config.moe_backend,
+        ],
+        "batch_invariant": envs.VLLM_BATCH_INVARIANT,
         "routed_experts": config.aux_output_config.enable_return_routed_experts,
         "v2_runner": config.use_v2_model_runner,
         "workers": parallel.world_size_across_dp,

@@ -92,6 +92,12 @@ def test_attaching_names_what_does_not_fit(engines_for, policy, monkeypatch, tmp
     long = {"sampling": {"max_prompt_tokens": 4000, "max_response_tokens": 100}}
     with pytest.raises(UserError, match="--max-model-len 1024 is less than the 4100 tokens"):
         attach(policy("dense"), **long)
+    with pytest.raises(
+        UserError,
+        match=r"in float32, but rollout.quantization is fp8; .* without VLLM_BATCH_INVARIANT=1.*"
+        r"Start it as: .*VLLM_BATCH_INVARIANT=1 python .*--quantization fp8_per_channel",
+    ):
+        attach(policy("dense"), quantization="fp8", batch_invariant=True)
     engines.engines[0].post("/pause")
     with pytest.raises(UserError, match="paused"):
         attach(policy("dense"))

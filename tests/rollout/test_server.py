@@ -14,6 +14,7 @@ import psutil
 import pytest
 from engine_fixtures import engine_config
 
+from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.ranks import TRAINER_VARIABLES
 from spell_megatron.rollout.server import (
     Server,
@@ -22,6 +23,7 @@ from spell_megatron.rollout.server import (
     last_words,
     server_command,
     server_environment,
+    start_command,
 )
 from spell_megatron.rollout.transports.gloo import GLOO
 from spell_megatron.rollout.transports.ipc import IPC
@@ -44,7 +46,7 @@ def test_a_server_gets_what_its_transport_implies(policy):
         config = engine_config(policy(kind), replicas=2, tensor_parallel=2)
         return server_command(ServerSettings(config.model, config.rollout, 0, routing), transport, 1)
 
-    assert server_environment(NCCL, 1, ["6", "7"], "secret")["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert server_environment(NCCL, RolloutConfig(), ["6", "7"], "secret")["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert "--enforce-eager" not in command(NCCL) and "--gpu-memory-utilization" in command(NCCL)
     flag = "--enable-return-routed-experts"
     assert flag not in command(NCCL)
@@ -52,11 +54,30 @@ def test_a_server_gets_what_its_transport_implies(policy):
     assert flag not in command(NCCL, "moe", routing=False)
 
     assert "--enforce-eager" in command(GLOO) and "--gpu-memory-utilization" not in command(GLOO)
-    on_cpus = server_environment(GLOO, 3, [], "secret")
+    on_cpus = server_environment(GLOO, RolloutConfig(threads=3), [], "secret")
     assert (on_cpus["VLLM_API_KEY"], on_cpus["OMP_NUM_THREADS"]) == ("secret", "3")
     pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"
-    assert [pickles in server_environment(t, 1, ["0"], "secret") for t in (GLOO, NCCL, IPC)] == [False, False, True]
+    assert [pickles in server_environment(t, RolloutConfig(), ["0"], "secret") for t in (GLOO, NCCL, IPC)] == [
+        False,
+        False,
+        True,
+    ]
     assert ["--enable-sleep-mode" in command(t) for t in (GLOO, NCCL, IPC)] == [False, False, True]
+
+
+def test_a_server_gets_the_kernels_that_are_asked_for(policy):
+    def command(transport, kind: str) -> str:
+        config = engine_config(policy(kind), "bfloat16", quantization="fp8")
+        return " ".join(server_command(ServerSettings(config.model, config.rollout, 0, True), transport, 1))
+
+    assert all("--quantization fp8_per_channel" in command(t, "dense") for t in (GLOO, NCCL, IPC))
+    assert "--moe-backend triton" in command(IPC, "moe") and "--moe-backend" not in command(IPC, "dense")
+    variable = "VLLM_BATCH_INVARIANT"
+    assert variable not in server_environment(NCCL, RolloutConfig(), ["0"], "secret")
+    rollout = RolloutConfig(batch_invariant=True)
+    assert server_environment(NCCL, rollout, ["0"], "secret")[variable] == "1"
+    settings = ServerSettings(engine_config(policy("dense")).model, rollout, 0, False)
+    assert f"{variable}=1 python -m vllm.entrypoints" in start_command(settings, NCCL)
 
 
 def test_a_server_inherits_nothing_that_is_meant_for_trainer_processes(monkeypatch):
@@ -64,7 +85,7 @@ def test_a_server_inherits_nothing_that_is_meant_for_trainer_processes(monkeypat
     for name in names:
         monkeypatch.setenv(name, "1")
     for transport in (GLOO, NCCL, IPC):
-        assert not names & set(server_environment(transport, 1, ["0"], "secret"))
+        assert not names & set(server_environment(transport, RolloutConfig(), ["0"], "secret"))
 
 
 def test_last_words_prefer_the_cause(tmp_path: Path):

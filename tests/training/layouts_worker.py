@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from hf_models import apart
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights
-from spell_megatron.weights.reshard import export
+from spell_megatron.weights.reshard import Export, export
 
 
 def check(folder: str, parallel: dict) -> None:
@@ -39,6 +40,14 @@ def check(folder: str, parallel: dict) -> None:
     everywhere = {n: t.clone() for n, t in export(model, bucket_bytes=20_000, everywhere=True)}
     assert everywhere.keys() == saved.keys()
     wrong += [f"{n} on rank {dist.get_rank()}" for n in saved if not torch.equal(everywhere[n], saved[n])]
+
+    # Experts of a layer as one tensor, where two of its tensors fit a bucket; again and again.
+    together = Export(model, fuse_experts=True)
+    for _ in range(2):
+        stream = {n: tensor.clone() for n, tensor in together.stream(60_000, everywhere=True)}
+        fused = apart(stream)
+        assert fused.keys() == saved.keys() and (len(stream) < len(saved)) == bool(policy.arch.experts)
+        wrong += [f"fused {n} on rank {dist.get_rank()}" for n in saved if not torch.equal(fused[n], saved[n])]
 
     tree = torch.load(f"{folder}/tree.pt")
     found = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CASES, edit, load
+from hf_models import CASES, apart, edit, load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +15,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.huggingface import load_weights, save_checkpoint
 from spell_megatron.weights.names import rules
-from spell_megatron.weights.reshard import export
+from spell_megatron.weights.reshard import Export, export
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -35,6 +35,22 @@ def test_round_trip_is_exact(case, hf_checkpoint, tmp_path):
     save_checkpoint(export(model), folder, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same(again.state_dict(), hf.state_dict())
+
+
+def test_experts_of_a_layer_travel_as_one_tensor_that_fits_a_bucket(hf_checkpoint):
+    """Again and again with the weights of the time; those that do not fit travel by themselves."""
+    _, folder = hf_checkpoint("qwen3-moe-some-dense-layers")
+    model, saved = load(folder), load_file(folder / "model.safetensors")
+    streams = Export(model, fuse_experts=True)
+    experts = sum(".experts." in name for name in saved)
+    for room, expected in ((1 << 20, len(saved) - experts + 2), (1, len(saved))):
+        for factor in (1, 2):
+            stream = dict(streams.stream(room))
+            assert len(stream) == expected
+            assert same(apart(stream), {name: factor * tensor for name, tensor in saved.items()})
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(2 if factor == 1 else 0.5)
 
 
 def test_large_models_are_written_in_parts(hf_checkpoint, tmp_path):

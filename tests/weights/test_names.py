@@ -5,7 +5,7 @@ import torch
 from hf_models import CASES
 
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.names import global_name, rules
+from spell_megatron.weights.names import expert_parts, global_name, rules
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -32,6 +32,28 @@ def test_shards_make_the_whole_again(case, size, hf_checkpoint):
         assert len({shard.shape for shard in shards}) == 1, name
         for got, expected in zip(rule.whole(shards), tensors):
             assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (3, 1), (1, 2), (2, 4)])
+def test_shards_of_all_experts_make_one_tensor(groups, size, hf_checkpoint):
+    """As transformers 5 stores it: `expert_parts` finds every expert's matrices in it."""
+    hf, _ = hf_checkpoint("qwen3-moe-normalised")
+    generator = torch.Generator().manual_seed(0)
+    table = [rule for rule in rules(PolicyModel.of(hf.config)).values() if rule.expert is not None and rule.layer == 1]
+    for layout in {rule.layout for rule in table}:
+        experts = [rule for rule in table if rule.layout is layout]
+        tensors = {name: torch.randn(s, generator=generator) for r in experts for name, s in zip(r.names, r.shapes)}
+
+        def shard(group: int, rank: int) -> torch.Tensor:
+            held = experts[group * len(experts) // groups : (group + 1) * len(experts) // groups]
+            return torch.stack([rule.shard([tensors[name] for name in rule.names], size, rank) for rule in held])
+
+        shards = [shard(group, rank) for group in range(groups) for rank in range(size)]
+        whole = experts[0].whole_experts(shards, size)
+        parts = expert_parts(experts[0].stored_experts, whole.shape)
+        assert parts.keys() == tensors.keys()
+        for name, part in parts.items():
+            assert torch.equal(whole[part.expert, part.rows], tensors[name]), name
 
 
 def test_shards_compute_the_same_projection():

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from engine_fixtures import VOCABULARY, engine_config
 from hf_models import load
 
 from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.engine_weights import EngineWeights
@@ -24,22 +27,29 @@ from spell_megatron.weights.probe import SAMPLES, SHORT, ask, judge
 @pytest.fixture
 def probe(engines_for, policy, process_group, tmp_path):
     """probe(**config) compares an engine of policy("dense") with a trainer whose config.json has these fields too."""
-    engines = engines_for("dense")
 
-    def run(killed: bool = False, **config: object) -> None:
+    def run(killed: bool = False, dtype: str = "float32", quantization: str = "none", **config: object) -> None:
+        fp8 = {"dtype": dtype, "quantization": quantization} if quantization != "none" else {}
+        engines = engines_for("dense", **fp8)
         folder = shutil.copytree(policy("dense"), tmp_path / "policy")
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | config))
         rollout = engine_config(folder).rollout
-        trainer = Trainer(load(folder), TrainingConfig(), rollout.sampling.temperature, 2)
+        trainer = Trainer(load(folder, dtype), TrainingConfig(), rollout.sampling.temperature, 2)
         swap = Swap(trainer.model, trainer.optimizer, "all")  # the comparison comes when the trainer has left
         weights = EngineWeights(trainer.model, engines, swap, verify=True, say=print, stop=lambda: None)
         weights.push(0)
         if killed:
             (server,) = engines.source.servers.values()
             server.process.kill()
+
+        def mismatch(rows: Sequence[Row] | None) -> list[float]:
+            found = trainer.mismatch(rows)
+            print(f"differences of log-probabilities: median {np.median(found):.2g}, largest {max(found):.2g}")
+            return found
+
         try:
-            weights.probe(trainer.mismatch, rollout, rollout.sampling.max_prompt_tokens)
+            weights.probe(mismatch, rollout, rollout.sampling.max_prompt_tokens)
         finally:
             weights.close()
 
@@ -48,6 +58,11 @@ def probe(engines_for, policy, process_group, tmp_path):
 
 def test_the_same_computation_agrees(probe):
     probe()  # measured 1e-6; refused above 0.03
+
+
+@pytest.mark.slow
+def test_an_engine_in_float8_agrees(probe):
+    probe(dtype="bfloat16", quantization="fp8")  # refused above 0.6
 
 
 @pytest.mark.slow

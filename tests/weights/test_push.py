@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.client import Client, Completion, GenerationError
+from spell_megatron.weights.buckets import fitting
 from spell_megatron.weights.check import compare
 from spell_megatron.weights.push import OtherModel, WeightPusher
 
@@ -111,6 +113,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors with the experts of a layer in two, as `Export` streams them."""
+    stored: dict[str, list[list[torch.Tensor]]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if not (match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)):
+            rest[name] = tensor
+            continue
+        rows = stored.setdefault(f"{match[1]}.{'down_proj' if match[3] == 'down' else 'gate_up_proj'}", [])
+        rows += [[] for _ in range(len(rows), int(match[2]) + 1)]
+        rows[int(match[2])].insert(0 if match[3] == "gate" else 1, tensor)
+    return rest | {name: torch.stack([torch.cat(rows) for rows in experts]) for name, experts in stored.items()}
+
+
 def check_pushes(engines, old: Path, new: Path, expected: list, tolerance: float = 1e-5) -> None:
     before, _ = ask(engines.engines[0])  # fills the prefix cache
     assert difference(before, expected) == float("inf")
@@ -125,6 +141,11 @@ def check_pushes(engines, old: Path, new: Path, expected: list, tolerance: float
     again, versions = ask(engines.engines[0])
     assert versions == {"two"}
     assert difference(again, before) <= tolerance
+    fused = together(weights(new))
+    assert pusher.push(fused.items(), "three", verify=True).tensors == len(fused)
+    for engine in engines.engines:
+        assert difference(ask(engine)[0], expected) <= tolerance
+    assert compare(weights(new).items(), engines.engines) == (len(weights(new)), [])
     pusher.close()
 
 
@@ -326,7 +347,32 @@ def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypa
     worker = Path(__file__).with_name("push_worker.py")
     output = torchrun(2, worker, json.dumps([engines.urls, tasks]), timeout=900)
     count = len(weights(policy(kind)))
-    assert output.count(f"RESULT {count} sent, {count} compared, [] differ") == len(layouts)
+    fused = len(together(weights(policy(kind))))
+    assert output.count(f"RESULT {fused} sent, {count} compared, [] differ") == len(layouts)
+
+
+@pytest.mark.slow
+def test_an_engine_in_float8_takes_pushes(engines_for, policy):
+    """Back at the old weights it answers as at its start; what was pushed in between, it used."""
+    engines = engines_for("dense", dtype="bfloat16", quantization="fp8")
+    old, new = ({name: t.bfloat16() for name, t in weights(policy("dense", seed)).items()} for seed in (0, 1))
+    first, _ = ask(engines.engines[0])
+    pusher = WeightPusher(engines)
+    pusher.push(new.items(), "one", verify=True)
+    assert difference(ask(engines.engines[0])[0], first) == float("inf")
+    pusher.push(old.items(), "two", verify=True)
+    assert difference(ask(engines.engines[0])[0], first) == 0
+    pusher.close()
+    with pytest.raises(UserError, match="could not be read back.*quantises"):
+        compare(old.items(), engines.engines)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine", "expected"),
+    [(80 << 30, None, 4 << 30), (16 << 30, None, 2 << 30), (16 << 30, 4 << 30, 1 << 30), (1 << 20, None, 64 << 20)],
+)
+def test_buckets_on_gpus_take_a_share_of_what_is_free(trainer, engine, expected):
+    assert fitting(trainer, engine) == expected
 
 
 @pytest.mark.slow

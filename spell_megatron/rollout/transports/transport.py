@@ -35,7 +35,7 @@ class Meeting:
         address: an address of this machine that the engines reach.
         world_size: rank 0 and the workers of all engines.
         timeout: seconds that the meeting and each collective may take.
-        bucket_bytes: size of a bucket.
+        bucket_bytes: largest size of a bucket.
     """
 
     invite: Callable[[dict[str, Any]], None]
