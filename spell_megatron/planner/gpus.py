@@ -87,6 +87,6 @@ class Assumptions:
     vLLM's users report 4.8 to 6.9 GiB ("memory is still in use", its issues 17117 and 47654)."""
     process: float = 6 * 2**30
     """Bytes of host memory of a trainer process, and of an engine's process on a GPU: Python, CUDA and libraries."""
-    push_tensor: float = 0.25e-3
-    """Seconds of a push for each tensor besides its bytes. slime pushes the 18,867 tensors of Qwen3-30B-A3B into vLLM
-    in 5.3 s (its issue vime 176)."""
+    push_tensor: float = 1.5e-3
+    """Seconds of a push for each tensor besides its bytes, with its share of the HTTP. `benchmarks/push_overhead.py`
+    finds 0.8 s of CPU time for the 531 tensors of Qwen3-30B-A3B."""

@@ -69,7 +69,7 @@ def _push_time(model: ModelSize, config: Config, processes: int, gpu: Gpu, assum
     others get them over the network.
     """
     nbytes = model.parameters.all * element_bytes(config)
-    seconds = model.parameters.tensors * assume.push_tensor + _collective(nbytes, processes, 1, gpu, assume)
+    seconds = model.parameters.pushed * assume.push_tensor + _collective(nbytes, processes, 1, gpu, assume)
     if config.rollout.colocated:
         return seconds
     return seconds + nbytes / (assume.network * assume.link_efficiency)

@@ -18,18 +18,20 @@ class ParameterCounts:
     """Parameters of the experts alone."""
     largest_tensor: int
     """Parameters of the largest Hugging Face tensor."""
-    tensors: int
-    """Number of Hugging Face tensors."""
+    pushed: int
+    """Number of tensors of a push, with the experts of a layer as two."""
 
 
 def count_parameters(policy: PolicyModel) -> ParameterCounts:
     """Count the parameters that the policy's config.json describes; reads no weights."""
-    sizes = [(rule.expert, math.prod(shape)) for rule in rules(policy).values() for shape in rule.shapes]
+    table = rules(policy).values()
+    sizes = [(rule.expert, math.prod(shape)) for rule in table for shape in rule.shapes]
     return ParameterCounts(
         all=sum(size for _, size in sizes),
         experts=sum(size for expert, size in sizes if expert is not None),
         largest_tensor=max(size for _, size in sizes),
-        tensors=len(sizes),
+        pushed=sum(len(rule.names) for rule in table if rule.expert is None)
+        + len({(rule.layer, rule.layout) for rule in table if rule.expert is not None}),
     )
 
 
