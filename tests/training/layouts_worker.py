@@ -41,10 +41,10 @@ def check(folder: str, parallel: dict) -> None:
     assert everywhere.keys() == saved.keys()
     wrong += [f"{n} on rank {dist.get_rank()}" for n in saved if not torch.equal(everywhere[n], saved[n])]
 
-    # Experts of a layer as one tensor, where two of its tensors fit a bucket; again and again.
+    # Experts of a layer as one tensor, of one kind of matrices or of both; again and again.
     together = Export(model, fuse_experts=True)
-    for _ in range(2):
-        stream = {n: tensor.clone() for n, tensor in together.stream(60_000, everywhere=True)}
+    for room in (60_000, 1 << 20, 1 << 20):
+        stream = {n: tensor.clone() for n, tensor in together.stream(room, everywhere=True)}
         fused = apart(stream)
         assert fused.keys() == saved.keys() and (len(stream) < len(saved)) == bool(policy.arch.experts)
         wrong += [f"fused {n} on rank {dist.get_rank()}" for n in saved if not torch.equal(fused[n], saved[n])]

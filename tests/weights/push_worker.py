@@ -33,8 +33,8 @@ def push(urls: list[str], folder: str, parallel: dict) -> None:
     model = build_model(policy, config.training)
     load_weights(model, folder)
     engines = None if dist.get_rank() else open_engines(config, config.model.path)
-    pusher = WeightPusher(engines, bucket_bytes=1 << 17)
-    done = pusher.push(Export(model, fuse_experts=True).stream(1 << 17), str(parallel), verify=True)
+    pusher = WeightPusher(engines, bucket_bytes=1 << 18)
+    done = pusher.push(Export(model, fuse_experts=True).stream(1 << 18), str(parallel), verify=True)
     if engines:
         count, differences = compare(read_checkpoint(config.model.path), engines.engines)
         print(f"RESULT {done.tensors} sent, {count} compared, {differences} differ", flush=True)
