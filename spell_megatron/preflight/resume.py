@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from spell_megatron.checkpoint.folder import latest, read_meta
 from spell_megatron.config.faults import Fault
@@ -19,8 +20,15 @@ def steps_fault(config: Config, checkpoint: Path | None, new: bool = False) -> F
 
     new: the run is a new one, which begins with this checkpoint of another one.
     """
-    made, steps = _step(checkpoint), config.run.steps
-    if made is None or made < steps or (made == steps and not new):
+    meta, steps = _meta(checkpoint), config.run.steps
+    made = meta.get("step", -1)
+    if made == steps > 0 and not new and not meta["updates"]:
+        return Fault.of(
+            "run.steps",
+            f"the run has made its {steps} steps, and none of them changed the weights. The lines about its steps, and "
+            "logs/train.log in its folder, say why. Correct that, and start a new run",
+        )
+    if made < steps or (made == steps and not new):
         return None
     return Fault.of(
         "run.steps",
@@ -34,7 +42,7 @@ def finished(config: Config) -> str:
     folder = config.run.output_dir / config.run.name
     steps = config.run.steps
     try:
-        made = _step(latest(folder))
+        made = _meta(latest(folder)).get("step")
     except UserError:  # preflight tells it
         return ""
     if made != steps or (config.validation.due(steps, steps) and not _validated(folder / "metrics.jsonl", steps)):
@@ -45,12 +53,12 @@ def finished(config: Config) -> str:
     )
 
 
-def _step(checkpoint: Path | None) -> int | None:
-    """The step of a checkpoint; None if there is none, or it is damaged."""
+def _meta(checkpoint: Path | None) -> dict[str, Any]:
+    """What meta.json of a checkpoint says; {} if there is none, or it is damaged."""
     try:
-        return None if checkpoint is None else read_meta(checkpoint)["step"]
+        return {} if checkpoint is None else read_meta(checkpoint)
     except UserError:
-        return None
+        return {}
 
 
 def _validated(metrics: Path, step: int) -> bool:

@@ -182,6 +182,14 @@ def test_a_finished_run_says_so_at_once(spell, old, trained):
     assert [(config.run.steps, resume) for config, resume in trained] == [(8, True)]
 
 
+def test_a_run_that_trained_nothing_is_not_finished(spell, old, trained):
+    meta = old / "checkpoints" / "step_000004" / "meta.json"
+    meta.write_text(meta.read_text().replace('"updates": 4', '"updates": 0'))
+    status, output, errors = spell("train", "--resume", old)
+    assert status == 2 and "none of them changed the weights" in errors and not output and not trained
+    assert spell("train", "--resume", old, "--run.steps=8")[0] == 0  # it may go on with more
+
+
 def test_a_job_for_a_finished_run_is_not_submitted(spell, old):
     before = files(old)
     status, output, _ = spell("launch", "--resume", old, "--cluster", "cluster.yaml")
