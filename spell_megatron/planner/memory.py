@@ -26,6 +26,7 @@ from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.training import backend
 from spell_megatron.training.model import build_model
 from spell_megatron.training.optimizer import build_optimizer
+from spell_megatron.training.optimizer_on_host import PIECE_BYTES
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.buckets import BUCKET_BYTES
 
@@ -37,6 +38,7 @@ class TrainerMemory:
     parameters: int
     gradients: int
     optimizer: int
+    """On the GPU: not with `training.optimizer.offload`."""
     activations: int
     """What all layers keep from the forward for the backward pass."""
     layer: int
@@ -45,7 +47,7 @@ class TrainerMemory:
     """What the vocabulary head needs. Its backward pass ends before the backward pass of the layers begins."""
     step: int
     """What the optimizer's step needs, when no activations are left: torch's AdamW makes a float32 copy of what it
-    steps. The optimizers of transformer-engine and apex do not."""
+    steps. The optimizers of transformer-engine and apex do not. A state in host memory comes in pieces."""
     buffers: int
     """Weights on their way to the engines."""
     gather: int
@@ -56,6 +58,8 @@ class TrainerMemory:
     """Bytes in the host's memory, not the GPU's: activations that wait there (`training.offload`)."""
     saved: int
     """Bytes in the host's memory while a checkpoint is saved: weights and the gathered state of the optimizer."""
+    kept: int
+    """Bytes in the host's memory, not the GPU's: the optimizer's state (`training.optimizer.offload`)."""
 
     @property
     def state(self) -> int:
@@ -92,7 +96,7 @@ def trainer_memory(
     ranks = sorted({0, processes - processes // stages})
     found = [_rank_memory(model, config, rank, processes, assume, counting or count) for rank in ranks]
     fullest = max(found, key=lambda m: m.state + m.working)
-    names = ("offloaded", "saved", "gather", "buffers")
+    names = ("offloaded", "saved", "kept", "gather", "buffers")
     return replace(fullest, **{name: max(getattr(memory, name) for memory in found) for name in names})
 
 
@@ -108,19 +112,22 @@ def _rank_memory(
     head = head_bytes(arch, config, tokens) if stage == stages - 1 else 0
     gather, saved = _checkpoint_bytes(model, config, stage, processes)
     scattered = 1 + assume.fragmentation
+    on_host = counted.optimizer if config.training.optimizer.offload else 0
+    piece = min(on_host, PIECE_BYTES)
     return TrainerMemory(
         parameters=counted.parameters,
         gradients=counted.gradients,
-        optimizer=counted.optimizer,
+        optimizer=counted.optimizer - on_host,
         activations=int(kept * scattered),
         layer=int(layer * scattered),
         head=int(head * scattered),
-        step=step_bytes(config, counted.optimizer),
+        step=piece + step_bytes(config, piece) if on_host else step_bytes(config, counted.optimizer),
         buffers=2 * max(BUCKET_BYTES, model.parameters.largest_tensor * element_bytes(config)),
         gather=gather,
         reserve=int(assume.reserve),
         offloaded=offloaded_bytes(arch, config, counted.layers, tokens, waiting, gpu=True),
         saved=counted.parameters + saved,
+        kept=on_host,
     )
 
 

@@ -17,6 +17,7 @@ from spell_megatron.planner.gpus import Assumptions
 from spell_megatron.planner.memory import TrainerMemory
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.rollout.server import ALONE
+from spell_megatron.training.swap import Left, left
 
 MOST = 0.92
 """Largest share of a shared GPU that the plan gives to an engine. It is vLLM's own default."""
@@ -52,22 +53,31 @@ class HostMemory(NamedTuple):
 
     swapped: int
     """Pinned: what leaves the trainer's GPUs while engines generate."""
+    optimizer: int
+    """Pinned: the optimizer's state (`training.optimizer.offload`)."""
     offloaded: int
     """Pinned: activations (`training.offload`)."""
     saved: int
     """A checkpoint that is being saved."""
     processes: int
     """Processes of trainer and engines by themselves."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at the peak."""
-        return self.swapped + max(self.offloaded, self.saved) + self.processes
+    total: int
+    """At the peak."""
 
 
-def left_on_gpu(config: Config, memory: TrainerMemory) -> int:
-    """Bytes that a trainer rank holds on its GPU while engines generate on it."""
-    return memory.state
+def leaving(config: Config, memory: TrainerMemory, pushing: bool = False) -> Left:
+    """Bytes that leave a trainer's GPU while engines generate on it, or while it pushes its weights to them."""
+    what = config.training.swap
+    if what == "auto":
+        what = "all" if config.rollout.colocated else "none"
+    if what == "all" and pushing:
+        what = "state"
+    return left(what, memory.parameters, memory.gradients, memory.optimizer)
+
+
+def staying(config: Config, memory: TrainerMemory, pushing: bool = False) -> int:
+    """Bytes that stay on a trainer's GPU while engines generate on it, or while it pushes its weights to them."""
+    return memory.reserve + memory.state - leaving(config, memory, pushing).gpu
 
 
 def engine_share(config: Config, memory: TrainerMemory, gpu_memory: float) -> float:
@@ -76,8 +86,8 @@ def engine_share(config: Config, memory: TrainerMemory, gpu_memory: float) -> fl
         return config.rollout.gpu_memory_utilization
     if not config.rollout.colocated:
         return ALONE
-    left = gpu_memory - memory.reserve - left_on_gpu(config, memory)
-    return max(0.0, min(MOST, math.floor(100 * left / gpu_memory) / 100))
+    room = gpu_memory - staying(config, memory)
+    return max(0.0, min(MOST, math.floor(100 * room / gpu_memory) / 100))
 
 
 def engine_memory(
@@ -95,23 +105,23 @@ def engine_memory(
 def trainer_phases(
     config: Config, memory: TrainerMemory, engine: EngineMemory, gpu_memory: float, assume: Assumptions
 ) -> Iterator[Phase]:
-    """The phases of a trainer's GPU."""
+    """The phases of a trainer's GPU in their order in a step."""
     shared = config.rollout.colocated
     asleep = int(assume.engine_asleep) if shared else 0
-    awake = int(gpu_memory * engine.share) if shared else 0
     yield Phase("update", memory.reserve + memory.state + memory.working, asleep)
-    yield Phase("push", memory.reserve + memory.state + memory.buffers, asleep + engine.weights * shared)
-    yield Phase("checkpoint", memory.reserve + memory.state + memory.gather, awake)
+    yield Phase("checkpoint", memory.reserve + memory.state + memory.gather, asleep)
+    yield Phase("push", staying(config, memory, pushing=True) + memory.buffers, asleep + engine.weights * shared)
     if shared:
-        yield Phase("generate", memory.reserve + left_on_gpu(config, memory), awake)
+        yield Phase("generate", staying(config, memory), int(gpu_memory * engine.share))
 
 
 def host_memory(config: Config, memory: TrainerMemory, processes: int, assume: Assumptions) -> HostMemory:
     """Memory of a node that is full of trainer ranks."""
     ranks = min(assume.gpus_per_node, processes)
-    return HostMemory(
-        swapped=0,
-        offloaded=ranks * memory.offloaded,
-        saved=ranks * memory.saved,
-        processes=int(ranks * assume.process * (2 if config.rollout.colocated else 1)),
+    swapped, optimizer, offloaded, saved = (
+        ranks * nbytes for nbytes in (leaving(config, memory).host, memory.kept, memory.offloaded, memory.saved)
     )
+    itself = int(ranks * assume.process * (2 if config.rollout.colocated else 1))
+    # Pinned memory is kept for the next time. A checkpoint is being saved between updates, or beside them.
+    turns = offloaded + saved if config.checkpoint.asynchronous else max(offloaded, saved)
+    return HostMemory(swapped, optimizer, offloaded, saved, itself, swapped + optimizer + turns + itself)

@@ -15,6 +15,7 @@ from spell_megatron.planner.phases import (
     engine_memory,
     engine_share,
     host_memory,
+    leaving,
     trainer_phases,
 )
 from spell_megatron.planner.times import StepTimes, step_times
@@ -73,7 +74,7 @@ def make_plan(
     memory = trainer_memory(model, config, processes, assume, counting)
     engine = engine_memory(model, config, engine_share(config, memory, gpu.memory), gpu.memory, assume)
     host = host_memory(config, memory, processes, assume)
-    swapped = host.swapped // min(processes, assume.gpus_per_node)
+    to_host = leaving(config, memory).host + memory.kept
     return Plan(
         config=config,
         processes=processes,
@@ -82,6 +83,6 @@ def make_plan(
         engine=engine,
         phases=tuple(trainer_phases(config, memory, engine, gpu.memory, assume)),
         host=host,
-        times=step_times(model, config, processes, gpu, assume, engine, swapped),
+        times=step_times(model, config, processes, gpu, assume, engine, to_host),
         assume=assume,
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
-from spell_megatron.config.schema import Config, ParallelConfig
+from spell_megatron.config.schema import Config, ParallelConfig, TrainingConfig
 from spell_megatron.planner.gpus import Assumptions, Gpu
 from spell_megatron.planner.memory import estimate
 from spell_megatron.planner.model_size import ModelSize
@@ -54,49 +53,32 @@ def _fitting(
     for processes in trainers:
         engines = gpus if colocated else gpus - processes
         sizes = _engine_sizes(model.arch, engines, assume)
-        plans = []
-        for training in _trainings(model.arch, processes, colocated, assume):
-            # The largest engines leave the most room for the rest.
-            plan = _variant(model, config, training, engines, sizes[-1], colocated, gpu, assume)
-            if plan.trainer_fits:
-                plans.append(plan)
-        for plan in sorted(plans, key=lambda plan: plan.times.update + plan.times.swap)[:TRAINERS]:
-            again = {name: getattr(plan.config.training, name) for name in ("parallel", "recompute", "offload")}
-            for size in sizes:
-                other = _variant(model, config, again, engines, size, colocated, gpu, assume)
-                if other.fits:
-                    yield other
+
+        def plan(training: TrainingConfig, size: int, engines: int = engines) -> Plan:
+            rollout = {"replicas": engines // size, "tensor_parallel": size, "colocated": colocated}
+            parts = {
+                "training": training,
+                "rollout": config.rollout.model_copy(update=rollout | {"gpu_memory_utilization": None}),
+            }
+            processes = training.parallel.processes
+            return make_plan(model, config.model_copy(update=parts), processes, gpu, assume, estimate)
+
+        # The largest engines leave the most room for the rest.
+        plans = (plan(training, sizes[-1]) for training in _trainings(model.arch, config.training, processes, assume))
+        fitting = [plan for plan in plans if plan.trainer_fits]
+        for found in sorted(fitting, key=lambda plan: plan.times.update + plan.times.swap)[:TRAINERS]:
+            yield from (other for size in sizes if (other := plan(found.config.training, size)).fits)
 
 
-def _variant(
-    model: ModelSize,
-    config: Config,
-    training: dict[str, Any],
-    engines: int,
-    size: int,
-    colocated: bool,
-    gpu: Gpu,
-    assume: Assumptions,
-) -> Plan:
-    """The plan of a configuration with these settings of the trainer, and engines of `size` GPUs on `engines` GPUs."""
-    rollout = {
-        "replicas": engines // size,
-        "tensor_parallel": size,
-        "colocated": colocated,
-        "gpu_memory_utilization": None,
-    }
-    parts = {
-        "training": config.training.model_copy(update=training),
-        "rollout": config.rollout.model_copy(update=rollout),
-    }
-    return make_plan(model, config.model_copy(update=parts), training["parallel"].processes, gpu, assume, estimate)
-
-
-def _trainings(arch: Architecture, processes: int, colocated: bool, assume: Assumptions) -> Iterator[dict[str, Any]]:
-    """Settings of the section `training` to be tried."""
-    for parallel in _layouts(arch, processes, assume):
-        for recompute, offload in (("none", False), ("selective", False), ("full", False), ("full", True)):
-            yield {"parallel": parallel, "recompute": recompute, "offload": offload}
+def _trainings(
+    arch: Architecture, training: TrainingConfig, processes: int, assume: Assumptions
+) -> Iterator[TrainingConfig]:
+    """The section `training` with other layouts, and other ways to spare the GPUs' memory."""
+    ways = (("none", False), ("selective", False), ("full", False), ("full", True))
+    optimizers = [training.optimizer.model_copy(update={"offload": offload}) for offload in (False, True)]
+    for parallel, (recompute, offload), optimizer in product(_layouts(arch, processes, assume), ways, optimizers):
+        update = {"parallel": parallel, "recompute": recompute, "offload": offload, "optimizer": optimizer}
+        yield training.model_copy(update=update | {"swap": "auto"})
 
 
 def _engine_sizes(arch: Architecture, gpus: int, assume: Assumptions) -> list[int]:

@@ -33,14 +33,21 @@ def plan_text(model: ModelSize, plan: Plan) -> Iterator[str]:
 
 
 def limits_text(plan: Plan) -> str:
-    """What is short, or would be first."""
-    phase, host = plan.fullest, plan.host.total / GIB
-    room = plan.gpu.memory - phase.total
-    amount = f"leaves {room / GIB:.1f} GiB" if room >= 0 else f"needs {-room / GIB:.1f} GiB more"
-    return (
-        f"GPU memory: the phase {phase.name} {amount}; KV cache: {plan.engine.sequences:.1f} sequences of the longest "
-        f"length per engine, at least 1; host memory: {host:,.0f} of {plan.host_memory / GIB:,.0f} GiB on a node"
-    )
+    """What is short, or would be first, and the rest in the order of how much is left."""
+    host, memory = plan.host.total / plan.host_memory, plan.gpu.memory
+    # Engines fill what generation leaves: there the room for sequences tells.
+    phase = max(plan.phases, key=lambda phase: phase.total * (phase.name != "generate" or phase.total > memory))
+    room = (memory - phase.total) / GIB
+    sequences = max(plan.engine.sequences, 1e-9)
+    found = [
+        (
+            phase.total / memory,
+            f"GPU memory ({phase.name} {f'leaves {room:.1f}' if room >= 0 else f'needs {-room:.1f} more'} GiB)",
+        ),
+        (1 / sequences, f"KV cache (room for {plan.engine.sequences:.1f} sequences of the longest length per engine)"),
+        (host, f"host memory ({plan.host.total / GIB:,.0f} of {plan.host_memory / GIB:,.0f} GiB of a node)"),
+    ]
+    return ", then ".join(text for _, text in sorted(found, reverse=True))
 
 
 def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[str, Plan | None]) -> Iterator[str]:
@@ -66,7 +73,7 @@ def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[
 
 def _describe(plan: Plan) -> str:
     return (
-        f"step {_duration(plan.times.step)}: {describe_trainer(plan)} on {plan.processes} GPUs "
+        f"step {duration(plan.times.step)}: {describe_trainer(plan)} on {plan.processes} GPUs "
         f"({plan.fullest.total / GIB:.1f} GiB), {describe_engines(plan)}"
     )
 
@@ -81,7 +88,9 @@ def describe_trainer(plan: Plan) -> str:
         if getattr(parallel, name) > 1
     ]
     replicas = plan.processes // parallel.dense_ranks
-    return ", ".join([*sizes, f"data {replicas}", f"recompute {training.recompute}", *["offload"] * training.offload])
+    more = [f"recompute {training.recompute}", *["offload"] * training.offload]
+    more += ["optimizer on the host"] * training.optimizer.offload
+    return ", ".join([*sizes, f"data {replicas}", *more])
 
 
 def describe_engines(plan: Plan) -> str:
@@ -135,6 +144,7 @@ def _host_lines(plan: Plan) -> Iterator[str]:
     host, node = plan.host, min(plan.assume.gpus_per_node, plan.processes)
     parts = {
         "pinned while engines generate": host.swapped,
+        "optimizer": host.optimizer,
         "offloaded activations": host.offloaded,
         "a checkpoint being saved": host.saved,
         "processes": host.processes,
@@ -146,12 +156,12 @@ def _host_lines(plan: Plan) -> Iterator[str]:
 
 
 def _step_line(times: StepTimes) -> str:
-    swap = f", swapping {_duration(times.swap)}" if times.swap else ""
+    swap = f", weights and optimizer to the host and back {duration(times.swap)}" if times.swap else ""
     return (
-        f"step      about {_duration(times.step)}: rollout {_duration(times.prefill + times.decode)} "
-        f"(prefill {_duration(times.prefill)}, decoding {_duration(times.decode)}), update {_duration(times.update)} "
-        f"(computing {_duration(times.compute)}, communication {_duration(times.communication)}, pipeline bubbles "
-        f"{_duration(times.bubble)}), weights to the engines {_duration(times.push)}{swap}"
+        f"step      about {duration(times.step)}: rollout {duration(times.prefill + times.decode)} "
+        f"(prefill {duration(times.prefill)}, decoding {duration(times.decode)}), update {duration(times.update)} "
+        f"(computing {duration(times.compute)}, communication {duration(times.communication)}, pipeline bubbles "
+        f"{duration(times.bubble)}), weights to the engines {duration(times.push)}{swap}"
     )
 
 
@@ -170,7 +180,8 @@ def _assumptions_line(plan: Plan) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     if not math.isfinite(seconds):
         return "for ever"
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

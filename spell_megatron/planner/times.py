@@ -29,7 +29,7 @@ class StepTimes:
     push: float
     """Weights go to the engines."""
     swap: float
-    """What leaves shared GPUs goes to host memory and comes back."""
+    """Weights and optimizer state go to host memory and come back."""
 
     @property
     def update(self) -> float:
@@ -43,11 +43,11 @@ class StepTimes:
 
 
 def step_times(
-    model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions, engine: EngineMemory, swapped: int
+    model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions, engine: EngineMemory, to_host: int
 ) -> StepTimes:
     """Estimated seconds of one step, with prompts and responses of the assumed lengths.
 
-    swapped: bytes that leave each of the trainer's GPUs for host memory and come back.
+    to_host: bytes of weights and optimizer state that go from each of the trainer's GPUs to host memory and back.
     """
     arch, training, parallel = model.arch, config.training, config.training.parallel
     replicas = processes // parallel.dense_ranks
@@ -59,7 +59,7 @@ def step_times(
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
     prefill, decode = _rollout_times(model, config, gpu, assume, engine)
     push = _push_time(model, config, processes, gpu, assume)
-    return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * swapped / assume.host)
+    return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * to_host / assume.host)
 
 
 def _push_time(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> float:

@@ -17,6 +17,7 @@ from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.phases import MOST
 from spell_megatron.planner.plan import Plan, make_plan
 from spell_megatron.rollout.server import ALONE
+from spell_megatron.training.optimizer_on_host import PIECE_BYTES
 from spell_megatron.training.policy import PolicyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -53,12 +54,56 @@ SHARED = {"colocated": True, "replicas": 4, "tensor_parallel": 2}
 def test_shared_gpus_hold_both_sides(size):
     assume, alone, shared = Assumptions(), planned(size), planned(size, rollout=SHARED)
     assert set(phases(shared)) == {"update", "push", "checkpoint", "generate"}
-    assert phases(shared)["update"] == phases(alone)["update"] + assume.engine_asleep
-    # A push has the weights of both, and not yet the KV cache.
-    assert phases(shared)["push"] == phases(alone)["push"] + assume.engine_asleep + shared.engine.weights
-    assert shared.engine.weights == 2 * size.parameters.all // 2
+    for phase in ("update", "checkpoint"):
+        assert phases(shared)[phase] == phases(alone)[phase] + assume.engine_asleep
+    # A push has the weights of both, and neither the KV cache nor the rest of the trainer's state.
+    memory, weights = shared.memory, 2 * size.parameters.all // 2
+    assert phases(shared)["push"] == (
+        assume.reserve + memory.parameters + memory.buffers + assume.engine_asleep + weights
+    )
+    assert phases(alone)["push"] == assume.reserve + memory.state + memory.buffers
+    assert shared.engine.share == MOST and phases(shared)["generate"] == int(MOST * GPU.memory) + assume.reserve
     assert (shared.gpus, alone.gpus) == (8, 24)
     assert shared.host.processes == 2 * alone.host.processes
+
+
+def test_what_leaves_a_gpu_is_in_host_memory(size):
+    """Gradients are not: the next update makes new ones."""
+    none, state, everything = (
+        planned(size, rollout=SHARED, training={"swap": what}) for what in ("none", "state", "all")
+    )
+    memory = none.memory
+    assert none.host.swapped == 0 and state.host.swapped == 8 * memory.optimizer
+    assert everything.host.swapped == 8 * (memory.optimizer + memory.parameters)
+    on_gpu = [plan.phases[-1].trainer for plan in (none, state, everything)]
+    assert on_gpu == [memory.reserve + left for left in (memory.state, memory.parameters, 0)]
+    assert planned(size, rollout=SHARED).host == everything.host
+    assert planned(size).host.swapped == 0
+    # Both ways, for weights and optimizer.
+    assert everything.times.swap == pytest.approx(2 * (memory.optimizer + memory.parameters) / Assumptions().host)
+
+
+def test_an_optimizer_in_host_memory(size):
+    optimizer = configured().training.optimizer.model_dump() | {"offload": True}
+    ordinary, kept = planned(size), planned(size, training={"optimizer": optimizer})
+    assert (kept.memory.optimizer, kept.memory.kept) == (0, ordinary.memory.optimizer)
+    assert kept.host.optimizer == 8 * ordinary.memory.optimizer
+    assert kept.memory.step == PIECE_BYTES + PIECE_BYTES // 3 < ordinary.memory.step
+    assert 0 < kept.memory.activations == ordinary.memory.activations
+    # On shared GPUs it costs no host memory and no time: the state has to leave anyway.
+    ordinary = planned(size, rollout=SHARED)
+    kept = planned(size, rollout=SHARED, training={"optimizer": optimizer})
+    assert kept.host.total == ordinary.host.total and kept.times == ordinary.times
+    assert phases(kept)["update"] < phases(ordinary)["update"]
+
+
+def test_host_memory_of_a_node(size):
+    """A full node, or as many ranks as there are; an asynchronous checkpoint is saved beside the next update."""
+    assert planned(size, 16).host.processes == planned(size, 8).host.processes
+    training = {"recompute": "full", "offload": True}
+    waits = planned(size, training=training).host
+    beside = planned(size, training=training, checkpoint={"asynchronous": True}).host
+    assert waits.offloaded > 0 and beside.total == waits.total + min(waits.offloaded, waits.saved)
 
 
 def test_more_gpus_never_need_more_memory_on_each(size):
@@ -77,18 +122,20 @@ def test_more_gpus_never_need_more_memory_on_each(size):
 def test_engines_get_what_the_trainer_leaves(size):
     assert planned(size).engine.share == ALONE
     assert planned(size, rollout=SHARED | {"gpu_memory_utilization": 0.4}).engine.share == 0.4
-    many = planned(size, 256, rollout=SHARED)  # each rank holds little
-    held = many.memory.state + many.memory.reserve
-    assert many.engine.share == pytest.approx(1 - held / GPU.memory, abs=0.01)
-    assert many.engine.share <= min(MOST, 1 - held / GPU.memory)
-    assert phases(many)["generate"] <= GPU.memory
+    for processes, swap in ((256, "none"), (8, "state")):
+        plan = planned(size, processes, rollout=SHARED, training={"swap": swap})
+        held = plan.memory.reserve + (plan.memory.state if swap == "none" else plan.memory.parameters)
+        assert 1 - held / GPU.memory - 0.01 < plan.engine.share <= 1 - held / GPU.memory < MOST
+        assert phases(plan)["generate"] <= GPU.memory
+    assert planned(size, rollout=SHARED, training={"swap": "none"}).engine.share < 0.1
 
 
 def test_the_run_gives_engines_the_plans_share(size, monkeypatch):
-    config = configured(rollout=SHARED, training={"parallel": {"processes": 256, "context": 8, "expert": 8}})
+    config = configured(rollout=SHARED, training={"swap": "state"})
     monkeypatch.setattr(engine_share, "shares_gpus", lambda *_: True)
     monkeypatch.setattr(engine_share, "gpu_memory", lambda: int(GPU.memory))
-    share = make_plan(size, config, 256, GPU, Assumptions()).engine.share
+    share = make_plan(size, config, 8, GPU, Assumptions()).engine.share
+    assert ALONE != share < MOST
     assert engine_settings(config, 8).gpu_memory_utilization == share
     assert config.rollout.gpu_memory_utilization is None
     config.rollout.gpu_memory_utilization = 0.3

@@ -6,8 +6,10 @@ import pytest
 
 from spell_megatron.config.reading import load_config
 from spell_megatron.planner.gpus import GPUS, Assumptions
+from spell_megatron.planner.memory import estimate
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.plan import make_plan
+from spell_megatron.planner.text import limits_text
 from spell_megatron.training.policy import PolicyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -39,6 +41,8 @@ def test_the_number_of_parameters_is_the_published_one(name):
 @pytest.mark.parametrize(
     ("files", "gpu", "parameters"),
     [
+        (["qwen3_30b_a3b_16k_8xh100.yaml"], "H100-80G", None),
+        (["qwen3_30b_a3b_100k_8xh200.yaml"], "H200-141G", None),
         (["qwen3_30b_a3b_thinking_100k.yaml"], "H100-80G", 4_018_747_392),
         (["qwen3_30b_a3b_thinking_100k_h200.yaml"], "H200-141G", None),
         *(
@@ -81,3 +85,19 @@ def test_the_papers_recipes_differ_only_where_the_paper_does():
         rest = config.model_dump(exclude=own)
         common = common or rest
         assert rest == common
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("16k_8xh100", "H100-80G"), ("100k_8xh200", "H200-141G")])
+def test_one_node_trains_the_flagship(name, gpu):
+    """Eight GPUs that trainer and engines share, with room for the other phases; not so with GPUs of their own."""
+    config = load_config(EXAMPLES / f"qwen3_30b_a3b_{name}.yaml")
+    model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
+    plan = make_plan(model, config, 8, GPUS[gpu], Assumptions(), estimate)
+    assert plan.gpus == 8 and config.rollout.colocated and config.rollout.gpu_memory_utilization is None
+    assert all(phase.total < 0.75 * plan.gpu.memory for phase in plan.phases if phase.name != "generate")
+    assert plan.engine.share == 0.92 and plan.engine.sequences > 16
+    assert limits_text(plan).startswith("host memory (1,457 of ")
+    for swap, offload in (("auto", False), ("none", False)):  # only the larger GPUs hold the optimizer's state too
+        other = config.model_copy(deep=True)
+        other.training.swap, other.training.optimizer.offload = swap, offload
+        assert make_plan(model, other, 8, GPUS[gpu], Assumptions(), estimate).fits == (gpu == "H200-141G")

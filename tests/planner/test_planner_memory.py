@@ -4,17 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from benchmarks.planner_memory import make_config, static_bytes, update_peak
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import ParallelConfig
 from spell_megatron.planner.activations import head_bytes, offloaded_bytes, stage_activations
-from spell_megatron.planner.memory import counted_memory, step_bytes
+from spell_megatron.planner.gpus import Assumptions
+from spell_megatron.planner.memory import counted_memory, step_bytes, trainer_memory
 from spell_megatron.planner.model_size import ModelSize
+from spell_megatron.planner.phases import leaving
 from spell_megatron.training import backend
+from spell_megatron.training.host_copy import storages
 from spell_megatron.training.model import build_model
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.state import sharded_state
+from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import load_weights
 
@@ -53,6 +60,44 @@ def test_prediction_against_measured_memory(kind, recompute, offload, checkpoint
     predicted = max(activations, step_bytes(config, static[2]))
     print(f"{kind}, recompute {recompute}, offload {offload}: {predicted / peak - 1:+.1%}")
     assert predicted == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_what_leaves_and_what_is_saved(kind, dtype, checkpoints):
+    """The bytes of storages that leave, of the host's copy, and of what a checkpoint gathers are those of the plan."""
+    config = make_config(checkpoints / kind, "none", {}, 1024)
+    config.model.dtype, config.rollout.colocated = dtype, True
+    policy = PolicyModel.load(checkpoints / kind, dtype)
+    backend.initialise(policy, config.training, "cpu")
+    try:
+        model = build_model(policy, config.training)
+        load_weights(model, checkpoints / kind)
+        trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
+        ones = np.ones(8, np.float32)
+        trainer.update([Row(np.arange(16), 8, ones, -ones)])
+        state = sharded_state(trainer, with_optimizer=True, is_loading=False)["optimizer"]
+        pieces = (x for x in nested_values(state) if isinstance(x, ShardedTensor | ShardedTensorFactory))
+        gathered = sum(piece.data.nbytes for piece in pieces)
+        swap = Swap(trainer.model, trainer.optimizer, "all")
+        before = _bytes(swap)
+        swap.leave()
+        gone, copied = before - _bytes(swap), len(swap._state._host) + len(swap._weights._host)
+    finally:
+        backend.shutdown()
+    memory = trainer_memory(ModelSize.of(policy), config, 1, Assumptions())
+    left = leaving(config, memory)
+    assert gone == before == pytest.approx(left.gpu, rel=1e-4)  # but for AdamW's numbers of steps
+    assert copied == pytest.approx(left.host, rel=0.01)  # but for alignment
+    # What a checkpoint holds at its end; while a part is joined, more.
+    assert memory.saved > memory.parameters + gathered == memory.parameters + 12 * ModelSize.of(policy).parameters.all
+
+
+def _bytes(swap: Swap) -> int:
+    """Of the storages of weights, gradients and optimizer state, each once."""
+    tensors = [*swap._weight_tensors(), *swap._gradient_tensors(), *swap._state_tensors()]
+    return sum(storage.nbytes() for storage in storages(tensors))
 
 
 @pytest.mark.parametrize(
