@@ -192,4 +192,6 @@ def _of_plan(plan: Plan) -> dict[str, Any]:
         settings["training.recompute"] = training.recompute
     if training.offload:
         settings["training.offload"] = True
+    if training.optimizer.offload:
+        settings["training.optimizer.offload"] = True
     return settings

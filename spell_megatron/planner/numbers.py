@@ -20,6 +20,7 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
             "processes": plan.processes,
             "recompute": training.recompute,
             "offload": training.offload,
+            "optimizer_offload": training.optimizer.offload,
         },
         "engines": {
             "replicas": rollout.replicas,
@@ -28,6 +29,6 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
             **asdict(plan.engine),
         },
         "phases": {phase.name: phase._asdict() | {"total": phase.total} for phase in plan.phases},
-        "host": {**plan.host._asdict(), "total": plan.host.total, "memory": int(plan.host_memory)},
+        "host": {**plan.host._asdict(), "memory": int(plan.host_memory)},
         "seconds": {**asdict(plan.times), "step": plan.times.step},
     }
