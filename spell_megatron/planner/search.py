@@ -15,8 +15,6 @@ from spell_megatron.training.policy import Architecture
 
 TRAINERS = 12
 """Number of layouts of the trainer that are combined with all layouts of the engines: the fastest that fit."""
-TRIES = 4
-"""Largest number of plans that are counted on a real rank."""
 MOST_GPUS = 512
 """Where the search for the fewest GPUs ends."""
 
@@ -25,14 +23,10 @@ def fastest(model: ModelSize, config: Config, gpus: int, colocated: bool, gpu: G
     """The plan with the shortest step that fits `gpus` GPUs, which trainer and engines share, or divide among them.
 
     The search covers all layouts of powers of two (tensor parallelism within a node), kinds of recompute, and what
-    leaves shared GPUs. Settings of the engines' memory are left to the plan.
+    leaves the GPUs. Settings of the engines' memory are left to the plan. The trainer's state is found by the formula.
     """
-    found = sorted(_fitting(model, config, gpus, colocated, gpu, assume), key=lambda plan: plan.times.step)
-    for plan in found[:TRIES]:
-        counted = make_plan(model, plan.config, plan.processes, gpu, assume)
-        if counted.fits:
-            return counted
-    return None
+    plans = _fitting(model, config, gpus, colocated, gpu, assume)
+    return min(plans, key=lambda plan: plan.times.step, default=None)
 
 
 def fewest(model: ModelSize, config: Config, colocated: bool, gpu: Gpu, assume: Assumptions) -> Plan | None:
@@ -48,7 +42,7 @@ def fewest(model: ModelSize, config: Config, colocated: bool, gpu: Gpu, assume: 
 def _fitting(
     model: ModelSize, config: Config, gpus: int, colocated: bool, gpu: Gpu, assume: Assumptions
 ) -> Iterator[Plan]:
-    """Plans that fit by the formula, without counting."""
+    """Plans that fit."""
     trainers = [gpus] if colocated else [2**i for i in range(gpus.bit_length()) if 2**i < gpus]
     for processes in trainers:
         engines = gpus if colocated else gpus - processes

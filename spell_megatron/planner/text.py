@@ -184,4 +184,7 @@ def duration(seconds: float) -> str:
     """Seconds in words."""
     if not math.isfinite(seconds):
         return "for ever"
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
