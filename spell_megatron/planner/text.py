@@ -42,7 +42,7 @@ def limits_text(plan: Plan) -> str:
     found = [
         (
             phase.total / memory,
-            f"GPU memory ({phase.name} {f'leaves {room:.1f}' if room >= 0 else f'needs {-room:.1f} more'} GiB)",
+            f"GPU memory ({phase.name} {'leaves' if room >= 0 else 'lacks'} {abs(room):.1f} GiB)",
         ),
         (1 / sequences, f"KV cache (room for {plan.engine.sequences:.1f} sequences of the longest length per engine)"),
         (host, f"host memory ({plan.host.total / GIB:,.0f} of {plan.host_memory / GIB:,.0f} GiB of a node)"),
