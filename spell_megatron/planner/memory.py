@@ -49,7 +49,7 @@ class TrainerMemory:
     """What the optimizer's step needs, when no activations are left: torch's AdamW makes a float32 copy of what it
     steps. The optimizers of transformer-engine and apex do not. A state in host memory comes in pieces."""
     buffers: int
-    """Weights on their way to the engines."""
+    """Weights on their way to the engines, at the least: a push uses what is free (`weights.buckets`)."""
     gather: int
     """What a checkpoint gathers of the optimizer's state at a time: one of its three float32 parts, of all ranks that
     share a parameter, before it goes to host memory."""
