@@ -139,7 +139,7 @@ def _documents(paths: Sequence[Path], cluster: str | None) -> list[tuple[str, st
         UserError: there are none, one cannot be read, or there is no such cluster.
     """
     if missing := [str(path) for path in paths if not path.exists()]:
-        raise UserError(f"There is no {', '.join(missing)}. Give --documents text files or folders of them.")
+        raise UserError(f"There is no file or folder {', '.join(missing)}. Give --documents texts, or folders of them.")
     if cluster is not None:
         return _of_cluster(paths, cluster)
     from spell_megatron.corpus.reading import TABLE_SUFFIXES, Counts, find_files, read_documents

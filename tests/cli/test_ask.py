@@ -47,7 +47,7 @@ def test_documents_of_a_cluster(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "There is no .*nowhere"), ("texts", "There are no documents")]
+    ("name", "message"), [("nowhere", "There is no file or folder .*nowhere"), ("texts", "There are no documents")]
 )
 def test_documents_that_are_not_there(tmp_path, name, message):
     (tmp_path / "texts").mkdir()
