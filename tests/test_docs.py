@@ -43,3 +43,9 @@ def test_links_and_paths_exist(page):
         if not made_later and not (ROOT / path).exists():
             missing.append(path)
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_are_written_for_an_active_environment(page):
+    """`spell` and `python`, not `.venv/bin/spell`; what submits jobs has an environment of its own, `.venv-slurm`."""
+    assert not re.findall(r".*\.venv/bin/(?!activate).*", page.read_text(encoding="utf-8"))
