@@ -112,7 +112,8 @@ def _trainer_lines(plan: Plan) -> Iterator[str]:
     yield _gib("layer", memory.layer, "formula: gradients of one layer, and its activations computed again")
     yield _gib("head", memory.head, "formula: the vocabulary head; only the larger of layer and head counts")
     yield _gib("step", memory.step, "torch's AdamW; counts only if it is more than the three above together")
-    yield _gib("buffers", memory.buffers, "weights on their way to the engines; only in a push, and more where there is room")
+    note = "weights on their way to the engines; only in a push, and more where there is room"
+    yield _gib("buffers", memory.buffers, note)
     yield _gib("gather", memory.gather, "optimizer state on its way to a checkpoint; only while it is saved")
     yield _gib("reserve", memory.reserve, "assumed: CUDA context, NCCL, workspaces")
 
