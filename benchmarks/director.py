@@ -10,11 +10,11 @@ Documents are made of sentences of examples/documents, tokenised by byte pairs a
 the same length. Questions and answers without documents are as long as the answers, and judgments have 512 tokens
 (--verdict). Half of the usable questions have right and wrong answers.
 
-CPU seconds are those of this process, all threads together, so a busy machine changes them little. The delay is how
-long the event loop is busy between two looks at its sockets, in CPU seconds of its thread; its 99th percentile is
-weighted by time: all but a hundredth of the busy time is in turns that are no longer. Memory is the most that the
-process ever held, all documents of the corpus included. --quick: 12 groups, 4 engines, a share of the CPU time
-accordingly. The last line is one JSON object.
+CPU seconds are those of this process, all threads together, so a busy machine changes them less than the time. Threads
+beside the event loop tokenise, and read answers that hold the routing of a prompt. The delay is how long the event loop
+is busy between two looks at its sockets, in CPU seconds of its thread; its 99th percentile is weighted by time: all but
+a hundredth of the busy time is in turns that are no longer. Memory is the most that the process ever held, all of the
+corpus included. --quick: 12 groups, 4 engines, a share of the CPU time accordingly. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -175,7 +176,8 @@ class Stopwatch:
                 try:
                     return function(*args, **kwargs)
                 finally:
-                    self.seconds[part] += time.thread_time() - began
+                    if threading.current_thread() is threading.main_thread():
+                        self.seconds[part] += time.thread_time() - began
 
             setattr(owner, name, timed)
 
@@ -232,7 +234,7 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
     write_dump(rollout.samples, folder, 0, "jsonl")
     parts = dict(watch.seconds)
     parts["HTTP, event loop, the rest"] = loop_seconds - sum(parts.values())
-    parts["tokenizing, beside the loop"] = rollout_seconds - loop_seconds
+    parts["beside the loop"] = rollout_seconds - loop_seconds
     parts["dump"] = time.process_time() - began
     from spell_megatron.leader import _row
 
