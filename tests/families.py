@@ -16,6 +16,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+}
 
 # model_type: (name of transformers' classes, fields of config.json that released models have too)
 FAMILIES = {
@@ -24,13 +31,21 @@ FAMILIES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 32} | MOE),
+    "qwen3_5_text": ("Qwen3_5", {"head_dim": 32} | LINEAR),
 }
 
 
 def hf_config(family: str, **fields) -> transformers.PretrainedConfig:
     """A configuration of the family; `fields` go before those of the list."""
     name, options = FAMILIES[family]
-    return getattr(transformers, f"{name}Config")(**options | fields)
+    text = "Text" if "layer_types" in options else ""
+    return getattr(transformers, f"{name}{text}Config")(**_alternating(options | fields))
+
+
+def _alternating(fields: dict) -> dict:
+    """The fields with as many `layer_types` as there are layers."""
+    types, layers = fields.get("layer_types"), fields.get("num_hidden_layers", 2)
+    return fields | {"layer_types": [types[i % len(types)] for i in range(layers)]} if types else fields
 
 
 def hf_model(family: str, seed: int = 0, **fields) -> transformers.PreTrainedModel:

@@ -14,7 +14,6 @@ has the group's queries and, gathered, the keys and values of the whole row (`la
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import Any
 
 import torch
@@ -27,23 +26,12 @@ from torch import Tensor
 from spell_megatron.training.attention_cpu import Ranges, TreeAttentionOnCpu, heads_first, plan
 from spell_megatron.training.attention_gpu import compiled_flex_attention, flex_block_mask
 from spell_megatron.training.layout import query_ranges
+from spell_megatron.training.row_memo import RowMemo
 
-_prepared: deque[tuple[Tensor, Ranges | None, Any]] = deque(maxlen=4)
-
-
-def _prepare(end: Tensor, queries: Ranges | None) -> Any:
-    """The plan or block mask of `end`, made once for all layers, forward and recomputed.
-
-    Recompute hands a detached alias of `end` over, so rows are told apart by their memory; holding the
-    tensor keeps that memory from being used again.
-    """
-    for known, asking, prepared in _prepared:
-        same_memory = known.data_ptr() == end.data_ptr() and known.device == end.device
-        if same_memory and known.shape == end.shape and asking == queries:
-            return prepared
-    prepared = flex_block_mask(end, queries) if end.is_cuda else plan(end, queries)
-    _prepared.append((end, queries, prepared))
-    return prepared
+_prepared: RowMemo[Ranges | None, Any] = RowMemo(
+    lambda end, queries: flex_block_mask(end, queries) if end.is_cuda else plan(end, queries)
+)
+"""The plan or block mask of rows for some queries."""
 
 
 def tree_attention(
@@ -61,7 +49,7 @@ def tree_attention(
     Returns:
         [queries, heads, head_dim], type of `query`.
     """
-    prepared = _prepare(end, queries)
+    prepared = _prepared.of(end, queries)
     if not query.is_cuda:
         return TreeAttentionOnCpu.apply(query, key, value, prepared, scale)
     out = compiled_flex_attention()(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
-from spell_megatron.training.families import Experts, Family
+from spell_megatron.training.families import DeltaNets, Experts, Family
 
 _SIZES = (
     "vocab_size",
@@ -30,6 +31,8 @@ def given_faults(family: Family, given: Mapping[str, Any], aliases: Mapping[str,
     if experts := family.experts:
         needed += [experts.count, experts.per_token, experts.width]
         optional.append(experts.period)
+    if family.delta_nets:
+        needed += asdict(family.delta_nets).values()
     for field in (*needed, *optional):
         name = field if field in given else aliases.get(field, field)
         value, least = given.get(name), 0 if experts and field == experts.count else 1
@@ -44,6 +47,8 @@ def value_faults(family: Family, hf_config: Any) -> Iterator[str]:
     yield from _heads(hf_config)
     if family.experts:
         yield from _experts(family.experts, hf_config)
+    if family.delta_nets:
+        yield from _delta_nets(family.delta_nets, hf_config)
     eps = hf_config.rms_norm_eps
     if not (isinstance(eps, float) and math.isfinite(eps) and eps > 0):
         yield f"rms_norm_eps is {eps!r}; it must be a number above 0"
@@ -61,6 +66,13 @@ def _heads(hf_config: Any) -> Iterator[str]:
         yield f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim"
     elif (dimensions := head_dim or hidden // heads) % 2:
         yield f"head_dim is {dimensions}; it must be even, because rotary embeddings turn pairs of dimensions"
+    elif (part := hf_config.rope_parameters.get("partial_rotary_factor")) is not None:
+        turned = int(dimensions * part)
+        if turned % 2 or not 0 < turned <= dimensions:
+            yield (
+                f"partial_rotary_factor is {part!r}: of {dimensions} dimensions rotary embeddings turn {turned}, which "
+                f"must be an even number from 2 to {dimensions}"
+            )
 
 
 def _experts(fields: Experts, hf_config: Any) -> Iterator[str]:
@@ -70,6 +82,14 @@ def _experts(fields: Experts, hf_config: Any) -> Iterator[str]:
     layers = range(hf_config.num_hidden_layers)
     if wrong := [layer for layer in getattr(hf_config, fields.dense_layers) or () if layer not in layers]:
         yield f"{fields.dense_layers} names layer {wrong[0]!r}; the layers have the numbers 0 to {layers[-1]}"
+
+
+def _delta_nets(fields: DeltaNets, hf_config: Any) -> Iterator[str]:
+    heads, key_heads = getattr(hf_config, fields.heads), getattr(hf_config, fields.key_heads)
+    if heads % key_heads:
+        yield f"{fields.heads} {heads} is no multiple of {fields.key_heads} {key_heads}"
+    if (given := len(hf_config.layer_types)) != hf_config.num_hidden_layers:
+        yield f"layer_types names {given} layers, and num_hidden_layers is {hf_config.num_hidden_layers}"
 
 
 def _rotary(parameters: Any) -> Iterator[str]:

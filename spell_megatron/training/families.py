@@ -57,6 +57,31 @@ QWEN3_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
+_MIXER, _LINEAR = "decoder.layers.{layer}.self_attention.", _LAYER + "linear_attn."
+
+QWEN3_5_NAMES: Mapping[str, tuple[str, ...]] = {
+    **LLAMA_NAMES,
+    _MIXER + "in_proj.weight": tuple(_LINEAR + f"in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")),
+    _MIXER + "conv1d.weight": (_LINEAR + "conv1d.weight",),
+    _MIXER + "dt_bias": (_LINEAR + "dt_bias",),
+    _MIXER + "A_log": (_LINEAR + "A_log",),
+    _MIXER + "out_norm.weight": (_LINEAR + "norm.weight",),
+    _MIXER + "out_proj.weight": (_LINEAR + "out_proj.weight",),
+}
+
+
+@dataclass(frozen=True)
+class DeltaNets:
+    """The fields of config.json that describe layers of gated delta nets."""
+
+    key_heads: str
+    heads: str
+    """Heads of the values."""
+    key_dim: str
+    value_dim: str
+    width: str
+    """Tokens that the convolution sees."""
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -91,6 +116,14 @@ class Family:
     window: tuple[str, str] | None = None
     """The field that asks for sliding-window attention, and the value that turns it off."""
     experts: Experts | None = None
+    delta_nets: DeltaNets | None = None
+    """Layers that layer_types calls "linear_attention"."""
+    output_gate: Trait = False
+    """The query projection also makes a gate on the attention's output."""
+    centred_norms: Trait = False
+    """RMSNorms multiply by one more than their weights."""
+    partial_rotary: bool = False
+    """Rotary embeddings may turn a part of each head."""
 
     def layers(self, parameter: str) -> tuple[str, ...]:
         """Own names of the linear layers whose weights a Megatron parameter joins, such as q_proj, k_proj, v_proj."""
@@ -128,6 +161,23 @@ FAMILIES = {
             dense_layers="mlp_only_layers",
             period="decoder_sparse_step",
         ),
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3.5 text",
+        QWEN3_5_NAMES,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        delta_nets=DeltaNets(
+            key_heads="linear_num_key_heads",
+            heads="linear_num_value_heads",
+            key_dim="linear_key_head_dim",
+            value_dim="linear_value_head_dim",
+            width="linear_conv_kernel_dim",
+        ),
+        output_gate=True,
+        centred_norms=True,
+        partial_rotary=True,
     ),
 }
 """By config.json's `model_type`."""

@@ -26,10 +26,22 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Faul
             f"{tensor} does not divide the model's {arch.groups} key-value heads, and is no multiple of them. "
             "Choose a divisor",
         )
-    elif (rows := (arch.heads + 2 * arch.groups) * arch.head_dim) % tensor:
+    elif (rows := (arch.heads * (1 + arch.output_gate) + 2 * arch.groups) * arch.head_dim) % tensor:
         # Key-value heads fewer than ranks: Megatron cuts the joined projection evenly all the same.
         yield _fault(
             "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
+        )
+    if arch.delta_net and arch.delta_net.key_heads % tensor:
+        yield _fault(
+            "tensor",
+            f"{tensor} does not divide the {arch.delta_net.key_heads} key heads of the model's linear layers. "
+            "Choose a divisor",
+        )
+    if arch.delta_net and parallel.context > 1:
+        yield _fault(
+            "context",
+            "the model's linear layers pass a state from token to token, and context-parallel ranks do not pass it on. "
+            "Set it to 1; training.parallel.tensor, pipeline and recompute save memory too",
         )
     if not all(arch.moe_layers) and arch.ffn % tensor:
         yield _fault(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import TrainingConfig
-from spell_megatron.training.attention import TreeAttention
+from spell_megatron.training.layers import layer_spec
 from spell_megatron.training.layout import context_levels, layout_faults
-from spell_megatron.training.moe import GroupedExperts, Router, routers
+from spell_megatron.training.moe import routers
 from spell_megatron.training.policy import Architecture, PolicyModel
 
 EXTRA_STATE = "._extra_state"
@@ -123,21 +119,6 @@ def _to_device(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm for the plain-torch layer spec; unlike Megatron's wrapper it allows sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        # Megatron sums the gradients of parameters with this mark over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = False) -> TreeGPTModel:
     """Build this rank's part of the model, on its device, with uninitialised weights.
 
@@ -155,7 +136,7 @@ def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = Fal
         config=transformer_config,
         policy=policy,
         offload=training.offload,
-        transformer_layer_spec=_layer_spec(transformer_config, arch, use_te),
+        transformer_layer_spec=layer_spec(transformer_config, arch, use_te),
         vocab_size=arch.vocabulary + -arch.vocabulary % parallel.tensor,
         max_sequence_length=policy.hf_config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -177,11 +158,6 @@ def _has_transformer_engine() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
-def _wants_grouped_experts(use_te: bool) -> bool:
-    # On CPUs the products themselves take the time: one expert after the other is as fast or faster.
-    return torch.cuda.is_available() and not use_te
-
-
 def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: bool) -> TransformerConfig:
     arch, dtype, parallel = policy.arch, policy.dtype, training.parallel
     # cos and sin are both scaled by `factor`, hence every score by its square.
@@ -200,6 +176,9 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         add_bias_linear=False,  # biases are given per layer by the spec
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
+        layernorm_zero_centered_gamma=arch.centred_norms,
+        attention_output_gate=arch.output_gate,
+        linear_attention_freq=[int(linear) for linear in arch.delta_layers] if arch.delta_net else None,
         softmax_scale=factor**2 / arch.head_dim**0.5,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -267,51 +246,3 @@ def _uneven_stages(layers: int, stages: int) -> list[list[str]] | None:
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
-
-
-def _layer_spec(transformer_config: TransformerConfig, arch: Architecture, use_te: bool) -> TransformerBlockSubmodules:
-    """Megatron's spec of this pipeline stage with tree attention, our RMSNorm and the family's biases."""
-    spec = get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=use_te, normalization="RMSNorm")
-    if not use_te:
-        spec.layer_norm = RMSNorm
-    for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # layers of a kind are one object
-        _adapt_layer(layer, arch, use_te)
-    return spec
-
-
-def _adapt_layer(layer: ModuleSpec, arch: Architecture, use_te: bool) -> None:
-    parts = layer.submodules
-    # A ModuleSpec in megatron-core 0.16, a functools.partial in 0.19.
-    feed_forward = parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
-    attention = parts.self_attention.submodules
-    attention.core_attention = TreeAttention
-    if not use_te:
-        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        if arch.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if arch.output_bias:
-        attention.linear_proj = _with_bias(attention.linear_proj)
-    if arch.mlp_bias:
-        feed_forward.linear_fc1 = _with_bias(feed_forward.linear_fc1)
-        feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
-    if isinstance(feed_forward, MoESubmodules):
-        feed_forward.router = Router
-        # Checkpoints get the key that it has with transformer-engine: experts have no `mlp.linear_fc1`.
-        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        if _wants_grouped_experts(use_te):
-            experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
-            if isinstance(experts, ModuleSpec):
-                experts.module = GroupedExperts
-            else:
-                feed_forward.experts = partial(GroupedExperts, **experts.keywords)
-
-
-def _with_bias(linear: type) -> type:
-    """The layer with a bias; Megatron's `add_bias_linear` gives one to attention and feed-forward at once."""
-
-    class Biased(linear):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "bias": True})
-
-    Biased.__name__ = Biased.__qualname__ = linear.__name__
-    return Biased

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from spell_megatron.errors import UserError
 from spell_megatron.training.config_values import given_faults, value_faults
 from spell_megatron.training.families import FAMILIES, Experts, Family, supported
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of a layer with a gated delta net in the place of attention."""
+
+    key_heads: int
+    heads: int
+    """A multiple of the key heads, whose consecutive heads share one."""
+    key_dim: int
+    value_dim: int
+    width: int
+    """Tokens that its convolution sees."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of its convolution: queries, keys, values."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,16 @@ class Architecture:
     """Weights of the chosen experts sum to one."""
     moe_layers: tuple[bool, ...]
     """Per layer: is its feed-forward a mixture of experts?"""
+    rotary_dim: int
+    """Dimensions of each head that rotary embeddings turn."""
+    output_gate: bool
+    """The query projection also makes a gate on the attention's output."""
+    centred_norms: bool
+    """RMSNorms multiply by one more than their weights."""
+    delta_net: DeltaNet | None
+    """None: all layers have attention."""
+    delta_layers: tuple[bool, ...]
+    """Per layer: is a gated delta net in the place of its attention?"""
 
 
 @dataclass(frozen=True)
@@ -106,12 +134,12 @@ class PolicyModel:
 
     @cached_property
     def rotary(self) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies [head_dim / 2] in float32 and the factor on cosine and sine, as transformers
+        """Inverse frequencies [rotary_dim / 2] in float32 and the factor on cosine and sine, as transformers
         defines them for the configured scaling (default, linear, llama3, yarn).
 
         Raises:
             UserError: a scaling whose frequencies depend on the length of each sequence, a rotation of a part of each
-                head, or numbers that give none.
+                head in a family that has none, or numbers that give none.
         """
         parameters = self.hf_config.rope_parameters
         if (kind := parameters["rope_type"]) not in ("default", "linear", "llama3", "yarn"):
@@ -120,7 +148,8 @@ class PolicyModel:
                 "and yarn; types whose frequencies change with the length of a sequence cannot be used when "
                 "sequences of several lengths share a prefix."
             )
-        if (part := parameters.get("partial_rotary_factor")) not in (None, 1):
+        part = parameters.get("partial_rotary_factor")
+        if not self.family.partial_rotary and part not in (None, 1):
             raise UserError(
                 f"config.json has partial_rotary_factor {part}. Rotary embeddings of a part of each head are not "
                 f"supported, and the models of {self.family.title} have none. Remove it."
@@ -139,7 +168,7 @@ class PolicyModel:
         # Models may be built on a device without memory, and transformers does not name the device everywhere.
         with torch.device("cpu"):
             if kind == "default":
-                dim = self.arch.head_dim
+                dim = self.arch.rotary_dim
                 exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
                 return 1.0 / self.hf_config.rope_parameters["rope_theta"] ** exponents, 1.0
             return ROPE_INIT_FUNCTIONS[kind](self.hf_config, device="cpu")
@@ -159,12 +188,14 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         )
     _refuse_windows(family, hf_config)
     layers = hf_config.num_hidden_layers
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    part = hf_config.rope_parameters.get("partial_rotary_factor") if family.partial_rotary else None
     return Architecture(
         layers=layers,
         hidden=hf_config.hidden_size,
         heads=hf_config.num_attention_heads,
         groups=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        head_dim=head_dim,
         ffn=hf_config.intermediate_size,
         vocabulary=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,
@@ -172,8 +203,24 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         output_bias=family.has(family.output_bias, hf_config),
         mlp_bias=family.has(family.mlp_bias, hf_config),
         qk_norm=family.has(family.qk_norm, hf_config),
+        rotary_dim=head_dim if part is None else int(head_dim * part),
+        output_gate=family.has(family.output_gate, hf_config),
+        centred_norms=family.has(family.centred_norms, hf_config),
+        delta_net=_delta_net(family, hf_config),
+        delta_layers=tuple(kind == "linear_attention" for kind in _layer_types(hf_config)),
         **(_experts(family.experts, hf_config) if family.experts else _NO_EXPERTS | {"moe_layers": (False,) * layers}),
     )
+
+
+def _layer_types(hf_config: PretrainedConfig) -> list[str]:
+    """What mixes the tokens in each layer, as config.json calls it."""
+    return getattr(hf_config, "layer_types", None) or ["full_attention"] * hf_config.num_hidden_layers
+
+
+def _delta_net(family: Family, hf_config: PretrainedConfig) -> DeltaNet | None:
+    if family.delta_nets is None or "linear_attention" not in _layer_types(hf_config):
+        return None
+    return DeltaNet(**{size: getattr(hf_config, field) for size, field in asdict(family.delta_nets).items()})
 
 
 def _refuse(faults: Iterable[str]) -> None:
@@ -188,7 +235,8 @@ def _refuse_windows(family: Family, hf_config: PretrainedConfig) -> None:
     field, off = family.window or ("", "")
     layer_types = getattr(hf_config, "layer_types", None)
     windowed = bool(field) and getattr(hf_config, field, None)
-    if any(kind != "full_attention" for kind in layer_types) if layer_types else windowed:
+    known = {"full_attention"} | ({"linear_attention"} if family.delta_nets else set())
+    if any(kind not in known for kind in layer_types) if layer_types else windowed:
         changes = [f"set {field} to {off}"] if field else []
         changes += ["remove layer_types"] if layer_types else []
         raise UserError(

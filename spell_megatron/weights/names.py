@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spell_megatron.training.policy import Architecture, PolicyModel
+from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
 
 
 class Layout(Enum):
@@ -24,8 +25,35 @@ class Layout(Enum):
     REPLICATED = "the same on every rank"
     ROWS = "rows cut; padded with zero rows to a multiple of the ranks"
     COLUMNS = "columns cut"
-    QKV = "per key-value head: its query rows, its key rows, its value rows; cut after that"
+    GROUPS = "rows of several kinds, which belong to groups of heads; a group's rows of all kinds together, then cut"
     GATE_UP = "gate and up cut each, then put on top of each other"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How rows of several kinds belong to groups of heads: queries, keys and values to key-value heads, say."""
+
+    count: int
+    kinds: tuple[tuple[int, ...], ...]
+    """For each Hugging Face tensor the numbers of rows of each kind in it, one kind after the other."""
+    gated_heads: int = 0
+    """If the first tensor holds queries and gates, head by head: how many heads."""
+
+    def joined(self, tensors: list[Tensor]) -> Tensor:
+        """One tensor: for one group after the other its rows of all kinds."""
+        if self.gated_heads:
+            tensors = [tensors[0].unflatten(0, (self.gated_heads, 2, -1)).transpose(0, 1).flatten(0, 2), *tensors[1:]]
+        kinds = [kind for x, rows in zip(tensors, self.kinds, strict=True) for kind in x.split(rows)]
+        return torch.cat([kind.unflatten(0, (self.count, -1)) for kind in kinds], dim=1).flatten(0, 1)
+
+    def separated(self, joined: Tensor) -> list[Tensor]:
+        """The tensors that `joined` was made of. They may be views."""
+        rows = [number // self.count for numbers in self.kinds for number in numbers]
+        kinds = iter(kind.flatten(0, 1) for kind in joined.unflatten(0, (self.count, -1)).split(rows, dim=1))
+        tensors = [_joined([next(kinds) for _ in numbers]) for numbers in self.kinds]
+        if self.gated_heads:
+            tensors[0] = tensors[0].unflatten(0, (2, self.gated_heads, -1)).transpose(0, 1).flatten(0, 2)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -40,8 +68,8 @@ class Rule:
     """Number of its layer; None: outside of all layers."""
     expert: int | None = None
     """Number of its expert, which the expert-tensor-parallel ranks share; None: the tensor-parallel ranks share it."""
-    groups: int = 1
-    """Key-value heads (QKV only)."""
+    groups: Groups | None = None
+    """Of rows in GROUPS."""
 
     @property
     def elements(self) -> int:
@@ -60,9 +88,9 @@ class Rule:
                 return whole.chunk(size)[rank]
             case Layout.COLUMNS:
                 return tensors[0].chunk(size, dim=1)[rank]
-            case Layout.QKV:
-                grouped = [x.unflatten(0, (self.groups, -1)) for x in tensors]
-                return torch.cat(grouped, dim=1).flatten(0, 1).chunk(size)[rank]
+            case Layout.GROUPS:
+                assert self.groups is not None
+                return self.groups.joined(tensors).chunk(size)[rank]
             case Layout.GATE_UP:
                 return torch.cat([x.chunk(size)[rank] for x in tensors])
 
@@ -75,10 +103,9 @@ class Rule:
                 return [_joined(shards)[: self.shapes[0][0]]]
             case Layout.COLUMNS:
                 return [_joined(shards, dim=1)]
-            case Layout.QKV:
-                grouped = _joined(shards).unflatten(0, (self.groups, -1))
-                rows = [shape[0] // self.groups for shape in self.shapes]
-                return [x.flatten(0, 1) for x in grouped.split(rows, dim=1)]
+            case Layout.GROUPS:
+                assert self.groups is not None
+                return self.groups.separated(_joined(shards))
             case Layout.GATE_UP:
                 return [_joined(list(parts)) for parts in zip(*(shard.chunk(2) for shard in shards))]
 
@@ -114,18 +141,19 @@ def rules(policy: PolicyModel) -> dict[str, Rule]:
     """
     arch, table = policy.arch, {}
 
-    def add(name: str, shapes: _Shapes, layout: Layout, layer: int | None = None, expert: int | None = None) -> None:
-        ours, *theirs = (x.format(layer=layer, expert=expert) for x in (name, *policy.family.names[name]))
-        table[ours] = Rule(tuple(theirs), shapes, layout, layer, expert, arch.groups if layout is Layout.QKV else 1)
+    def add(parameter: _Parameter, layer: int | None = None) -> None:
+        name = parameter.name if layer is None else "decoder.layers.{layer}." + parameter.name
+        ours, *theirs = (x.format(layer=layer, expert=parameter.expert) for x in (name, *policy.family.names[name]))
+        table[ours] = Rule(tuple(theirs), parameter.shapes, parameter.layout, layer, parameter.expert, parameter.groups)
 
     vocabulary = ((arch.vocabulary, arch.hidden),)
-    add("embedding.word_embeddings.weight", vocabulary, Layout.ROWS)
+    add(_Parameter("embedding.word_embeddings.weight", vocabulary, Layout.ROWS))
     for layer in range(arch.layers):
-        for name, shapes, layout, expert in _layer_parameters(arch, layer):
-            add("decoder.layers.{layer}." + name, shapes, layout, layer, expert)
-    add("decoder.final_layernorm.weight", ((arch.hidden,),), Layout.REPLICATED)
+        for parameter in _layer_parameters(arch, layer):
+            add(parameter, layer)
+    add(_Parameter("decoder.final_layernorm.weight", ((arch.hidden,),), Layout.REPLICATED))
     if not arch.tied:
-        add("output_layer.weight", vocabulary, Layout.ROWS)
+        add(_Parameter("output_layer.weight", vocabulary, Layout.ROWS))
     return table
 
 
@@ -168,39 +196,69 @@ def expert_parts(stored: str, shape: tuple[int, ...]) -> dict[str, ExpertPart]:
 _Shapes = tuple[tuple[int, ...], ...]
 
 
-def _layer_parameters(arch: Architecture, layer: int) -> Iterator[tuple[str, _Shapes, Layout, int | None]]:
-    """(name within the layer, shapes, layout, expert) of a layer's parameters."""
-    yield from ((name, shapes, layout, None) for name, shapes, layout in _attention_parameters(arch))
+class _Parameter(NamedTuple):
+    """A Megatron parameter by its name in the model or within a layer; the rest is as in `Rule`."""
+
+    name: str
+    shapes: _Shapes
+    layout: Layout
+    expert: int | None = None
+    groups: Groups | None = None
+
+
+def _layer_parameters(arch: Architecture, layer: int) -> Iterator[_Parameter]:
+    if arch.delta_net and arch.delta_layers[layer]:
+        yield from _delta_net_parameters(arch.hidden, arch.delta_net)
+    else:
+        yield from _attention_parameters(arch)
     norm = ((arch.hidden,),)
     if arch.moe_layers[layer]:
-        yield "mlp.router.weight", ((arch.experts, arch.hidden),), Layout.REPLICATED, None
+        yield _Parameter("mlp.router.weight", ((arch.experts, arch.hidden),), Layout.REPLICATED)
         for expert in range(arch.experts):
             gate_up, down = _feed_forward_shapes(arch.hidden, arch.expert_ffn)
-            yield "mlp.experts.local_experts.{expert}.linear_fc1.weight", gate_up, Layout.GATE_UP, expert
-            yield "mlp.experts.local_experts.{expert}.linear_fc2.weight", down, Layout.COLUMNS, expert
+            own = "mlp.experts.local_experts.{expert}."
+            yield _Parameter(own + "linear_fc1.weight", gate_up, Layout.GATE_UP, expert)
+            yield _Parameter(own + "linear_fc2.weight", down, Layout.COLUMNS, expert)
     else:
         gate_up, down = _feed_forward_shapes(arch.hidden, arch.ffn)
-        yield "mlp.linear_fc1.weight", gate_up, Layout.GATE_UP, None
-        yield "mlp.linear_fc2.weight", down, Layout.COLUMNS, None
+        yield _Parameter("mlp.linear_fc1.weight", gate_up, Layout.GATE_UP)
+        yield _Parameter("mlp.linear_fc2.weight", down, Layout.COLUMNS)
         if arch.mlp_bias:
-            yield "mlp.linear_fc1.bias", ((arch.ffn,), (arch.ffn,)), Layout.GATE_UP, None
-            yield "mlp.linear_fc2.bias", norm, Layout.REPLICATED, None
-    yield "input_layernorm.weight", norm, Layout.REPLICATED, None
-    yield "pre_mlp_layernorm.weight", norm, Layout.REPLICATED, None
+            yield _Parameter("mlp.linear_fc1.bias", ((arch.ffn,), (arch.ffn,)), Layout.GATE_UP)
+            yield _Parameter("mlp.linear_fc2.bias", norm, Layout.REPLICATED)
+    yield _Parameter("input_layernorm.weight", norm, Layout.REPLICATED)
+    yield _Parameter("pre_mlp_layernorm.weight", norm, Layout.REPLICATED)
 
 
-def _attention_parameters(arch: Architecture) -> Iterator[tuple[str, _Shapes, Layout]]:
+def _attention_parameters(arch: Architecture) -> Iterator[_Parameter]:
+    own = "self_attention."
     queries, keys = arch.heads * arch.head_dim, arch.groups * arch.head_dim
-    rows = (queries, keys, keys)
-    yield "self_attention.linear_qkv.weight", tuple((n, arch.hidden) for n in rows), Layout.QKV
+    kinds = ((queries, queries) if arch.output_gate else (queries,), (keys,), (keys,))
+    rows, groups = tuple(map(sum, kinds)), Groups(arch.groups, kinds, arch.heads if arch.output_gate else 0)
+    qkv = tuple((n, arch.hidden) for n in rows)
+    yield _Parameter(own + "linear_qkv.weight", qkv, Layout.GROUPS, groups=groups)
     if arch.qkv_bias:
-        yield "self_attention.linear_qkv.bias", tuple((n,) for n in rows), Layout.QKV
-    yield "self_attention.linear_proj.weight", ((arch.hidden, queries),), Layout.COLUMNS
+        yield _Parameter(own + "linear_qkv.bias", tuple((n,) for n in rows), Layout.GROUPS, groups=groups)
+    yield _Parameter(own + "linear_proj.weight", ((arch.hidden, queries),), Layout.COLUMNS)
     if arch.output_bias:
-        yield "self_attention.linear_proj.bias", ((arch.hidden,),), Layout.REPLICATED
+        yield _Parameter(own + "linear_proj.bias", ((arch.hidden,),), Layout.REPLICATED)
     if arch.qk_norm:
-        yield "self_attention.q_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED
-        yield "self_attention.k_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED
+        yield _Parameter(own + "q_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED)
+        yield _Parameter(own + "k_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED)
+
+
+def _delta_net_parameters(hidden: int, net: DeltaNet) -> Iterator[_Parameter]:
+    own, key_heads, heads = "self_attention.", net.key_heads, (net.heads,)
+    keys, values = key_heads * net.key_dim, net.heads * net.value_dim
+    kinds = ((keys, keys, values), (values,), heads, heads)  # queries, keys and values; gates; rates; decays
+    projected = tuple((sum(rows), hidden) for rows in kinds)
+    yield _Parameter(own + "in_proj.weight", projected, Layout.GROUPS, groups=Groups(key_heads, kinds))
+    convolution = ((net.channels, 1, net.width),)
+    yield _Parameter(own + "conv1d.weight", convolution, Layout.GROUPS, groups=Groups(key_heads, kinds[:1]))
+    yield _Parameter(own + "dt_bias", (heads,), Layout.ROWS)
+    yield _Parameter(own + "A_log", (heads,), Layout.ROWS)
+    yield _Parameter(own + "out_norm.weight", ((net.value_dim,),), Layout.REPLICATED)
+    yield _Parameter(own + "out_proj.weight", ((hidden, values),), Layout.COLUMNS)
 
 
 def _feed_forward_shapes(hidden: int, width: int) -> tuple[_Shapes, _Shapes]:

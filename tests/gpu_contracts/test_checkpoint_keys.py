@@ -12,7 +12,7 @@ from trainer_cases import initialise, make_policy, make_rows, make_trainer, save
 
 from spell_megatron.checkpoint.restore import load
 from spell_megatron.config.schema import ParallelConfig
-from spell_megatron.training import backend, model
+from spell_megatron.training import backend, layers, model
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.convert import compare, hf_to_megatron
 
@@ -73,7 +73,7 @@ def test_conversions_of_version_0_1_load(case, policies, monkeypatch, tmp_path):
     compare(tmp_path / "megatron", policies / case)
 
 
-class NormWithExtraState(model.RMSNorm):
+class NormWithExtraState(layers.RMSNorm):
     """As those of transformer-engine, which hold an extra state that no plain norm has."""
 
     def get_extra_state(self) -> torch.Tensor:
@@ -86,7 +86,7 @@ class NormWithExtraState(model.RMSNorm):
 @pytest.mark.parametrize("to_extra_state", [True, False])
 @pytest.mark.parametrize("case", ["dense", "experts"])
 def test_extra_state_is_neither_saved_nor_wanted(case, to_extra_state, policies, monkeypatch, tmp_path):
-    kinds = [model.RMSNorm, NormWithExtraState]
+    kinds = [layers.RMSNorm, NormWithExtraState]
     config = config_of(policies / case, "distributed")
     try:
         trainer, other = trainers(config, monkeypatch, kinds if to_extra_state else kinds[::-1])

@@ -20,13 +20,13 @@ def main(folder: Path) -> None:
     from spell_megatron.checkpoint.folder import latest
     from spell_megatron.checkpoint.restore import load
     from spell_megatron.config.schema import ParallelConfig
-    from spell_megatron.training import backend, model
+    from spell_megatron.training import backend, layers, model
     from spell_megatron.training.optimizer import optimizer_parts
     from spell_megatron.weights.convert import compare, hf_to_megatron
 
     transformer_engine_stub.pretend_a_gpu()
     model._has_transformer_engine = lambda: True
-    model._wants_grouped_experts = lambda use_te: False
+    layers._wants_grouped_experts = lambda use_te: False
     for case in CASES:
         for optimizer in OPTIMIZERS:
             run = folder / f"{case}_{optimizer}"

@@ -5,7 +5,7 @@ import torch
 from hf_models import MOE, load, make
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from spell_megatron.training import model
+from spell_megatron.training import layers
 from spell_megatron.training.moe import GroupedExperts
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -28,7 +28,7 @@ def grouped(monkeypatch):
 
     def build(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(model, "_wants_grouped_experts", lambda use_te: True)
+            patch.setattr(layers, "_wants_grouped_experts", lambda use_te: True)
             built = load(*args)
         assert {type(layer.mlp.experts) for layer in built.decoder.layers} == {GroupedExperts}
         return built

@@ -27,10 +27,10 @@ def check(folder: Path, name: str, policy: str, settings: dict, saved: dict[str,
     )
 
     from spell_megatron.checkpoint.restore import load
-    from spell_megatron.training import model
+    from spell_megatron.training import layers
 
     grouped = settings.pop("grouped_experts", False)  # no setting: GPUs have them
-    model._wants_grouped_experts = lambda use_te: grouped
+    layers._wants_grouped_experts = lambda use_te: grouped
     rows = make_routed_rows if settings.pop("routed", False) else make_rows
     config = make_config(folder / policy, **settings)
     initialise(config)
