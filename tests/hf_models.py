@@ -56,6 +56,15 @@ CASES = {family: (family, MOE if "num_experts" in fields else {}) for family, (_
     "qwen3-tied-wide-heads": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3-bias-yarn": ("qwen3", {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN_ROPE}),
     "qwen3-one-group": ("qwen3", {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1}),
+    "qwen3_5-attention-last": (
+        "qwen3_5_text",
+        {"layer_types": ["linear_attention"] * 2 + ["full_attention"], "tie_word_embeddings": True, "head_dim": 16},
+    ),
+    "qwen3_5-linear-scaling": (
+        "qwen3_5_text",
+        {"rope_parameters": LINEAR_ROPE | {"partial_rotary_factor": 0.5}, "linear_conv_kernel_dim": 2},
+    ),
+    "qwen3_5-moe-attention-bias": ("qwen3_5_moe_text", MOE | {"attention_bias": True, "num_key_value_heads": 4}),
     "qwen3-moe-normalised": ("qwen3_moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
     "qwen3-moe-not-normalised": ("qwen3_moe", MOE | {"head_dim": 20, "norm_topk_prob": False}),
     "qwen3-moe-one-expert-chosen": (

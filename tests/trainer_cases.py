@@ -44,6 +44,8 @@ POLICIES = {family: (family, {}) for family in FAMILIES} | {
             vocab_size=VOCAB + 3,
         ),
     ),
+    # As many key heads as four ranks, which are more than the key-value heads.
+    "four_key_heads": ("qwen3_5_text", dict(linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=3)),
     "three_heads": ("qwen3", dict(head_dim=16, num_attention_heads=3, num_key_value_heads=3)),
 }
 

@@ -30,7 +30,10 @@ def given_faults(family: Family, given: Mapping[str, Any], aliases: Mapping[str,
     needed, optional = list(_SIZES), ["num_key_value_heads", "head_dim"]
     if experts := family.experts:
         needed += [experts.count, experts.per_token, experts.width]
-        optional.append(experts.period)
+        needed += [experts.shared_width] if experts.shared_width else []
+        optional += [experts.period] if experts.period else []
+        if experts.dense_layers is None:
+            needed.remove("intermediate_size")
     if family.delta_nets:
         needed += asdict(family.delta_nets).values()
     for field in (*needed, *optional):
@@ -80,7 +83,8 @@ def _experts(fields: Experts, hf_config: Any) -> Iterator[str]:
     if count and chosen > count:
         yield f"{fields.per_token} {chosen} is more than {fields.count} {count}"
     layers = range(hf_config.num_hidden_layers)
-    if wrong := [layer for layer in getattr(hf_config, fields.dense_layers) or () if layer not in layers]:
+    dense = getattr(hf_config, fields.dense_layers) if fields.dense_layers else None
+    if wrong := [layer for layer in dense or () if layer not in layers]:
         yield f"{fields.dense_layers} names layer {wrong[0]!r}; the layers have the numbers 0 to {layers[-1]}"
 
 

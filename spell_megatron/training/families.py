@@ -45,8 +45,7 @@ LLAMA_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Hugging Face names of each Megatron parameter, in the order in which Megatron joins them."""
 
-QWEN3_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
-    **LLAMA_NAMES,
+_EXPERTS: Mapping[str, tuple[str, ...]] = {
     "decoder.layers.{layer}.mlp.router.weight": (_LAYER + "mlp.gate.weight",),
     "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight": (
         _LAYER + "mlp.experts.{expert}.gate_proj.weight",
@@ -56,6 +55,8 @@ QWEN3_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
         _LAYER + "mlp.experts.{expert}.down_proj.weight",
     ),
 }
+
+QWEN3_MOE_NAMES: Mapping[str, tuple[str, ...]] = {**LLAMA_NAMES, **_EXPERTS}
 
 _MIXER, _LINEAR = "decoder.layers.{layer}.self_attention.", _LAYER + "linear_attn."
 
@@ -67,6 +68,16 @@ QWEN3_5_NAMES: Mapping[str, tuple[str, ...]] = {
     _MIXER + "A_log": (_LINEAR + "A_log",),
     _MIXER + "out_norm.weight": (_LINEAR + "norm.weight",),
     _MIXER + "out_proj.weight": (_LINEAR + "out_proj.weight",),
+}
+
+_SHARED = "decoder.layers.{layer}.mlp.shared_experts."
+
+QWEN3_5_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
+    **QWEN3_5_NAMES,
+    **_EXPERTS,
+    _SHARED + "linear_fc1.weight": tuple(_LAYER + f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")),
+    _SHARED + "linear_fc2.weight": (_LAYER + "mlp.shared_expert.down_proj.weight",),
+    _SHARED + "gate_weight": (_LAYER + "mlp.shared_expert_gate.weight",),
 }
 
 
@@ -91,12 +102,14 @@ class Experts:
     per_token: str
     width: str
     """Width of an expert's feed-forward."""
-    normalised: str
-    """Whether the weights of a token's experts sum to one."""
-    dense_layers: str
-    """Numbers of the layers without experts."""
-    period: str
-    """Only every so many layers one has experts."""
+    normalised: Trait
+    """The weights of a token's experts sum to one."""
+    dense_layers: str | None = None
+    """Numbers of the layers without experts. None: there are none."""
+    period: str | None = None
+    """Only every so many layers one has experts. None: every layer has."""
+    shared_width: str | None = None
+    """Width of the feed-forward of an expert that all tokens go to, and that has a gate. None: there is none."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,21 @@ class Family:
 
 
 _QWEN_WINDOW = ("use_sliding_window", "false")
+_QWEN3_5: Mapping[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "output_bias": "attention_bias",
+    "qk_norm": True,
+    "delta_nets": DeltaNets(
+        key_heads="linear_num_key_heads",
+        heads="linear_num_value_heads",
+        key_dim="linear_key_head_dim",
+        value_dim="linear_value_head_dim",
+        width="linear_conv_kernel_dim",
+    ),
+    "output_gate": True,
+    "centred_norms": True,
+    "partial_rotary": True,
+}
 
 FAMILIES = {
     "llama": Family(
@@ -162,22 +190,18 @@ FAMILIES = {
             period="decoder_sparse_step",
         ),
     ),
-    "qwen3_5_text": Family(
-        "Qwen3.5 text",
-        QWEN3_5_NAMES,
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
-        qk_norm=True,
-        delta_nets=DeltaNets(
-            key_heads="linear_num_key_heads",
-            heads="linear_num_value_heads",
-            key_dim="linear_key_head_dim",
-            value_dim="linear_value_head_dim",
-            width="linear_conv_kernel_dim",
+    "qwen3_5_text": Family("Qwen3.5 text", QWEN3_5_NAMES, **_QWEN3_5),
+    "qwen3_5_moe_text": Family(
+        "Qwen3.5 text with a mixture of experts",
+        QWEN3_5_MOE_NAMES,
+        **_QWEN3_5,
+        experts=Experts(
+            count="num_experts",
+            per_token="num_experts_per_tok",
+            width="moe_intermediate_size",
+            normalised=True,
+            shared_width="shared_expert_intermediate_size",
         ),
-        output_gate=True,
-        centred_norms=True,
-        partial_rotary=True,
     ),
 }
 """By config.json's `model_type`."""

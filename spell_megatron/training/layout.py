@@ -47,6 +47,11 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Faul
         yield _fault(
             "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
         )
+    if arch.shared_ffn % tensor:
+        yield _fault(
+            "tensor",
+            f"{tensor} does not divide the width {arch.shared_ffn} of the model's shared expert. Choose a divisor",
+        )
     if arch.experts and arch.expert_ffn % experts:
         yield _fault(
             "expert_tensor",

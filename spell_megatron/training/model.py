@@ -143,6 +143,9 @@ def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = Fal
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
+    for layer in model.modules():
+        if getattr(layer, "gate_weight", None) is not None:  # Megatron makes shared experts' gates in host memory
+            layer.gate_weight.data = layer.gate_weight.data.to(torch.cuda.current_device())
     # Without expert parallelism megatron-core 0.16 takes experts for dense layers, also where their tensor parallelism
     # is another one, and sums gradients of different shards. The mark sends them to the experts' process groups; 0.19
     # sets it itself.
@@ -168,7 +171,7 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         num_attention_heads=arch.heads,
         num_query_groups=arch.groups,
         kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn,
+        ffn_hidden_size=arch.ffn or arch.expert_ffn,
         normalization="RMSNorm",
         layernorm_epsilon=policy.hf_config.rms_norm_eps,
         gated_linear_unit=True,
@@ -212,6 +215,8 @@ def _expert_options(arch: Architecture, training: TrainingConfig, use_te: bool) 
         "num_moe_experts": arch.experts,
         "moe_router_topk": arch.experts_per_token,
         "moe_ffn_hidden_size": arch.expert_ffn,
+        "moe_shared_expert_intermediate_size": arch.shared_ffn or None,
+        "moe_shared_expert_gate": arch.shared_ffn > 0,
         "moe_layer_freq": [int(is_moe) for is_moe in arch.moe_layers],
         # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
         "moe_router_pre_softmax": not arch.normalise_router,

@@ -48,7 +48,7 @@ class Architecture:
     """Key-value heads."""
     head_dim: int
     ffn: int
-    """Width of a dense layer's feed-forward."""
+    """Width of a dense layer's feed-forward; 0 if config.json knows none, because no layer is dense."""
     vocabulary: int
     tied: bool
     """The vocabulary head is the embedding."""
@@ -62,6 +62,8 @@ class Architecture:
     """Experts per mixture-of-experts layer; 0 for dense models."""
     experts_per_token: int
     expert_ffn: int
+    shared_ffn: int
+    """Width of an expert that all tokens go to, and that has a gate; 0 if there is none."""
     normalise_router: bool
     """Weights of the chosen experts sum to one."""
     moe_layers: tuple[bool, ...]
@@ -160,6 +162,11 @@ class PolicyModel:
             reason = "" if sound else "the frequencies are not all above 0 and finite"
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"
+        if not reason and factor != 1 and self.arch.rotary_dim < self.arch.head_dim:
+            raise UserError(
+                f"config.json asks for rotary embeddings of type {kind!r} of a part of each head, which multiplies that "
+                f"part by {factor:.4g}. That is not supported: remove the scaling, or set attention_factor to 1 in it."
+            )
         if reason:
             _refuse([f"rope_parameters {parameters} give no rotary embedding ({reason})"])
         return frequencies.float(), float(factor)
@@ -196,7 +203,7 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         heads=hf_config.num_attention_heads,
         groups=hf_config.num_key_value_heads,
         head_dim=head_dim,
-        ffn=hf_config.intermediate_size,
+        ffn=getattr(hf_config, "intermediate_size", 0),
         vocabulary=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,
         qkv_bias=family.has(family.qkv_bias, hf_config),
@@ -245,27 +252,30 @@ def _refuse_windows(family: Family, hf_config: PretrainedConfig) -> None:
         )
 
 
-_NO_EXPERTS: dict[str, Any] = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "normalise_router": False}
+_NO_EXPERTS: dict[str, Any] = dict.fromkeys(("experts", "experts_per_token", "expert_ffn", "shared_ffn"), 0)
+_NO_EXPERTS["normalise_router"] = False
 
 
 def _experts(fields: Experts, hf_config: PretrainedConfig) -> dict[str, Any]:
     """The attributes of `Architecture` that describe a mixture of experts."""
     count, layers = getattr(hf_config, fields.count), range(hf_config.num_hidden_layers)
-    dense = set(getattr(hf_config, fields.dense_layers) or ())
-    period = getattr(hf_config, fields.period)
+    dense = set((fields.dense_layers and getattr(hf_config, fields.dense_layers)) or ())
+    period = getattr(hf_config, fields.period) if fields.period else 1
     moe_layers = tuple(bool(count) and i not in dense and (i + 1) % period == 0 for i in layers)
     if not any(moe_layers):
         return _NO_EXPERTS | {"moe_layers": moe_layers}
-    per_token, normalised = getattr(hf_config, fields.per_token), getattr(hf_config, fields.normalised)
+    per_token, normalised = getattr(hf_config, fields.per_token), Family.has(fields.normalised, hf_config)
     if normalised and per_token == 1:
         raise UserError(
-            f"config.json has {fields.per_token} 1 and {fields.normalised} true: every expert then has weight 1 and "
-            f"the router learns nothing. Megatron-Core refuses it; set {fields.normalised} to false."
+            f"config.json has {fields.per_token} 1, and the weights of a token's experts sum to one: every expert then "
+            "has weight 1 and the router learns nothing. Megatron-Core refuses it"
+            + (f"; set {fields.normalised} to false." if isinstance(fields.normalised, str) else ".")
         )
     return {
         "experts": count,
         "experts_per_token": per_token,
         "expert_ffn": getattr(hf_config, fields.width),
-        "normalise_router": bool(normalised),
+        "shared_ffn": getattr(hf_config, fields.shared_width) if fields.shared_width else 0,
+        "normalise_router": normalised,
         "moe_layers": moe_layers,
     }

@@ -219,6 +219,11 @@ def _layer_parameters(arch: Architecture, layer: int) -> Iterator[_Parameter]:
             own = "mlp.experts.local_experts.{expert}."
             yield _Parameter(own + "linear_fc1.weight", gate_up, Layout.GATE_UP, expert)
             yield _Parameter(own + "linear_fc2.weight", down, Layout.COLUMNS, expert)
+        if arch.shared_ffn:
+            gate_up, down = _feed_forward_shapes(arch.hidden, arch.shared_ffn)
+            yield _Parameter("mlp.shared_experts.linear_fc1.weight", gate_up, Layout.GATE_UP)
+            yield _Parameter("mlp.shared_experts.linear_fc2.weight", down, Layout.COLUMNS)
+            yield _Parameter("mlp.shared_experts.gate_weight", ((1, arch.hidden),), Layout.REPLICATED)
     else:
         gate_up, down = _feed_forward_shapes(arch.hidden, arch.ffn)
         yield _Parameter("mlp.linear_fc1.weight", gate_up, Layout.GATE_UP)

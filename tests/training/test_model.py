@@ -35,6 +35,18 @@ def test_logits_equal_transformers(name, hf_checkpoint):
     assert error <= 1e-4
 
 
+def random_linear_layers(rng):
+    key_heads = rng.choice([1, 2, 3])
+    return {
+        "layer_types": rng.choices(["linear_attention", "full_attention"], k=3),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * rng.choice([1, 2, 4]),
+        "linear_key_head_dim": rng.randint(2, 20),
+        "linear_value_head_dim": rng.randint(2, 20),
+        "linear_conv_kernel_dim": rng.randint(2, 6),
+    }
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_shapes_equal_transformers(family, seed, tmp_path):
@@ -55,6 +67,8 @@ def test_random_shapes_equal_transformers(family, seed, tmp_path):
         options["head_dim"] = 2 * rng.randint(2, 20)
     if "num_experts" in FAMILIES[family][1]:
         options |= MOE | {"norm_topk_prob": rng.random() < 0.5, "num_experts": rng.randint(3, 9)}
+    if "layer_types" in FAMILIES[family][1]:
+        options |= random_linear_layers(rng) | {"head_dim": 8 * rng.randint(1, 5), "use_cache": False}
     hf = make(family, options, seed)
     hf.save_pretrained(tmp_path)
     tokens = torch.randint(0, options["vocab_size"], (rng.randint(1, 80),))
@@ -109,7 +123,9 @@ def tree_rows(vocabulary):
     return torch.cat(pieces), depth, end, paths
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama-3-scaling", "qwen3-moe-normalised", "qwen3-bias-yarn"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "llama-3-scaling", "qwen3-moe-normalised", "qwen3-bias-yarn", "qwen3_5_text"]
+)
 def test_tree_equals_unshared_sequences(name, hf_checkpoint):
     """Logits of every path, and the gradient of a loss over all of them: at most 1e-5 relative."""
     hf, folder = hf_checkpoint(name)
@@ -136,7 +152,7 @@ def test_tree_equals_unshared_sequences(name, hf_checkpoint):
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5-attention-last"])
 def test_gradient_equals_transformers(name, hf_checkpoint):
     """Gradient of a cross-entropy by parameter: the embedding (tied in one case) and a late projection."""
     hf, folder = hf_checkpoint(name)
@@ -162,7 +178,7 @@ def test_gradient_equals_transformers(name, hf_checkpoint):
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_recompute_changes_nothing(name, recompute, hf_checkpoint):
     tokens, depth, end, _ = tree_rows(COMMON["vocab_size"])
     _, folder = hf_checkpoint(name)
