@@ -164,7 +164,7 @@ class PolicyModel:
             reason = f"{type(error).__name__}: {error}"
         if not reason and factor != 1 and self.arch.rotary_dim < self.arch.head_dim:
             raise UserError(
-                f"config.json asks for rotary embeddings of type {kind!r} of a part of each head, which multiplies that "
+                f"config.json turns a part of each head by rotary embeddings of type {kind!r}, which multiply that "
                 f"part by {factor:.4g}. That is not supported: remove the scaling, or set attention_factor to 1 in it."
             )
         if reason:
