@@ -44,9 +44,11 @@ def hf_config(family: str, **fields) -> transformers.PretrainedConfig:
 
 
 def _alternating(fields: dict) -> dict:
-    """The fields with as many `layer_types` as there are layers."""
-    types, layers = fields.get("layer_types"), fields.get("num_hidden_layers", 2)
-    return fields | {"layer_types": [types[i % len(types)] for i in range(layers)]} if types else fields
+    """The fields with `layer_types` repeated to the number of layers. Without that number the defaults go together."""
+    types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
+    if types and layers:
+        return fields | {"layer_types": [types[i % len(types)] for i in range(layers)]}
+    return {name: value for name, value in fields.items() if name != "layer_types"}
 
 
 def hf_model(family: str, seed: int = 0, **fields) -> transformers.PreTrainedModel:

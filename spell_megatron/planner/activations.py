@@ -11,9 +11,10 @@ import math
 from collections import Counter
 
 from spell_megatron.config.schema import Config
+from spell_megatron.training.delta_rule import CHUNK
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.logprobs import VOCABULARY_BLOCK
-from spell_megatron.training.policy import Architecture
+from spell_megatron.training.policy import Architecture, DeltaNet
 from spell_megatron.training.prefix_tree import largest_tree
 
 
@@ -44,8 +45,9 @@ def stage_activations(
     training = config.training
     own = math.ceil(tokens / training.parallel.context)
     kept = whole = largest_feed_forward = 0
-    for moe, count in Counter(arch.moe_layers[layer] for layer in layers).items():
-        attention, feed_forward = layer_activations(arch, config, moe, own, gpu)
+    kinds = Counter((arch.moe_layers[layer], arch.delta_layers[layer]) for layer in layers)
+    for (moe, delta), count in kinds.items():
+        attention, feed_forward = layer_activations(arch, config, moe, delta, own, gpu)
         whole = max(whole, attention + feed_forward)
         if training.recompute == "full":
             each = 0 if training.offload else own * arch.hidden * element_bytes(config) // training.parallel.tensor
@@ -75,27 +77,53 @@ def offloaded_bytes(
     return microbatches * (len(layers) + (arch.layers - 1 in layers)) * one
 
 
-def layer_activations(arch: Architecture, config: Config, moe: bool, tokens: int, gpu: bool) -> tuple[int, int]:
-    """(bytes that a layer's attention and norms keep for the backward pass, bytes that its feed-forward keeps).
+def layer_activations(
+    arch: Architecture, config: Config, moe: bool, delta: bool, tokens: int, gpu: bool
+) -> tuple[int, int]:
+    """(bytes that a layer's attention or delta net and norms keep for the backward pass, bytes that its feed-forward
+    keeps).
 
     `tokens` is the number of tokens on this context-parallel rank.
     """
     size, tensor = element_bytes(config), config.training.parallel.tensor
     hidden = arch.hidden / tensor  # sequence parallelism cuts the residual stream and what the norms keep
+    normed = size if gpu else 8  # per element: the input, or float32 copies of input and result
+    mixer = 2 * (hidden * normed + 4 / tensor + hidden * size)  # norms, and the inputs of the layers after them
+    if arch.delta_net and delta:
+        mixer += _delta_net(arch.delta_net, size, gpu) / tensor
+    else:
+        mixer += _attention(arch, config, normed)
+    return int(mixer * tokens), int(_feed_forward(arch, config, moe) * tokens)
+
+
+def _attention(arch: Architecture, config: Config, normed: int) -> float:
+    """Bytes per token that attention keeps for the backward pass."""
+    size, tensor = element_bytes(config), config.training.parallel.tensor
     queries = arch.heads * arch.head_dim / tensor
     keys = max(arch.groups / tensor, 1) * arch.head_dim
-    normed = size if gpu else 8  # per element: the input, or float32 copies of input and result
-    attention = 2 * (hidden * normed + 4 / tensor + hidden * size)  # norms, and the inputs of the layers after them
-    mixed = (queries + 2 * keys) * size
+    attention = (queries + 2 * keys) * size
     if arch.qk_norm:
         attention += (queries + keys) * normed + 4 * (queries + keys) / arch.head_dim
-    attention += mixed
-    attention += 4 * arch.head_dim * size  # cosine and sine, twice
+    attention += 4 * arch.rotary_dim * size  # cosine and sine, twice
     attention += (2 * queries + keys) * size + 4 * queries / arch.head_dim  # query, key, output; log-sum-exp
+    if arch.output_gate:
+        attention += queries * (4 + 2 * size)  # the gate, its sigmoid in float32, the output without it
     swapping, groups = context_split(arch, config.training.parallel)
     spread = math.lcm(max(arch.groups // tensor, 1), swapping) * arch.head_dim
-    attention += 2 * (groups * spread - keys) * size  # copies of keys and values, and those of other ranks
-    return int(attention * tokens), int(_feed_forward(arch, config, moe) * tokens)
+    return attention + 2 * (groups * spread - keys) * size  # copies of keys and values, and those of other ranks
+
+
+def _delta_net(net: DeltaNet, size: int, gpu: bool) -> float:
+    """Bytes per token that a gated delta net keeps for the backward pass, of all heads. Its states, one for each
+    branching point, are small beside them."""
+    values = net.heads * net.value_dim
+    kept = 2.0 * net.channels * size  # the convolution's input and output
+    kept += (net.channels + values) * size  # queries, keys and values, and the latter head by head
+    kept += net.heads * (8 + 2 * size)  # decays and rates
+    kept += values * (12 + 3 * size)  # the gated norm and its result
+    if gpu:  # keys and queries of each head, and the kernels' solutions of chunks
+        kept += net.heads * (2 * net.key_dim + CHUNK) * size
+    return kept
 
 
 def _feed_forward(arch: Architecture, config: Config, moe: bool) -> float:
@@ -106,6 +134,8 @@ def _feed_forward(arch: Architecture, config: Config, moe: bool) -> float:
     width = arch.expert_ffn / parallel.expert_tensor
     copies = arch.experts_per_token * parallel.expert_tensor / parallel.tensor
     routing = arch.experts * 5 / parallel.tensor + 20 * copies
+    if arch.shared_ffn:
+        routing += (5 * arch.shared_ffn + arch.hidden) / parallel.tensor * size
     return copies * (arch.hidden + 6 * width) * size + routing
 
 

@@ -17,6 +17,7 @@ from spell_megatron.planner.gpus import Assumptions
 from spell_megatron.planner.memory import TrainerMemory
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.rollout.server import ALONE
+from spell_megatron.training.policy import Architecture
 from spell_megatron.training.swap import Left, left
 
 MOST = 0.92
@@ -96,10 +97,19 @@ def engine_memory(
     """Memory of a vLLM engine, per GPU."""
     arch, tensor, size = model.arch, config.rollout.tensor_parallel, element_bytes(config)
     weights = model.parameters.all * size // tensor
-    per_token = int(2 * arch.layers * max(arch.groups / tensor, 1) * arch.head_dim * size)
+    attending = arch.layers - sum(arch.delta_layers)
+    per_token = int(2 * attending * max(arch.groups / tensor, 1) * arch.head_dim * size)
     cache = int(gpu_memory * share - weights - assume.engine_workspace)
-    longest = config.rollout.sampling.longest_sequence
-    return EngineMemory(share, weights, per_token, cache, max(cache, 0) / per_token / longest)
+    longest = per_token * config.rollout.sampling.longest_sequence + _state_bytes(arch, size) // tensor
+    return EngineMemory(share, weights, per_token, cache, max(cache, 0) / longest)
+
+
+def _state_bytes(arch: Architecture, size: int) -> int:
+    """Bytes of a sequence's states in an engine: float32 ones of gated delta nets, and what their convolutions see."""
+    if (net := arch.delta_net) is None:
+        return 0
+    state = 4 * net.heads * net.key_dim * net.value_dim + (net.width - 1) * net.channels * size
+    return sum(arch.delta_layers) * state
 
 
 def trainer_phases(

@@ -11,6 +11,7 @@ from spell_megatron.planner.activations import element_bytes, row_tokens
 from spell_megatron.planner.gpus import Assumptions, Gpu
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.phases import EngineMemory
+from spell_megatron.training.cost import mixers
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.policy import Architecture
 from spell_megatron.training.prefix_tree import Cost
@@ -121,8 +122,7 @@ def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float
 
 def _feed_forward_share(arch: Architecture, cost: Cost) -> float:
     """Share of the feed-forwards in the FLOPs of a token's linear layers."""
-    attention = 6.0 * arch.layers * arch.hidden * arch.head_dim * (2 * arch.heads + 2 * arch.groups)
-    return 1 - attention / cost.token
+    return 1 - 6.0 * mixers(arch) / cost.token
 
 
 def _communication(

@@ -21,7 +21,8 @@ class Option:
     Attributes:
         families: the model types for which it does; (): for all.
         effect: what vLLM does.
-        neutral: the value with which both compute the same, as nothing, null, false and 0 do.
+        neutral: the value with which both compute the same, as nothing, null, false and 0 do; if it is true, false
+            and 0 are not neutral.
     """
 
     field: str
@@ -31,6 +32,7 @@ class Option:
 
 
 _LLAMA, _QWEN = ("llama", "mistral"), ("qwen2", "qwen3", "qwen3_moe")
+_QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
 OPTIONS = (
     Option("attention_bias", ("qwen3", "qwen3_moe"), "vLLM has no bias on the attention's output (o_proj.bias)"),
     Option("attention_bias", ("mistral",), "vLLM adds biases to the attention"),
@@ -43,6 +45,12 @@ OPTIONS = (
     Option("qk_norm", ("qwen2",), "vLLM adds norms to queries and keys"),
     Option("dual_chunk_attention_config", _QWEN, "vLLM's attention goes over two chunks"),
     Option("shared_expert_intermediate_size", ("qwen3_moe",), "vLLM adds a shared expert"),
+    Option("attention_bias", _QWEN3_5, "vLLM has no biases in the attention"),
+    Option("qkv_bias", _QWEN3_5, "vLLM adds biases to the attention"),
+    Option("layer_scale", _QWEN3_5, "vLLM scales what layers add"),
+    Option("attn_output_gate", _QWEN3_5, "vLLM has no gate on the attention's output", True),
+    Option("norm_topk_prob", _QWEN3_5, "the weights of a token's experts do not sum to one in vLLM", True),
+    Option("output_gate_type", _QWEN3_5, "vLLM's linear layers have another gate", "silu"),
 )
 ROTARY_OPTIONS = ("rope_dim", "mrope_section", "use_fope")
 """Fields of the rope scaling that vLLM alone reads."""
@@ -101,7 +109,8 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
     config, arch = policy.hf_config, policy.arch
     for option in OPTIONS:
         value = getattr(config, option.field, None)
-        if (not option.families or config.model_type in option.families) and value and value != option.neutral:
+        different = value is False or value == 0 if option.neutral is True else value and value != option.neutral
+        if (not option.families or config.model_type in option.families) and different:
             yield (
                 f"with {option.field} {value!r}, {option.effect}, unlike the trainer. Remove {option.field} if the "
                 "model was trained without it; otherwise the model cannot be trained here"
@@ -121,7 +130,9 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
 
 def _rotary_faults(hf_config: Any) -> Iterator[str]:
     parameters = hf_config.rope_parameters
-    if alone := [name for name in ROTARY_OPTIONS if parameters.get(name)]:
+    # The sections of Qwen3.5 are those of the places of images; of text all have the same.
+    known = ("mrope_section",) if hf_config.model_type in _QWEN3_5 else ()
+    if alone := [name for name in ROTARY_OPTIONS if parameters.get(name) and name not in known]:
         yield f"vLLM changes the rotary embedding by {alone[0]}, unlike the trainer. Remove {alone[0]}"
     if parameters.get("rope_type") != "yarn":
         return

@@ -18,7 +18,7 @@ from spell_megatron.preflight.machine import uses_gpus
 
 if TYPE_CHECKING:
     from spell_megatron.tokenizer import PolicyTokenizer
-    from spell_megatron.training.policy import Architecture, PolicyModel
+    from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads that vLLM serves on CPUs. With another size it dies at the first request."""
@@ -114,9 +114,29 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
             f"the model's attention heads have {arch.head_dim} dimensions, and vLLM's engines on CPUs "
             f"serve only {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU",
         )
+    if arch.delta_net:
+        _check_linear_layers(found, config, arch.delta_net)
     found.faults += layout_faults(arch, config.training.parallel)
     if not rollout.urls and arch.heads % rollout.tensor_parallel:
         found.fault(
             "rollout.tensor_parallel model.path",
             f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
+        )
+
+
+def _check_linear_layers(found: Findings, config: Config, sizes: DeltaNet) -> None:
+    """The engines can serve the model's linear layers."""
+    rollout = config.rollout
+    if not rollout.urls and not uses_gpus(config):
+        found.fault(
+            "model.path",
+            "the model has linear-attention layers (gated delta nets), which vLLM's engines on CPUs compute only in "
+            "bfloat16, without a cache of prefixes and with torchvision installed. Engines on CPUs are not supported "
+            "for such models: use a GPU, or another model",
+        )
+    if not rollout.urls and sizes.key_heads % rollout.tensor_parallel:
+        found.fault(
+            "rollout.tensor_parallel model.path",
+            f"{rollout.tensor_parallel} does not divide the {sizes.key_heads} key heads of the model's linear layers. "
+            "Choose a divisor",
         )

@@ -45,6 +45,8 @@ def pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator[
     rank = get_tensor_model_parallel_rank()
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
+        if own == "linear_attn":
+            raise NotImplementedError("linear-attention layers (gated delta nets) cannot be read back")
         if isinstance(module, RoutedExperts):
             # The experts' container may stand between the layer and its experts.
             yield from _experts(name.removesuffix(".routed_experts"), module, family)

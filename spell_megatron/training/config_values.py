@@ -92,8 +92,8 @@ def _delta_nets(fields: DeltaNets, hf_config: Any) -> Iterator[str]:
     heads, key_heads = getattr(hf_config, fields.heads), getattr(hf_config, fields.key_heads)
     if heads % key_heads:
         yield f"{fields.heads} {heads} is no multiple of {fields.key_heads} {key_heads}"
-    if (given := len(hf_config.layer_types)) != hf_config.num_hidden_layers:
-        yield f"layer_types names {given} layers, and num_hidden_layers is {hf_config.num_hidden_layers}"
+    if "full_attention" not in hf_config.layer_types:
+        yield "layer_types has no full_attention, without which neither transformers nor vLLM runs the model"
 
 
 def _rotary(parameters: Any) -> Iterator[str]:

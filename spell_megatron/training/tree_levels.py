@@ -57,7 +57,8 @@ def chains(end: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """
     starts = np.flatnonzero(np.diff(end, prepend=-1))
     stops = np.append(starts[1:], len(end))
-    parents, open_chains = [], []
+    parents: list[int] = []
+    open_chains: list[int] = []
     for number, start in enumerate(starts):
         while open_chains and end[starts[open_chains[-1]]] <= start:
             open_chains.pop()

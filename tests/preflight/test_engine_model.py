@@ -14,6 +14,7 @@ from spell_megatron.preflight.findings import Findings
 from spell_megatron.training.policy import PolicyModel
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+CLASSES |= {"qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe"}
 
 
 def faults(family: str, **fields: object) -> list[str]:
@@ -28,12 +29,21 @@ def test_released_models_have_no_fault(family):
     assert faults(family) == []
 
 
+def test_sections_of_positions_do_not_matter_for_text():
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
+    options = {"attn_output_gate": True, "output_gate_type": "silu", "norm_topk_prob": True}
+    assert faults("qwen3_5_moe_text", rope_parameters=rope, **options) == []
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
         ("qwen3", {"attention_bias": True}, "no bias on the attention's output (o_proj.bias)"),
         ("qwen3_moe", {"attention_bias": True}, "no bias on the attention's output (o_proj.bias)"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "adds a shared expert"),
+        ("qwen3_5_text", {"attention_bias": True}, "no biases in the attention"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "no gate on the attention's output"),
+        ("qwen3_5_moe_text", {"norm_topk_prob": False}, "do not sum to one"),
         ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 64}}, "goes over two chunks"),
         ("qwen2", {"qk_norm": True}, "adds norms to queries and keys"),
         (

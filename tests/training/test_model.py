@@ -38,7 +38,7 @@ def test_logits_equal_transformers(name, hf_checkpoint):
 def random_linear_layers(rng):
     key_heads = rng.choice([1, 2, 3])
     return {
-        "layer_types": rng.choices(["linear_attention", "full_attention"], k=3),
+        "layer_types": ["full_attention", *rng.choices(["linear_attention", "full_attention"], k=2)],
         "linear_num_key_heads": key_heads,
         "linear_num_value_heads": key_heads * rng.choice([1, 2, 4]),
         "linear_key_head_dim": rng.randint(2, 20),
@@ -68,7 +68,7 @@ def test_random_shapes_equal_transformers(family, seed, tmp_path):
     if "num_experts" in FAMILIES[family][1]:
         options |= MOE | {"norm_topk_prob": rng.random() < 0.5, "num_experts": rng.randint(3, 9)}
     if "layer_types" in FAMILIES[family][1]:
-        options |= random_linear_layers(rng) | {"head_dim": 8 * rng.randint(1, 5), "use_cache": False}
+        options |= random_linear_layers(rng) | {"head_dim": 8 * rng.randint(1, 5)}
     hf = make(family, options, seed)
     hf.save_pretrained(tmp_path)
     tokens = torch.randint(0, options["vocab_size"], (rng.randint(1, 80),))

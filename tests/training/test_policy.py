@@ -59,6 +59,10 @@ def test_unsupported_models_are_refused(tmp_path):
     assert "'dynamic'" in rejected(tmp_path / "d", "llama", dynamic)
     partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     assert "partial_rotary_factor 0.5" in rejected(tmp_path / "g", "qwen3", partial)
+    scaled = {"rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.5}}
+    assert "set attention_factor to 1" in rejected(tmp_path / "h", "qwen3_5_text", scaled)
+    sliding = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert "sliding-window" in rejected(tmp_path / "i", "qwen3_5_text", sliding)
     one = MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}
     assert "norm_topk_prob" in rejected(tmp_path / "e", "qwen3_moe", one)
 
@@ -72,10 +76,14 @@ def test_unsupported_layouts_are_refused(tmp_path):
         ("e", "qwen3_moe", MOE, {"expert": 4}, "experts"),
         ("f", "qwen3", {"intermediate_size": 81}, {"tensor": 2}, "width 81"),
         ("g", "qwen3_moe", MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
+        ("i", "qwen3_5_text", {"linear_num_key_heads": 1}, {"tensor": 2}, "1 key heads of the model's linear layers"),
+        ("j", "qwen3_5_text", {}, {"context": 2}, "context-parallel ranks do not pass it on"),
+        ("k", "qwen3_5_moe_text", MOE | {"shared_expert_intermediate_size": 33}, {"tensor": 2}, "width 33"),
     ]:
         assert reason in rejected(tmp_path / name, family, fields, parallel=parallel)
 
 
+PARTLY = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
 
 
@@ -101,6 +109,18 @@ LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
         ("qwen3_moe", "num_experts_per_tok", ..., "num_experts_per_tok is missing"),
         ("qwen3_moe", "num_experts", "many", "num_.*experts is 'many'"),
         ("qwen3_moe", "mlp_only_layers", [3], "mlp_only_layers names layer 3; the layers have the numbers 0 to 2"),
+        (
+            "qwen3_5_text",
+            "linear_num_key_heads",
+            3,
+            "linear_num_value_heads 4 is no multiple of linear_num_key_heads 3",
+        ),
+        ("qwen3_5_text", "linear_conv_kernel_dim", 0, "linear_conv_kernel_dim is 0; it must be a whole number of 1 or"),
+        ("qwen3_5_text", "linear_value_head_dim", ..., "linear_value_head_dim is missing"),
+        ("qwen3_5_text", "layer_types", ["linear_attention"] * 3, "layer_types has no full_attention"),
+        ("qwen3_5_text", "layer_types", ["full_attention"] * 2, "num_hidden_layers"),
+        ("qwen3_5_text", "rope_parameters", PARTLY | {"partial_rotary_factor": 0.1}, "turn 3, which must be an even"),
+        ("qwen3_5_moe_text", "shared_expert_intermediate_size", -1, "shared_expert_intermediate_size is -1"),
         ("llama", "rope_parameters", {"full_attention": YARN_ROPE}, "not a set for each kind of layer"),
         ("llama", "rope_parameters", YARN_ROPE | {"factor": "4"}, "rope_parameters .* give no rotary embedding"),
         ("llama", "rope_parameters", YARN_ROPE | {"factor": ...}, "factor"),
@@ -120,7 +140,7 @@ def test_values_that_no_model_can_have_are_named(tmp_path, family, field, value,
 
 def write_config(folder, family, field, value):
     """A folder with a config.json in which one field has another value; ... is none."""
-    hf_config(family, **COMMON | (MOE if family == "qwen3_moe" else {})).save_pretrained(folder)
+    hf_config(family, **COMMON | (MOE if "moe" in family else {})).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     if field == "num_experts" and "num_local_experts" in config:
         field = "num_local_experts"
