@@ -94,6 +94,7 @@ setup(
         "gpu": [
             "torch==2.13.0",
             f"vllm=={VLLM}",
+            "fla-core==0.6.0",  # kernels of linear-attention layers (Qwen3.5)
             "transformer-engine[core_cu13]==2.11.0",
             "transformer-engine-torch==2.11.0",
         ],

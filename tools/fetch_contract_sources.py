@@ -3,11 +3,11 @@
 
 usage: fetch_contract_sources.py [PACKAGE ...]
 
-The packages are `transformer-engine` and `vllm` (its build for CUDA), in the versions that the extra `gpu` of setup.py
-asks for. `.venv-contracts/PACKAGE/` gets the Python files and the metadata of its wheel, and can be put on `sys.path`.
-Compiled files are left out, and so is all that the packages depend on. The script downloads a wheel once (vLLM's has
-half a GB), with pip of the Python that runs it and from the index that pip is configured for, and removes it
-afterwards. It does nothing for a package that is there in the wanted version.
+The packages are `fla-core`, `transformer-engine` and `vllm` (its build for CUDA), in the versions that the extra `gpu`
+of setup.py asks for. `.venv-contracts/PACKAGE/` gets the Python files and the metadata of its wheel, and can be put on
+`sys.path`. Compiled files are left out, and so is all that the packages depend on. The script downloads a wheel once
+(vLLM's has half a GB), with pip of the Python that runs it and from the index that pip is configured for, and removes
+it afterwards. It does nothing for a package that is there in the wanted version.
 """
 
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".venv-contracts"
-PACKAGES = ("transformer-engine", "vllm")
+PACKAGES = ("fla-core", "transformer-engine", "vllm")
 
 
 def main():

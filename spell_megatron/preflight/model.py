@@ -14,7 +14,7 @@ from spell_megatron.preflight.engine_model import (
     quantization_fault,
 )
 from spell_megatron.preflight.findings import Findings
-from spell_megatron.preflight.machine import uses_gpus
+from spell_megatron.preflight.machine import is_installed, uses_gpus
 
 if TYPE_CHECKING:
     from spell_megatron.tokenizer import PolicyTokenizer
@@ -133,6 +133,12 @@ def _check_linear_layers(found: Findings, config: Config, sizes: DeltaNet) -> No
             "the model has linear-attention layers (gated delta nets), which vLLM's engines on CPUs compute only in "
             "bfloat16, without a cache of prefixes and with torchvision installed. Engines on CPUs are not supported "
             "for such models: use a GPU, or another model",
+        )
+    if uses_gpus(config) and not is_installed("fla"):
+        found.fault(
+            "model.path",
+            "the trainer computes the model's linear-attention layers with the kernels of flash-linear-attention, and "
+            "they are not installed. Install fla-core in the version that the extra gpu of setup.py names",
         )
     if not rollout.urls and sizes.key_heads % rollout.tensor_parallel:
         found.fault(

@@ -59,9 +59,9 @@ def tree_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, ra
     """
     sizes = [level.tokens for level in forest.levels]
     parts = zip(*(x.split(sizes) for x in (query, key, value, decay, rate)))
+    rule = _on_gpu if value.is_cuda else _on_cpu
     outputs, states = [], None
     for level, inputs in zip(forest.levels, parts, strict=True):
-        rule = _on_gpu if value.is_cuda else _on_cpu
         output, states = rule(level, states, *inputs)
         outputs.append(output)
     return torch.cat(outputs)
@@ -71,18 +71,17 @@ def _on_gpu(level: Level, states: Tensor | None, *inputs: Tensor) -> tuple[Tenso
     """As `_LevelOnCpu`, by flash-linear-attention."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    query, key, value, decay, rate = inputs
-    shared = value.size(1) // key.size(1)
-    query, key = (x.repeat_interleave(shared, dim=1) for x in (query, key))
-    ends = torch.tensor([0, *np.cumsum(level.lengths)], device=value.device)
+    query, key, value, decay, rate = (x[None].contiguous() for x in inputs)
     output, last = chunk_gated_delta_rule(
-        *(x[None].contiguous() for x in (query, key, value)),
-        g=decay[None].contiguous(),
-        beta=rate[None].contiguous(),
+        q=query,
+        k=key,
+        v=value,
+        g=decay,
+        beta=rate,
         initial_state=None if states is None else states.index_select(0, level.parents),
         output_final_state=level.bearing is not None,
         use_qk_l2norm_in_kernel=True,
-        cu_seqlens=ends,
+        cu_seqlens=torch.tensor([0, *np.cumsum(level.lengths)], device=value.device),
     )
     return output[0], None if level.bearing is None else last.index_select(0, level.bearing)
 

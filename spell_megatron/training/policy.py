@@ -184,6 +184,12 @@ class PolicyModel:
 def _architecture(hf_config: PretrainedConfig) -> Architecture:
     """Sizes and traits of the model that `hf_config` describes. UserError if it is not supported."""
     model_type = hf_config.model_type
+    if hf_config.get_text_config().model_type in FAMILIES.keys() - {model_type}:
+        raise UserError(
+            f"Models of type {model_type!r} hold a language model within a larger one. The language model alone can be "
+            "trained: save it with transformers' AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
+            ".save_pretrained(NEW), and copy the tokenizer's files to NEW. NEW lacks the rest, such as a vision tower."
+        )
     if model_type not in FAMILIES:
         raise UserError(f"Models of type {model_type!r} are not supported. Supported are {supported()}.")
     family = FAMILIES[model_type]

@@ -25,13 +25,18 @@ HEAD = "output_layer.weight"
 COMPUTED = "rotary_emb.inv_freq"
 """End of the names of tensors that old checkpoints store, although they follow from config.json."""
 
+WITHIN, ALONE = "model.language_model.", "model."
+"""How names begin in a model that also sees images, and in its language model alone, which transformers stores under
+either."""
+
 _COMPARED_ROWS = 4096
 
 
 class Checkpoint:
     """The tensors of a checkpoint folder, opened file by file and read one by one. A context manager.
 
-    Experts that are stored as one tensor of them all have the names of single experts here.
+    Experts that are stored as one tensor of them all have the names of single experts here, and tensors of a language
+    model that was a part of another model the names of one that stands alone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +44,8 @@ class Checkpoint:
         self._opened: dict[str, object] = {}
         self._mapped = 0
         self._parts: dict[str, ExpertPart] = {}
-        self.files: dict[str, str] = self._locate()
+        self._stored: dict[str, str] = {}  # the names of tensors that have other ones here
+        self.files: dict[str, str] = self._renamed(self._locate())
         """File name of each tensor."""
         self._split_experts()
 
@@ -66,6 +72,15 @@ class Checkpoint:
                 "which vLLM reads. Remove the older of the two."
             )
         return {name: file for file in files for name in self._open(file).keys()} | indexed
+
+    def _renamed(self, files: dict[str, str]) -> dict[str, str]:
+        """The file names by the names that tensors have here."""
+        self._stored = {ALONE + name.removeprefix(WITHIN): name for name in files if name.startswith(WITHIN)}
+        if twice := self._stored.keys() & files.keys():
+            name = min(twice)
+            raise UserError(f"{self.folder} holds {name} twice: also as {self._stored[name]}. Remove one of the two.")
+        names = {stored: name for name, stored in self._stored.items()}
+        return {names.get(name, name): file for name, file in files.items()}
 
     def _open(self, file: str):
         if file not in self._opened:
@@ -103,7 +118,7 @@ class Checkpoint:
         if part:
             tensor = self._slice(name)[part.expert : part.expert + 1, part.rows][0]
         else:
-            tensor = self._open(self.files[name]).get_tensor(name)
+            tensor = self._open(self.files[name]).get_tensor(self._stored.get(name, name))
         self._mapped += tensor.nbytes
         if self._mapped > MAPPED_BYTES:  # pages that were read stay in memory as long as the file is open
             self._stack.close()
@@ -186,7 +201,8 @@ class Checkpoint:
 
     def _slice(self, name: str):
         try:
-            return self._open(self.files[name]).get_slice(self._parts[name].stored if name in self._parts else name)
+            whole = self._parts[name].stored if name in self._parts else name
+            return self._open(self.files[name]).get_slice(self._stored.get(whole, whole))
         except SafetensorError as error:
             raise UserError(
                 f"{self.folder / INDEX} places {name} in {self.files[name]}, but it is not there "

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from spell_megatron.config.reading import load_config
 from spell_megatron.planner.gpus import GPUS, Assumptions
@@ -29,6 +31,15 @@ PUBLISHED = {
     "r1_distill_qwen_14b": 14_770_033_664,
 }
 
+DENSE_27B = {
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+    "linear_num_value_heads": 48,
+}
+
 # Of the same sizes, in the same layout and with rows of the same length as another.
 TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
@@ -36,6 +47,22 @@ TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(name):
     assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "parameters"),
+    [
+        ("Qwen3_5Moe", {}, 34_660_610_688),  # 35B-A3B, whose sizes are the defaults of transformers
+        ("Qwen3_5", {}, 8_953_803_264),  # 9B
+        ("Qwen3_5", DENSE_27B, 26_895_998_464),
+    ],
+)
+def test_the_number_of_parameters_of_hybrid_models_is_that_of_transformers(family, fields, parameters):
+    config = getattr(transformers, f"{family}TextConfig")(**fields)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert ModelSize.of(PolicyModel.of(config)).parameters.all == parameters
 
 
 @pytest.mark.parametrize(

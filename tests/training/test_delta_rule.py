@@ -1,5 +1,8 @@
 """The gated delta rule and the convolution over prefix trees against token-by-token recurrences over every path."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +162,25 @@ def test_random_trees_equal_paths(parents, seed, longest, chunk):
         assert worst_error(parents, seed, longest, torch.float64) <= 1e-9
     finally:
         delta_rule.CHUNK = kept
+
+
+def test_kernels_for_gpus_are_asked_for_the_same(monkeypatch):
+    """A function with the arguments of flash-linear-attention's stands in for its kernels, which need a GPU."""
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+    ):
+        assert use_qk_l2norm_in_kernel and q.dim() == v.dim() == 4
+        inputs = [x.squeeze(0) for x in (q, k, v, g, beta)]
+        output, last = delta_rule._pieces(tuple(cu_seqlens.diff().tolist()), initial_state, *inputs)
+        return output[None], last if output_final_state else None
+
+    kernels = types.ModuleType("fla.ops.gated_delta_rule")
+    kernels.chunk_gated_delta_rule = chunk_gated_delta_rule
+    for name, module in (("fla", None), ("fla.ops", None), ("fla.ops.gated_delta_rule", kernels)):
+        monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
+    monkeypatch.setattr(delta_rule, "_on_cpu", delta_rule._on_gpu)
+    assert worst_error(tree(SHAPES["four levels"]), 1, None, torch.float64) <= 1e-9
 
 
 def test_only_states_between_pieces_are_kept():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from families import LLAMA3_ROPE, hf_config
 from hf_models import COMMON, MOE, YARN_ROPE
 
@@ -48,6 +49,11 @@ def test_unsupported_models_are_refused(tmp_path):
     (tmp_path / "new" / "config.json").write_text('{"model_type": "from-next-year"}')
     with pytest.raises(UserError, match="Supported are Llama"):
         PolicyModel.load(tmp_path / "new")
+    transformers.Qwen3_5Config().save_pretrained(tmp_path / "vision")
+    with pytest.raises(
+        UserError, match="'qwen3_5' hold a language model within.*NEW lacks the rest, such as a vision tower"
+    ):
+        PolicyModel.load(tmp_path / "vision")
     assert "hidden_act" in rejected(tmp_path / "a", "llama", {"hidden_act": "gelu"})
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "sliding-window" in rejected(tmp_path / "b", "qwen2", window)

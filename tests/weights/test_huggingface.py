@@ -203,6 +203,22 @@ def test_experts_stored_together_are_read_bit_by_bit(shard_size, hf_checkpoint, 
     assert same(dict(export(load(tmp_path))), load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.parametrize("case", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_names_within_a_larger_model_are_read(case, hf_checkpoint, tmp_path):
+    """transformers keeps them when it saves the language model of a model that sees images."""
+    _, folder = hf_checkpoint(case)
+    shutil.copytree(folder, tmp_path / "within")
+    tensors = load_file(folder / "model.safetensors")
+    within = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(within, tmp_path / "within" / "model.safetensors")
+    assert same(dict(export(load(tmp_path / "within"))), tensors)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "within")
+    assert same(again.state_dict(), AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    save_file(within | {"model.norm.weight": torch.zeros(48)}, tmp_path / "within" / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight twice: also as model.language_model.norm.weight"):
+        load(tmp_path / "within")
+
+
 def test_experts_of_other_shapes_are_refused(hf_checkpoint, tmp_path):
     model, _ = hf_checkpoint("qwen3-moe-normalised")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
