@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -143,9 +144,11 @@ def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = Fal
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
     )
-    for layer in model.modules():
-        if getattr(layer, "gate_weight", None) is not None:  # Megatron makes shared experts' gates in host memory
-            layer.gate_weight.data = layer.gate_weight.data.to(torch.cuda.current_device())
+    for layer in model.modules():  # Megatron makes the gates of shared experts in host memory
+        if isinstance(layer, SharedExpertMLP):
+            gate = torch.nn.Parameter(layer.gate_weight.detach().to(torch.cuda.current_device()))
+            gate.sequence_parallel = transformer_config.sequence_parallel
+            layer.gate_weight = gate
     # Without expert parallelism megatron-core 0.16 takes experts for dense layers, also where their tensor parallelism
     # is another one, and sums gradients of different shards. The mark sends them to the experts' process groups; 0.19
     # sets it itself.
