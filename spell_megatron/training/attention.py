@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from spell_megatron.training.attention_cpu import Ranges, TreeAttentionOnCpu, heads_first, plan
 from spell_megatron.training.attention_gpu import compiled_flex_attention, flex_block_mask
+from spell_megatron.training.head_swap import heads_to_tokens, tokens_to_heads
 from spell_megatron.training.layout import query_ranges
 from spell_megatron.training.row_memo import RowMemo
 
@@ -61,22 +62,6 @@ def tree_attention(
     return out[0].transpose(0, 1)
 
 
-def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[tokens / ranks, heads, d] -> [tokens, heads / ranks, d]."""
-    ranks = group.size()
-    tokens, heads, d = x.shape
-    parts = x.view(tokens, ranks, heads // ranks, d).transpose(0, 1).contiguous()
-    return all_to_all(group, parts.flatten(0, 1))
-
-
-def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[tokens, heads / ranks, d] -> [tokens / ranks, heads, d]."""
-    ranks = group.size()
-    tokens, heads, d = x.shape
-    parts = all_to_all(group, x.contiguous()).view(ranks, tokens // ranks, heads, d)
-    return parts.transpose(0, 1).reshape(tokens // ranks, ranks * heads, d)
-
-
 def _gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[tokens / ranks, ...] of each rank's `layout.query_ranges` -> [tokens, ...] in the order of the row."""
     pieces = gather_from_sequence_parallel_region(x.contiguous(), group=group)
@@ -102,10 +87,10 @@ class TreeAttention(MegatronModule):
             swapping, gathering = parallel_state.get_hierarchical_context_parallel_groups()
         copies = math.lcm(key.size(1), swapping.size()) // key.size(1)
         key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
-        query, key, value = (_tokens_to_heads(x, swapping) for x in (query, key, value))
+        query, key, value = (tokens_to_heads(x, swapping) for x in (query, key, value))
         queries = None
         if gathering:
             key, value = _gather_tokens(torch.stack([key, value]).transpose(0, 1), gathering).unbind(1)
             queries = query_ranges(attention_mask.numel(), gathering.rank(), gathering.size())
         out = tree_attention(query, key, value, attention_mask, self.scale, queries)
-        return _heads_to_tokens(out, swapping).flatten(1)[:, None]
+        return heads_to_tokens(out, swapping).flatten(1)[:, None]

@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from spell_megatron.training.delta_rule import PIECE, tree_convolution, tree_delta_rule
+from spell_megatron.training.head_swap import heads_to_tokens, tokens_to_heads
 from spell_megatron.training.policy import DeltaNet
 from spell_megatron.training.row_memo import RowMemo
 from spell_megatron.training.tree_levels import Forest, forest
@@ -40,7 +41,8 @@ class TreeDeltaNet(MegatronModule):
 
     Tensor-parallel ranks have whole key heads with the value heads that share them. The rows of `in_proj` are, for one
     key head after the other: its queries, keys, values, gates, rates and decays; those of the convolution its queries,
-    keys and values. So any number of ranks cuts them evenly.
+    keys and values. So any number of ranks cuts them evenly. Context-parallel ranks swap tokens for heads before the
+    convolution and back after the gated norm, so that each passes states along whole rows.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class TreeDeltaNet(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self._swapping = pg_collection.tp, pg_collection.cp
         ranks = self.tp_group.size()
-        self._sizes, self._key_heads = sizes, sizes.key_heads // ranks
+        self._sizes, self._key_heads = sizes, sizes.key_heads // ranks // self._swapping.size()
         values = sizes.heads * sizes.value_dim
         common = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = submodules.in_proj(
@@ -82,17 +84,18 @@ class TreeDeltaNet(MegatronModule):
         self.A_log = _parameter(config, sizes.heads // ranks, cut=True)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **unused: Any) -> tuple[Tensor, None]:
-        """hidden_states [tokens, 1, hidden] (with sequence parallelism this rank's tokens), attention_mask `end`
-        [all tokens] -> the same shape, and no bias."""
+        """hidden_states [tokens, 1, hidden] of this rank's tokens, attention_mask `end` [all tokens] -> the same
+        shape, and no bias."""
         sizes, heads = self._sizes, self._key_heads
         trees = _forests.of(attention_mask, sizes.width)
         share = sizes.heads // sizes.key_heads
         key, value = sizes.key_dim, share * sizes.value_dim
-        projected = self.in_proj(hidden_states)[0][:, 0].unflatten(1, (heads, -1))
+        projected = self.in_proj(hidden_states)[0][:, 0]
+        projected = self._to_heads(projected.unflatten(1, (heads * self._swapping.size(), -1)))
         mixed, gate, rate, decay = projected.split([2 * key + value, value, share, share], dim=2)
-        mixed = tree_convolution(mixed.flatten(1), self.conv1d.weight, trees).unflatten(1, (heads, -1))
+        mixed = tree_convolution(mixed.flatten(1), self._own(self.conv1d.weight), trees).unflatten(1, (heads, -1))
         queries, keys, values = mixed.split([key, key, value], dim=2)
-        decay = -self.A_log.float().exp() * F.softplus(decay.flatten(1).float() + self.dt_bias)
+        decay = F.softplus(decay.flatten(1).float() + self._own(self.dt_bias)) * -self._own(self.A_log).float().exp()
         output = tree_delta_rule(
             queries,
             keys,
@@ -101,7 +104,21 @@ class TreeDeltaNet(MegatronModule):
             rate.flatten(1).sigmoid().index_select(0, trees.order),
             trees,
         ).index_select(0, trees.places)
-        return self.out_proj(self._gated(output, gate.reshape_as(output)).flatten(1)[:, None])[0], None
+        output = self._to_tokens(self._gated(output, gate.reshape_as(output)))
+        return self.out_proj(output.flatten(1)[:, None])[0], None
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """[own tokens, heads of all context-parallel ranks, ...] -> [all tokens, own heads, ...]."""
+        return tokens_to_heads(x, self._swapping) if self._swapping.size() > 1 else x
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """The other way round."""
+        return heads_to_tokens(x, self._swapping) if self._swapping.size() > 1 else x
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        """The rows of a parameter that belong to this context-parallel rank's heads. The gradients of the ranks, which
+        each have all rows, add up."""
+        return parameter.chunk(self._swapping.size())[self._swapping.rank()]
 
     def _gated(self, output: Tensor, gate: Tensor) -> Tensor:
         """RMSNorm of each head, times SiLU of the gate, rounded as transformers does."""

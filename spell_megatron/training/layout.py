@@ -31,18 +31,8 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Faul
         yield _fault(
             "tensor", f"{tensor} does not divide the {rows} rows of the model's query-key-value projection. Lower it"
         )
-    if arch.delta_net and arch.delta_net.key_heads % tensor:
-        yield _fault(
-            "tensor",
-            f"{tensor} does not divide the {arch.delta_net.key_heads} key heads of the model's linear layers. "
-            "Choose a divisor",
-        )
-    if arch.delta_net and parallel.context > 1:
-        yield _fault(
-            "context",
-            "the model's linear layers pass a state from token to token, and context-parallel ranks do not pass it on. "
-            "Set it to 1; training.parallel.tensor, pipeline and recompute save memory too",
-        )
+    if arch.delta_net:
+        yield from _delta_net_faults(arch, arch.delta_net.key_heads, parallel)
     if not all(arch.moe_layers) and arch.ffn % tensor:
         yield _fault(
             "tensor", f"{tensor} does not divide the width {arch.ffn} of the model's feed-forward. Choose a divisor"
@@ -65,6 +55,27 @@ def layout_faults(arch: Architecture, parallel: ParallelConfig) -> Iterator[Faul
         )
     if not arch.experts and parallel.expert * experts > 1:
         yield _fault("expert" if parallel.expert > 1 else "expert_tensor", "the model has no experts. Set it to 1")
+
+
+def _delta_net_faults(arch: Architecture, key_heads: int, parallel: ParallelConfig) -> Iterator[Fault]:
+    tensor, context = parallel.tensor, parallel.context
+    if key_heads % tensor:
+        yield _fault(
+            "tensor",
+            f"{tensor} does not divide the {key_heads} key heads of the model's linear layers. Choose a divisor",
+        )
+    elif key_heads // tensor % context:
+        yield _fault(
+            "context",
+            f"{context} does not divide the {key_heads // tensor} key heads of the model's linear layers on a "
+            "tensor-parallel rank. Choose a divisor",
+        )
+    if context_split(arch, parallel)[1] > 1:
+        yield _fault(
+            "context",
+            f"{context} ranks are more than can swap tokens for the {arch.heads // tensor} attention heads of a "
+            "tensor-parallel rank, and the model's linear layers need whole rows. Lower it",
+        )
 
 
 def _fault(name: str, message: str) -> Fault:

@@ -83,12 +83,14 @@ def test_unsupported_layouts_are_refused(tmp_path):
         ("f", "qwen3", {"intermediate_size": 81}, {"tensor": 2}, "width 81"),
         ("g", "qwen3_moe", MOE | {"moe_intermediate_size": 33}, {"expert_tensor": 2}, "width 33"),
         ("i", "qwen3_5_text", {"linear_num_key_heads": 1}, {"tensor": 2}, "1 key heads of the model's linear layers"),
-        ("j", "qwen3_5_text", {}, {"context": 2}, "context-parallel ranks do not pass it on"),
+        ("j", "qwen3_5_text", {}, {"context": 4}, "4 does not divide the 2 key heads"),
+        ("l", "qwen3_5_text", FOUR_KEY_HEADS | {"num_attention_heads": 2}, {"context": 4}, "need whole rows"),
         ("k", "qwen3_5_moe_text", MOE | {"shared_expert_intermediate_size": 33}, {"tensor": 2}, "width 33"),
     ]:
         assert reason in rejected(tmp_path / name, family, fields, parallel=parallel)
 
 
+FOUR_KEY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
 PARTLY = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
 

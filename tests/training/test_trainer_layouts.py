@@ -71,7 +71,7 @@ ON_TWO = {
     "tensor-delta": layout("qwen3_5_text", tensor=2),
     "pipeline-delta": layout("qwen3_5_text", "full", True, other=OFFLOADED, pipeline=2),
     "tensor-expert-delta-routed": layout("qwen3_5_moe_text", "selective", True, other=ROUTED, tensor=2, expert=2),
-    "pipeline-delta-routed": layout("qwen3_5_moe_text", other=ROUTED, pipeline=2),
+    "context-delta": layout("qwen3_5_text", "full", context=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
@@ -101,7 +101,8 @@ ON_FOUR = {
     "context-data-expert-routed": layout("qwen3_moe", "full", True, other=ROUTED | OFFLOADED, context=2, expert=2),
     "tensor-over-groups-delta": layout("four_key_heads", "selective", tensor=4),
     "tensor-pipeline-delta": layout("four_key_heads", "full", tensor=2, pipeline=2),
-    "data-delta": layout("four_key_heads", distributed=True),
+    "tensor-context-delta": layout("four_key_heads", distributed=True, tensor=2, context=2),
+    "context-expert-delta-routed": layout("qwen3_5_moe_text", "selective", other=ROUTED, context=2, expert=2),
     "expert-tensor-delta": layout("qwen3_5_moe_text", tensor=2, expert_tensor=2, expert=2),
     "expert-data-delta": layout("qwen3_5_moe_text", "full", True, expert=2),
     "expert-everywhere-routed": layout("qwen3_moe", other=ALL_GATHER | ROUTED, tensor=2, expert=4),
