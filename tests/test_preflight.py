@@ -328,6 +328,15 @@ def test_kernels_that_vllm_does_not_have_here(setup):
     assert fault.startswith("rollout.quantization: vLLM's kernels for experts in float8 on CPUs")
 
 
+def test_linear_layers_need_engines_on_gpus(setup, tmp_path):
+    save_policy("qwen3_5_text", tmp_path / "hybrid", seed=0)
+    config = setup(model={"path": tmp_path / "hybrid", "dtype": "float32"})
+    assert "vLLM's engines on CPUs compute only in bfloat16" in only_fault(config)
+    config.rollout.tensor_parallel = 4
+    faults = [fault.message for fault in inspect(config).faults]
+    assert any("4 does not divide the 2 key heads of the model's linear layers" in fault for fault in faults)
+
+
 def test_documents_with_a_wrong_column(setup, tmp_path):
     path = tmp_path / "wrong.jsonl"
     path.write_text('{"id": 1, "documents": ["a"]}\n')

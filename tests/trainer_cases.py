@@ -30,8 +30,10 @@ _COMMON = dict(
     max_position_embeddings=512,
     initializer_range=0.2,
 )
+# With larger weights a hybrid's second update depends on the last bits of its first.
+_OF_HYBRIDS = {"initializer_range": 0.1}
 # name: (family, fields of config.json)
-POLICIES = {family: (family, {}) for family in FAMILIES} | {
+POLICIES = {name: (name, _OF_HYBRIDS if "layer_types" in fields else {}) for name, (_, fields) in FAMILIES.items()} | {
     # One key-value head, a vocabulary that 2 does not divide, layers that 2 does not divide.
     "odd": (
         "qwen3",
@@ -45,7 +47,10 @@ POLICIES = {family: (family, {}) for family in FAMILIES} | {
         ),
     ),
     # As many key heads as four ranks, which are more than the key-value heads.
-    "four_key_heads": ("qwen3_5_text", dict(linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=3)),
+    "four_key_heads": (
+        "qwen3_5_text",
+        _OF_HYBRIDS | dict(linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=3),
+    ),
     "three_heads": ("qwen3", dict(head_dim=16, num_attention_heads=3, num_key_value_heads=3)),
 }
 
