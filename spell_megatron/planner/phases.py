@@ -97,6 +97,9 @@ def engine_memory(
     """Memory of a vLLM engine, per GPU."""
     arch, tensor, size = model.arch, config.rollout.tensor_parallel, element_bytes(config)
     weights = model.parameters.all * size // tensor
+    if config.rollout.quantization == "fp8":
+        vocabulary = (1 if arch.tied else 2) * arch.vocabulary * arch.hidden  # stays as it is
+        weights -= (size - 1) * (model.parameters.all - vocabulary) // tensor
     attending = arch.layers - sum(arch.delta_layers)
     per_token = int(2 * attending * max(arch.groups / tensor, 1) * arch.head_dim * size)
     cache = int(gpu_memory * share - weights - assume.engine_workspace)

@@ -22,12 +22,12 @@ EXAMPLE = ROOT / "slurm" / "cluster.example.yaml"
 QUICKSTART = ("--config", "examples/quickstart.yaml")
 
 
-def run_config(processes: int = 16, replicas: int = 2, tensor: int = 4, **run) -> Config:
+def run_config(processes: int = 16, replicas: int = 2, tensor: int = 4, colocated: bool = False, **run) -> Config:
     return Config(
         model={"path": "/x/policy"},
         data={"documents": "/x/documents.parquet"},
         run={"output_dir": "/x/runs", **run},
-        rollout={"replicas": replicas, "tensor_parallel": tensor},
+        rollout={"replicas": replicas, "tensor_parallel": tensor, "colocated": colocated},
         training={"parallel": {"processes": processes}},
     )
 
@@ -77,6 +77,7 @@ def test_a_run_is_spread_over_the_nodes():
         ({"gpu_request": "gpus-per-task"}, {"processes": 12}, "gpu_request", "6 trainer process.* 8 cannot be shared"),
         ({"gpu_request": "gres", "engine_gpus_per_node": 4}, {}, "gpu_request", "same GPUs on all nodes"),
         ({"nodes": 1}, {}, "engine_nodes", "leave none for the trainer"),
+        ({}, {"colocated": True}, "rollout.colocated", "nodes of their own cannot share"),
         ({"engine_nodes": 0}, {}, "nodes", "of which none runs engines"),
         ({"engine_nodes": 0, "nodes": 1}, {}, "gpus_per_node", "16 trainer process.* and 8"),
         ({}, {"processes": 15}, "training.parallel.processes", "spread evenly over 2 nodes"),

@@ -147,6 +147,14 @@ def test_the_run_gives_engines_the_plans_share(size, monkeypatch):
         share_on(20 * 2**30, config)
 
 
+def test_engines_in_float8_have_half_of_the_weights(size):
+    """But for the vocabulary, whose two matrices stay as they are."""
+    ordinary, fp8 = planned(size).engine, planned(size, rollout={"quantization": "fp8"}).engine
+    linear = size.parameters.all - 2 * size.arch.vocabulary * size.arch.hidden
+    assert ordinary.weights - fp8.weights == pytest.approx(linear / configured().rollout.tensor_parallel, abs=1)
+    assert fp8.kv_cache - ordinary.kv_cache == ordinary.weights - fp8.weights
+
+
 def test_a_push_counts_calls_as_well_as_bytes(size):
     assert size.parameters.pushed == 531
     slow = make_plan(size, configured(), 8, GPU, Assumptions(push_tensor=1e-3), estimate)
