@@ -1,6 +1,7 @@
 """How rank 0 ends a run; the rest of it is tested with engines in tests/test_train.py."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from spell_megatron.leader import Leader
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import StopRequest
+from spell_megatron.weights.engine_weights import Order
 
 
 @pytest.fixture
@@ -35,3 +37,20 @@ def test_a_run_that_trained_nothing_is_not_done(leader):
 def test_a_run_that_trained_in_one_step_is_done(leader):
     assert leader.end(2, updates=1) is None
     assert "done after 2 steps" in leader.progress.console.file.getvalue()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rollout_that_is_given_up_begins_the_trainers_turn(ended, leader):
+    """On GPUs that they share, engines sleep before the trainer's state comes back to be saved, or have ended."""
+    events = []
+
+    def sleep():
+        events.append("sleep")
+        if ended:
+            raise UserError("An engine has ended.")
+
+    leader._director = SimpleNamespace(roll_out=lambda *arguments: None)
+    leader._engines = SimpleNamespace(sleep=sleep)
+    leader._weights = SimpleNamespace(give_order=lambda order: events.append(order) or order)
+    assert leader.roll_out(1) == (Order.STOP, None, {})
+    assert events == ["sleep", Order.STOP]
