@@ -102,7 +102,7 @@ def trainers(config, monkeypatch=None, norms=()) -> tuple[Trainer, Trainer]:
     made = []
     for number in range(2):
         if norms:
-            monkeypatch.setattr(model, "RMSNorm", norms[number])
+            monkeypatch.setattr(layers, "RMSNorm", norms[number])
         made.append(make_trainer(config))
     made[0].update(make_rows(0))
     return tuple(made)
