@@ -23,6 +23,7 @@ CASES = {
     "dense": ("qwen3", {}),
     "experts": ("qwen3_moe", {}),
     "some-dense": ("qwen3_moe", {"num_hidden_layers": 3, "decoder_sparse_step": 2}),
+    "hybrid": ("qwen3_5_moe_text", {}),
 }
 # case of an optimizer: settings
 OPTIMIZERS = {

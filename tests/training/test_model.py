@@ -221,15 +221,23 @@ def test_deep_positions_beyond_the_row(hf_checkpoint):
     assert error <= 1e-4
 
 
-def test_bfloat16_model_runs(hf_checkpoint):
-    hf, folder = hf_checkpoint("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_text"])
+def test_bfloat16_model_runs(name, hf_checkpoint):
+    hf, folder = hf_checkpoint(name)
     model = load(folder, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     tokens = torch.arange(60)
-    with torch.no_grad():
-        error = relative(logits(model, tokens).float(), hf(tokens[None]).logits[0])
-    print(f"bfloat16 logits differ by {error:.1e} relative")
+    ours, expected = logits(model, tokens), hf(tokens[None]).logits[0]
+    error = relative(ours.float(), expected)
+    print(f"{name}: bfloat16 logits differ by {error:.1e} relative")
     assert error <= 0.05
+    ours.float().square().mean().backward()
+    hf.zero_grad()
+    expected.square().mean().backward()
+    error = relative(model.decoder.final_layernorm.weight.grad.float(), hf.model.norm.weight.grad)
+    print(f"{name}: the last norm's gradient differs by {error:.1e} relative")
+    assert error <= 0.05
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_frequencies_stay_float32_and_out_of_checkpoints(hf_checkpoint):
