@@ -64,6 +64,10 @@ CASES = {family: (family, MOE if "num_experts" in fields else {}) for family, (_
         "qwen3_5_text",
         {"rope_parameters": LINEAR_ROPE | {"partial_rotary_factor": 0.5}, "linear_conv_kernel_dim": 2},
     ),
+    "qwen3_5-yarn": (
+        "qwen3_5_text",
+        {"rope_parameters": YARN_ROPE | {"partial_rotary_factor": 0.5}, "layer_types": ["full_attention"]},
+    ),
     "qwen3_5-moe-attention-bias": ("qwen3_5_moe_text", MOE | {"attention_bias": True, "num_key_value_heads": 4}),
     "qwen3-moe-normalised": ("qwen3_moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
     "qwen3-moe-not-normalised": ("qwen3_moe", MOE | {"head_dim": 20, "norm_topk_prob": False}),

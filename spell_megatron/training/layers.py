@@ -20,7 +20,7 @@ from torch import Tensor
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.delta_net import delta_net_spec
 from spell_megatron.training.moe import GroupedExperts, Router
-from spell_megatron.training.policy import Architecture, DeltaNet
+from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
 
 
 class RMSNorm(torch.nn.Module):
@@ -43,18 +43,28 @@ class RMSNorm(torch.nn.Module):
 
 
 class GatedSelfAttention(SelfAttention):
-    """Megatron's attention with a gate on its output, also on more tensor-parallel ranks than key-value heads."""
+    """Megatron's attention with a gate on its output, also on more tensor-parallel ranks than key-value heads, and
+    with rotary embeddings that scale a part of each head."""
+
+    def __init__(self, *args: Any, scaled: tuple[int, float], **kwargs: Any) -> None:
+        """scaled: (dimensions that rotary embeddings turn, their factor on the scores of these dimensions)."""
+        super().__init__(*args, **kwargs)
+        self._scaled = scaled
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which gives such ranks the gates of all of their key-value head's queries."""
         query, key, value, gate = super().get_query_key_value_tensors(*args, **kwargs)
         ranks = gate.size(2) // query.size(2)
+        turned, factor = self._scaled
+        if factor != 1:
+            query = torch.cat([query[..., :turned] * factor, query[..., turned:]], dim=-1)
         return query, key, value, gate.chunk(ranks, dim=2)[self.tp_group.rank() % ranks]
 
 
-def layer_spec(transformer_config: TransformerConfig, arch: Architecture, use_te: bool) -> TransformerBlockSubmodules:
+def layer_spec(transformer_config: TransformerConfig, policy: PolicyModel, use_te: bool) -> TransformerBlockSubmodules:
     """Megatron's spec of this pipeline stage with tree attention or gated delta nets, our RMSNorm and the family's
     biases. `use_te`: of the layers of transformer-engine."""
+    arch = policy.arch
     spec = get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=use_te, normalization="RMSNorm")
     if not use_te:
         spec.layer_norm = RMSNorm
@@ -68,7 +78,7 @@ def layer_spec(transformer_config: TransformerConfig, arch: Architecture, use_te
             if arch.delta_net and is_delta:
                 _put_delta_net(own[kind].submodules, arch.delta_net, use_te)
             else:
-                _adapt_attention(own[kind].submodules, arch, use_te)
+                _adapt_attention(own[kind].submodules, policy, use_te)
             _adapt_feed_forward(own[kind].submodules, arch, use_te)
         spec.layer_specs[number] = own[kind]
     return spec
@@ -86,7 +96,8 @@ def _put_delta_net(parts: TransformerLayerSubmodules, sizes: DeltaNet, use_te: b
     parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)
 
 
-def _adapt_attention(parts: TransformerLayerSubmodules, arch: Architecture, use_te: bool) -> None:
+def _adapt_attention(parts: TransformerLayerSubmodules, policy: PolicyModel, use_te: bool) -> None:
+    arch = policy.arch
     attention = parts.self_attention.submodules
     attention.core_attention = TreeAttention
     if not use_te:
@@ -95,6 +106,9 @@ def _adapt_attention(parts: TransformerLayerSubmodules, arch: Architecture, use_
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if arch.output_gate:
         parts.self_attention.module = GatedSelfAttention
+        # Where they turn whole heads, the factor is in the scale of the scores.
+        scaled = arch.rotary_dim, policy.rotary[1] ** 2 if arch.rotary_dim < arch.head_dim else 1.0
+        parts.self_attention.params = {**parts.self_attention.params, "scaled": scaled}
     if arch.output_bias:
         attention.linear_proj = _with_bias(attention.linear_proj)
 

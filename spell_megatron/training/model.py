@@ -137,7 +137,7 @@ def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = Fal
         config=transformer_config,
         policy=policy,
         offload=training.offload,
-        transformer_layer_spec=layer_spec(transformer_config, arch, use_te),
+        transformer_layer_spec=layer_spec(transformer_config, policy, use_te),
         vocab_size=arch.vocabulary + -arch.vocabulary % parallel.tensor,
         max_sequence_length=policy.hf_config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -166,8 +166,8 @@ def _has_transformer_engine() -> bool:
 
 def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: bool) -> TransformerConfig:
     arch, dtype, parallel = policy.arch, policy.dtype, training.parallel
-    # cos and sin are both scaled by `factor`, hence every score by its square.
-    factor = policy.rotary[1]
+    # cos and sin are both scaled by `factor`, hence every score by its square if all dimensions are turned.
+    factor = policy.rotary[1] if arch.rotary_dim == arch.head_dim else 1.0
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,

@@ -162,11 +162,6 @@ class PolicyModel:
             reason = "" if sound else "the frequencies are not all above 0 and finite"
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"
-        if not reason and factor != 1 and self.arch.rotary_dim < self.arch.head_dim:
-            raise UserError(
-                f"config.json turns a part of each head by rotary embeddings of type {kind!r}, which multiply that "
-                f"part by {factor:.4g}. That is not supported: remove the scaling, or set attention_factor to 1 in it."
-            )
         if reason:
             _refuse([f"rope_parameters {parameters} give no rotary embedding ({reason})"])
         return frequencies.float(), float(factor)

@@ -65,8 +65,6 @@ def test_unsupported_models_are_refused(tmp_path):
     assert "'dynamic'" in rejected(tmp_path / "d", "llama", dynamic)
     partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     assert "partial_rotary_factor 0.5" in rejected(tmp_path / "g", "qwen3", partial)
-    scaled = {"rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.5}}
-    assert "set attention_factor to 1" in rejected(tmp_path / "h", "qwen3_5_text", scaled)
     sliding = {"layer_types": ["sliding_attention", "full_attention"]}
     assert "sliding-window" in rejected(tmp_path / "i", "qwen3_5_text", sliding)
     one = MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}
