@@ -4,9 +4,10 @@
 
 It starts from the quick start's policy, which can copy and read: layers and known words are taken over, new words
 begin near words of the quick start, and one more layer is added. Then it is taught the two names of things, new
-sentences, longer questions and arithmetic, mostly on one to three documents. The responder answers in either name; the
-verifier learns which names mean the same. It stops at LESSONS updates although it still gets better. One thread and
-fixed seeds. Killed and called again, it goes on where it was. At the end it prints how well each role does.
+sentences, longer questions and arithmetic, mostly on one to three documents: in READING updates all roles alike, in
+ASKING updates after them, whose learning rate falls, mostly to ask short questions. The responder answers in either
+name; the verifier learns which names mean the same. None is taught to the end. One thread and fixed seeds. Killed and
+called again, it goes on where it was. At the end it prints how well each role does.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich_questions import (
     GENERAL,
+    LENGTHS,
     MATH,
+    OPERATIONS,
     Chain,
     Oracle,
     Question,
@@ -63,11 +66,16 @@ ROOT = Path(__file__).parents[1]
 RICH, QUICKSTART = ROOT / "examples" / "evidence" / "rich", ROOT / "examples" / "quickstart"
 TASKS = (GENERAL, MATH)
 LAYERS = 5
-LESSONS = 550
+READING, ASKING = 550, 200
 FIRST = 50
-"""The first of these updates are on single documents."""
+"""The first updates of READING are on single documents."""
 SIZES = {1: 0.25, 2: 0.3, 3: 0.25, 4: 0.04, 5: 0.04, 6: 0.04, 7: 0.04, 8: 0.04}
+SIZES_ASKING = {1: 0.3, 2: 0.45, 3: 0.1, 4: 0.03, 5: 0.03, 6: 0.03, 7: 0.03, 8: 0.03}
 """How often a lesson has how many documents."""
+SHORT = (0.65, 0.27, 0.05, 0.03)
+PLAIN = {"value": 0.8, "larger": 0.05, "difference": 0.05, "sum": 0.05, "count": 0.05}
+"""How often the questions to ask are of which kind in the updates of ASKING, as `rich_questions.LENGTHS` and
+OPERATIONS."""
 UNFINISHED = "unfinished.pt"
 WORDS = (
     "Empty word number choice another The Therefore, the correct answer is 1 What How often of Which larger, or plus "
@@ -138,11 +146,14 @@ class Teacher:
         answer = said(rng, question)
         return example(self.codec, "responder", prompt, answer_text(question.task, answer), answer, 0.1)
 
-    def questioner(self, rng: random.Random, texts: Sequence[str], every: Sequence[Chain]) -> Example:
+    def questioner(
+        self, rng: random.Random, texts: Sequence[str], every: Sequence[Chain], short: bool = False
+    ) -> Example:
         """Half of the prompts list earlier questions of the same task; the new one differs from them."""
-        question = drawn(rng, every)
+        kinds = (SHORT, PLAIN) if short else (LENGTHS, OPERATIONS)
+        question = drawn(rng, every, *kinds)
         count = rng.choice((0, 0, 0, 1, 2, 3))
-        others = [draw_question(rng, every, question.task) for _ in range(count)]
+        others = [draw_question(rng, every, question.task, *kinds) for _ in range(count)]
         shown = [Entry((), other.text, said(rng, other)) for other in others if other and other.text != question.text]
         prompt = self.prompts.questioner(question.task, texts, shown, None)
         answer = said(rng, question)
@@ -162,7 +173,7 @@ class Teacher:
         last = words[-1]
         return example(self.codec, "cloze", documents + " ".join(words[:-1]), f"{last}.", last, 0.1)
 
-    def row(self, rng: random.Random, size: int) -> list[Example]:
+    def row(self, rng: random.Random, size: int, asking: bool) -> list[Example]:
         """Examples over one cluster: all roles over few documents, responder and verifier over more."""
         while True:
             entities = make_cluster(rng, size)
@@ -170,16 +181,21 @@ class Teacher:
             if {chain.kind == "amount" for chain in every} == {True, False}:
                 break
         texts = [entity.text for entity in entities]
-        examples = [self.responder(rng, texts, every) for _ in range(7)]
-        examples += [self.verifier(rng, every) for _ in range(3)]
+        examples = [self.responder(rng, texts, every) for _ in range(4 if asking else 7)]
+        examples += [self.verifier(rng, every) for _ in range(1 if asking else 3)]
         if size <= 3:
-            examples += [self.questioner(rng, texts, every) for _ in range(4)]
-            examples += [self.cloze(rng, texts, entities) for _ in range(3)]
+            examples += [self.questioner(rng, texts, every, asking) for _ in range(10 if asking else 4)]
+            examples += [self.cloze(rng, texts, entities) for _ in range(1 if asking else 3)]
         return examples
 
 
-def drawn(rng: random.Random, every: Sequence[Chain]) -> Question:
-    question = draw_question(rng, every, rng.choice(TASKS))
+def drawn(
+    rng: random.Random,
+    every: Sequence[Chain],
+    lengths: Sequence[float] = LENGTHS,
+    operations: Mapping[str, float] = OPERATIONS,
+) -> Question:
+    question = draw_question(rng, every, rng.choice(TASKS), lengths, operations)
     assert question is not None
     return question
 
@@ -190,8 +206,8 @@ def judged(rng: random.Random, every: Sequence[Chain], question: Question, right
     return rng.choice(question.answers) if right else wrong_answer(rng, every, question), reference
 
 
-def train(model: Qwen3ForCausalLM, teacher: Teacher, lessons: int, unfinished: Path) -> None:
-    """Teach `lessons` updates. Training that was stopped goes on from the state in `unfinished`."""
+def train(model: Qwen3ForCausalLM, teacher: Teacher, reading: int, asking: int, unfinished: Path) -> None:
+    """Teach `reading` updates, then `asking` more. Training that was stopped goes on from the state in `unfinished`."""
     optimizer, first = make_optimizer(model), 0
     if unfinished.exists():
         state = torch.load(unfinished, weights_only=True)
@@ -203,11 +219,12 @@ def train(model: Qwen3ForCausalLM, teacher: Teacher, lessons: int, unfinished: P
     for pairs in VALUES.values():
         for one, two in pairs.items():
             meaning[codec.output(two)[0]] = codec.output(one)[0]
-    for step in range(first, lessons):
-        rng = random.Random(f"lesson {step}")
-        size = rng.choices(tuple(SIZES), tuple(SIZES.values()))[0] if step >= FIRST else 1
-        set_learning_rate(optimizer, LEARNING_RATE * min(1.0, (step + 1) / 50))
-        batch = pack([teacher.row(rng, size) for _ in range(max(3, int(11 / (size + 1) ** 0.5)))])
+    for step in range(first, reading + asking):
+        rng, sizes = random.Random(f"lesson {step}"), SIZES if step < reading else SIZES_ASKING
+        size = rng.choices(tuple(sizes), tuple(sizes.values()))[0] if step >= FIRST else 1
+        left = (reading + asking - step) / asking if step >= reading else 1.0
+        set_learning_rate(optimizer, LEARNING_RATE * min((step + 1) / 50, max(left, 0.05)))
+        batch = pack([teacher.row(rng, size, step >= reading) for _ in range(max(3, int(11 / (size + 1) ** 0.5)))])
         loss, chosen, targets, keys = learn(model, optimizer, batch)
         right = (meaning[chosen] == meaning[targets]).float()
         for i, role in enumerate(ROLES):
@@ -305,11 +322,11 @@ def report(
     torch.manual_seed(0)
     rng = random.Random("check")
     unseen = [make_cluster(rng, rng.randint(4, 8)) for _ in range(clusters)]
-    print("responder, greedy       ", check_responder(model, codec, prompts, rows, 0.0))
-    print("responder, temperature 1", check_responder(model, codec, prompts, rows, 1.0, 8))
-    for shown in (1, 2, 3, 4, 6):
-        print(f"questioner, {shown} documents", check_questioner(model, codec, prompts, unseen, shown))
+    for shown in (1, 2, 3, 5):
+        print(f"questioner, {shown} documents", check_questioner(model, codec, prompts, unseen, shown), flush=True)
     print("verifier", check_verifier(model, codec, prompts, unseen), flush=True)
+    print("responder, temperature 1", check_responder(model, codec, prompts, rows, 1.0, 8), flush=True)
+    print("responder, greedy       ", check_responder(model, codec, prompts, rows, 0.0), flush=True)
 
 
 def main() -> None:
@@ -317,7 +334,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RICH / "policy")
     parser.add_argument("--heldout", type=Path, default=RICH / "heldout.jsonl")
     parser.add_argument("--limit", type=int, default=500, help="held-out questions that are asked")
-    parser.add_argument("--lessons", type=int, default=LESSONS)
+    parser.add_argument("--reading", type=int, default=READING)
+    parser.add_argument("--asking", type=int, default=ASKING)
     parser.add_argument("--check-only", action="store_true", help="report on the policy in --out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -330,7 +348,7 @@ def main() -> None:
     codec = Codec(options.out)
     model = grown(codec, options.out, QUICKSTART / "policy")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {codec.size} pieces", flush=True)
-    train(model, Teacher(codec, prompts), options.lessons, options.out / UNFINISHED)
+    train(model, Teacher(codec, prompts), options.reading, options.asking, options.out / UNFINISHED)
     save(model, options.out)
     (options.out / UNFINISHED).unlink(missing_ok=True)
     report(model, codec, prompts, rows)

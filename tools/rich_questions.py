@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich_world import RELATIONS, VALUES, Entity, forms, name, value_of
@@ -73,29 +73,39 @@ def chains(entities: Sequence[Entity]) -> list[Chain]:
     return found
 
 
-def draw_question(rng: random.Random, every: Sequence[Chain], task: str) -> Question | None:
-    """Draw a question of a task from the chains of a cluster; None if there is none of that kind."""
+def draw_question(
+    rng: random.Random,
+    every: Sequence[Chain],
+    task: str,
+    lengths: Sequence[float] = LENGTHS,
+    operations: Mapping[str, float] = OPERATIONS,
+) -> Question | None:
+    """Draw a question of a task from the chains of a cluster; None if there is none of that kind.
+
+    Args:
+        lengths, operations: how often a question is of which kind, as LENGTHS and OPERATIONS.
+    """
     fitting = [chain for chain in every if (chain.kind == "amount") == (task == MATH)]
     if not fitting:
         return None
-    operation = "value" if task == GENERAL else rng.choices(tuple(OPERATIONS), tuple(OPERATIONS.values()))[0]
+    operation = "value" if task == GENERAL else rng.choices(tuple(operations), tuple(operations.values()))[0]
     combined = None
     if operation == "count":
         combined = _count(rng, every)
     elif operation != "value":
-        combined = _pair(rng, fitting, operation)
-    return combined or _single(rng, fitting, task)
+        combined = _pair(rng, fitting, operation, lengths)
+    return combined or _single(rng, fitting, task, lengths)
 
 
-def _drawn(rng: random.Random, every: Sequence[Chain]) -> Chain:
+def _drawn(rng: random.Random, every: Sequence[Chain], lengths: Sequence[float]) -> Chain:
     """A chain, its length drawn first."""
     possible = sorted({len(chain.relations) for chain in every})
-    length = rng.choices(possible, [LENGTHS[length - 1] for length in possible])[0]
+    length = rng.choices(possible, [lengths[length - 1] for length in possible])[0]
     return rng.choice([chain for chain in every if len(chain.relations) == length])
 
 
-def _single(rng: random.Random, every: Sequence[Chain], task: str) -> Question:
-    chain = _drawn(rng, every)
+def _single(rng: random.Random, every: Sequence[Chain], task: str, lengths: Sequence[float]) -> Question:
+    chain = _drawn(rng, every, lengths)
     called = name(rng, chain.start)
     if rng.random() < 0.5:
         asked = "'s ".join((called, *chain.relations))
@@ -110,10 +120,10 @@ def nested(chain: Chain, called: str) -> str:
     return "".join(f"the {relation} of " for relation in reversed(chain.relations)) + called
 
 
-def _pair(rng: random.Random, every: Sequence[Chain], operation: str) -> Question | None:
+def _pair(rng: random.Random, every: Sequence[Chain], operation: str, lengths: Sequence[float]) -> Question | None:
     """A question that combines two different amounts; mostly both are stated of the entities that it names."""
     short = [chain for chain in every if len(chain.relations) == 1] if rng.random() < 0.8 else every
-    first = _drawn(rng, short)
+    first = _drawn(rng, short, lengths)
     others = [chain for chain in short if chain.value != first.value]
     if not others:
         return None
