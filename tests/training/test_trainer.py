@@ -95,7 +95,7 @@ def test_importance_weights_equal_plain_torch(sampling, budget, policies, tmp_pa
     assert difference(gradients(plain), gradients(trainer)) > 0.05
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5_text"])
 def test_gradient_does_not_depend_on_the_cut(family, policies, monkeypatch):
     """One forest, several, and every row alone (nothing shared): 1e-5 relative in gradient and loss."""
     rows = make_rows()
