@@ -174,7 +174,7 @@ def _checkpoint_bytes(model: ModelSize, config: Config, stage: int, processes: i
     if not config.training.optimizer.distributed:
         return 0, 4 * _copies(config) * sum(parts)
     shared = tuple(zip(parts, _sharers(config, processes), strict=True))
-    gather = max(4 * size + 4 * size // sharers for size, sharers in shared)
+    gather = max(4 * size + 4 * size // sharers if sharers > 1 else 0 for size, sharers in shared)
     joining = max(8 * size + 12 * size // sharers for size, sharers in shared)
     return gather, 12 * sum(parts) + joining
 

@@ -56,6 +56,9 @@ def _pad_buckets(optimizer) -> None:
         return
 
     def gather_padded(**options: Any) -> dict[Any, Any]:
+        if optimizer.data_parallel_group.size() == 1 and optimizer.data_parallel_group_gloo is not None:
+            # There is nothing to gather: Megatron would send this rank's state to itself through its GPU, twice.
+            options["use_gloo_comm"] = True
         state = gather(**options)
         for number, buffer in enumerate(optimizer.buffers):
             sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -65,7 +66,7 @@ def test_prediction_against_measured_memory(kind, recompute, offload, checkpoint
 @pytest.mark.measures
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_what_leaves_and_what_is_saved(kind, dtype, checkpoints):
+def test_what_leaves_and_what_is_saved(kind, dtype, checkpoints, monkeypatch):
     """The bytes of storages that leave, of the host's copy, and of what a checkpoint gathers are those of the plan."""
     config = make_config(checkpoints / kind, "none", {}, 1024)
     config.model.dtype, config.rollout.colocated = dtype, True
@@ -77,7 +78,9 @@ def test_what_leaves_and_what_is_saved(kind, dtype, checkpoints):
         trainer = Trainer(model, config.training, config.rollout.sampling.temperature, config.run.steps)
         ones = np.ones(8, np.float32)
         trainer.update([Row(np.arange(16), 8, ones, -ones)])
-        state = sharded_state(trainer, with_optimizer=True, is_loading=False)["optimizer"]
+        with monkeypatch.context() as patch:  # one rank gathers nothing on a GPU
+            patch.setattr(torch.cuda, "current_device", lambda: pytest.fail("takes memory of the GPU"))
+            state = sharded_state(trainer, with_optimizer=True, is_loading=False)["optimizer"]
         pieces = (x for x in nested_values(state) if isinstance(x, ShardedTensor | ShardedTensorFactory))
         gathered = sum(piece.data.nbytes for piece in pieces)
         swap = Swap(trainer.model, trainer.optimizer, "all")
@@ -87,6 +90,7 @@ def test_what_leaves_and_what_is_saved(kind, dtype, checkpoints):
     finally:
         backend.shutdown()
     memory = trainer_memory(ModelSize.of(policy), config, 1, Assumptions())
+    assert memory.gather == 0
     left = leaving(config, memory)
     assert gone == before == pytest.approx(left.gpu, rel=1e-4)  # but for AdamW's numbers of steps
     assert copied == pytest.approx(left.host, rel=0.01)  # but for alignment
