@@ -40,5 +40,5 @@ def test_a_plan_that_does_not_fit_gets_a_proposal_that_does(capsys):
     alone = ["--training.parallel.processes=1", "--training.parallel.tensor=1", "--training.parallel.context=1"]
     assert main(["plan", "--config", big, *alone, "--training.parallel.expert=1"]) == 2
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT" in printed and "limits    GPU memory (checkpoint lacks " in printed
+    assert "DOES NOT FIT" in printed and "limits    GPU memory (update lacks " in printed
     assert "proposal  " in printed and "times as fast" not in printed and "fewest    " in printed
