@@ -13,6 +13,11 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+# A shell ignores SIGINT in what it starts in the background. Processes that tests start must not inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config):
     for path in Path(__file__).parent.rglob("*.py"):
         config.addinivalue_line("filterwarnings", f"error:::{path.stem}$")

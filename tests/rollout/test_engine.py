@@ -116,7 +116,7 @@ def test_an_engine_of_an_unknown_transport_does_not_fit(policy):
     }
 
     def faults(transport: str | None) -> list[str]:
-        return list(_faults(about | {"weight_transfer": transport}, config.model, 1024))
+        return list(_faults(about | {"weight_transfer": transport}, config.model, config.rollout))
 
     assert faults("gloo") == []
     assert faults("pigeons") == ["it receives weights by 'pigeons', and the trainer can send by gloo, nccl, ipc only"]
