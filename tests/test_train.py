@@ -52,10 +52,12 @@ def whole(tmp_path_factory) -> Path:
 def resumed(whole) -> Path:
     """The same run, resumed twice. An engine is killed in the generation of step 2, all processes are signalled in that
     of step 4, as Slurm does before the time limit, and `spell stop` comes in the validation after it.
-    What the first part printed is in output.txt."""
+    What the first part printed is in output.txt. All this happens while the trainer is gone, as on shared GPUs, and its
+    optimizer is in host memory."""
     folder = whole.parent / "resumed"
     where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4")
-    process = start("--config", "examples/quickstart.yaml", *where, *SMALL)
+    gone = ("--training.swap=all", "--training.optimizer.offload=true")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *gone)
     wait_for_step(process, folder, 1)
     time.sleep(0.5)
     (server,) = servers(process)
@@ -80,7 +82,7 @@ def resumed(whole) -> Path:
 def spread(whole) -> Path:
     """The first step of the same run with two data-parallel trainer processes."""
     where = (f"--run.output_dir={whole.parent}", "--run.name=spread", "--run.steps=1")
-    settings = ("--training.parallel.processes=2", "--rollout.verify_weights=true")
+    settings = ("--training.parallel.processes=2", "--rollout.verify_weights=true", "--training.swap=all")
     finished("--config", "examples/quickstart.yaml", *where, *SMALL, *settings)
     return whole.parent / "spread"
 

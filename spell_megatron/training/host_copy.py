@@ -102,11 +102,14 @@ class _Place(NamedTuple):
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages with memory beneath the tensors, each once."""
+    """The storages with memory beneath the tensors, each once, but for those that cannot be emptied.
+
+    Memory of a CPU stays as it is once numpy has looked into it, as for a checkpoint in the Hugging Face format.
+    """
     seen = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.nbytes() and storage._cdata not in seen:
+        if storage.nbytes() and storage.resizable() and storage._cdata not in seen:
             seen.add(storage._cdata)
             yield storage
 

@@ -127,3 +127,13 @@ def test_a_return_that_failed_can_be_repeated(monkeypatch):
     assert copy.away
     copy.come_back()
     assert [tensor[0].item() for tensor in tensors] == [0, 1, 2]
+
+
+def test_memory_that_numpy_has_looked_into_stays():
+    seen, other = torch.arange(4.0), torch.arange(4.0)
+    seen.numpy()
+    copy = HostCopy(lambda: [seen, other], "training.swap")
+    copy.leave()
+    assert seen.tolist() == [0, 1, 2, 3] and other.untyped_storage().nbytes() == 0
+    copy.come_back()
+    assert seen.tolist() == other.tolist() == [0, 1, 2, 3]
