@@ -13,17 +13,17 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help quickstart check format test-fast test test-slow test-312 test-contracts
 .PHONY: environment environment-312 environment-contracts environment-gpu environment-slurm
 
-# The times are those of two cores.
+# The times are those of two cores; "up to" where they were shared with other work.
 help:
 	@echo "make quickstart         train a tiny policy by self-play on this machine; no GPU is needed"
 	@echo
 	@echo "make check              format, lint, types and structure of the code (10 seconds)"
 	@echo "make format             format the code, and correct what the linter can correct"
 	@echo "make test-fast          the tests that start no processes, engines, browser or Slurm (2 minutes)"
-	@echo "make test               all tests but the slow ones (15 minutes)"
+	@echo "make test               all tests but the slow ones (up to 31 minutes)"
 	@echo "make test-slow          the slow tests (about an hour)"
-	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (5 minutes)"
-	@echo "make test-contracts     tests of the code for GPUs with the Python files of packages that need one (5 minutes)"
+	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (up to 19 minutes)"
+	@echo "make test-contracts     tests of the code for GPUs with the Python files of packages that need one (up to 15 minutes)"
 	@echo
 	@echo "make environment        only install what these commands need, into .venv"
 	@echo "make environment-contracts  fetch these Python files into .venv-contracts (downloads 0.3 GB)"

@@ -12,12 +12,10 @@ taught to ask. It prints how often a reader would be right who does not look who
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from corpus_files import write_files
 from fictional_world import (
     GENERAL,
     MATH,
@@ -93,20 +91,7 @@ def write_corpus(out: Path, clusters: int, heldout: int) -> None:
     """Write both files into the folder `out`."""
     training = training_clusters(clusters)
     rows, baseline = heldout_questions(heldout, {entity.text for cluster in training for entity in cluster})
-    ids = [f"fiction-{i:05d}" for i in range(clusters)]
-    table = pa.table(
-        {
-            "cluster_id": ids,
-            "document_ids": [
-                [f"{i}/{entity.name}" for entity in cluster] for i, cluster in zip(ids, training, strict=True)
-            ],
-            "documents": [[entity.text for entity in cluster] for cluster in training],
-            "source": ["fiction"] * clusters,
-        }
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, out / "documents.parquet", compression="zstd")
-    (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_files(out, "fiction", training, rows)
     print(f"any value of the asked relation: {baseline:.1%} of {heldout} questions right")
 
 

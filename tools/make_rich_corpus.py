@@ -10,12 +10,10 @@ of results may want to know: operation (how amounts are combined) and needed (th
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from corpus_files import write_files
 from rich_questions import GENERAL, MATH, Question, chains, draw_question
 from rich_world import Entity, make_cluster
 
@@ -81,18 +79,7 @@ def write_corpus(out: Path, clusters: int, heldout: int) -> None:
     """Write both files into the folder `out`."""
     training = training_clusters(clusters)
     rows = heldout_questions(heldout, {entity.text for cluster in training for entity in cluster})
-    ids = [f"rich-{i:05d}" for i in range(clusters)]
-    table = pa.table(
-        {
-            "cluster_id": ids,
-            "document_ids": [[f"{i}/{e.name}" for e in cluster] for i, cluster in zip(ids, training, strict=True)],
-            "documents": [[entity.text for entity in cluster] for cluster in training],
-            "source": ["rich"] * clusters,
-        }
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, out / "documents.parquet", compression="zstd")
-    (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_files(out, "rich", training, rows)
 
 
 def main() -> None:
