@@ -9,8 +9,6 @@ from spell_megatron.selfplay.characters import canonical
 from spell_megatron.selfplay.texts import words
 
 _TOKEN = re.compile(r"[^\W\d_][\w.'-]*")
-# Where a sentence or a quotation begins, every word has a capital.
-_BEGINNING = re.compile(r"(?:^|[.:?!\"(\n])\s*$")
 
 
 def unknown_names(question: str, documents: Sequence[str]) -> list[str]:
@@ -22,10 +20,16 @@ def unknown_names(question: str, documents: Sequence[str]) -> list[str]:
     found = [
         token[0]
         for token in _TOKEN.finditer(text)
-        if token[0][0].isupper() and len(token[0]) > 1 and not _BEGINNING.search(text[: token.start()])
+        if token[0][0].isupper() and len(token[0]) > 1 and not _begins_sentence(text[: token.start()])
     ]
     known = {_stem(word) for document in documents for word in words(document).split()}
     return [name for name in found if not all(_stem(word) in known for word in words(name).split())]
+
+
+def _begins_sentence(before: str) -> bool:
+    """Whether a sentence or a quotation begins after this text, where every word has a capital."""
+    words_before = before.rstrip()
+    return not words_before or words_before[-1] in '.:?!"(' or "\n" in before[len(words_before) :]
 
 
 def _stem(word: str) -> str:
