@@ -62,7 +62,7 @@ setup(
         "aiohttp>=3.10",
         # Megatron-Core wants it for context parallelism of two levels
         "einops",
-        "huggingface_hub>=0.30",
+        "huggingface_hub>=1.31",
         # 0.16.1 is the newest for Python 3.11; Python 3.12 takes 0.19
         "megatron-core>=0.16.1,<0.20",
         # vLLM brings it: typed JSON, ten times as fast as that of the standard library

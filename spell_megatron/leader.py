@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spell_megatron.checkpoint.folder import note_score
-from spell_megatron.config.reading import to_yaml
+from spell_megatron.config.reading import as_recorded, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.director import Director
 from spell_megatron.errors import UserError
@@ -107,7 +107,7 @@ class Leader:
         self._stack.__exit__(*exception)
 
     def _note_settings(self) -> None:
-        write_text(self._folder / "config.yaml", to_yaml(self._config))
+        write_text(self._folder / "config.yaml", to_yaml(as_recorded(self._config)))
 
     def _open_engines(self) -> Engines:
         run, training = self._config.run, self._config.training

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from spell_megatron import ranks
 from spell_megatron.checkpoint.restore import restore
 from spell_megatron.checkpoint.saver import Saver
+from spell_megatron.config.reading import as_recorded
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
@@ -97,7 +98,8 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
         with rank.progress.stage("loading the policy"):
             trainer = load_trainer(policy, config)
             step, state = restore(folder, trainer) if resume else (0, {})
-        saver = Saver(folder, trainer, config.checkpoint, config.model.path, config.model_dump_json(indent=2))
+        settings = as_recorded(config).model_dump_json(indent=2)
+        saver = Saver(folder, trainer, config.checkpoint, config.model.path, settings)
         stack.enter_context(saver)
         rank.begin(trainer, step, state)
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("checkpoint", "preflight", "weights", "jobs", "corpus", "monitoring", "evaluation"),
     ("training", "rollout", "processes"),
     ("selfplay", "tokenizer", "token_pieces"),
-    ("config", "files", "encodings", "folders", "parquet", "errors", "ranks"),
+    ("config", "files", "encodings", "folders", "hub", "parquet", "errors", "ranks"),
     ("__init__",),  # the version
 )
 

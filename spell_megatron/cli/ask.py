@@ -40,7 +40,12 @@ def add_parser(commands: Any) -> None:
         takes_settings=True,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="step of a run (RUN/checkpoints/step_000012) or checkpoint's folder")
+    add(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="step of a run (RUN/checkpoints/step_000012), checkpoint's folder, or ORG/NAME of the hub",
+    )
     add("questions", nargs="*", metavar="QUESTION", help="a question; several are answered one after the other")
     add(
         "--documents",
@@ -170,8 +175,6 @@ def _of_cluster(paths: Sequence[Path], cluster: str) -> list[tuple[str, str]]:
 def _config(arguments: argparse.Namespace, settings: Sequence[str]) -> Config:
     """Settings of the engine, sampling and prompts: the run's if the model is a step of one, then those given."""
     model, of_run = policy_folder(arguments.model)
-    if not (model / "config.json").is_file():
-        raise UserError(f"There is no model in {model}: it has no config.json. Give a step of a run, or a checkpoint.")
     files = [*([of_run] if of_run else ()), *(arguments.config or ())]
     limits = _limits(model) if of_run is None else {}
     limits |= {"max_prompt_tokens": arguments.max_input} if arguments.max_input else {}

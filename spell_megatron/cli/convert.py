@@ -31,7 +31,8 @@ def add_parser(commands: Any) -> None:
 
 def _add_way(ways: Any, source: str, target: str, help: str) -> argparse.ArgumentParser:
     way = ways.add_parser(f"{source}-to-{target}", help=help, allow_abbrev=False)
-    way.add_argument(f"--{source}", required=True, type=Path, metavar="IN", help="folder to read")
+    read = "folder to read" + (", or ORG/NAME[@REVISION] of the hub" if source == "hf" else "")
+    way.add_argument(f"--{source}", required=True, type=Path, metavar="IN", help=read)
     way.add_argument(f"--{target}", required=True, type=Path, metavar="OUT", help="folder to make")
     way.add_argument("--verify", action="store_true", help="afterwards compare every tensor of both, bit by bit")
     way.set_defaults(command=run, takes_settings=False, target=target)
@@ -41,10 +42,13 @@ def _add_way(ways: Any, source: str, target: str, help: str) -> argparse.Argumen
 def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from spell_megatron.config.schema import ParallelConfig
+    from spell_megatron.hub import fetch_model
     from spell_megatron.monitoring.progress import Progress
     from spell_megatron.weights import convert
 
     progress, out = Progress(), getattr(arguments, arguments.target)
+    if arguments.target == "megatron":
+        arguments.hf = fetch_model(arguments.hf)
     with progress.stage("converting") as advance:
         if arguments.target == "megatron":
             layout = ParallelConfig(**{size: getattr(arguments, flag) for flag, size in SIZES.items()})

@@ -14,6 +14,7 @@ from typing import Any
 from spell_megatron.cli.arguments import add_command, add_config, add_rendezvous, overrides_of
 from spell_megatron.config.reading import load_config
 from spell_megatron.errors import UserError
+from spell_megatron.hub import fetch_model
 from spell_megatron.processes.rendezvous import ENDED
 from spell_megatron.ranks import leave_step, rank, slurm_job
 
@@ -51,6 +52,7 @@ def _serve_here(arguments: argparse.Namespace) -> int:
             f"The environment variable {key} is not set. Set it to a key of your choice, here and for the run."
         )
     config.rollout.urls = []
+    config.model.path = fetch_model(config.model.path)
     _on_signals(lambda number: sys.exit(128 + number))
     progress = Progress()
     with progress.stage("starting engines"):

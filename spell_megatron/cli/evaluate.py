@@ -44,8 +44,8 @@ def add_parser(commands: Any) -> None:
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="Hugging Face checkpoint, or a step of a run (RUN/checkpoints/step_000012); with --server only its "
-        "tokenizer is used",
+        help="Hugging Face checkpoint, a model of the hub (ORG/NAME, ORG/NAME@REVISION), or a step of a run "
+        "(RUN/checkpoints/step_000012); with --server only its tokenizer is used",
     )
     add(
         "--benchmark",
@@ -145,9 +145,8 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
     """Settings of engines, sampling and prompts. --model and the limits override the settings of a file."""
     if (arguments.model is None) == (arguments.answers is None):
         raise UserError("Give a model to evaluate with --model FOLDER, or answers to score with --answers FILE.")
-    model, of_run = policy_folder(arguments.model or Path("none"))
-    if not (model / "config.json").is_file() and not arguments.server and not arguments.answers:
-        raise UserError(f"There is no model in {model}: it has no config.json. Give --model a Hugging Face checkpoint.")
+    weights = arguments.server is None and arguments.answers is None
+    model, of_run = policy_folder(arguments.model or Path("none"), weights)
     overrides = [
         *overrides,
         f"model.path={json.dumps(str(model))}",

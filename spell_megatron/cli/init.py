@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         "init",
         run,
         help="write the settings of a new run for a model, documents and GPUs",
-        usage="spell init FILE --model FOLDER --documents FILE [--gpu NAME --gpus N] [--SECTION.KEY=VALUE ...]\n"
+        usage="spell init FILE --model MODEL --documents FILE [--gpu NAME --gpus N] [--SECTION.KEY=VALUE ...]\n"
         "       spell init --example quickstart [FOLDER]",
         description="Write a file of settings with comments for a model, documents and the hardware of this machine or "
         "the one named: limits by the lengths of the documents, the layout by the planner. Settings on the command "
@@ -27,7 +27,12 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("out", nargs="?", type=Path, metavar="FILE", help="file of settings to write (default run.yaml), or folder")
-    add("--model", type=Path, metavar="FOLDER", help="folder of a Hugging Face checkpoint")
+    add(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="folder of a model, or its name at the hub (ORG/NAME[@REVISION])",
+    )
     add("--documents", type=Path, metavar="FILE", help="clusters of documents, as `spell prepare` writes them")
     add("--gpu", metavar="NAME", help="A100-80G, H100-80G, H200-141G or B200 (default: what this machine has)")
     add_number(add, "--gpus", None, "number of GPUs of trainer and engines together (default 8, or this machine's)")
@@ -47,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _copy(arguments.example, arguments.out or Path(arguments.example))
     if arguments.model is None or arguments.documents is None:
         raise UserError(
-            "A run needs a model and documents: give --model FOLDER and --documents FILE. Or begin with an example: "
+            "A run needs a model and documents: give --model MODEL and --documents FILE. Or begin with an example: "
             "spell init --example quickstart."
         )
     return _write(arguments, arguments.out or Path("run.yaml"), overrides)
@@ -58,6 +63,7 @@ def _write(arguments: argparse.Namespace, out: Path, overrides: list[str]) -> in
     quiet_libraries()
     from spell_megatron.config.commented import commented_yaml
     from spell_megatron.files import write_text
+    from spell_megatron.hub import fetch_model
     from spell_megatron.planner.draft import Hardware, draft, hardware_here
     from spell_megatron.planner.gpus import find_gpu
 
@@ -67,7 +73,8 @@ def _write(arguments: argparse.Namespace, out: Path, overrides: list[str]) -> in
         hardware = hardware_here(arguments.gpus_per_node)
         if arguments.gpus and not hardware.gpu:
             raise UserError("This machine has no GPU. Name the kind that the run will have with --gpu.")
-    found = draft(arguments.model, arguments.documents, hardware, overrides)
+    model = fetch_model(arguments.model, weights=False)
+    found = draft(model, arguments.documents, hardware, overrides)
     settings = {"run.name": out.stem} | found.settings
     head = [
         f"Settings of a run on {hardware}, written by `spell init`. What is not here has its default:",

@@ -16,6 +16,7 @@ from spell_megatron.cli.arguments import (
 )
 from spell_megatron.config.reading import load_config
 from spell_megatron.errors import ExitStatus
+from spell_megatron.hub import fetch_model
 
 if TYPE_CHECKING:
     from spell_megatron.planner.plan import Plan
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.training.policy import PolicyModel
 
     gpu = find_gpu(arguments.gpu)
+    config.model.path = fetch_model(config.model.path, weights=False)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     model = ModelSize.of(policy)
     host_memory = arguments.host_memory * 2**30 if arguments.host_memory else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from spell_megatron.cli.arguments import add_command
 from spell_megatron.corpus.options import Options
 from spell_megatron.errors import UserError
+from spell_megatron.hub import SCHEME, fetch_documents, fetch_model
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +24,12 @@ def add_parser(commands: Any) -> None:
         "similarity. The same inputs and options give the same file. A run that was stopped continues when it is "
         "started again.",
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="file, folder or, at the hub, hf://datasets/ORG/NAME[@REVISION][/PATH]",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="parquet (or .jsonl) file to write")
     groups: dict[str, Any] = {}
     for option in fields(Options):
@@ -55,7 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(**given)
     if arguments.out.is_file():
         raise UserError(f"{arguments.out} exists already. Choose another place with --out, or move it away.")
+    if options.tokenizer:
+        options = replace(options, tokenizer=fetch_model(options.tokenizer, weights=False))
     from spell_megatron.corpus.prepare import prepare
 
-    print(prepare(arguments.inputs, arguments.out, options))
+    inputs: list[Path] = []
+    descriptions: list[Path] = []
+    for text in arguments.inputs:
+        if text.startswith(SCHEME):
+            documents, description = fetch_documents(text)
+            inputs.append(documents)
+            descriptions.append(description)
+        else:
+            inputs.append(Path(text))
+    print(prepare(inputs, arguments.out, options, descriptions))
     return 0

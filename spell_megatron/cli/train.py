@@ -25,9 +25,11 @@ from spell_megatron.cli.arguments import (
     read_run,
     settings_help,
 )
-from spell_megatron.config.reading import Reading, noted_prompt_date, to_yaml
+from spell_megatron.config.faults import Fault
+from spell_megatron.config.reading import Reading, as_recorded, noted_prompt_date, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
+from spell_megatron.hub import fetch_model, name_of
 from spell_megatron.monitoring.run_log import Level
 from spell_megatron.processes.launch import launch_processes
 from spell_megatron.processes.signals import expect_requests
@@ -75,7 +77,6 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     expect_requests()
     os.environ.setdefault(ONE_QUEUE, "1")  # before anything starts CUDA
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder, and nodes may not reach the hub
     if child_of_torchrun():
         from spell_megatron.processes.lifetime import end_with_parent
 
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(to_yaml(settings, changed=arguments.print_config == "changed"), end="")
         return ExitStatus.SUCCESS
     reading, resume = _read(arguments, overrides)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is here now, and nodes may not reach the hub
     found = _preflight(arguments, reading, resume)
     config = reading.checked(found.faults)
     goes_on = resume is not None and resume.step is None
@@ -94,13 +96,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(nothing_to_do)
         return ExitStatus.SUCCESS
     if arguments.dry_run:
-        print(to_yaml(config) + "\n".join(f"# {line}" for line in _overview(config, resume, found.warnings)))
+        print(
+            to_yaml(as_recorded(config)) + "\n".join(f"# {line}" for line in _overview(config, resume, found.warnings))
+        )
         return ExitStatus.SUCCESS
     if config.training.parallel.processes > 1 and launched_processes() is None:
-        return launch_processes(config.training, arguments.argv)
+        return launch_processes(config.training, [*arguments.argv, *_same_model(config)])
     for warning in found.warnings:
         print(f"spell: warning: {warning}", file=sys.stderr)
     return _train(arguments, config, resume, found.warnings)
+
+
+def _same_model(config: Config) -> list[str]:
+    """Words of a command line that takes the same commit of a model of the hub."""
+    name = name_of(config.model.path)
+    return [] if name == str(config.model.path) else [f"--model.path={name}"]
 
 
 def _finished(config: Config) -> str:
@@ -192,6 +202,10 @@ def _read(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Read
 
         await_settings(arguments.config or ())
     reading, resumed = read_run("train", arguments, overrides)
+    try:
+        reading.settings.model.path = fetch_model(reading.settings.model.path)
+    except UserError as error:
+        reading.faults.append(Fault.of("model.path", str(error).rstrip(".")))
     _pin_date(reading.settings, resumed.folder if resumed else None)
     return reading, resumed
 

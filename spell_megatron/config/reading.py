@@ -20,6 +20,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.config.schema_faults import kind_of, validate
 from spell_megatron.config.section import Schema, Section, subsection
 from spell_megatron.errors import UserError
+from spell_megatron.hub import model_name, name_of
 
 Files = str | Path | Sequence[str | Path] | None
 """One YAML file, or several, or none. The settings of later files replace the settings of earlier ones."""
@@ -69,7 +70,7 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Reading[Config]:
 
     `overrides` are strings such as `selfplay.groups=16` (leading dashes allowed) whose values are parsed as YAML. A
     relative input path is taken from the current directory if it exists there, else from the folder of the YAML file
-    that holds it; input paths come out absolute.
+    that holds it; input paths come out absolute. A model that is in neither place, but may be at the hub, stays a name.
 
     Raises UserError only if a YAML file cannot be read at all.
     """
@@ -117,6 +118,12 @@ def to_yaml(config: Config, changed: bool = False) -> str:
     """
     content = config.model_dump(mode="json", exclude_defaults=changed)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def as_recorded(config: Config) -> Config:
+    """The settings as a run's files keep them: a model of the hub by name and commit, not by its place in a cache."""
+    model = config.model.model_copy(update={"path": Path(name_of(config.model.path))})
+    return config.model_copy(update={"model": model})
 
 
 def _merge(raw: dict[str, Any], other: dict[str, Any], schema: type[Section]) -> None:
@@ -204,7 +211,9 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 def _resolve_paths(config: Config, folder: Callable[[str], Path]) -> None:
     """Make input paths absolute; `folder(key)` is the folder of the YAML file that sets a key."""
-    config.model.path = _resolve(config.model.path, folder("model.path"))
+    model = _resolve(config.model.path, folder("model.path"))
+    if model.exists() or not model_name(config.model.path):
+        config.model.path = model
     config.data.documents = _resolve(config.data.documents, folder("data.documents"))
     if config.validation.questions is not None:
         config.validation.questions = _resolve(config.validation.questions, folder("validation.questions"))

@@ -35,7 +35,8 @@ class ModelConfig(Section):
     """The policy."""
 
     path: Path
-    """Folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer."""
+    """Folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer); or a model of the hub, ORG/NAME, with
+    @REVISION for one that is not the newest. The run's config.yaml names the commit."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in trainer and engines. Use float32 on CPUs, where bfloat16 is slow."""
     prompt_date: date | None = None

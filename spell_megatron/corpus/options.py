@@ -86,7 +86,10 @@ class Options:
         None, "clusters", "N", "most tokens of a cluster; longer documents are cut"
     )
     tokenizer: Path | None = _option(
-        None, "clusters", "FOLDER", "checkpoint folder whose tokenizer counts for --max-cluster-tokens"
+        None,
+        "clusters",
+        "MODEL",
+        "model whose tokenizer counts for --max-cluster-tokens: folder, or ORG/NAME[@REVISION] of the hub",
     )
     max_clusters: int | None = _option(None, "clusters", "N", "of more clusters, this many are kept, drawn by the seed")
     source: str = _option("documents", "clusters", "NAME", "value of the clusters' `source` column")

@@ -39,7 +39,7 @@ from spell_megatron.monitoring.progress import PatientConsole, Progress
 from spell_megatron.tokenizer import PolicyTokenizer
 
 
-def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> Summary:
+def prepare(inputs: Sequence[Path], out: Path, options: Options = Options(), left_out: Sequence[Path] = ()) -> Summary:
     """Turn files and folders into one .parquet or .jsonl file of document clusters.
 
     Text files (.txt, .md, or no extension) are one document each. Every row of a .jsonl or .parquet table is one
@@ -47,6 +47,9 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
     through as they are, unless they overlap with an evaluation set or have too many tokens. Documents are filtered,
     those that repeat others are left out, long ones are cut. Text files that share a sub-folder of an input folder
     make a cluster; all other documents are grouped by similarity (`grouping.group_similar`).
+
+    Args:
+        left_out: files in the inputs that are no documents.
 
     `out` and the statistics beside it (`statistics_path`) appear only when they are complete. The same inputs and
     options give the same bytes, also when a run was killed and started again.
@@ -59,7 +62,7 @@ def prepare(inputs: Sequence[Path], out: Path, options: Options = Options()) -> 
     sets = _check(inputs, out, options)
     check_writable(out.parent, [out.name, statistics_path(out).name])
     counts = Counts()
-    files = reading.find_files(inputs, [out, statistics_path(out)], counts)
+    files = reading.find_files(inputs, [out, statistics_path(out), *left_out], counts)
     progress = Progress(console=PatientConsole(stderr=True))
 
     def read_sets(folder: Path) -> None:

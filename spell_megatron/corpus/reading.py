@@ -63,10 +63,10 @@ class Counts:
     """One line per file that needs attention."""
 
 
-def find_files(inputs: Sequence[Path], written: Sequence[Path], counts: Counts) -> list[File]:
-    """Files to read, in a fixed order. What is hidden or left behind, and the files `written` by us, are left out."""
+def find_files(inputs: Sequence[Path], left_out: Sequence[Path], counts: Counts) -> list[File]:
+    """Files to read, in a fixed order. What is hidden or left behind is left out, too."""
     found: list[File] = []
-    taken = {os.path.realpath(path) for path in written}
+    taken = {os.path.realpath(path) for path in left_out}
     several = sum(path.is_dir() for path in inputs) > 1
     for given in inputs:
         if given.is_dir():

@@ -25,6 +25,7 @@ from spell_megatron.evaluation.openai_server import OpenAIServer
 from spell_megatron.evaluation.plot import plot
 from spell_megatron.evaluation.policies import Policy, engine_policy, server_policy
 from spell_megatron.files import check_writable, write_text
+from spell_megatron.hub import name_of
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.preflight.evaluation import check_evaluation
 from spell_megatron.processes.folder_lock import FolderLock
@@ -174,7 +175,7 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
     config, server = evaluation.config, evaluation.server
     sampling = config.rollout.sampling
     return {
-        "model": server.model if server else str(config.model.path),
+        "model": server.model if server else name_of(config.model.path),
         "by": "engines" if not server else "chat" if evaluation.chat else "completions",
         "max_input": sampling.max_prompt_tokens,
         "max_output": sampling.max_response_tokens,

@@ -18,6 +18,7 @@ from spell_megatron.evaluation.benchmarks import BENCHMARKS, BenchmarkQuestion, 
 from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.files import MAX_FAULTS, parse_json_lines
 from spell_megatron.folders import is_left_behind, walk
+from spell_megatron.hub import fetch_files
 from spell_megatron.parquet import parquet_rows
 from spell_megatron.selfplay.references import valid_unicode
 
@@ -130,31 +131,8 @@ def _unique(questions: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
 
 def _fetch(name: str, form: Format) -> Path:
     """The folder of the benchmark's files in the hub's local cache, fetched if they are not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    page = f"https://huggingface.co/datasets/{form.repository}"
-    remedy = f"Or fetch its files elsewhere ({page}) and name them: --benchmark {name}=FILE_OR_FOLDER."
-    try:
-        return Path(snapshot_download(form.repository, repo_type="dataset", allow_patterns=list(form.download)))
-    except GatedRepoError as error:
-        raise UserError(
-            f"The hub gives {form.repository} only to those who accepted its conditions. Accept them at {page}, make "
-            f"a token there, and set HF_TOKEN to it. {remedy}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"The hub has no data set {form.repository} (any more), or HF_TOKEN is wrong. {remedy}"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{name} ({form.repository}) cannot be fetched from the Hugging Face hub: {_first_line(error)} If this "
-            f"machine has no network, run once where there is one with the same HF_HOME. {remedy}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    remedy = f"Or fetch the files of {name} elsewhere, and name them: --benchmark {name}=FILE_OR_FOLDER."
+    return fetch_files(form.repository, form.download, remedy)
 
 
 def _holds(form: Format, path: str) -> bool:

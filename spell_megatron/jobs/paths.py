@@ -6,16 +6,32 @@ from pathlib import Path
 
 from spell_megatron.config.faults import Fault
 from spell_megatron.config.schema import Config
+from spell_megatron.errors import UserError
+from spell_megatron.hub import fetch_model, model_name
 from spell_megatron.jobs.site import Site
 
 
-def place(config: Config, site: Site) -> None:
-    """Make the paths of the site and of the run absolute, as they are on the nodes."""
+def place(config: Config, site: Site, weights: bool) -> None:
+    """Make the paths of the site and of the run absolute, as they are on the nodes.
+
+    A model of the hub is fetched here, where there is a network, into a cache that the nodes see; without `weights`
+    only what a plan needs of it.
+
+    Raises:
+        UserError: the hub does not give the model, or the cluster is reached by SSH.
+    """
     config.run.output_dir = config.run.output_dir.absolute()
     if not site.ssh.host:
+        config.model.path = fetch_model(config.model.path, weights)
         site.folder = site.folder.expanduser().absolute()
         site.venv = site.venv and site.venv.expanduser().absolute()
         return
+    if name := model_name(config.model.path):
+        raise UserError(
+            f"There is no folder {name} here, and a model of the hub cannot be fetched from here to {site.ssh.host}. "
+            f"Run `hf download {name.repository}` there, and set model.path to the folder that it prints; or submit "
+            "the run from a login node."
+        )
     here = Path.cwd()
 
     def there(path: Path) -> Path:  # relative paths have been completed with this machine's current folder

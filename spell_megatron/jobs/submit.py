@@ -66,7 +66,7 @@ def launch(
         of_executor, moved = _moved_to_site(of_executor)
         of_site = [*of_site, *moved]
     site = read_section(Site, site_file, of_site).checked()
-    place(config, site)
+    place(config, site, weights=not dry_run)
     _prepare_nemo_run(site)
     if not on_slurm:
         return _run_here(config, site, of_executor, resume, dry_run)

@@ -12,6 +12,7 @@ from typing import Any
 from spell_megatron.config.reading import read_config
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.hub import name_of
 from spell_megatron.planner.gpus import GPUS, Assumptions, Gpu
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.plan import Plan
@@ -93,6 +94,7 @@ def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[
             f"of {memory:.1f} GiB. This was not measured."
         )
     chosen = _config(settings, overrides)
+    settings["model.path"] = name_of(model.absolute())
     given = {word.lstrip("-").partition("=")[0] for word in overrides}
     flat = chosen.model_dump(mode="json")
     return Draft(settings | {key: _value(flat, key) for key in given}, remarks)

@@ -75,7 +75,7 @@ def test_the_layout_is_the_planners(spell, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run.yaml"], "give --model FOLDER and --documents FILE"),
+        (["run.yaml"], "give --model MODEL and --documents FILE"),
         (["run.yaml", "--model", "nowhere", "--documents", "x"], "nowhere is not a Hugging Face checkpoint"),
         (["run.yaml", *words_for(Path("nowhere.parquet"))], "nowhere.parquet does not exist"),
         (["run.yaml", *words_for(Path("x")), "--gpu", "H1000"], "Known are A100-80G"),

@@ -409,7 +409,7 @@ def test_without_a_hub_it_is_said_what_to_do(tmp_path):
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert "Tongyi-Zhiwen/frames) cannot be fetched" in result.stdout, result.stderr
+    assert "The data set Tongyi-Zhiwen/frames of the hub is not in its cache" in result.stdout, result.stderr
     assert "--benchmark frames=FILE_OR_FOLDER" in result.stdout
 
 
