@@ -151,6 +151,12 @@ def _add_limits(
         for cluster, counts in zip(clusters, tokens, strict=True)
     ]
     room = positions - response
+    if (least := max(lengths.instructions(role, task) for role in lengths.roles for task in tasks)) > room:
+        raise UserError(
+            f"The instructions of the prompt set {play.prompts!r} take {least} tokens without any document, and the "
+            f"model has positions for prompts of up to {room}. Give it shorter ones (--selfplay.prompts=compact, for a "
+            "model that was taught on them), or take a model for longer contexts."
+        )
     wanted = -(-(max(needed) + _QUESTION) // 64) * 64
     limit = min(wanted, room)
     settings["rollout.sampling.max_prompt_tokens"] = limit

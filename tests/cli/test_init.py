@@ -57,6 +57,14 @@ def test_limits_follow_from_the_documents(spell, tmp_path):
     assert not (tmp_path / "long.yaml").exists()
 
 
+def test_instructions_that_are_too_long_by_themselves_are_not_blamed_on_the_documents(spell, tmp_path):
+    """The quick start's policy spells out the English of the prompt set `full`."""
+    words = words_for(corpus(tmp_path, 1))[:4]
+    status, _, errors = spell("init", "full.yaml", *words)
+    assert status == 2 and "instructions of the prompt set 'full'" in errors and "--selfplay.prompts=compact" in errors
+    assert "--max-cluster-tokens" not in errors
+
+
 def test_the_layout_is_the_planners(spell, tmp_path):
     status, output, errors = spell("init", "gpu.yaml", *words_for(corpus(tmp_path, 10)), "--gpu", "h100", "--gpus", "2")
     assert status == 0, errors
