@@ -32,8 +32,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,8 @@ from transformers import PreTrainedTokenizerFast
 
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import Config
-from spell_megatron.director import Director
+from spell_megatron.director.director import Director
+from spell_megatron.director.messages import pack_rows, unpack_rows
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.rollout import client, wire
 from spell_megatron.selfplay import checks, roles
@@ -218,14 +219,14 @@ def memory_gb() -> float:
 
 def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any]:
     """The figures of a step."""
-    engines = SimpleNamespace(urls=list(urls), api_key="key", check=lambda: None)
-    watch = Stopwatch()
-    with Director(config, engines) as director:  # type: ignore[arg-type]
+    watch, director = Stopwatch(), Director(config)
+    director.connect(urls, "key")
+    with closing(director):
         watch.parts()
         at_start = memory_gb()
         cpu, wall = watch_loop(director._runner.get_loop())
         began, loop_began, wall_began = time.process_time(), time.thread_time(), time.perf_counter()
-        rollout = director.roll_out(0, "0", lambda mixed, admitted: None)
+        rollout = director.roll_out(0, "0", urls, lambda mixed, admitted: None)
         loop_seconds, wall_seconds = time.thread_time() - loop_began, time.perf_counter() - wall_began
         rollout_seconds = time.process_time() - began
         memory = memory_gb()
@@ -236,10 +237,8 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
     parts["HTTP, event loop, the rest"] = loop_seconds - sum(parts.values())
     parts["beside the loop"] = rollout_seconds - loop_seconds
     parts["dump"] = time.process_time() - began
-    from spell_megatron.leader import _row
-
     began = time.process_time()
-    rows = [_row(sample, config.training.role_weights) for sample in rollout.batch]
+    rows = unpack_rows(*pack_rows(rollout.batch, config.training.role_weights))
     parts["rows of the update"] = time.process_time() - began
     metrics = rollout.metrics
     return {

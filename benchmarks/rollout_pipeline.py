@@ -35,7 +35,7 @@ import psutil
 
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import Config
-from spell_megatron.director import Director
+from spell_megatron.director.director import Director
 from spell_megatron.rollout.client import Client, Completion
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.engines import Engines
@@ -135,7 +135,7 @@ async def roll_out(director: Director, engine: Engine, step: int, client: Client
 
 async def measure(config: Config, engines: Engines, steps: int) -> list[dict]:
     """The figures of each step; one step before them warms up."""
-    director = Director(config, engines)
+    director = Director(config)
     sampling = config.rollout.sampling
     arguments = (engines.urls, engines.api_key, sampling)
     stops = sorted(director._tokenizer.eos_ids)

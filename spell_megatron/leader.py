@@ -7,20 +7,16 @@ The other ranks are `Follower`s with the same methods: they wait for its orders.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from spell_megatron.checkpoint.folder import note_score
 from spell_megatron.config.reading import as_recorded, to_yaml
 from spell_megatron.config.schema import Config
-from spell_megatron.director import Director
+from spell_megatron.director.remote import RemoteDirector
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
-from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
@@ -32,7 +28,6 @@ from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
 from spell_megatron.ranks import local_processes
 from spell_megatron.rollout.engines import Engines
-from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.selfplay.outcomes import why_empty
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.swap import Swap
@@ -95,6 +90,8 @@ class Leader:
             if not (self._folder / "config.yaml").exists():
                 self._note_settings()
             note_versions(self._folder)
+            # Its libraries are imported while the engines start.
+            self._director = stack.enter_context(RemoteDirector(self._config, self._folder, self._stop.reason))
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
                 self._engines.sleep()  # the trainer's turn on GPUs that they share
@@ -137,13 +134,12 @@ class Leader:
         enter = self._stack.enter_context
         self._weights = _engine_weights(trainer, self._engines, self._config, self.progress, self._stop)
         self._stack.callback(self._weights.close)
-        self._director = enter(Director(self._config, self._engines, self._weights.revive, self._stop.reason))
+        self._stack.callback(self._director.close)  # before the engines end
+        self._director.connect(self._engines, self._weights.revive, state["selfplay"] if state else None)
         resume_step = step if state else None
         self._log = enter(
             MetricsLogger(self._folder, self._config.logging, self._config.model_dump(mode="json"), resume_step)
         )
-        if state:
-            self._director.selfplay.load_state_dict(state["selfplay"])
         metrics = self.push(step)
         with self.progress.stage("comparing engines and trainer"):
             _probe(self._weights, trainer, self._config)
@@ -172,20 +168,16 @@ class Leader:
         self._started = time.monotonic()
         self._status.update(state="running", step=step)
         with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
-            rollout = self._director.roll_out(step, str(step - 1), lambda mixed, _: advance(mixed))
+            rollout = self._director.roll_out(step, str(step - 1), advance)
         if rollout is None:
             return self._give_up()
-        seconds = time.monotonic() - self._started
+        seconds = rollout.ended - self._started
         speed = rollout.metrics["selfplay/generated_tokens"] / seconds
         metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
-        rows = [_row(sample, self._config.training.role_weights) for sample in rollout.batch]
-        dumps = self._folder / "rollouts"
-        write_dump(rollout.samples, dumps, step, self._config.logging.dump)
-        del rollout  # the routings of its samples are large
-        why = "" if rows else why_empty(metrics, dumps)
+        why = "" if rollout.rows else why_empty(metrics, self._folder / "rollouts")
         if why:
             self.progress.line(f"step {step}: {why}")
-        self._empty.note(not rows, why=why)
+        self._empty.note(not rollout.rows, why=why)
         self._why_none = why or self._why_none
         try:
             self._weights.sleep()
@@ -193,7 +185,7 @@ class Leader:
             if not self._stop.reason():
                 raise
             return self._give_up()
-        return self._weights.give_order(Order.UPDATE if rows else Order.SKIP), rows, metrics
+        return self._weights.give_order(Order.UPDATE if rollout.rows else Order.SKIP), rollout.rows, metrics
 
     def _give_up(self) -> tuple[Order, None, Metrics]:
         with suppress(UserError):  # the end of the job has ended the engines
@@ -213,7 +205,7 @@ class Leader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` holds besides the trainer."""
-        return {"step": step, "selfplay": self._director.selfplay.state_dict()}
+        return {"step": step, "selfplay": self._director.state_dict()}
 
     def end_step(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of update `step`, and validate where it is due."""
@@ -338,15 +330,3 @@ def _probe(weights: EngineWeights, trainer: Trainer, config: Config) -> None:
     # Forward only, a row twice as long as a microbatch takes less memory than forward and backward of a microbatch.
     longest = min(config.rollout.sampling.max_prompt_tokens, 2 * config.training.tokens_per_microbatch)
     weights.probe(trainer.mismatch, config.rollout, longest)
-
-
-def _row(sample: Sample, role_weights: Mapping[Role, float]) -> Row:
-    """What the trainer learns of a sample: tokens, and the weight of each response token."""
-    weight = sample.advantage * role_weights.get(sample.role, 1.0)
-    return Row(
-        tokens=np.concatenate([sample.prompt_ids, sample.response_ids], dtype=np.int64),
-        prompt_length=len(sample.prompt_ids),
-        weights=np.full(len(sample.response_ids), weight, dtype=np.float32),
-        rollout_logprobs=np.array(sample.logprobs, dtype=np.float32),
-        routing=sample.routing,
-    )

@@ -40,14 +40,41 @@ def run_log(folder: Path, rank: int, level: Level) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
-    root, ours = logging.getLogger(), logging.getLogger(_PACKAGE)
+    ours = logging.getLogger(_PACKAGE)
     shown = logging.StreamHandler(sys.stderr)  # an error of ours is told on the screen too, without its stack trace
     shown.setFormatter(_Short())
     shown.setLevel(logging.ERROR)
     shown.addFilter(lambda record: not getattr(record, "silent", False))
+    ours.addHandler(shown)
+    try:
+        with logged_by(handler, level):
+            try:
+                yield
+            except UserError as error:
+                ours.error("%s", error, extra=SILENT)
+                raise
+            except Exception:
+                ours.exception("the run failed", extra=SILENT)
+                raise
+    finally:
+        ours.removeHandler(shown)
+        handler.close()
+
+
+SILENT = {"silent": True}
+"""Of a message that is shown on the screen by itself."""
+
+
+@contextmanager
+def logged_by(handler: logging.Handler, level: Level) -> Iterator[None]:
+    """Give a handler what this process and its libraries say; warnings too, which are then not on the screen.
+
+    Args:
+        level: of `run_log`.
+    """
+    root, ours = logging.getLogger(), logging.getLogger(_PACKAGE)
     before = root.level, ours.level
     root.addHandler(handler)
-    ours.addHandler(shown)
     ours.setLevel(level.upper())
     root.setLevel({"debug": logging.INFO, "info": logging.WARNING}.get(level, level.upper()))
     try:
@@ -55,23 +82,11 @@ def run_log(folder: Path, rank: int, level: Level) -> Iterator[None]:
             warnings.simplefilter("default")
             logging.captureWarnings(True)
             yield
-    except UserError as error:
-        ours.error("%s", error, extra=_SILENT)
-        raise
-    except Exception:
-        ours.exception("the run failed", extra=_SILENT)
-        raise
     finally:
         logging.captureWarnings(False)
         root.removeHandler(handler)
-        ours.removeHandler(shown)
         root.setLevel(before[0])
         ours.setLevel(before[1])
-        handler.close()
-
-
-_SILENT = {"silent": True}
-"""Of a message that the command line shows by itself."""
 
 
 class _Short(logging.Formatter):

@@ -18,9 +18,6 @@ from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.rollout.transports import TRANSPORTS
 
-UPDATING = "updating"
-"""Beginning of the weight version of an engine whose weights are being replaced; no completion may carry it."""
-
 _WATCH_SECONDS = 5.0  # between looks at an engine that has been asked for something
 _CONNECT_SECONDS = 10.0
 _CUT_SECONDS = 60.0

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from aiohttp import Payload
 
-from spell_megatron.rollout.engine import UPDATING
+UPDATING = "updating"
+"""Beginning of the weight version of an engine whose weights are being replaced; no completion may carry it."""
 
 _BASE64_PART = 1 << 20  # characters, a multiple of 4
 

@@ -17,9 +17,10 @@ from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.rollout.addresses import address_towards
 from spell_megatron.rollout.checksum import checksum
-from spell_megatron.rollout.engine import UPDATING, Engine
+from spell_megatron.rollout.engine import Engine
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.transports.transport import Bucket, Channel, Meeting, Transport
+from spell_megatron.rollout.wire import UPDATING
 from spell_megatron.weights.buckets import BUCKET_BYTES, MOST_BUCKET_BYTES, fitting, in_buckets
 
 Result = TypeVar("Result")

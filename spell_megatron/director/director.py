@@ -1,4 +1,4 @@
-"""Rank 0's side of a run: engines, self-play and held-out validation around one policy."""
+"""Self-play and held-out validation around one policy, on engines: the bridge to asyncio."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from spell_megatron.errors import UserError
 from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.evaluation.validation import validate
 from spell_megatron.rollout.client import Client
-from spell_megatron.rollout.engines import Engines
 from spell_megatron.rollout.wire import GenerationError
 from spell_megatron.selfplay.documents import load_clusters
 from spell_megatron.selfplay.history import History
@@ -26,25 +25,18 @@ _STOP_SECONDS = 0.5
 
 
 class Director:
-    """Talks to the engines for the trainer. A context manager: leaving it closes the connections.
+    """Talks to the engines for the trainer.
 
     Args:
-        revive: of `Client`.
-        stop: asked now and then; anything but None: what is under way is given up.
+        stop: asked now and then; anything but None and False: what is under way is given up.
 
     Raises:
         UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        engines: Engines,
-        revive: Callable[[], Sequence[str]] | None = None,
-        stop: Callable[[], object | None] = lambda: None,
-    ) -> None:
-        self.config, self.engines, self._stop = config, engines, stop
-        sampling, selfplay = config.rollout.sampling, config.selfplay
+    def __init__(self, config: Config, stop: Callable[[], object] = lambda: None) -> None:
+        self.config, self._stop = config, stop
+        selfplay = config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path, config.model.prompt_date)
         self._prompts = PromptSet.load(selfplay.prompts, selfplay.questioner.quotes)
         sampler = ClusterSampler(
@@ -57,32 +49,41 @@ class Director:
         history = History(selfplay.questioner.history)
         untrained = [role for role, weight in config.training.role_weights.items() if weight == 0]
         self.selfplay = SelfPlay(
-            selfplay, sampling, self._prompts, self._tokenizer, sampler, history, config.run.seed, untrained
+            selfplay,
+            config.rollout.sampling,
+            self._prompts,
+            self._tokenizer,
+            sampler,
+            history,
+            config.run.seed,
+            untrained,
         )
         validation = config.validation
         self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []
+
+    def connect(self, urls: Sequence[str], api_key: str, revive: Callable[[], Sequence[str]] | None = None) -> None:
+        """Before anything else: where the engines are, and their key. `revive`: of `Client`."""
+        rollout = self.config.rollout
         self._client = Client(
-            engines.urls,
-            engines.api_key,
-            sampling,
+            urls,
+            api_key,
+            rollout.sampling,
             stop_token_ids=sorted(self._tokenizer.eos_ids),
-            request_timeout=config.rollout.request_timeout,
-            hang_timeout=config.rollout.hang_timeout,
-            concurrency=config.rollout.concurrency,
+            request_timeout=rollout.request_timeout,
+            hang_timeout=rollout.hang_timeout,
+            concurrency=rollout.concurrency,
             revive=revive,
         )
-
-    def __enter__(self) -> Director:
         self._runner = asyncio.Runner()
         self._runner.run(self._client.__aenter__())
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the connections."""
         self._runner.run(self._client.__aexit__())
         self._runner.close()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
-        """The result of work on the engines; None if the run is asked to stop before there is one."""
+        """The result of work on the engines; None if it is to be given up before there is one."""
 
         async def unless_stopped() -> Result | None:
             task = asyncio.ensure_future(work)
@@ -100,7 +101,6 @@ class Director:
         except UserError:
             if self._stop():  # the end of a job ends the engines too
                 return None
-            self.engines.check()  # if a server that was started here died, its last words say more
             raise
         except GenerationError as error:
             raise UserError(
@@ -108,18 +108,18 @@ class Director:
                 "folder logs), and resume the run from its last checkpoint."
             ) from error
 
-    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int, int], None]) -> StepRollout | None:
+    def roll_out(
+        self, step: int, weight_version: str, urls: Sequence[str], on_progress: Callable[[int, int], None]
+    ) -> StepRollout | None:
         """One step of self-play on the engines (see `SelfPlay.roll_out`); None: given up, and nothing has changed."""
-        self._client.use(self.engines.urls)
+        self._client.use(urls)
         return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
 
-    def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
-        """Accuracy of the engines' weights on the held-out questions; {} when there are none, or it was given up."""
-        if not self._questions:
-            return {}
-        self._client.use(self.engines.urls)
+    def validate(self, urls: Sequence[str], on_progress: Callable[[int], None]) -> dict[str, float] | None:
+        """Accuracy of the engines' weights on the held-out questions, if there are any; None: given up."""
+        self._client.use(urls)
         validation = self.config.validation
-        metrics = self._run(
+        return self._run(
             validate(
                 self._client,
                 self._tokenizer,
@@ -131,7 +131,6 @@ class Director:
                 on_progress,
             )
         )
-        return metrics or {}
 
     @property
     def held_out_questions(self) -> int:

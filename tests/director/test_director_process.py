@@ -1,0 +1,95 @@
+"""The process of the director, without engines; rollouts in it are tested in tests/test_train.py."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from small_run import ROOT
+
+from spell_megatron.config.reading import load_config
+from spell_megatron.director.remote import RemoteDirector
+from spell_megatron.errors import ProcessLost, UserError
+from spell_megatron.processes.signals import REQUESTS
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return load_config("examples/quickstart.yaml", [])
+
+
+@pytest.fixture
+def engines():
+    """An engine that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield SimpleNamespace(urls=[f"http://127.0.0.1:{server.getsockname()[1]}"], api_key="key", check=lambda: None)
+
+
+def libraries(pid):
+    return {row.path for row in psutil.Process(pid).memory_maps()}
+
+
+def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tmp_path, caplog):
+    """No torch there; requests to stop are rank 0's; what is logged there is in the log of the run."""
+    stopped = []
+    with RemoteDirector(config, tmp_path, lambda: bool(stopped) or None) as director, caplog.at_level(logging.INFO):
+        director.connect(engines, list, None)
+        assert director.held_out_questions == 500
+        before = director.state_dict()
+        assert before["sampler"]["seed"] == config.run.seed
+        loaded = libraries(director.process.pid)
+        assert any("tokenizers" in path for path in loaded) and not any("torch" in path for path in loaded)
+
+        for number in REQUESTS:  # of Slurm, to every process of a step
+            os.kill(director.process.pid, number)
+        stopped.append("stop")
+        assert director.roll_out(1, "0", lambda mixed: None) is None
+        assert director.validate(lambda done: None) == {}
+        assert director.state_dict() == before
+        assert not (tmp_path / "rollouts").exists()
+
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            engines.urls = [f"http://127.0.0.1:{gone.getsockname()[1]}"]
+        stopped = caplog.records  # a client warns of an engine that fails before it tries again
+        assert director.roll_out(1, "0", lambda mixed: None) is None
+        warning = stopped[0]
+        assert (warning.name, warning.levelname) == ("spell_megatron.rollout.client", "WARNING")
+        assert f"the engine at {engines.urls[0]} fails" in warning.getMessage()
+
+        stopped = []
+        director.process.kill()
+        with pytest.raises(ProcessLost, match=r"killed by signal 9.*train\.log.*Resume"):
+            director.roll_out(1, "0", lambda mixed: None)
+    assert director.process.returncode == -signal.SIGKILL
+
+
+def test_faults_reach_the_user_in_their_own_words(config, engines, tmp_path):
+    config.data.documents = tmp_path / "missing.jsonl"
+    with RemoteDirector(config, tmp_path) as director, pytest.raises(UserError, match="missing.jsonl"):
+        director.connect(engines, list, None)
+    assert director.process.returncode == 0
+
+
+def test_it_ends_with_rank_0(config, tmp_path):
+    """Killed, rank 0 cannot end it."""
+    code = (
+        "import sys, time; from pathlib import Path; from spell_megatron.config.reading import load_config\n"
+        "from spell_megatron.director.remote import RemoteDirector\n"
+        f"one = RemoteDirector(load_config('examples/quickstart.yaml', []), Path({str(tmp_path)!r}))\n"
+        "print(one.process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as rank_0:
+        pid = int(rank_0.stdout.readline())
+        assert psutil.pid_exists(pid)
+        rank_0.kill()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
