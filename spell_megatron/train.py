@@ -101,6 +101,8 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
         settings = as_recorded(config).model_dump_json(indent=2)
         saver = Saver(folder, trainer, config.checkpoint, config.model.path, settings)
         stack.enter_context(saver)
+        if saver.untrained:
+            rank.progress.line(f"{saver.untrained} are not trained; they go into every checkpoint as they are.")
         rank.begin(trainer, step, state)
 
         skipped, saved, stopped = InARow(NOT_FINITE), step if resume else None, None

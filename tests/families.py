@@ -36,11 +36,23 @@ FAMILIES = {
 }
 
 
-def hf_config(family: str, **fields) -> transformers.PretrainedConfig:
-    """A configuration of the family; `fields` go before those of the list."""
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
+VISION |= {"num_position_embeddings": 16}
+
+
+def hf_config(family: str, vision: bool = False, **fields) -> transformers.PretrainedConfig:
+    """A configuration of the family; `fields` go before those of the list.
+
+    vision: of a model that holds one of the family beside a vision tower.
+    """
     name, options = FAMILIES[family]
     text = "Text" if "layer_types" in options else ""
-    return getattr(transformers, f"{name}{text}Config")(**_alternating(options | fields))
+    config = getattr(transformers, f"{name}{text}Config")(**_alternating(options | fields))
+    if not vision:
+        return config
+    tower = VISION | {"out_hidden_size": config.hidden_size}
+    whole = getattr(transformers, f"{name}Config")
+    return whole(text_config=config, vision_config=tower, tie_word_embeddings=config.tie_word_embeddings)
 
 
 def _alternating(fields: dict) -> dict:
@@ -55,7 +67,8 @@ def hf_model(family: str, seed: int = 0, **fields) -> transformers.PreTrainedMod
     """A random float32 model of the family."""
     torch.manual_seed(seed)
     config = hf_config(family, **fields)
-    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config).float()
+    kind = "ForConditionalGeneration" if fields.get("vision") else "ForCausalLM"
+    model = getattr(transformers, FAMILIES[family][0] + kind)(config).float()
     for name, parameter in model.named_parameters():
         # States of random models last for a token or two, and what is left of them is rounding.
         if name.endswith("A_log"):

@@ -39,4 +39,5 @@ def _traits(model: PolicyModel) -> dict[str, Any]:
     """What two models must have in common so that the same weights compute the same."""
     of = model.hf_config
     more = {"rope_parameters": of.rope_parameters, "rms_norm_eps": of.rms_norm_eps}
+    more["whole model"] = model.whole and model.whole.model_type
     return {"model_type": of.model_type, **asdict(model.arch), **more}

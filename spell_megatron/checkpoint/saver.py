@@ -39,6 +39,7 @@ from spell_megatron.weights.huggingface import write_checkpoint
 from spell_megatron.weights.reshard import export
 from spell_megatron.weights.side_files import SideFiles, read_side_files
 from spell_megatron.weights.sizes import checkpoint_bytes
+from spell_megatron.weights.untrained import Untrained
 
 _KEPT = "The checkpoints before are untouched, and `--resume` continues from the newest of them."
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
@@ -61,7 +62,7 @@ class Saver:
         """
         Args:
             source: Hugging Face checkpoint that the run began with; each checkpoint gets its configuration and
-                tokenizer, which are read now.
+                tokenizer, which are read now, and its tensors that are not trained, whose files are opened now.
             configuration: of the run, as JSON.
 
         Raises:
@@ -70,6 +71,7 @@ class Saver:
         self.root, self._trainer = Path(run_folder) / "checkpoints", trainer
         self._settings, self._configuration = settings, configuration
         self._side_files = read_side_files(source) if dist.get_rank() == 0 else {}
+        self._untrained = Untrained(source, trainer.policy) if dist.get_rank() == 0 else None
         self._pending: _Pending | None = None
 
     def __enter__(self) -> Saver:
@@ -78,6 +80,13 @@ class Saver:
     def __exit__(self, *exception: object) -> None:
         if self._pending:
             self._pending.writer.close(abort=True)
+        if self._untrained:
+            self._untrained.close()
+
+    @property
+    def untrained(self) -> str:
+        """Which tensors are not trained, and go into every checkpoint as they are; "": none, or not rank 0."""
+        return str(self._untrained) if self._untrained and self._untrained.names else ""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` and delete all but the newest `checkpoint.keep`.
@@ -90,7 +99,8 @@ class Saver:
         final = self.root / f"step_{step:06d}"
         pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer))
         partial = pending.partial
-        _on_rank_0(lambda: _prepare(self.root, partial, trainer), self.root)
+        more = self._untrained.nbytes if self._untrained else 0
+        _on_rank_0(lambda: _prepare(self.root, partial, trainer, more), self.root)
         self._pending = pending
 
         def write() -> None:
@@ -98,7 +108,7 @@ class Saver:
             for made in ("trainer", "rng"):
                 wait_until_seen(partial / made)
             pending.start(partial / "trainer", trainer, asynchronous)
-            _save_hf(partial / "hf", trainer, self._side_files)
+            _save_hf(partial / "hf", trainer, self._side_files, self._untrained)
             torch.save(random_states(), partial / "rng" / f"rank_{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
@@ -183,24 +193,24 @@ class _Pending:
             finalize()
 
 
-def _save_hf(folder: Path, trainer: Trainer, side_files: SideFiles) -> None:
+def _save_hf(folder: Path, trainer: Trainer, side_files: SideFiles, untrained: Untrained | None) -> None:
     """Rank 0 writes; every rank goes through the whole stream, since ranks gather tensors together."""
     weights = export(trainer.model)
     try:
-        if dist.get_rank() == 0:
-            write_checkpoint(weights, trainer.policy, side_files, folder)
+        if untrained:  # on rank 0
+            write_checkpoint(weights, trainer.policy, side_files, untrained, folder)
     finally:
         for _ in weights:
             pass
 
 
-def _prepare(root: Path, partial: Path, trainer: Trainer) -> None:
-    """Remove what interrupted saves left, make the folder, and see that the checkpoint will fit."""
+def _prepare(root: Path, partial: Path, trainer: Trainer, more: int) -> None:
+    """Remove what interrupted saves left, make the folder, and see that the checkpoint, and `more` bytes, will fit."""
     for left in root.glob("step_*.tmp"):
         shutil.rmtree(left)
     for name in ("trainer", "rng"):
         (partial / name).mkdir(parents=True)
-    needed = checkpoint_bytes(trainer.policy)
+    needed = checkpoint_bytes(trainer.policy) + more
     free = shutil.disk_usage(root).free
     if free < needed:
         shutil.rmtree(partial)

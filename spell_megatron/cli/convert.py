@@ -52,9 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     with progress.stage("converting") as advance:
         if arguments.target == "megatron":
             layout = ParallelConfig(**{size: getattr(arguments, flag) for flag, size in SIZES.items()})
-            convert.hf_to_megatron(arguments.hf, out, layout, advance)
+            untrained = convert.hf_to_megatron(arguments.hf, out, layout, advance)
         else:
-            convert.megatron_to_hf(arguments.megatron, out, advance)
+            untrained = convert.megatron_to_hf(arguments.megatron, out, advance)
+    if untrained:
+        print(f"{out}: {untrained} are not trained and were copied as they are")
     if not arguments.verify:
         print(f"{out}: done")
         return 0

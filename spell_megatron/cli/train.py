@@ -232,6 +232,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     from spell_megatron.selfplay.documents import load_clusters
     from spell_megatron.training.policy import PolicyModel
     from spell_megatron.weights.sizes import checkpoint_bytes
+    from spell_megatron.weights.untrained import Untrained
 
     play, rollout, parallel = config.selfplay, config.rollout, config.training.parallel
     key = os.environ.get(rollout.api_key_env)
@@ -243,11 +244,14 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     processes = launched_processes() or parallel.processes
     replicas = processes // parallel.dense_ranks
     experts = f", {arch.experts} experts" if arch.experts else ""
+    with Untrained(config.model.path, policy) as untrained:
+        kept = [f"not trained  {untrained}, copied into every checkpoint as they are"] if untrained.names else []
     lines = [
         "Overview",
         f"run folder   {config.run.output_dir / config.run.name} ({_beginning(resume)})",
         f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",
+        *kept,
         f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
         f"trainer      {'CPU' if transport.on_cpus else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
         f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "

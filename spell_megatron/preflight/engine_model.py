@@ -23,12 +23,14 @@ class Option:
         effect: what vLLM does.
         neutral: the value with which both compute the same, as nothing, null, false and 0 do; if it is true, false
             and 0 are not neutral.
+        same: another name of that value.
     """
 
     field: str
     families: tuple[str, ...]
     effect: str
     neutral: Any = None
+    same: Any = None
 
 
 _LLAMA, _QWEN = ("llama", "mistral"), ("qwen2", "qwen3", "qwen3_moe")
@@ -50,7 +52,7 @@ OPTIONS = (
     Option("layer_scale", _QWEN3_5, "vLLM scales what layers add"),
     Option("attn_output_gate", _QWEN3_5, "vLLM has no gate on the attention's output", True),
     Option("norm_topk_prob", _QWEN3_5, "the weights of a token's experts do not sum to one in vLLM", True),
-    Option("output_gate_type", _QWEN3_5, "vLLM's linear layers have another gate", "silu"),
+    Option("output_gate_type", _QWEN3_5, "vLLM's linear layers have another gate", "silu", "swish"),
 )
 ROTARY_OPTIONS = ("rope_dim", "mrope_section", "use_fope")
 """Fields of the rope scaling that vLLM alone reads."""
@@ -72,7 +74,7 @@ LENGTH_FIELDS = (
 
 def check_engine_model(found: Findings, folder: Path, policy: PolicyModel) -> None:
     """vLLM serves this model, and computes what the trainer does."""
-    for message in (*_class_faults(policy.hf_config), *_option_faults(policy), *_rotary_faults(policy.hf_config)):
+    for message in (*_class_faults(policy), *_option_faults(policy), *_rotary_faults(policy.hf_config)):
         found.fault("model.path", f"{folder / 'config.json'}: {message}")
 
 
@@ -94,10 +96,15 @@ def check_generation_config(found: Findings, folder: Path) -> None:
         )
 
 
-def _class_faults(hf_config: Any) -> Iterator[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _class_faults(policy: PolicyModel) -> Iterator[str]:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]
+    hf_config = policy.whole or policy.hf_config
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if policy.whole else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    expected = names[hf_config.model_type]
     named = (hf_config.architectures or [""])[0]
     if not named:
         yield f'there is no "architectures", by which vLLM chooses the model. Add "architectures": ["{expected}"]'
@@ -109,7 +116,11 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
     config, arch = policy.hf_config, policy.arch
     for option in OPTIONS:
         value = getattr(config, option.field, None)
-        different = value is False or value == 0 if option.neutral is True else value and value != option.neutral
+        different = (
+            value is False or value == 0
+            if option.neutral is True
+            else value and value not in (option.neutral, option.same)
+        )
         if (not option.families or config.model_type in option.families) and different:
             yield (
                 f"with {option.field} {value!r}, {option.effect}, unlike the trainer. Remove {option.field} if the "
@@ -148,7 +159,7 @@ def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:
     Args:
         plain: whether the stored tensors are those of a model that is not quantised.
     """
-    source, method = _quantization(folder, policy.hf_config)
+    source, method = _quantization(folder, policy)
     if not source:
         return ""
     kind = f" ({method})" if method else ""
@@ -163,12 +174,13 @@ def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:
     )
 
 
-def _quantization(folder: Path, hf_config: Any) -> tuple[str, str]:
+def _quantization(folder: Path, policy: PolicyModel) -> tuple[str, str]:
     """What tells vLLM that the weights are quantised ("": nothing), and how they are."""
-    for field in ("quantization_config", "compression_config"):
-        if (described := getattr(hf_config, field, None)) is not None:
-            method = described.get("quant_method", "") if isinstance(described, dict) else ""
-            return f"{field} in config.json", method
+    for hf_config in filter(None, (policy.whole, policy.hf_config)):
+        for field in ("quantization_config", "compression_config"):
+            if (described := getattr(hf_config, field, None)) is not None:
+                method = described.get("quant_method", "") if isinstance(described, dict) else ""
+                return f"{field} in config.json", method
     return (QUANTIZATION_FILE if (folder / QUANTIZATION_FILE).exists() else ""), ""
 
 

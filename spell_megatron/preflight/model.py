@@ -82,8 +82,8 @@ def check_weights(found: Findings, folder: Path, policy: PolicyModel) -> None:
 
     fault = None
     try:
-        with Checkpoint(folder) as checkpoint:
-            checkpoint.check(policy, set(checkpoint.files))
+        with Checkpoint(folder, policy) as checkpoint:
+            checkpoint.check(set(checkpoint.files))
     except UserError as error:
         fault = error
     quantization = quantization_fault(folder, policy, plain=fault is None)

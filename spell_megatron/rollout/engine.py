@@ -207,13 +207,16 @@ def _describe(engine: Engine, key_variable: str, start_as: str) -> tuple[dict[st
 def _faults(about: Mapping[str, Any], model: ModelConfig, rollout: RolloutConfig) -> Iterator[str]:
     """Reasons why an engine that describes itself so does not suit the run."""
     wanted = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    sizes = [wanted.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    text = wanted.get("text_config") or wanted
+    sizes = [text.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     architecture = (wanted.get("architectures") or ["without architectures"])[0]
     if [about["architecture"], about["sizes"]] != [architecture, sizes]:
         yield (
             f"it serves {about['architecture']} with hidden size, layers, vocabulary {about['sizes']}, but "
             f"model.path is {architecture} with {sizes}"
         )
+    if "vision_config" in wanted and not about["language_model_only"]:
+        yield "it was started without --language-model-only: a push has no weights for its vision tower"
     if about["dtype"] != model.dtype:
         yield f"it computes in {about['dtype']}, but model.dtype is {model.dtype}"
     if rollout.quantization == "fp8" and not about["quantization"]:

@@ -6,12 +6,12 @@ compared with a checkpoint, whether they came from disk or by updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from vllm._custom_ops import cpu_prepack_moe_weight
+from vllm._custom_ops import causal_conv1d_weight_pack, cpu_prepack_moe_weight
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -21,9 +21,10 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from spell_megatron.training.families import Family
+from spell_megatron.training.families import ALONE, WITHIN, Family
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,24 @@ def pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator[
     Raises:
         NotImplementedError: weights are kept in a way that cannot be turned back.
     """
+    language_model = getattr(model, "language_model", None)
+    for piece in _pieces(language_model or model, family, tied_head):
+        # A model that also sees images has a language model that is like one that stands alone.
+        within = language_model is not None and piece.name.startswith(ALONE)
+        yield replace(piece, name=WITHIN + piece.name.removeprefix(ALONE)) if within else piece
+
+
+def _pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator[Piece]:
     rank = get_tensor_model_parallel_rank()
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
-        if own == "linear_attn":
-            raise NotImplementedError("linear-attention layers (gated delta nets) cannot be read back")
-        if isinstance(module, RoutedExperts):
+        if isinstance(module, QwenGatedDeltaNetAttention):
+            for own in ("A_log", "dt_bias"):
+                yield Piece(f"{name}.{own}", (rank * len(getattr(module, own)),), getattr(module, own))
+            yield from _convolution(f"{name}.conv1d.weight", module)
+        elif own == "conv1d":
+            continue  # just read
+        elif isinstance(module, RoutedExperts):
             # The experts' container may stand between the layer and its experts.
             yield from _experts(name.removesuffix(".routed_experts"), module, family)
         elif isinstance(module, VocabParallelEmbedding):
@@ -88,6 +101,17 @@ def _rows(module: LinearBase, name: str, family: Family, rank: int, rows: int) -
         parts = family.layers("decoder.layers.{layer}.self_attention.linear_qkv.weight")
         places = (rank * queries, queries), (group * keys, keys), (group * keys, keys)
         return [(part, *place) for part, place in zip(parts, places, strict=True)]
+    if name == "in_proj_qkvz":
+        whole = module.output_sizes
+        starts = [0, whole[0], whole[0] + whole[1], 0]  # of queries, keys and values in one tensor, gates in another
+        names = ["in_proj_qkv"] * 3 + ["in_proj_z"]
+        return [
+            (part, start + module.tp_rank * (size // module.tp_size), size // module.tp_size)
+            for part, start, size in zip(names, starts, whole, strict=True)
+        ]
+    if name == "in_proj_ba":
+        half = rows // 2
+        return [(part, module.tp_rank * half, half) for part in ("in_proj_b", "in_proj_a")]
     if isinstance(module, MergedColumnParallelLinear):
         return [
             (part, rank * (rows // 2), rows // 2)
@@ -104,6 +128,18 @@ def _matrix(module: torch.nn.Module, columns: int) -> Tensor:
     # Kernels for CPUs keep a packed copy only; by the unit matrix they give it back, each value exactly.
     unit = torch.eye(columns, dtype=module.weight.dtype)
     return multiply(unit, module.weight, None).T
+
+
+def _convolution(name: str, module: QwenGatedDeltaNetAttention) -> Iterator[Piece]:
+    """The rows of queries, keys and values in the filter [channels, 1, width] of a gated delta net."""
+    weight, width = module.conv1d.weight, module.conv_kernel_size
+    if hasattr(module.conv1d, "_cpu_unpacked_conv_weight"):  # CPU kernels keep a packed copy
+        weight = _in_order(weight, lambda numbers: causal_conv1d_weight_pack(numbers.view(-1, width)))
+    weight, begin, whole = weight.reshape(-1, 1, width), 0, 0
+    for size in (module.key_dim, module.key_dim, module.value_dim):
+        rows = size // module.tp_size
+        yield Piece(name, (whole + module.tp_rank * rows, 0, 0), weight[begin : begin + rows])
+        begin, whole = begin + rows, whole + size
 
 
 def _experts(name: str, module: RoutedExperts, family: Family) -> Iterator[Piece]:
@@ -139,19 +175,29 @@ def _unpacked(module: RoutedExperts, weight: Tensor) -> Tensor:
         return weight
     if backend is not UnquantizedMoeBackend.CPU:
         raise NotImplementedError(f"experts of vLLM's {backend.value} kernel cannot be read back")
-    # Packing changes the order within an expert, the same for all: the order in which it puts numbers.
-    size = weight[0].numel()
-    count = torch.arange(size, dtype=torch.int32)
-    if weight.element_size() == 4:
-        order = _packed(count, weight, kernel)
-    else:
-        low, high = (_packed(part.to(torch.int16), weight, kernel) for part in (count & 0xFFFF, count >> 16))
-        order = (high.to(torch.int64) << 16) + (low.to(torch.int64) & 0xFFFF)
+    # Packing changes the order within an expert, the same for all.
+    isa = kernel.fused_experts.isa
+    order = _order(weight[0], lambda numbers: cpu_prepack_moe_weight(numbers.view(1, *weight.shape[1:]), isa))
     result = torch.empty_like(weight)
-    result.view(len(weight), size)[:, order.to(torch.int64)] = weight.view(len(weight), size)
+    result.view(len(weight), -1)[:, order] = weight.view(len(weight), -1)
     return result
 
 
-def _packed(numbers: Tensor, weight: Tensor, kernel) -> Tensor:
-    bits = numbers.view(weight.dtype).view(1, *weight.shape[1:])
-    return cpu_prepack_moe_weight(bits, kernel.fused_experts.isa).view(-1).view(numbers.dtype)
+def _in_order(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """The values [all] of a weight as they were before they were packed."""
+    result = torch.empty_like(weight).view(-1)
+    result[_order(weight, pack)] = weight.reshape(-1)
+    return result
+
+
+def _order(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """The places from which packing takes values: the order in which it puts numbers."""
+    count = torch.arange(weight.numel(), dtype=torch.int32)
+
+    def packed(numbers: Tensor) -> Tensor:
+        return pack(numbers.view(weight.dtype)).reshape(-1).view(numbers.dtype).to(torch.int64)
+
+    if weight.element_size() == 4:
+        return packed(count)
+    low, high = (packed(part.to(torch.int16)) for part in (count & 0xFFFF, count >> 16))
+    return (high << 16) + (low & 0xFFFF)

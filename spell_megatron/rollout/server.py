@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import spell_megatron
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
@@ -72,6 +73,7 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
         "-m",
         "vllm.entrypoints.openai.api_server",
         *_words(flags),
+        *(["--language-model-only"] if "vision_config" in _hf_config(model.path) else []),
         *(_cpu_flags(rollout) if transport.on_cpus else _gpu_flags(settings, transport)),
         "--skip-tokenizer-init",
         "--enable-prefix-caching",
@@ -112,8 +114,13 @@ def _words(flags: dict[str, str]) -> list[str]:
 
 
 def _has_experts(model: Path) -> bool:
+    config = _hf_config(model)
+    return bool((config.get("text_config") or config).get("num_experts_per_tok"))
+
+
+def _hf_config(model: Path) -> dict[str, Any]:
     path = model / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("num_experts_per_tok"))
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def server_environment(transport: Transport, rollout: RolloutConfig, gpus: Sequence[str], key: str) -> dict[str, str]:

@@ -71,6 +71,8 @@ class WorkerExtension:
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
             "weight_transfer": None if transfer is None else transfer.backend,
+            "language_model_only": (multimodal := config.model_config.multimodal_config) is not None
+            and multimodal.language_model_only,
             "routed_experts": config.aux_output_config.enable_return_routed_experts,
             "workers": config.parallel_config.world_size_across_dp,
             "free_bytes": torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None,

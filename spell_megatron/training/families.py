@@ -72,6 +72,11 @@ QWEN3_5_NAMES: Mapping[str, tuple[str, ...]] = {
 
 _SHARED = "decoder.layers.{layer}.mlp.shared_experts."
 
+WITHIN, ALONE = "model.language_model.", "model."
+"""How names begin in a model that also sees images, and in a language model that stands alone."""
+VISION = "model.visual."
+"""How the names of a vision tower's tensors begin."""
+
 QWEN3_5_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
     **QWEN3_5_NAMES,
     **_EXPERTS,
@@ -137,6 +142,10 @@ class Family:
     """RMSNorms multiply by one more than their weights."""
     partial_rotary: bool = False
     """Rotary embeddings may turn a part of each head."""
+    whole: str | None = None
+    """model_type of models that hold such a language model beside a vision tower; None: there are none."""
+    untrained: tuple[str, ...] = ()
+    """How names of tensors begin that are no part of the language model: what predicts further tokens."""
 
     def layers(self, parameter: str) -> tuple[str, ...]:
         """Own names of the linear layers whose weights a Megatron parameter joins, such as q_proj, k_proj, v_proj."""
@@ -163,6 +172,7 @@ _QWEN3_5: Mapping[str, Any] = {
     "output_gate": True,
     "centred_norms": True,
     "partial_rotary": True,
+    "untrained": ("mtp.",),
 }
 
 FAMILIES = {
@@ -190,11 +200,12 @@ FAMILIES = {
             period="decoder_sparse_step",
         ),
     ),
-    "qwen3_5_text": Family("Qwen3.5 text", QWEN3_5_NAMES, **_QWEN3_5),
+    "qwen3_5_text": Family("Qwen3.5 text", QWEN3_5_NAMES, **_QWEN3_5, whole="qwen3_5"),
     "qwen3_5_moe_text": Family(
         "Qwen3.5 text with a mixture of experts",
         QWEN3_5_MOE_NAMES,
         **_QWEN3_5,
+        whole="qwen3_5_moe",
         experts=Experts(
             count="num_experts",
             per_token="num_experts_per_tok",
@@ -205,6 +216,9 @@ FAMILIES = {
     ),
 }
 """By config.json's `model_type`."""
+
+WHOLES = {family.whole: model_type for model_type, family in FAMILIES.items() if family.whole}
+"""The `model_type` of the language model within a model of a `model_type`."""
 
 
 def supported() -> str:

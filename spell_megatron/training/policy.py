@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spell_megatron.errors import UserError
 from spell_megatron.training.config_values import given_faults, value_faults
-from spell_megatron.training.families import FAMILIES, Experts, Family, supported
+from spell_megatron.training.families import ALONE, FAMILIES, VISION, WHOLES, WITHIN, Experts, Family, supported
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,11 @@ class PolicyModel:
     """The policy as its config.json describes it, and the type of its parameters."""
 
     hf_config: PretrainedConfig
+    """Of the language model."""
     arch: Architecture
     dtype: torch.dtype
+    whole: PretrainedConfig | None = None
+    """Of the model that holds the language model beside a vision tower; None: it stands alone."""
     folder: Path | None = None
     """Where that config.json is."""
 
@@ -110,6 +113,8 @@ class PolicyModel:
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
             kind = given.get("model_type")
+            if kind in WHOLES:
+                kind, given = WHOLES[kind], given.get("text_config") or {}
             if kind in FAMILIES:
                 _refuse(given_faults(FAMILIES[kind], given, CONFIG_MAPPING[kind].attribute_map))
             hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -124,15 +129,33 @@ class PolicyModel:
     @classmethod
     def of(cls, hf_config: PretrainedConfig, dtype: str | None = None) -> PolicyModel:
         """The policy of a configuration that is read already. UserError as for `load`."""
-        arch = _architecture(hf_config)
-        named = getattr(torch, dtype) if dtype else hf_config.dtype
-        policy = cls(hf_config, arch, named or torch.float32)
+        whole = hf_config if hf_config.model_type in WHOLES else None
+        text = hf_config.get_text_config()
+        if whole and bool(whole.tie_word_embeddings) != bool(text.tie_word_embeddings):
+            _refuse(
+                [
+                    f"tie_word_embeddings is {whole.tie_word_embeddings}, and {text.tie_word_embeddings} in "
+                    "text_config; vLLM reads the one and transformers the other"
+                ]
+            )
+        arch = _architecture(text if whole else hf_config)
+        named = getattr(torch, dtype) if dtype else text.dtype or hf_config.dtype
+        policy = cls(text if whole else hf_config, arch, named or torch.float32, whole)
         _ = policy.rotary  # raises its errors
         return policy
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.hf_config.model_type]
+
+    def named(self, name: str) -> str:
+        """The name that a tensor has in this model's checkpoints, from the one that it has in the family's."""
+        return WITHIN + name.removeprefix(ALONE) if self.whole and name.startswith(ALONE) else name
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """How the names of tensors begin that its checkpoints may hold beside the language model."""
+        return (*self.family.untrained, *((VISION,) if self.whole else ()))
 
     @cached_property
     def rotary(self) -> tuple[torch.Tensor, float]:

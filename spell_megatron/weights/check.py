@@ -16,7 +16,7 @@ from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.engine import Engine
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.hf_checkpoint import Checkpoint
-from spell_megatron.weights.megatron import locate, read_megatron
+from spell_megatron.weights.megatron import MegatronCheckpoint, locate
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.weight_files import INDEX, SINGLE
 
@@ -48,11 +48,11 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
         UserError: the checkpoint is incomplete or damaged, or of an unknown kind.
     """
     if not _has_safetensors(folder):
-        yield from read_megatron(folder)
+        yield from MegatronCheckpoint(folder).tensors()
         return
     policy = PolicyModel.load(folder)
-    with Checkpoint(folder) as checkpoint:
-        checkpoint.check(policy, set(checkpoint.files))
+    with Checkpoint(folder, policy) as checkpoint:
+        checkpoint.check(set(checkpoint.files))
         for name in hf_shapes(policy):
             yield name, checkpoint.tensor(name)
 

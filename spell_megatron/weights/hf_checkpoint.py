@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spell_megatron.errors import UserError
+from spell_megatron.training.families import ALONE, WITHIN
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.names import ExpertPart, expert_parts, hf_shapes
 from spell_megatron.weights.weight_files import INDEX, SINGLE, read_index
@@ -19,28 +20,25 @@ TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F6
 
 MAPPED_BYTES = 64 << 20
 
-HEAD = "output_layer.weight"
-"""Megatron's name of the vocabulary head."""
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Megatron's names of the embedding and the vocabulary head."""
 
 COMPUTED = "rotary_emb.inv_freq"
 """End of the names of tensors that old checkpoints store, although they follow from config.json."""
-
-WITHIN, ALONE = "model.language_model.", "model."
-"""How names begin in a model that also sees images, and in its language model alone, which transformers stores under
-either."""
 
 _COMPARED_ROWS = 4096
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, opened file by file and read one by one. A context manager.
+    """The policy's tensors in a checkpoint folder, opened file by file and read one by one. A context manager.
 
     Experts that are stored as one tensor of them all have the names of single experts here, and tensors of a language
-    model that was a part of another model the names of one that stands alone.
+    model that was a part of another model the names of one that stands alone, if the policy does. Those that no policy
+    trains (`Untrained`) are left out.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._stack = Path(folder), ExitStack()
+    def __init__(self, folder: Path, policy: PolicyModel) -> None:
+        self.folder, self._stack, self._policy = Path(folder), ExitStack(), policy
         self._opened: dict[str, object] = {}
         self._mapped = 0
         self._parts: dict[str, ExpertPart] = {}
@@ -75,6 +73,9 @@ class Checkpoint:
 
     def _renamed(self, files: dict[str, str]) -> dict[str, str]:
         """The file names by the names that tensors have here."""
+        files = {name: file for name, file in files.items() if not name.startswith(self._policy.untrained)}
+        if self._policy.whole:
+            return files
         self._stored = {ALONE + name.removeprefix(WITHIN): name for name in files if name.startswith(WITHIN)}
         if twice := self._stored.keys() & files.keys():
             name = min(twice)
@@ -126,27 +127,16 @@ class Checkpoint:
             self._mapped = 0
         return tensor
 
-    def dtype(self) -> torch.dtype:
-        """The one type of all tensors; UserError if there are several."""
-        names = [name for name in self.files if not name.endswith(COMPUTED)]
-        types = {name: self._slice(name).get_dtype() for name in names}
-        if len(set(types.values())) > 1:
-            found = ", ".join(f"{kind} ({next(n for n in types if types[n] == kind)})" for kind in set(types.values()))
-            raise UserError(
-                f"{self.folder} holds weights of several types: {found}. Save it in one, with transformers' "
-                "save_pretrained after model.to(torch.bfloat16), say."
-            )
-        kind = next(iter(types.values()))
-        if kind not in TYPES:
-            raise UserError(f"{self.folder} holds weights of type {kind}; {', '.join(TYPES)} can be read.")
-        return TYPES[kind]
+    def types(self) -> dict[str, torch.dtype]:
+        """The type of each tensor of the policy, of which `check` must know all."""
+        return {name: TYPES[self._slice(name).get_dtype()] for name in hf_shapes(self._policy)}
 
     def nbytes(self) -> int:
         """Size of the files that are there."""
         paths = {self.folder / file for file in self.files.values()}
         return sum(path.stat().st_size for path in paths if path.is_file())
 
-    def check(self, policy: PolicyModel, own: set[str]) -> None:
+    def check(self, own: set[str]) -> None:
         """All tensors of the model are there, no others are, and those named in `own` have their shapes and are plain.
 
         The vocabulary head of a model with tied embeddings may be stored too if it is the embedding, bit by bit.
@@ -154,8 +144,9 @@ class Checkpoint:
         Raises:
             UserError: with the names of the tensors that are wrong.
         """
+        policy = self._policy
         shapes = hf_shapes(policy)
-        (embedding,), (head,) = (policy.family.names[name] for name in ("embedding.word_embeddings.weight", HEAD))
+        embedding, head = (policy.named(policy.family.names[name][0]) for name in (EMBEDDING, HEAD))
         missing = [name for name in shapes if name not in self.files]
         if missing:
             tie = f", or set tie_word_embeddings to true if {head} is the embedding" if head in missing else ""

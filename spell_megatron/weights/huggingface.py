@@ -6,8 +6,11 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,7 +22,8 @@ from spell_megatron.weights.hf_checkpoint import TYPES, Checkpoint
 from spell_megatron.weights.names import hf_shapes
 from spell_megatron.weights.reshard import local_parameters, shard_place
 from spell_megatron.weights.side_files import SideFiles, read_side_files, write_side_files
-from spell_megatron.weights.weight_files import INDEX, SINGLE
+from spell_megatron.weights.untrained import Untrained
+from spell_megatron.weights.weight_files import INDEX, SINGLE, write_header
 
 
 @torch.no_grad()
@@ -33,9 +37,9 @@ def load_weights(model: TreeGPTModel, folder: Path | str) -> None:
         UserError: a file or tensor is missing, damaged, unexpected or of the wrong shape.
     """
     folder = Path(folder)
-    with Checkpoint(folder) as checkpoint:
+    with Checkpoint(folder, model.policy) as checkpoint:
         parameters = local_parameters(model, tied_head=True)
-        checkpoint.check(model.policy, {n for rule, _ in parameters for n in rule.names})
+        checkpoint.check({n for rule, _ in parameters for n in rule.names})
         for rule, parameter in parameters:
             parameter.copy_(rule.shard([checkpoint.tensor(name) for name in rule.names], *shard_place(rule)))
 
@@ -45,26 +49,32 @@ def save_checkpoint(
     source_folder: Path | str,
     out_folder: Path | str,
     shard_bytes: int = 2_000_000_000,
+    types: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
-    """Write a stream of (name, tensor) as a Hugging Face checkpoint, with the side files of another one.
+    """Write a stream of (name, tensor) as a Hugging Face checkpoint, with all else that another one holds.
 
     Args:
-        source_folder: checkpoint of the same architecture, from which configuration, tokenizer and chat template come.
-        stream, out_folder, shard_bytes: see `write_checkpoint`.
+        source_folder: checkpoint of the same architecture, also one of Megatron's, from which configuration, tokenizer
+            and chat template come, and the tensors that are not trained.
+        stream, out_folder, shard_bytes, types: see `write_checkpoint`.
 
     Raises:
         UserError: as `write_checkpoint`, or a side file cannot be read.
     """
     source = Path(source_folder)
-    write_checkpoint(stream, PolicyModel.load(source), read_side_files(source), Path(out_folder), shard_bytes)
+    policy = PolicyModel.load(source)
+    with Untrained(source, policy) as untrained:
+        write_checkpoint(stream, policy, read_side_files(source), untrained, Path(out_folder), shard_bytes, types)
 
 
 def write_checkpoint(
     stream: Iterable[tuple[str, Tensor]],
     policy: PolicyModel,
     side_files: SideFiles,
+    untrained: Untrained,
     out_folder: Path,
     shard_bytes: int = 2_000_000_000,
+    types: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Write a stream of (name, tensor) as a Hugging Face checkpoint.
 
@@ -74,66 +84,80 @@ def write_checkpoint(
         stream: whole tensors of the policy under Hugging Face names, in the order of `names.rules`; read once, one
             tensor held at a time.
         side_files: configuration, tokenizer and chat template.
+        untrained: what else the checkpoint shall hold.
         out_folder: where to write.
         shard_bytes: most bytes per file; larger models are written as several files and an index.
+        types: of the tensors, if they are not all of the first one's.
 
     Raises:
         UserError: the disk is full or the place cannot be written to.
     """
     with appearing_folder(out_folder) as partial:
-        dtype = _write_shards(stream, partial, hf_shapes(policy), shard_bytes)
+        dtype = _write_shards(stream, partial, hf_shapes(policy), untrained, shard_bytes, types)
         write_side_files(side_files, partial, dtype)
 
 
 def _write_shards(
-    stream: Iterable[tuple[str, Tensor]], folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int
+    stream: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    untrained: Untrained,
+    shard_bytes: int,
+    types: Mapping[str, torch.dtype],
 ) -> torch.dtype:
-    """Write the weights and, for more than one file, their index. Returns the type of the tensors."""
+    """Write the weights and, for more than one file, their index. Returns the type of most tensors."""
     tensors = iter(stream)
     first = next(tensors)
     dtype = first[1].dtype
     tensors = itertools.chain([first], tensors)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    files: list[list[str]] = [[]]
+    specs = {name: _Spec(types.get(name, dtype), shape) for name, shape in shapes.items()}
+    groups: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if files[-1] and filled + size > shard_bytes:
-            files.append([])
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > shard_bytes:
+            groups.append([])
             filled = 0
-        files[-1].append(name)
-        filled += size
+        groups[-1].append(name)
+        filled += spec.nbytes
+    count = len(groups) + bool(untrained.names)
+    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE for n in range(count)]
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(files):
-        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+    for names, file in zip(groups, files):
         weight_map |= dict.fromkeys(names, file)
-        _write_file(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+        _write_file(folder / file, {name: specs[name] for name in names}, tensors)
     if extra := next(tensors, None):
         raise RuntimeError(f"the stream goes on after the last tensor of the model with {extra[0]}")
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if untrained.names:
+        untrained.write(folder / files[-1])
+        weight_map |= dict.fromkeys(untrained.names, files[-1])
+    if count > 1:
+        total = sum(spec.nbytes for spec in specs.values()) + untrained.nbytes
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return dtype
+    return Counter(spec.dtype for spec in specs.values()).most_common(1)[0][0]
 
 
-def _write_file(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]
-) -> None:
-    """Write the next tensors of a stream as a safetensors file. The format begins with the length of its
-    header, which lists names and places, so that a file can be written without holding its tensors."""
-    kind = next(name for name, known in TYPES.items() if known == dtype)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+@dataclass(frozen=True)
+class _Spec:
+    """What is known of a tensor before it comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _write_file(path: Path, specs: dict[str, _Spec], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write the next tensors of a stream as a safetensors file."""
+    kinds = {dtype: kind for kind, dtype in TYPES.items()}
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for expected, shape in shapes.items():
+        write_header(file, {name: (kinds[spec.dtype], spec.shape, spec.nbytes) for name, spec in specs.items()})
+        for expected, spec in specs.items():
             name, tensor = next(tensors, ("nothing", torch.empty(0)))
-            if name != expected or tensor.shape != shape or tensor.dtype != dtype:
-                raise RuntimeError(f"the stream has {name} where {expected} of shape {list(shape)} is due")
+            if name != expected or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+                raise RuntimeError(f"the stream has {name} where {expected} of shape {list(spec.shape)} is due")
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

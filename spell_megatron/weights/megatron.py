@@ -10,6 +10,8 @@ is ever in memory.
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +61,8 @@ OnProgress = Callable[[int, int], None]
 """Called with (parameters done, parameters in all)."""
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
+TYPES_FILE = "weight_types.json"
+"""Types of the Hugging Face tensors that are stored in another type than their own."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,12 @@ class _Parameter:
         if isinstance(self.entry, ShardedTensorFactory):
             entry = self.entry
             return list(nested_values(entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)))
-        return [replace(self.entry, data=data)]
+        return [replace(self.entry, data=data, dtype=data.dtype)]
+
+    @property
+    def key(self) -> str:
+        """Of the stored tensor, which may stack those of several layers and experts."""
+        return self.entry.key
 
 
 def _rank(policy: PolicyModel, parallel: ParallelConfig, rank: int) -> list[_Parameter]:
@@ -99,9 +108,9 @@ def _stored_sizes(piece: ShardedTensor) -> torch.Size:
 class _Fill(DefaultSavePlanner):
     """Reads the values of a piece when it is its turn to be written."""
 
-    def __init__(self, source: Checkpoint, on_parameter: Callable[[], None]) -> None:
+    def __init__(self, source: Checkpoint, stored: dict[str, torch.dtype], on_parameter: Callable[[], None]) -> None:
         super().__init__()
-        self._source, self._on_parameter = source, on_parameter
+        self._source, self._stored, self._on_parameter = source, stored, on_parameter
         self.parameters = 0
         """How many will be written."""
         self._owners: dict[MetadataIndex, tuple[_Parameter, int]] = {}
@@ -118,7 +127,7 @@ class _Fill(DefaultSavePlanner):
             rule = parameter.rule
             tensors = [self._source.tensor(name) for name in rule.names]
             values = rule.shard(tensors, parameter.shards, parameter.shard)
-            self._current = parameter, parameter.pieces(values)
+            self._current = parameter, parameter.pieces(values.to(self._stored[parameter.key]))
             self._on_parameter()
         piece = self._current[1][number]
         return piece.data.reshape(_stored_sizes(piece))
@@ -130,9 +139,22 @@ def write_megatron(
     policy: PolicyModel,
     parallel: ParallelConfig,
     on_progress: OnProgress | None = None,
-) -> None:
-    """Write a Hugging Face checkpoint, whose type is the policy's, as a distributed checkpoint, cut for a layout."""
+) -> torch.dtype:
+    """Write a Hugging Face checkpoint, which was checked, as a distributed checkpoint, cut for a layout.
+
+    Megatron joins tensors, so that each is stored in a type that holds the values of all that it is joined with. The
+    own types of those that are stored in another one are noted in a file, so that all get them back.
+
+    Returns:
+        The most common type.
+    """
     ranks = [_rank(policy, parallel, rank) for rank in range(parallel.fewest_processes)]
+    types = source.types()
+    keys = {name: parameter.key for parameter in itertools.chain(*ranks) for name in parameter.rule.names}
+    stored: dict[str, torch.dtype] = {}
+    for name, key in keys.items():
+        stored[key] = torch.promote_types(stored.get(key, types[name]), types[name])
+    common = Counter(types.values()).most_common(1)[0][0]
     done = 0
 
     def on_parameter() -> None:
@@ -141,8 +163,8 @@ def write_megatron(
         if on_progress:
             on_progress(min(done, total), total)
 
-    planner = _Fill(source, on_parameter)
-    plans = [_save_plan(planner, parameters, policy.dtype) for parameters in ranks]
+    planner = _Fill(source, stored, on_parameter)
+    plans = [_save_plan(planner, parameters, stored) for parameters in ranks]
     total = planner.parameters
     plans, metadata = create_default_global_save_plan(plans)
     writer = FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
@@ -157,12 +179,18 @@ def write_megatron(
     writer.finish(metadata, results)
     save_config(FORMAT, str(folder))
     torch.save({}, folder / "common.pt")
+    if noted := {
+        name: str(dtype).removeprefix("torch.") for name, dtype in types.items() if dtype != stored[keys[name]]
+    }:
+        (folder / TYPES_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    return common
 
 
-def _save_plan(planner: _Fill, parameters: list[_Parameter], dtype: torch.dtype) -> SavePlan:
+def _save_plan(planner: _Fill, parameters: list[_Parameter], stored: dict[str, torch.dtype]) -> SavePlan:
     """What one rank writes."""
     items = []
     for parameter in parameters:
+        dtype = stored[parameter.key]
         pieces = parameter.pieces(torch.empty(parameter.shape, dtype=dtype, device="meta"))
         for number, piece in enumerate(pieces):
             if not is_main_replica(piece.replica_id):
@@ -172,7 +200,7 @@ def _save_plan(planner: _Fill, parameters: list[_Parameter], dtype: torch.dtype)
             planner.add(index, parameter, number)
             data = TensorWriteData(
                 ChunkStorageMetadata(offset, _stored_sizes(piece)),
-                TensorProperties(dtype=piece.dtype),
+                TensorProperties(dtype=dtype),
                 torch.Size(piece.global_shape),
             )
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
@@ -214,10 +242,16 @@ class _Stored:
                     self._chunks.setdefault((key, tuple(chunk.offsets[:axes])), []).append(chunk)
         reader.set_up_storage_reader(metadata, True)
 
-    def refuse_others(self, parameters: list[_Parameter], dtype: torch.dtype) -> None:
+    def dtype(self, key: str) -> torch.dtype | None:
+        """The type of a stored tensor; None if there is none."""
+        known = self._metadata.state_dict_metadata
+        properties = getattr(known.get(stored_key(key, known)), "properties", None)
+        return properties and properties.dtype
+
+    def refuse_others(self, parameters: list[_Parameter]) -> None:
         """UserError if the checkpoint holds other weights than those of the parameters."""
         known = self._metadata.state_dict_metadata
-        nothing = (p.pieces(torch.empty(p.shape, dtype=dtype, device="meta")) for p in parameters)
+        nothing = (p.pieces(torch.empty(p.shape, device="meta")) for p in parameters)
         wanted = {stored_key(piece.key, known) for pieces in nothing for piece in pieces}
         others = [key for key, entry in known.items() if _is_weight(key, entry) and key not in wanted]
         if others:
@@ -256,27 +290,61 @@ class _Stored:
             raise UserError(f"{self._folder} is damaged or incomplete ({error}). Copy it again.") from error
 
 
-def read_megatron(megatron: Path, on_progress: OnProgress | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every (Hugging Face name, tensor) of a distributed checkpoint, in the order of the Hugging Face model."""
-    folder, side_files = locate(Path(megatron))
-    reader = FileSystemReader(str(folder))
+class MegatronCheckpoint:
+    """The weights of a distributed checkpoint, or of one of a run, read one by one.
+
+    Attributes:
+        side_files: folder of config.json, the tokenizer and the tensors that are not trained.
+        policy: what that config.json says.
+        types: of all Hugging Face tensors.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or holds other weights than its config.json asks for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weights, self.side_files = locate(folder)
+        reader = FileSystemReader(str(weights))
+        try:
+            metadata = reader.read_metadata()
+        except Exception as error:  # damaged files fail in many ways
+            raise UserError(
+                f"{weights / '.metadata'} is damaged ({error}). Copy the whole checkpoint again."
+            ) from error
+        self.policy = PolicyModel.load(self.side_files)
+        self._parameters = _rank(self.policy, ParallelConfig(), 0)
+        self._stored = _Stored(reader, metadata, weights)
+        self._stored.refuse_others(self._parameters)
+        noted = _noted_types(weights)
+        self.types = {
+            name: noted.get(name) or self._type(parameter)
+            for parameter in self._parameters
+            for name in parameter.rule.names
+        }
+
+    def tensors(self, on_progress: OnProgress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every (Hugging Face name, tensor), in the order of the Hugging Face model."""
+        for number, parameter in enumerate(self._parameters):
+            values = torch.empty(parameter.shape, dtype=self._type(parameter))
+            self._stored.read(parameter.pieces(values))
+            for name, tensor in zip(parameter.rule.names, parameter.rule.whole([values]), strict=True):
+                yield name, tensor.to(self.types[name])
+            if on_progress:
+                on_progress(number + 1, len(self._parameters))
+
+    def _type(self, parameter: _Parameter) -> torch.dtype:
+        return self._stored.dtype(parameter.key) or self.policy.dtype
+
+
+def _noted_types(folder: Path) -> dict[str, torch.dtype]:
+    """What `write_megatron` has noted."""
+    path = folder / TYPES_FILE
+    if not path.is_file():
+        return {}
     try:
-        metadata = reader.read_metadata()
-    except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"{folder / '.metadata'} is damaged ({error}). Copy the whole checkpoint again.") from error
-    dtypes = {str(m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if _is_weight(k, m)}
-    if len(dtypes) != 1:
-        raise UserError(f"The weights in {folder} are of several types ({', '.join(sorted(dtypes))}).")
-    dtype = getattr(torch, dtypes.pop().removeprefix("torch."))
-    parameters = _rank(replace(PolicyModel.load(side_files), dtype=dtype), ParallelConfig(), 0)
-    stored = _Stored(reader, metadata, folder)
-    stored.refuse_others(parameters, dtype)
-    for number, parameter in enumerate(parameters):
-        values = torch.empty(parameter.shape, dtype=dtype)
-        stored.read(parameter.pieces(values))
-        yield from zip(parameter.rule.names, parameter.rule.whole([values]), strict=True)
-        if on_progress:
-            on_progress(number + 1, len(parameters))
+        return {name: getattr(torch, kind) for name, kind in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Copy the whole checkpoint again.") from error
 
 
 def _is_weight(key: str, metadata: object) -> bool:

@@ -143,7 +143,8 @@ def rules(policy: PolicyModel) -> dict[str, Rule]:
 
     def add(parameter: _Parameter, layer: int | None = None) -> None:
         name = parameter.name if layer is None else "decoder.layers.{layer}." + parameter.name
-        ours, *theirs = (x.format(layer=layer, expert=parameter.expert) for x in (name, *policy.family.names[name]))
+        names = (name, *map(policy.named, policy.family.names[name]))
+        ours, *theirs = (x.format(layer=layer, expert=parameter.expert) for x in names)
         table[ours] = Rule(tuple(theirs), parameter.shapes, parameter.layout, layer, parameter.expert, parameter.groups)
 
     vocabulary = ((arch.vocabulary, arch.hidden),)

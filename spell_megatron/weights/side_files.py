@@ -17,7 +17,7 @@ SideFiles = Mapping[str, bytes]
 """Contents by path in the checkpoint's folder."""
 
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
-_OF_WEIGHTS = ("*.index.json", "metadata.json")
+_OF_WEIGHTS = ("*.index.json", "metadata.json", "weight_types.json")
 
 
 def read_side_files(folder: Path) -> SideFiles:
@@ -45,10 +45,20 @@ def _read(path: Path) -> bytes:
 
 def write_side_files(files: SideFiles, folder: Path, dtype: torch.dtype) -> None:
     """Write side files beside weights, and note the weights' type in config.json."""
-    config = json.loads(files["config.json"])
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    noted = {"config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8")}
-    for name, content in {**files, **noted}.items():
+    for name, content in {**files, "config.json": _noted(files["config.json"], dtype)}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+
+
+def _noted(content: bytes, dtype: torch.dtype) -> bytes:
+    """A config.json that names the type; as it was if one with a language model within a larger one does already."""
+    config, name = json.loads(content), str(dtype).removeprefix("torch.")
+    text = config.get("text_config")
+    places = [config] if text is None else [config, text]
+    named = [place[key] for place in places for key in ("torch_dtype", "dtype") if place.get(key)]
+    if text is not None and named and set(named) == {name}:
+        return content
+    for place in places:
+        place.pop("torch_dtype", None)  # the older name of the same key
+        place["dtype"] = name
+    return (json.dumps(config, indent=2) + "\n").encode("utf-8")

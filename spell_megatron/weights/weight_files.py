@@ -1,10 +1,11 @@
-"""Whether the safetensors files of a Hugging Face checkpoint are complete."""
+"""The safetensors files of a Hugging Face checkpoint: whether they are complete, and what stands at their beginning."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -51,3 +52,34 @@ def weight_file_faults(folder: Path) -> Iterator[str]:
                     pass
             except (SafetensorError, OSError) as error:
                 yield f"{folder / name} is not a complete safetensors file ({error}). Copy it again"
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a safetensors file says of each tensor, and where the first one begins. UserError if it is no such file."""
+    try:
+        with safe_open(str(path), framework="numpy"):  # checks that the header is sound and the file is complete
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}). It was probably cut short; copy it again."
+        ) from error
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
+    """Write the beginning of a safetensors file: (type, shape, bytes) of each tensor, in the order that they follow.
+
+    It lists names and places, so that a file can be written without holding its tensors.
+    """
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (kind, shape, nbytes) in tensors.items():
+        start, end = end, end + nbytes
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)

@@ -20,7 +20,9 @@ CLASSES |= {"qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe"}
 def faults(family: str, **fields: object) -> list[str]:
     named = {"architectures": [f"{CLASSES[family]}ForCausalLM"]} | fields
     found = Findings()
-    check_engine_model(found, Path("policy"), PolicyModel.of(hf_config(family, **named)))
+    config = hf_config(family, **named)
+    config.architectures = named["architectures"]
+    check_engine_model(found, Path("policy"), PolicyModel.of(config))
     return [fault.message for fault in found.faults]
 
 
@@ -33,6 +35,17 @@ def test_sections_of_positions_do_not_matter_for_text():
     rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
     options = {"attn_output_gate": True, "output_gate_type": "silu", "norm_topk_prob": True}
     assert faults("qwen3_5_moe_text", rope_parameters=rope, **options) == []
+    assert faults("qwen3_5_moe_text", output_gate_type="swish") == []
+    (fault,) = faults("qwen3_5_moe_text", output_gate_type="sigmoid")
+    assert "have another gate" in fault
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_models_that_also_see_images_have_a_class_of_their_own(family):
+    name = f"{CLASSES[family]}ForConditionalGeneration"
+    assert faults(family, vision=True, architectures=[name]) == []
+    (fault,) = faults(family, vision=True, architectures=[f"{CLASSES[family]}ForCausalLM"])
+    assert f'the trainer trains {name}. Set it to ["{name}"]' in fault
 
 
 @pytest.mark.parametrize(

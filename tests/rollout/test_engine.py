@@ -15,6 +15,7 @@ import psutil
 import pytest
 import requests
 from engine_fixtures import engine_config, open_engines
+from families import hf_config
 from urllib3.util import connection
 
 from spell_megatron.rollout import engine
@@ -121,3 +122,15 @@ def test_an_engine_of_an_unknown_transport_does_not_fit(policy):
     assert faults("gloo") == []
     assert faults("pigeons") == ["it receives weights by 'pigeons', and the trainer can send by gloo, nccl, ipc only"]
     assert faults(None) == ["it was started without --weight-transfer-config"]
+
+
+def test_an_engine_with_a_vision_tower_does_not_fit(tmp_path: Path):
+    """A push has no weights for it. The sizes are those of the language model within."""
+    whole = hf_config("qwen3_5_text", vision=True, hidden_size=64, num_hidden_layers=2, vocab_size=260)
+    whole.architectures = ["Qwen3_5ForConditionalGeneration"]
+    whole.save_pretrained(tmp_path)
+    config = engine_config(tmp_path)
+    about = {"architecture": whole.architectures[0], "sizes": [64, 2, 260], "dtype": "float32", "max_model_len": 1024}
+    about |= {"logprobs_mode": "processed_logprobs", "weight_transfer": "gloo"}
+    faults = [list(_faults(about | {"language_model_only": alone}, config.model, config.rollout)) for alone in (1, 0)]
+    assert faults[0] == [] and "without --language-model-only" in faults[1][0]

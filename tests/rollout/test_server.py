@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from engine_fixtures import engine_config
+from families import hf_config
 
 from spell_megatron.config.schema import RolloutConfig
 from spell_megatron.ranks import TRAINER_VARIABLES
@@ -78,6 +79,17 @@ def test_a_server_gets_the_kernels_that_are_asked_for(policy):
     assert server_environment(NCCL, rollout, ["0"], "secret")[variable] == "1"
     settings = ServerSettings(engine_config(policy("dense")).model, rollout, 0, False)
     assert f"{variable}=1 python -m vllm.entrypoints" in start_command(settings, NCCL)
+
+
+def test_a_model_that_also_sees_images_is_served_without_its_vision_tower(policy, tmp_path: Path):
+    hf_config("qwen3_5_moe_text", vision=True).save_pretrained(tmp_path)
+
+    def command(model: Path) -> list[str]:
+        config = engine_config(model)
+        return server_command(ServerSettings(config.model, config.rollout, 0, True), NCCL, 1)
+
+    assert {"--language-model-only", "--enable-return-routed-experts"} <= {*command(tmp_path)}
+    assert "--language-model-only" not in command(policy("moe"))
 
 
 def test_a_server_inherits_nothing_that_is_meant_for_trainer_processes(monkeypatch):

@@ -49,11 +49,19 @@ def test_unsupported_models_are_refused(tmp_path):
     (tmp_path / "new" / "config.json").write_text('{"model_type": "from-next-year"}')
     with pytest.raises(UserError, match="Supported are Llama"):
         PolicyModel.load(tmp_path / "new")
-    transformers.Qwen3_5Config().save_pretrained(tmp_path / "vision")
+    text = hf_config("qwen2", **COMMON)
+    transformers.LlavaConfig(text_config=text, vision_config={}).save_pretrained(tmp_path / "vision")
     with pytest.raises(
-        UserError, match="'qwen3_5' hold a language model within.*NEW lacks the rest, such as a vision tower"
+        UserError, match="'llava' hold a language model within.*NEW lacks the rest, such as a vision tower"
     ):
         PolicyModel.load(tmp_path / "vision")
+    both = {"vision": True, "tie_word_embeddings": True}
+    assert "vocab_size is 0" in rejected(tmp_path / "j", "qwen3_5_text", {"vision": True, "vocab_size": 0})
+    whole = hf_config("qwen3_5_text", **COMMON | both)
+    whole.tie_word_embeddings = False
+    whole.save_pretrained(tmp_path / "tied")
+    with pytest.raises(UserError, match="tie_word_embeddings is False, and True in text_config"):
+        PolicyModel.load(tmp_path / "tied")
     assert "hidden_act" in rejected(tmp_path / "a", "llama", {"hidden_act": "gelu"})
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "sliding-window" in rejected(tmp_path / "b", "qwen2", window)

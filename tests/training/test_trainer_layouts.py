@@ -70,7 +70,7 @@ ON_TWO = {
     "pipeline-routed": layout("qwen3_moe", "full", other=ROUTED | OFFLOADED, pipeline=2),
     "tensor-delta": layout("qwen3_5_text", tensor=2),
     "pipeline-delta": layout("qwen3_5_text", "full", True, other=OFFLOADED, pipeline=2),
-    "tensor-expert-delta-routed": layout("qwen3_5_moe_text", "selective", True, other=ROUTED, tensor=2, expert=2),
+    "tensor-expert-delta-routed": layout("vision", "selective", True, other=ROUTED, tensor=2, expert=2),
     "context-delta": layout("qwen3_5_text", "full", context=2),
 }
 ON_FOUR = {

@@ -84,6 +84,30 @@ def test_other_types_are_kept(dtype, tmp_path, capsys):
     assert {tensor.dtype for tensor in load_file(back / "model.safetensors").values()} == {dtype}
 
 
+@pytest.mark.parametrize("case", ["qwen3-moe-normalised", "qwen3_5_text"])
+def test_mixed_types_are_kept(case, checkpoint, tmp_path):
+    """Also those of tensors that Megatron joins with others, of other layers or of the same one."""
+    source = shutil.copytree(checkpoint(case), tmp_path / "source")
+    wide = ("A_log", "linear_attn.norm.weight", "model.norm.weight", "layers.1.self_attn.k_proj.weight")
+    wide += ("layers.2.post_attention_layernorm.weight", "layers.0.mlp.experts.3.up_proj.weight")
+
+    def widen(tensors):
+        for name in tensors:
+            if name.endswith(wide):
+                tensors[name] = torch.randn(tensors[name].shape)
+            elif name.endswith("layers.1.self_attn.v_proj.weight"):
+                tensors[name] = tensors[name].half()
+
+    edit(widen)(source)
+    hf_to_megatron(source, tmp_path / "megatron", ParallelConfig(tensor=2, pipeline=2))
+    assert compare(tmp_path / "megatron", source) == len(load_file(source / "model.safetensors"))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert same(source, tmp_path / "back")
+    for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items():
+        assert tensor.dtype == load_file(source / "model.safetensors")[name].dtype, name
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("case", ["qwen2-tied-yarn", "qwen3-moe-some-dense-layers"])
 def test_megatron_itself_loads_it(case, checkpoint, tmp_path):
     from megatron.core import dist_checkpointing
@@ -174,7 +198,8 @@ def test_damaged_inputs_are_named(checkpoint, tmp_path):
     assert "cut short" in refused(1, cut)
     assert "model.norm.weight" in refused(2, edit(lambda t: t.pop("model.norm.weight")))
     assert "has shape [47]" in refused(3, edit(lambda t: t.update({"model.norm.weight": torch.ones(47).bfloat16()})))
-    assert "several types" in refused(4, edit(lambda t: t.update({"model.norm.weight": torch.ones(48)})))
+    integers = edit(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)}))
+    assert "has the type I32" in refused(4, integers)
     assert "gpt2" in refused(5, lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
 
     def index(content: str):
