@@ -66,7 +66,8 @@ def test_settings_metrics_and_commands_are_made_from_the_code(pages):
     shown = [name for name in MEANINGS if not name.startswith("selfplay/<task>/")]
     assert all(f"| `{name}` | " in metrics for name in shown)
     assert re.findall(r"^## `spell (\w+)`$", commands, re.MULTILINE) == list(docs_reference.commands())
-    assert "| `--text-column NAME` | " in commands
+    assert "| `--text-column NAME` | " in commands and "longer than `--max-document-chars`, do not" in commands
+    assert "short for [`--logging.level`](settings.md#logginglevel): what" in commands
     assert not (ROOT / docs_reference.FOLDER).exists()
 
 

@@ -86,8 +86,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         "The numbers of `metrics.jsonl`, TensorBoard and the report. `spell metrics NAME` prints the same. `<role>` is "
-        "questioner, responder or verifier. Whatever stands behind `selfplay/` with a role or `rate/` exists for each "
-        "task too: `selfplay/<task>/rate/mixed`.",
+        "questioner, responder or verifier. Most numbers behind `selfplay/` exist for each task too: "
+        "`selfplay/<task>/rate/mixed`.",
     ]
     for group, rows in groups.items():
         lines += ["", f"## `{group}/`", "", "| metric | meaning |", "|---|---|", *rows]
@@ -105,7 +105,7 @@ def commands_page() -> str:
         lines += ["", f"## `spell {name}`", "", _text(" ".join((parser.description or "").split())), ""]
         lines += [f"    {line}" for line in parser.format_usage().removeprefix("usage: ").rstrip().splitlines()]
         for group in parser._action_groups:
-            rows = [_argument(action) for action in group._group_actions if action.help != argparse.SUPPRESS]
+            rows = [_argument(action) for action in group._group_actions if action.dest != "help"]
             if rows:
                 lines += ["", f"| {group.title or 'arguments'} | |", "|---|---|", *rows]
     return "\n".join(lines)
@@ -135,22 +135,26 @@ def _code(text: str, cell: bool = False) -> str:
 
 
 def _text(text: str, cell: bool = False) -> str:
-    """Plain text as Markdown: settings that it names are links, and no other sign has a meaning but backticks."""
+    """Plain text as Markdown: settings that it names are links, options are code, and no sign has another meaning."""
     parts = []
     for number, part in enumerate(" ".join(text.split()).split("`")):
         if number % 2:
-            parts.append(f"[`{part}`](settings.md#{anchor(part)})" if part in KEYS else _code(part, cell))
-        else:
-            plain = re.sub(r"([\\*_\[\]|])", r"\\\1", part).replace("<", "&lt;")
-            parts.append(re.sub(r"[\w\\]+(?:\.[\w\\]+)+", _link, plain))
+            parts.append(_name(part, cell) or _code(part, cell))
+            continue
+        end = 0
+        for match in re.finditer(r"(?<![\w/.-])(?:--[a-z][\w-]*(?:\.\w+)*|[a-z]\w*(?:\.\w+)+)", part):
+            name = _name(match[0], cell) or (_code(match[0], cell) if match[0][0] == "-" else _plain(match[0]))
+            parts += [_plain(part[end : match.start()]), name]
+            end = match.end()
+        parts.append(_plain(part[end:]))
     return "".join(parts)
 
 
-def anchor(key: str) -> str:
-    """Name of the heading of a setting."""
-    return key.replace(".", "")
+def _name(word: str, cell: bool) -> str | None:
+    """A link to a setting or a section, with or without dashes; None: the word is neither."""
+    key = word.removeprefix("--")
+    return f"[{_code(word, cell)}](settings.md#{key.replace('.', '')})" if key in KEYS else None
 
 
-def _link(match: re.Match[str]) -> str:
-    key = match[0].replace("\\", "")
-    return f"[`{key}`](settings.md#{anchor(key)})" if key in KEYS else match[0]
+def _plain(text: str) -> str:
+    return re.sub(r"([\\*_\[\]|])", r"\\\1", text).replace("<", "&lt;")

@@ -4,6 +4,8 @@ project = "spell_megatron"
 extensions = ["myst_parser"]
 # headings have the names that GitHub gives them, down to this level
 myst_heading_anchors = 4
+# an option keeps both of its dashes
+smartquotes = False
 # what stands in a block without a language is no Python
 highlight_language = "text"
 
