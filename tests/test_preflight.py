@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -457,3 +458,12 @@ def test_parts_of_a_run_that_cannot_be_read_are_found_before_a_resume(setup, den
     (run / "metrics.jsonl").rmdir()
     (run / "tensorboard").touch()
     assert "tensorboard is no folder" in only_fault(setup(run={"name": "torn"}), run)
+
+
+def test_code_of_ones_own_is_tried_before_a_model_is_loaded(setup, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    example = Path(__file__).parents[1] / "examples" / "extend"
+    names = {"own_tasks": {"names": "my_package.names:task"}, "tasks": {"names": 1.0, "doc_general_qa": 1.0}}
+    assert inspect(setup(selfplay={"code": example, "rule": "my_package.rules:score"} | names)) == Findings()
+    fault = only_fault(setup(selfplay={"code": example, "rule": "my_package.rules:scores"} | names))
+    assert fault.startswith("selfplay.rule: my_package.rules (") and fault.endswith("Did you mean score?")

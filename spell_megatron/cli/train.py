@@ -240,7 +240,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     transport = transport_here(gpus, config.run.device, trainers, rollout.colocated)
     policy = PolicyModel.load(config.model.path, config.model.dtype)
     arch = policy.arch
-    clusters = load_clusters(config.data.documents)
+    clusters = load_clusters(config.data.documents, play.known_tasks)
     processes = launched_processes() or parallel.processes
     replicas = processes // parallel.dense_ranks
     experts = f", {arch.experts} experts" if arch.experts else ""

@@ -220,6 +220,8 @@ def _resolve_paths(config: Config, folder: Callable[[str], Path]) -> None:
     # the name of a prompt set of the package stays a name
     if "/" in config.selfplay.prompts or config.selfplay.prompts.startswith("~"):
         config.selfplay.prompts = str(_resolve(Path(config.selfplay.prompts), folder("selfplay.prompts")))
+    if config.selfplay.code is not None:
+        config.selfplay.code = _resolve(config.selfplay.code, folder("selfplay.code"))
     config.run.output_dir = config.run.output_dir.expanduser()
 
 

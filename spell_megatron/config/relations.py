@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from spell_megatron.config.faults import Fault
 from spell_megatron.config.layout import division_faults
 from spell_megatron.config.schema import Config
+from spell_megatron.config.selfplay_sections import TASKS, Reward
 from spell_megatron.ranks import launched_processes
 
 
@@ -32,7 +36,22 @@ def run_faults(config: Config) -> Iterator[Fault]:
 
 def task_faults(config: Config) -> Iterator[Fault]:
     """Shares of the tasks, and the tasks of the sources."""
-    shares = config.selfplay.tasks
+    shares, known = config.selfplay.tasks, config.selfplay.known_tasks
+    for name in config.selfplay.own_tasks:
+        if name in TASKS or not re.fullmatch("[a-z][a-z0-9_]*", name):
+            yield Fault.of(
+                "selfplay.own_tasks",
+                f"{name!r} cannot be the name of a task of your own. Use small letters, digits and underscores, "
+                f"and not the names of built-in tasks ({', '.join(TASKS)})",
+            )
+        elif name not in shares:
+            yield Fault.of(
+                "selfplay.own_tasks selfplay.tasks",
+                f"the task {name} has no share in selfplay.tasks. Give it one, or 0 if only held-out questions have it",
+            )
+    for task in shares:
+        if task not in known:
+            yield Fault((f"selfplay.tasks.{task}",), _not_one_of(task, known))
     if not any(share > 0 for share in shares.values()) or any(share < 0 for share in shares.values()):
         yield Fault.of("selfplay.tasks", "shares must not be negative, and at least one must be above 0")
     active = [task for task, share in shares.items() if share > 0]
@@ -43,7 +62,9 @@ def task_faults(config: Config) -> Iterator[Fault]:
                 f"the source {source!r} has no task. Name some of {', '.join(active)}, or leave the source out",
             )
         for task in tasks:
-            if task not in active:
+            if task not in known:
+                yield Fault((f"data.sources.{source}",), _not_one_of(task, known))
+            elif task not in active:
                 yield Fault.of(
                     "data.sources selfplay.tasks",
                     f"the source {source!r} has the task {task}, which has no share in selfplay.tasks. "
@@ -53,9 +74,25 @@ def task_faults(config: Config) -> Iterator[Fault]:
             yield Fault.of("data.sources", f"the source {source!r} names a task twice. Remove one")
 
 
+def _not_one_of(value: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(value, known, 1)
+    return f"{value!r} is not one of {', '.join(known)}." + (f" Did you mean {close[0]}?" if close else "")
+
+
 def selfplay_faults(config: Config) -> Iterator[Fault]:
-    """The number of groups, and which questions the history keeps."""
+    """The questioner's reward, the number of groups, and which questions the history keeps."""
     play = config.selfplay
+    if play.questioner.own_reward is None and play.questioner.reward not in get_args(Reward):
+        yield Fault.of(
+            "selfplay.questioner.reward", _not_one_of(play.questioner.reward, (*get_args(Reward), "MODULE:FUNCTION"))
+        )
+    own = (*play.own_tasks, *filter(None, (play.rule, play.questioner.own_reward)))
+    if play.code is not None and not own:
+        yield Fault.of(
+            "selfplay.code",
+            "no setting names code of your own. Set selfplay.rule, selfplay.own_tasks or selfplay.questioner.reward, "
+            "or leave this out",
+        )
     reachable = play.clusters_per_round * play.max_rounds
     if play.groups > reachable:
         yield Fault.of(

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from spell_megatron.config.section import Section
-from spell_megatron.config.selfplay_sections import SelfPlayConfig, Task
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 
 
 class RunConfig(Section):
@@ -49,7 +49,7 @@ class DataConfig(Section):
 
     documents: Path
     """Parquet (or .jsonl) file of document clusters. `spell prepare` writes it."""
-    sources: dict[str, list[Task]] = {}
+    sources: dict[str, list[str]] = {}
     """Tasks of each value of the `source` column. A source not named here serves all tasks of `selfplay.tasks`. The
     clusters of a source are divided evenly among its tasks: a cluster keeps its task for the whole run."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from spell_megatron.config.section import Section
 
 Task = Literal["docmath_qa", "doc_general_qa", "doc_mc"]
+TASKS: tuple[Task, ...] = get_args(Task)
+"""The built-in tasks."""
+
+Reward = Literal["gaussian", "azr", "r_zero", "variance"]
 
 
 class QuestionerConfig(Section):
@@ -39,9 +44,10 @@ class QuestionerConfig(Section):
     with a capital inside a sentence. This costs nothing to check."""
     max_reference_tokens: int = Field(40, ge=1)
     """Longest reference answer of general QA, in tokens. Questions with longer ones are dropped."""
-    reward: Literal["gaussian", "azr", "r_zero", "variance"] = "gaussian"
-    """How the questioner's reward follows from the mean responder reward: a Gaussian of the mean, 1 - mean (Absolute
-    Zero), 1 - 2 |mean - 1/2| (R-Zero), or a Gaussian of the answers' variance (SPICE)."""
+    reward: str = "gaussian"
+    """How the questioner's reward follows from the mean responder reward. gaussian: a Gaussian of the mean; azr: 1 -
+    mean (Absolute Zero); r_zero: 1 - 2 |mean - 1/2| (R-Zero); variance: a Gaussian of the answers' variance (SPICE);
+    MODULE:FUNCTION: a function of your own of (mean, question, reference) to a number from 0 to 1."""
     mu: float = 0.5
     """Mean responder reward at which the Gaussian reward is highest."""
     sigma: float = Field(1 / 6, gt=0)
@@ -56,6 +62,11 @@ class QuestionerConfig(Section):
     out."""
     advantage_group: Literal["task", "batch"] = "task"
     """Questioner rewards are normalised over the rows of a task, or of the whole batch."""
+
+    @property
+    def own_reward(self) -> str | None:
+        """MODULE:FUNCTION of the user's own reward; None if it is a built-in one."""
+        return self.reward if ":" in self.reward else None
 
 
 class GroundingConfig(Section):
@@ -121,8 +132,17 @@ class VerifierConfig(Section):
 class SelfPlayConfig(Section):
     """How a step asks, answers and judges questions."""
 
-    tasks: dict[Task, float] = {"docmath_qa": 1.0, "doc_general_qa": 1.0, "doc_mc": 1.0}
-    """Share of each task among the clusters that are drawn. Only the ratios count."""
+    tasks: dict[str, float] = {"docmath_qa": 1.0, "doc_general_qa": 1.0, "doc_mc": 1.0}
+    """Share of each task among the clusters that are drawn. Only the ratios count. Besides the three built-in tasks
+    there are those of own_tasks."""
+    own_tasks: dict[str, str] = {}
+    """Tasks of your own: for the name of each, MODULE:NAME of a spell_megatron.selfplay.tasks.Task, which holds its
+    prompts, how questions and answers are read, and its rule check."""
+    rule: str | None = None
+    """Rule check of the built-in tasks: MODULE:FUNCTION of a function of your own of (task, prediction, reference) that
+    says whether the prediction is right. null: numbers, texts and letters as the paper compares them."""
+    code: Path | None = None
+    """Folder with the modules that own_tasks, rule and questioner.reward name. null: they are installed."""
     prompts: str = "full"
     """Prompt set: name of a folder in spell_megatron/selfplay/prompt_sets, or path of a folder."""
     groups: int = Field(128, ge=1)
@@ -143,6 +163,11 @@ class SelfPlayConfig(Section):
     verifier: VerifierConfig = VerifierConfig()
     shuffle_rewards: bool = False
     """Control experiment: permute the advantages among the rows of each role before the update."""
+
+    @property
+    def known_tasks(self) -> tuple[str, ...]:
+        """The built-in tasks and the user's own."""
+        return (*TASKS, *self.own_tasks)
 
     @property
     def votes(self) -> int:

@@ -17,6 +17,7 @@ from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.sampler import ClusterSampler
 from spell_megatron.selfplay.selfplay import SelfPlay, StepRollout
+from spell_megatron.selfplay.tasks import Tasks
 from spell_megatron.tokenizer import PolicyTokenizer
 
 Result = TypeVar("Result")
@@ -31,16 +32,17 @@ class Director:
         stop: asked now and then; anything but None and False: what is under way is given up.
 
     Raises:
-        UserError: when documents, prompts, tokenizer or held-out questions cannot be used.
+        UserError: when documents, prompts, tokenizer or held-out questions, or code of the user's own, cannot be used.
     """
 
     def __init__(self, config: Config, stop: Callable[[], object] = lambda: None) -> None:
         self.config, self._stop = config, stop
         selfplay = config.selfplay
         self._tokenizer = PolicyTokenizer(config.model.path, config.model.prompt_date)
-        self._prompts = PromptSet.load(selfplay.prompts, selfplay.questioner.quotes)
+        self._tasks = Tasks(selfplay)
+        self._prompts = PromptSet.load(selfplay.prompts, selfplay.questioner.quotes, self._tasks.own_prompts)
         sampler = ClusterSampler(
-            load_clusters(config.data.documents),
+            load_clusters(config.data.documents, selfplay.known_tasks),
             selfplay.tasks,
             config.data.sources,
             selfplay.clusters_per_round,
@@ -59,7 +61,9 @@ class Director:
             untrained,
         )
         validation = config.validation
-        self._questions = load_questions(validation.questions, validation.limit) if validation.questions else []
+        self._questions = (
+            load_questions(validation.questions, validation.limit, selfplay.known_tasks) if validation.questions else []
+        )
 
     def connect(self, urls: Sequence[str], api_key: str, revive: Callable[[], Sequence[str]] | None = None) -> None:
         """Before anything else: where the engines are, and their key. `revive`: of `Client`."""
@@ -128,6 +132,7 @@ class Director:
                 self._questions,
                 validation.samples,
                 self.config.run.seed,
+                self._tasks,
                 on_progress,
             )
         )

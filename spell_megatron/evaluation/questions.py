@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from spell_megatron.config.selfplay_sections import Task
+from spell_megatron.config.selfplay_sections import TASKS
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, read_json_objects
 from spell_megatron.selfplay.references import known_answer, shown, valid_unicode
@@ -25,8 +25,10 @@ class HeldOutQuestion:
     aliases: tuple[str, ...] = field(default=(), kw_only=True)
 
 
-def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion]:
+def load_questions(path: Path, limit: int | None = None, tasks: Sequence[str] = TASKS) -> list[HeldOutQuestion]:
     """Read questions from a JSONL file: task, question, answer, documents and optionally id and aliases.
+
+    `tasks` are those that a line may name.
 
     Raises:
         UserError: naming the first ten faulty lines.
@@ -37,7 +39,7 @@ def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion
             faults.append(f"line {number} has no {', '.join(map(repr, missing))}")
             continue
         try:
-            questions.append(_question(row, number))
+            questions.append(_question(row, number, tasks))
         except ValueError as error:
             faults.append(f"line {number}: {error}")
     if faults or not questions:
@@ -49,11 +51,11 @@ def load_questions(path: Path, limit: int | None = None) -> list[HeldOutQuestion
     return questions[:limit]
 
 
-def _question(row: Mapping[str, Any], number: int) -> HeldOutQuestion:
+def _question(row: Mapping[str, Any], number: int, tasks: Sequence[str]) -> HeldOutQuestion:
     """The question of a row that has all fields. ValueError: one of them cannot be used."""
     task, question, documents = row["task"], row["question"], row["documents"]
-    if task not in get_args(Task):
-        raise ValueError(f"task {task!r} is none of {', '.join(get_args(Task))}")
+    if task not in tasks:
+        raise ValueError(f"task {task!r} is none of {', '.join(tasks)}")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a text, not {question!r}")
     if not isinstance(documents, list) or not documents or not all(isinstance(d, str) and d for d in documents):

@@ -14,10 +14,9 @@ from spell_megatron.evaluation.pass_at_k import pass_at_k
 from spell_megatron.evaluation.prompt_cut import middle_truncate
 from spell_megatron.evaluation.questions import HeldOutQuestion
 from spell_megatron.selfplay.interfaces import Client, Tokenizer
-from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.prompts import PromptSet
-from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.seeds import derive_seed
+from spell_megatron.selfplay.tasks import Tasks
 
 
 async def validate(
@@ -28,6 +27,7 @@ async def validate(
     questions: Sequence[HeldOutQuestion],
     samples: int,
     seed: int,
+    tasks: Tasks,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
     """Answer every question `samples` times and score the answers by rule.
@@ -55,16 +55,16 @@ async def validate(
             prompt_routing=False,
         )
         predictions = [
-            parse_answer(question.task, tokenizer.decode(c.token_ids), c.finish_reason == "length") for c in completions
+            tasks.answer(question.task, tokenizer.decode(c.token_ids), c.finish_reason == "length") for c in completions
         ]
         done += 1
         on_progress(done)
-        return sum(rule_score(question.task, prediction, question.answer) for prediction in predictions)
+        return sum(tasks.score(question.task, prediction, question.answer) for prediction in predictions)
 
     counts = await asyncio.gather(*(correct(question) for question in questions))
     metrics: dict[str, float] = {"validation/question_set": _checksum(questions)}
-    tasks = sorted({question.task for question in questions})
-    of_task = {t: [c for c, q in zip(counts, questions, strict=True) if q.task == t] for t in tasks}
+    asked = sorted({question.task for question in questions})
+    of_task = {t: [c for c, q in zip(counts, questions, strict=True) if q.task == t] for t in asked}
     for name, members in [("", counts), *((f"{t}/", some) for t, some in of_task.items())]:
         metrics[f"validation/{name}questions"] = len(members)
         for k in sorted({1, samples}):

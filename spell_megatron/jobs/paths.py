@@ -42,6 +42,8 @@ def place(config: Config, site: Site, weights: bool) -> None:
     config.data.documents = there(config.data.documents)
     if config.validation.questions is not None:
         config.validation.questions = there(config.validation.questions)
+    if config.selfplay.code is not None:
+        config.selfplay.code = there(config.selfplay.code)
     if config.selfplay.prompts.startswith("/"):
         config.selfplay.prompts = str(there(Path(config.selfplay.prompts)))
 
@@ -53,6 +55,8 @@ def missing_files(config: Config, site: Site) -> list[Fault]:
     paths = {"model.path": config.model.path, "data.documents": config.data.documents}
     if config.validation.questions is not None:
         paths["validation.questions"] = config.validation.questions
+    if config.selfplay.code is not None:
+        paths["selfplay.code"] = config.selfplay.code
     if site.venv and not site.container.image:
         paths["venv"] = site.venv / "bin" / "activate"
     if site.container.image.startswith("/"):

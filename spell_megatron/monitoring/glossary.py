@@ -123,8 +123,7 @@ def search(word: str) -> Iterator[tuple[str, str]]:
 
 
 def _matches(form: str, name: str) -> bool:
-    roles, tasks = "questioner|responder|verifier", "docmath_qa|doc_general_qa|doc_mc"
-    kinds = {"<role>": f"(?:{roles})", "<task>": f"(?:{tasks})", "<k>": r"\d+"}
+    kinds = {"<role>": "(?:questioner|responder|verifier)", "<task>": "[a-z][a-z0-9_]*", "<k>": r"\d+"}
     pattern = re.escape(form)
     for kind, choice in kinds.items():
         pattern = pattern.replace(re.escape(kind), choice)

@@ -16,6 +16,7 @@ from spell_megatron.checkpoint.fork import kept_step
 from spell_megatron.config.faults import involves
 from spell_megatron.config.relations import trains_verifier
 from spell_megatron.config.schema import Config
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.preflight.documents import check_documents, check_enough, check_same_documents, of_each_task
 from spell_megatron.preflight.engines import check_engine_urls, check_kernels, check_ports
 from spell_megatron.preflight.findings import Findings
@@ -27,10 +28,12 @@ from spell_megatron.preflight.machine import (
     check_trainer,
 )
 from spell_megatron.preflight.model import check_heads, check_lengths, check_model_folder, check_resumed_model
+from spell_megatron.preflight.own_code import check_own_code
 from spell_megatron.preflight.resume import steps_fault
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.sampler import ClusterSampler
+from spell_megatron.selfplay.tasks import Tasks
 
 if TYPE_CHECKING:
     from spell_megatron.evaluation.questions import HeldOutQuestion
@@ -57,15 +60,13 @@ def inspect(
     found = Findings()
     check_run_folder(found, config.run, resume, restarted)
     check_packages(found, config)
-    clusters = found.attempt("data.documents", lambda: load_clusters(config.data.documents))
+    known_tasks = config.selfplay.known_tasks
+    clusters = found.attempt("data.documents", lambda: load_clusters(config.data.documents, known_tasks))
     sampler = check_documents(found, config, clusters) if clusters else None
     of_task = of_each_task(sampler) if sampler else {}
-    prompts = found.attempt(
-        "selfplay.prompts selfplay.questioner.quotes",
-        lambda: PromptSet.load(config.selfplay.prompts, config.selfplay.questioner.quotes),
-    )
+    prompts = check_prompts(found, config.selfplay, check_own_code(found, config.selfplay))
     check_verifier(found, config)
-    questions = held_out_questions(found, config.validation.questions)
+    questions = held_out_questions(found, config.validation.questions, known_tasks)
     policy, tokenizer = check_model_folder(found, config.model.path, config.model.dtype)
     usable = len(clusters or ())
     if clusters and prompts and policy and tokenizer:
@@ -111,6 +112,16 @@ def check_resumed(
         check_same_documents(found, sampler, checkpoint)
 
 
+def check_prompts(found: Findings, play: SelfPlayConfig, tasks: Tasks | None) -> PromptSet | None:
+    """The prompts of all roles and tasks can be read; None if not, or if a task is not known."""
+    if tasks is None or not set(play.tasks) <= set(play.known_tasks):
+        return None
+    return found.attempt(
+        "selfplay.prompts selfplay.questioner.quotes selfplay.own_tasks",
+        lambda: PromptSet.load(play.prompts, play.questioner.quotes, tasks.own_prompts),
+    )
+
+
 def check_verifier(found: Findings, config: Config) -> None:
     """An update has room for a group of judgments."""
     play = config.selfplay
@@ -123,13 +134,13 @@ def check_verifier(found: Findings, config: Config) -> None:
         )
 
 
-def held_out_questions(found: Findings, file: Path | None) -> Sequence[HeldOutQuestion]:
+def held_out_questions(found: Findings, file: Path | None, tasks: Sequence[str]) -> Sequence[HeldOutQuestion]:
     """The questions in the file of held-out ones; none if there is none, or it cannot be read."""
     if file is None:
         return ()
     from spell_megatron.evaluation.questions import load_questions
 
-    return found.attempt("validation.questions", lambda: load_questions(file)) or ()
+    return found.attempt("validation.questions", lambda: load_questions(file, tasks=tasks)) or ()
 
 
 def check_texts(

@@ -11,11 +11,11 @@ from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.names import unknown_names
 from spell_megatron.selfplay.outcomes import Outcome
-from spell_megatron.selfplay.parsing import Question, parse_answer
+from spell_megatron.selfplay.parsing import Question
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.quotes import quotes_found
-from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.step_client import Prompt, StepClient
+from spell_megatron.selfplay.tasks import Tasks
 from spell_megatron.selfplay.together import gather
 
 
@@ -23,8 +23,9 @@ class Checks:
     """Checks the questions of one step by the policy's own answers. Nobody trains on these answers."""
 
     def __init__(
-        self, config: SelfPlayConfig, sampling: SamplingConfig, prompts: PromptSet, client: StepClient
+        self, config: SelfPlayConfig, sampling: SamplingConfig, prompts: PromptSet, client: StepClient, tasks: Tasks
     ) -> None:
+        self._tasks = tasks
         self._config = config
         self._sampling = sampling
         self._prompts = prompts
@@ -79,8 +80,8 @@ class Checks:
         limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
         prompt = await self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
         (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
-        prediction = parse_answer(attempt.task, reply.text, reply.truncated)
-        return rule_score(attempt.task, prediction, question.reference)
+        prediction = self._tasks.answer(attempt.task, reply.text, reply.truncated)
+        return self._tasks.score(attempt.task, prediction, question.reference)
 
     # The gate: the check that the documents confirm the reference
 
@@ -88,13 +89,18 @@ class Checks:
         """Whether enough answers from the questioner's own documents reach its reference."""
         gate = self._config.gate
         answers = await gather(self._gate_answer(attempt, question, i) for i in range(gate.answers))
-        reached = [bool(rule_score(attempt.task, answer, question.reference)) for answer in answers]
+        reached = [bool(self._tasks.score(attempt.task, answer, question.reference)) for answer in answers]
         attempt.counts["gate_answers"] += len(reached)
         attempt.counts["gate_answers_reaching_reference"] += sum(reached)
         if attempt.question:
             attempt.question.gate = sum(reached) / len(reached)
         others = [answer for answer, right in zip(answers, reached, strict=True) if answer is not None and not right]
-        return confirms(sum(reached), len(reached), _largest_group(attempt.task, others), gate)
+        return confirms(sum(reached), len(reached), self._largest_group(attempt.task, others), gate)
+
+    def _largest_group(self, task: str, answers: Sequence[str]) -> int:
+        """How often the most frequent of some answers was given. Answers are the same if the rule check says so."""
+        score = self._tasks.score
+        return max((sum(score(task, other, answer) for other in answers) for answer in answers), default=0)
 
     async def _gate_answer(self, attempt: Attempt, question: Question, index: int) -> str | None:
         """An answer over the questioner's documents; None if it states nothing, or its prompt is too long.
@@ -115,7 +121,7 @@ class Checks:
         (reply,) = await self._client.generate(attempt, "gate", prompt, limit, index=index, prompt_routing=False)
         attempt.counts["gate_prompt_tokens"] += len(prompt.ids)
         attempt.counts["gate_response_tokens"] += len(reply.completion.token_ids)
-        answer = parse_answer(attempt.task, reply.text, reply.truncated)
+        answer = self._tasks.answer(attempt.task, reply.text, reply.truncated)
         return LETTERS[order[LETTERS.index(answer)]] if order and answer else answer
 
     async def _gate_prompt(self, attempt: Attempt, question: Question, rng: random.Random) -> Prompt:
@@ -147,8 +153,3 @@ def confirms(reached: int, answers: int, largest_other: int, config: GateConfig)
         largest_other: how often the most frequent other answer was given.
     """
     return reached > largest_other if config.condition == "majority" else reached / answers >= config.threshold
-
-
-def _largest_group(task: str, answers: Sequence[str]) -> int:
-    """How often the most frequent of some answers was given. Answers are the same if the rule check says so."""
-    return max((sum(bool(rule_score(task, other, answer)) for other in answers) for answer in answers), default=0)

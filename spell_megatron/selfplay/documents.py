@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from spell_megatron.config.selfplay_sections import Task
+from spell_megatron.config.selfplay_sections import TASKS
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, json_lines
 from spell_megatron.parquet import DamagedError, parquet_rows
@@ -43,10 +43,10 @@ class Cluster:
     answer: str = ""
 
 
-def load_clusters(path: str | Path) -> list[Cluster]:
+def load_clusters(path: str | Path, tasks: Sequence[str] = TASKS) -> list[Cluster]:
     """Read clusters from a parquet or JSON-lines file.
 
-    Three kinds of files are read:
+    `tasks` are those that a row may name. Three kinds of files are read:
 
     * clusters: `cluster_id`, `documents` (list of texts); optional are `document_ids` (list of the same length),
       `source` and `task`;
@@ -59,7 +59,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
         UserError: the file cannot be read, or rows have faults. It names the first ten by row and column.
     """
     path = Path(path)
-    clusters, faults = read_clusters(path)
+    clusters, faults = read_clusters(path, tasks)
     if faults:
         more = f" (and {len(faults) - MAX_FAULTS} more)" if len(faults) > MAX_FAULTS else ""
         raise UserError(
@@ -73,7 +73,7 @@ def load_clusters(path: str | Path) -> list[Cluster]:
     return clusters
 
 
-def read_clusters(path: Path) -> tuple[list[Cluster], list[str]]:
+def read_clusters(path: Path, tasks: Sequence[str] = TASKS) -> tuple[list[Cluster], list[str]]:
     """(clusters of the rows without faults, faults of the others) of a file as `load_clusters` reads it.
 
     Raises:
@@ -88,7 +88,7 @@ def read_clusters(path: Path) -> tuple[list[Cluster], list[str]]:
             faults.append(f"{place} {wrong or 'is not a JSON object'}")
             continue
         columns = columns or _columns(row)
-        cluster, row_faults = _parse_row({"id": place} | row if columns is QUESTION_COLUMNS else row, columns)
+        cluster, row_faults = _parse_row({"id": place} | row if columns is QUESTION_COLUMNS else row, columns, tasks)
         row_faults += [f"column {wrong}: holds bytes that are not UTF-8"] if wrong in _READ else []
         if cluster and cluster.id in first_place:
             row_faults.append(f"column {columns['id']}: {cluster.id!r} is already the id of {first_place[cluster.id]}")
@@ -134,7 +134,9 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         raise UserError(f"The documents file {path} cannot be read: {error.strerror}. Correct its name.") from error
 
 
-def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster | None, list[str]]:
+def _parse_row(
+    row: dict[str, Any], columns: Mapping[str, str], tasks: Sequence[str]
+) -> tuple[Cluster | None, list[str]]:
     """The cluster of a row, and the row's faults; None if its id cannot be used."""
     missing = [columns[key] for key in ("id", "documents") if columns[key] not in row]
     if missing:
@@ -158,9 +160,9 @@ def _parse_row(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Cluster
     asked = columns is QUESTION_COLUMNS
     question, answer = _question(row, faults) if asked else ("", "")
     task = row.get("task")
-    if (task is not None or asked) and task not in get_args(Task):
+    if (task is not None or asked) and task not in tasks:
         absent = "" if asked else ", or missing"
-        faults.append(f"column task: must be one of {', '.join(get_args(Task))}{absent}, not {shown(task)}")
+        faults.append(f"column task: must be one of {', '.join(tasks)}{absent}, not {shown(task)}")
     if identifier is None:
         return None, faults
     return Cluster(str(identifier), documents, document_ids, source, task, question, answer), faults

@@ -166,11 +166,20 @@ def parse_question(
     `truncated`: the engine stopped at the length limit. `count_tokens` measures text references, which
     may have `max_reference_tokens` tokens.
     """
+    return question_in(
+        text, truncated, lambda record: question_from_record(task, record, count_tokens, max_reference_tokens)
+    )
+
+
+def question_in(
+    text: str, truncated: bool, from_record: Callable[[dict[str, Any]], Question | Outcome]
+) -> Question | Outcome:
+    """The question in the questioner's text, as `from_record` reads its record; the outcome of one without it."""
     answer = None if truncated else after_thinking(text)
     if answer is None:
         return Outcome.TRUNCATED
     record = read_record(answer)
-    question = question_from_record(task, record, count_tokens, max_reference_tokens)
+    question = from_record(record)
     return question if isinstance(question, Outcome) else replace(question, quotes=_quotes(record))
 
 
@@ -180,7 +189,7 @@ def _quotes(record: dict[str, Any]) -> tuple[str, ...]:
     quotes = [evidence] if isinstance(evidence, str) else evidence
     if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
         return ()
-    return tuple(filter(None, map(_clean, quotes)))
+    return tuple(filter(None, map(clean_text, quotes)))
 
 
 def question_from_record(
@@ -188,11 +197,11 @@ def question_from_record(
 ) -> Question | Outcome:
     """The question in a record of the questioner, or the outcome of an attempt without one."""
     record = {str(key).strip().lower(): value for key, value in record.items()}
-    text, answer = _clean(record.get("question")), record.get("answer")
+    text, answer = clean_text(record.get("question")), record.get("answer")
     if not text or isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return Outcome.BAD_FORMAT
     try:
-        answer = _clean(str(answer))
+        answer = clean_text(str(answer))
     except ValueError:  # an integer of more digits than Python prints
         return Outcome.UNPARSABLE_NUMBER if answer_kind(task) == "number" else Outcome.LONG_REFERENCE
     if not answer:
@@ -234,7 +243,7 @@ def _options(options: object) -> tuple[str, ...]:
         {str(key).strip(" ().").upper(): value for key, value in options.items()} if isinstance(options, dict) else {}
     )
     values = [named.get(letter) for letter in LETTERS]
-    texts = [_clean(str(v)) if isinstance(v, int | float) else _clean(v) for v in values]
+    texts = [clean_text(str(v)) if isinstance(v, int | float) else clean_text(v) for v in values]
     labels = [_LABEL.match(text) for text in texts]
     if [label and label[1].upper() for label in labels] == list(LETTERS):
         texts = [text[label.end() :] for text, label in zip(texts, labels, strict=True) if label]
@@ -252,7 +261,7 @@ def choice_text(stem: str, options: Sequence[str]) -> str:
     return "\n".join([stem, "", "Choices:", *labelled])
 
 
-def _clean(value: object) -> str:
+def clean_text(value: object) -> str:
     """A string without control characters, lone surrogates and outer blanks; "" for what is no string."""
     if not isinstance(value, str):
         return ""

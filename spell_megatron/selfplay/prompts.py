@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -19,20 +19,33 @@ EVIDENCE = "evidence"
 _PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 
 
-def _required(quotes: bool) -> dict[str, set[str]]:
-    """The files of a prompt set and the placeholders of each."""
+def _required(quotes: bool, own: Iterable[str]) -> dict[str, set[str]]:
+    """The files of a prompt set and the placeholders of each; `own`: names of the user's own tasks."""
     evidence = {EVIDENCE} if quotes else set()
     files = {
         "document": {"document"},
         "example": {"number", "question", "answer"},
         "verifier": {"question", "prediction", "reference"},
     }
-    for task in get_args(Task):
+    for task in (*get_args(Task), *own):
         letter = {"letter"} if task == "doc_mc" else set()
         files[f"questioner_{task}"] = {"documents"} | letter | evidence
         files[f"questioner_{task}_history"] = {"documents", "examples"} | letter | evidence
         files[f"responder_{task}"] = {"documents", "question"}
     return files | ({EVIDENCE: set()} if quotes else {})
+
+
+def _own_files(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The paths of the files of tasks of the user's own, by the names that they would have in a prompt set."""
+    return {
+        name: folder / file
+        for task, folder in folders.items()
+        for name, file in (
+            (f"questioner_{task}", "questioner.md"),
+            (f"questioner_{task}_history", "questioner_history.md"),
+            (f"responder_{task}", "responder.md"),
+        )
+    }
 
 
 def fill(template: str, **values: str) -> str:
@@ -48,10 +61,11 @@ class PromptSet:
         self._evidence = evidence
 
     @classmethod
-    def load(cls, name_or_path: str | Path, quotes: bool = False) -> PromptSet:
+    def load(cls, name_or_path: str | Path, quotes: bool = False, own: Mapping[str, Path] | None = None) -> PromptSet:
         """Load a set of this package by name, or a folder of .md files.
 
-        Files are UTF-8; one trailing newline is dropped. `quotes`: ask the questioner for quotes.
+        Files are UTF-8; one trailing newline is dropped. `quotes`: ask the questioner for quotes. `own`: for tasks of
+        the user's own, the folders with their files questioner.md, questioner_history.md and responder.md.
 
         Raises:
             UserError: naming every missing file and every missing or unknown placeholder.
@@ -67,16 +81,18 @@ class PromptSet:
             )
         templates: dict[str, str] = {}
         faults: list[str] = []
-        for name, placeholders in _required(quotes).items():
-            path = folder / f"{name}.md"
+        paths = _own_files(own or {})
+        for name, placeholders in _required(quotes, own or {}).items():
+            path = paths.get(name, folder / f"{name}.md")
+            shown = path if name in paths else path.name
             try:
                 text = path.read_text(encoding="utf-8").removesuffix("\n")
             except (OSError, UnicodeDecodeError) as error:
-                faults.append(f"{path.name} cannot be read ({error})")
+                faults.append(f"{shown} cannot be read ({error})")
                 continue
             found = set(_PLACEHOLDER.findall(text)) - (set() if quotes else {EVIDENCE})
-            faults += [f"{path.name} lacks {{{{{p}}}}}" for p in sorted(placeholders - found)]
-            faults += [f"{path.name} has the unknown {{{{{p}}}}}" for p in sorted(found - placeholders)]
+            faults += [f"{shown} lacks {{{{{p}}}}}" for p in sorted(placeholders - found)]
+            faults += [f"{shown} has the unknown {{{{{p}}}}}" for p in sorted(found - placeholders)]
             templates[name] = text
         if faults:
             raise UserError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from spell_megatron.config.schema import SamplingConfig
@@ -19,7 +18,8 @@ from spell_megatron.selfplay.history import Entry, History
 from spell_megatron.selfplay.letters import LETTERS
 from spell_megatron.selfplay.metrics import vote_counts
 from spell_megatron.selfplay.outcomes import Outcome
-from spell_megatron.selfplay.parsing import Question, parse_answer, parse_question, parse_verdict
+from spell_megatron.selfplay.own_code import OwnCodeError
+from spell_megatron.selfplay.parsing import Question, parse_verdict
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.rewards import (
     admissible,
@@ -30,8 +30,8 @@ from spell_megatron.selfplay.rewards import (
     responder_reward,
     trainable,
 )
-from spell_megatron.selfplay.scoring import rule_score
 from spell_megatron.selfplay.step_client import Prompt, StepClient
+from spell_megatron.selfplay.tasks import Tasks
 from spell_megatron.selfplay.together import gather
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,11 @@ class Roles:
         history: History,
         client: StepClient,
         documents_fit: dict[str, bool],
+        tasks: Tasks,
+        own_reward: Callable[[float, str, str], float] | None = None,
     ) -> None:
+        self._tasks = tasks
+        self._own_reward = own_reward
         self._documents_fit = documents_fit
         self._config = config
         self._sampling = sampling
@@ -62,29 +66,31 @@ class Roles:
         self._history = history
         self._client = client
         self._tokenizer = client.tokenizer
-        self._checks = Checks(config, sampling, prompts, client)
+        self._checks = Checks(config, sampling, prompts, client, tasks)
 
     async def play(self, attempt: Attempt) -> None:
         """Take an attempt from its question to the judgments of its answers.
 
-        An error of our own code is the attempt's outcome; the run goes on.
+        An error of our own code, or of the user's, is the attempt's outcome; the run goes on.
 
         Raises:
             UserError: the engines failed, or answered with other weights.
         """
         try:
             attempt.end(await self._play(attempt))
-        except (UserError, asyncio.CancelledError):
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, OwnCodeError):
+                raise
             logger.exception("cluster %s (%s) failed and is left out", attempt.cluster.id, attempt.task)
             attempt.end(Outcome.ERROR)
 
     async def _play(self, attempt: Attempt) -> Outcome:
         question = await self._question(attempt)
         outcome = question if isinstance(question, Outcome) else await self._answers(attempt, question)
-        if attempt.question:
-            attempt.question.reward = question_reward(outcome, attempt.mean_reward, self._config.questioner)
+        if row := attempt.question:
+            row.reward = question_reward(outcome, attempt.mean_reward, self._config.questioner)
+            if outcome is Outcome.MIXED and self._own_reward:
+                row.reward = self._own_reward(attempt.mean_reward, row.prediction or "", row.reference or "")
         return outcome
 
     # The questioner
@@ -116,7 +122,8 @@ class Roles:
         if prompt is None:
             return Outcome.QUESTIONER_PROMPT_TOO_LONG
         (reply,) = await self._client.generate(attempt, "questioner", prompt, self._sampling.max_response_tokens)
-        question = parse_question(task, reply.text, reply.truncated, self._tokenizer.count, config.max_reference_tokens)
+        count = self._tokenizer.count
+        question = self._tasks.question(task, reply.text, reply.truncated, count, config.max_reference_tokens)
         attempt.question = row = self._client.sample(attempt, "questioner", task, prompt, reply, attempt.context)
         if isinstance(question, Question):
             row.prediction, row.reference = question.text, question.reference
@@ -199,8 +206,8 @@ class Roles:
         )
         answer = self._client.sample(attempt, "responder", "", prompt, reply, order)
         answer.reference = question.reference
-        answer.prediction = prediction = parse_answer(attempt.task, reply.text, reply.truncated)
-        answer.rule_score = rule = rule_score(attempt.task, prediction, question.reference)
+        answer.prediction = prediction = self._tasks.answer(attempt.task, reply.text, reply.truncated)
+        answer.rule_score = rule = self._tasks.score(attempt.task, prediction, question.reference)
         verdict = None
         if self._config.verifier.enabled and prediction is not None:
             verdict = await self._judge(attempt, question, prediction, rule, index)

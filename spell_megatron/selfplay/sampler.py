@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spell_megatron.config.selfplay_sections import Task
 from spell_megatron.errors import UserError
 from spell_megatron.selfplay.documents import Cluster
 
@@ -42,7 +41,7 @@ class ClusterSampler:
     def __init__(
         self,
         clusters: Sequence[Cluster],
-        tasks: Mapping[Task, float],
+        tasks: Mapping[str, float],
         sources: Mapping[str, Sequence[str]],
         clusters_per_round: int,
         seed: int,

@@ -21,6 +21,7 @@ from spell_megatron.selfplay.sampler import ClusterSampler
 from spell_megatron.selfplay.seeds import derive_seed
 from spell_megatron.selfplay.step_client import StepClient
 from spell_megatron.selfplay.stream import MixedRate, Stream
+from spell_megatron.selfplay.tasks import Tasks, own_reward
 
 
 @dataclass
@@ -50,6 +51,9 @@ class SelfPlay:
     Args:
         seed: of the run.
         untrained: roles that play as the others do, but have no rows in the batch.
+
+    Raises:
+        UserError: code of the user's own, which settings name, cannot be used.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class SelfPlay:
         self.history = history
         self.seed = seed
         self.untrained = untrained
+        self._tasks = Tasks(config)
+        self._own_reward = own_reward(config)
         self._rate = MixedRate()
         self._documents_fit: dict[str, bool] = {}
 
@@ -96,7 +102,16 @@ class SelfPlay:
         """
         config = self.config
         step_client = StepClient(client, self.tokenizer, self.seed, step, weight_version)
-        roles = Roles(config, self.sampling, self.prompts, self.history, step_client, self._documents_fit)
+        roles = Roles(
+            config,
+            self.sampling,
+            self.prompts,
+            self.history,
+            step_client,
+            self._documents_fit,
+            self._tasks,
+            self._own_reward,
+        )
         limit = config.max_rounds * config.clusters_per_round
         stream = Stream(self.sampler.upcoming(), roles.play, config.groups, limit, self._rate)
         attempts = await stream.run(on_progress)

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 
 from spell_megatron.config.schema import SamplingConfig
+from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.evaluation.questions import HeldOutQuestion
 from spell_megatron.evaluation.validation import validate
 from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.prompts import PromptSet
+from spell_megatron.selfplay.tasks import Tasks
 
 QUESTIONS = [
     HeldOutQuestion(str(i), task, f"What is number {i}?", "7", (f"Number {i} is 7.",))
@@ -42,7 +44,9 @@ class Engine:
 
 def measure(questions: list[HeldOutQuestion], tokenizer: Bytes | None = None) -> dict[str, float]:
     prompts, tokenizer = PromptSet.load("compact"), tokenizer or Bytes()
-    return asyncio.run(validate(Engine(), tokenizer, prompts, SamplingConfig(), questions, samples=4, seed=0))
+    return asyncio.run(
+        validate(Engine(), tokenizer, prompts, SamplingConfig(), questions, 4, 0, Tasks(SelfPlayConfig()))
+    )
 
 
 def test_each_accuracy_says_of_how_many_questions_it_is_and_how_exact():

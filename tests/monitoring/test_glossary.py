@@ -41,7 +41,8 @@ def test_a_name_or_a_word_is_found():
     ]
     assert {"train/moe_load_imbalance"} <= {name for name, _ in search("EXPERT")}
     assert not list(search("nonsense")) and len(list(search(""))) == len(MEANINGS)
-    assert meaning("selfplay/other/reward") is None
+    assert meaning("selfplay/own_task/rule_score") == meaning("selfplay/doc_mc/rule_score") is not None
+    assert meaning("selfplay/other/nothing") is None
 
 
 @pytest.mark.parametrize(

@@ -134,16 +134,16 @@ def test_rewards_of_questions(prompts, settings, value):
 
 
 def test_a_bad_sample_is_an_outcome_not_the_end(prompts, monkeypatch):
-    from spell_megatron.selfplay import roles
+    from spell_megatron.selfplay import tasks
 
-    real = roles.rule_score
+    real = tasks.rule_score
 
     def fragile(task, prediction, reference):
         if task == "doc_mc" and prediction == "A":
             raise ZeroDivisionError("scorer broke")
         return real(task, prediction, reference)
 
-    monkeypatch.setattr(roles, "rule_score", fragile)
+    monkeypatch.setattr(tasks, "rule_score", fragile)
     rollout = roll(make_selfplay(prompts, groups=12), ScriptedPolicy())
     assert rollout.metrics["selfplay/mixed_groups"] == 12
 
