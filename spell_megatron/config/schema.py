@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -272,6 +272,15 @@ class LoggingConfig(Section):
     """Also log to Weights & Biases. The wandb package must be installed."""
     wandb_project: str = "spell"
     """Project at Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases that the project belongs to. null: the one that is set there as the default."""
+    wandb_group: str | None = None
+    """Group of runs at Weights & Biases, such as the seeds of one experiment."""
+    wandb_tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    """Tags of the run at Weights & Biases, of up to 64 characters each."""
+    wandb_offline: bool = False
+    """Write what Weights & Biases gets to the run's folder instead of sending it. `wandb sync` sends it later, from a
+    machine that has network access. false: as the variable WANDB_MODE says, or else send it."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """What is written to logs/train.log in the run's folder: messages of this level and above. Libraries' warnings go
     there too, and with debug what else they say."""

@@ -35,7 +35,7 @@ class MetricsLogger:
             resume_step: step of the checkpoint that the run continues from; None for a new run.
 
         Raises:
-            UserError: Weights & Biases is asked for and not installed.
+            UserError: Weights & Biases is asked for, and not installed or does not take the run.
         """
         run_folder.mkdir(parents=True, exist_ok=True)
         self._path = run_folder / "metrics.jsonl"
@@ -43,7 +43,7 @@ class MetricsLogger:
         self._last_at = 0
         self._truncate(-1 if resume_step is None else resume_step)
         self._tensorboard = _tensorboard(run_folder, resume_step)
-        self._wandb = _wandb(run_folder, logging.wandb_project, settings) if logging.wandb else None
+        self._wandb = _wandb(run_folder, logging, settings) if logging.wandb else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of a step: numbers (also 0-d arrays and tensors) or texts, by flat name.
@@ -120,7 +120,7 @@ def _tensorboard(run_folder: Path, resume_step: int | None):
     return SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge)
 
 
-def _wandb(run_folder: Path, project: str, settings: Mapping[str, Any]):
+def _wandb(run_folder: Path, logging: LoggingConfig, settings: Mapping[str, Any]):
     try:
         import wandb
     except ImportError as error:
@@ -128,14 +128,24 @@ def _wandb(run_folder: Path, project: str, settings: Mapping[str, Any]):
             "logging.wandb is true, but the wandb package cannot be imported. Install it (pip install "
             "wandb), or set logging.wandb to false."
         ) from error
-    run = wandb.init(
-        project=project,
-        name=settings["run"]["name"],
-        id=_wandb_id(run_folder / "wandb_id.txt"),
-        resume="allow",
-        dir=str(run_folder),
-        config=dict(settings),
-    )
+    try:
+        run = wandb.init(
+            project=logging.wandb_project,
+            entity=logging.wandb_entity,
+            group=logging.wandb_group,
+            tags=logging.wandb_tags,
+            mode="offline" if logging.wandb_offline else None,
+            name=settings["run"]["name"],
+            id=_wandb_id(run_folder / "wandb_id.txt"),
+            resume="allow",
+            dir=str(run_folder),
+            config=dict(settings),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases does not take the run: {error}. Log in with `wandb login`, correct "
+            "logging.wandb_project and wandb_entity, or set logging.wandb_offline to true."
+        ) from error
     # its own step counter cannot go back, which a resumed run does
     run.define_metric("*", step_metric="step")
     return run

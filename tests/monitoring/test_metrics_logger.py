@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,31 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
         log.log(1, {"a": 1.0})
         assert wandb.run.summary["a"] == 1.0 and wandb.run.summary["step"] == 1
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_weights_and_biases_knows_whose_the_run_is(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    place = {"wandb_entity": "team", "wandb_group": "seeds", "wandb_tags": ["16k", "smoke test"], "wandb_project": "p"}
+    with MetricsLogger(tmp_path, LoggingConfig(wandb=True, wandb_offline=True, **place), SETTINGS):
+        run = wandb.run
+        assert (run.entity, run.project, run.group, run.tags) == ("team", "p", "seeds", ("16k", "smoke test"))
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_weights_and_biases_that_nobody_has_logged_in_to_is_told_without_a_stack_trace(tmp_path):
+    """In a process of its own: wandb reads its environment once."""
+    pytest.importorskip("wandb")
+    code = (
+        "from pathlib import Path; from spell_megatron.config.schema import LoggingConfig; "
+        "from spell_megatron.errors import UserError; from spell_megatron.monitoring.metrics import MetricsLogger\n"
+        "try: MetricsLogger(Path('run'), LoggingConfig(wandb=True), {'run': {'name': 'test'}})\n"
+        "except UserError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "Weights & Biases does not take the run" in result.stdout and "`wandb login`" in result.stdout
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", bytes(32)])
