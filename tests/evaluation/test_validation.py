@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from dataclasses import replace
 
@@ -42,10 +43,12 @@ class Engine:
         return [Completion(list(text), [0.0] * len(text), "stop", "0") for text in texts]
 
 
-def measure(questions: list[HeldOutQuestion], tokenizer: Bytes | None = None) -> dict[str, float]:
+def measure(
+    questions: list[HeldOutQuestion], tokenizer: Bytes | None = None, play: SelfPlayConfig | None = None
+) -> dict[str, float]:
     prompts, tokenizer = PromptSet.load("compact"), tokenizer or Bytes()
     return asyncio.run(
-        validate(Engine(), tokenizer, prompts, SamplingConfig(), questions, 4, 0, Tasks(SelfPlayConfig()))
+        validate(Engine(), tokenizer, prompts, SamplingConfig(), questions, 4, 0, Tasks(play or SelfPlayConfig()))
     )
 
 
@@ -78,3 +81,10 @@ def test_prompts_are_not_tokenised_in_the_event_loop():
 
     assert measure(QUESTIONS, Noting()) == measure(QUESTIONS)
     assert len(Noting.threads) == 1 and threading.get_ident() not in Noting.threads
+
+
+def test_a_rule_check_of_ones_own_scores_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "rule_of_held_out.py").write_text("def score(task, prediction, reference): return prediction == '8'\n")
+    rule = SelfPlayConfig(code=tmp_path, rule="rule_of_held_out:score")
+    assert measure(QUESTIONS, play=rule)["validation/pass@1"] == pytest.approx(10 / 16)  # what is wrong by the other

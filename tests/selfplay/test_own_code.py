@@ -11,6 +11,8 @@ from scripted import ScriptedPolicy, make_selfplay, roll, rows_of, summary
 from spell_megatron.config.reading import load_config, read_config
 from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.errors import UserError
+from spell_megatron.jobs.paths import missing_files, place
+from spell_megatron.jobs.site import Site
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.own_code import check_own_code
 from spell_megatron.rollout.client import Completion
@@ -264,3 +266,16 @@ def test_own_code_is_found_from_another_folder_and_in_a_resumed_run(tmp_path, mo
     assert load_config("settings.yaml", words).selfplay.code == tmp_path / "mine"
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "settings.yaml", words).selfplay.code == tmp_path / "mine"
+
+
+def test_jobs_know_the_folder_as_the_nodes_see_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    words = ["model.path=mine", "data.documents=mine", "selfplay.code=mine", "selfplay.rule='rules:score'"]
+    here, elsewhere = load_config(None, words), load_config(None, words)
+    place(here, near := Site(folder=tmp_path), weights=False)
+    assert here.selfplay.code == tmp_path / "mine" and not missing_files(here, near)
+    here.selfplay.code = tmp_path / "gone"
+    assert [fault.keys for fault in missing_files(here, near)] == [("selfplay.code",)]
+    place(elsewhere, Site(folder=Path("/scratch/me"), ssh={"host": "login", "user": "me"}), weights=False)
+    assert elsewhere.selfplay.code == Path("/scratch/me/mine")
