@@ -86,8 +86,7 @@ def selfplay_faults(config: Config) -> Iterator[Fault]:
         yield Fault.of(
             "selfplay.questioner.reward", _not_one_of(play.questioner.reward, (*get_args(Reward), "MODULE:FUNCTION"))
         )
-    own = (*play.own_tasks, *filter(None, (play.rule, play.questioner.own_reward)))
-    if play.code is not None and not own:
+    if play.code is not None and not play.own_code:
         yield Fault.of(
             "selfplay.code",
             "no setting names code of your own. Set selfplay.rule, selfplay.own_tasks or selfplay.questioner.reward, "

@@ -170,6 +170,13 @@ class SelfPlayConfig(Section):
         return (*TASKS, *self.own_tasks)
 
     @property
+    def own_code(self) -> dict[str, str]:
+        """MODULE:NAME of each setting that names code of the user's own."""
+        named = {"selfplay.rule": self.rule, "selfplay.questioner.reward": self.questioner.own_reward}
+        tasks = {f"selfplay.own_tasks.{task}": name for task, name in self.own_tasks.items()}
+        return {setting: name for setting, name in (named | tasks).items() if name is not None}
+
+    @property
     def votes(self) -> int:
         """Judgments per answer."""
         return self.verifier.votes or self.group_size

@@ -33,7 +33,6 @@ from spell_megatron.preflight.resume import steps_fault
 from spell_megatron.selfplay.documents import Cluster, load_clusters
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.sampler import ClusterSampler
-from spell_megatron.selfplay.tasks import Tasks
 
 if TYPE_CHECKING:
     from spell_megatron.evaluation.questions import HeldOutQuestion
@@ -112,13 +111,16 @@ def check_resumed(
         check_same_documents(found, sampler, checkpoint)
 
 
-def check_prompts(found: Findings, play: SelfPlayConfig, tasks: Tasks | None) -> PromptSet | None:
-    """The prompts of all roles and tasks can be read; None if not, or if a task is not known."""
-    if tasks is None or not set(play.tasks) <= set(play.known_tasks):
+def check_prompts(found: Findings, play: SelfPlayConfig, own: Mapping[str, Path] | None) -> PromptSet | None:
+    """The prompts of all roles and tasks can be read; None if not, or if a task is not known.
+
+    `own`: the folders of the user's own tasks; None if these cannot be used.
+    """
+    if own is None or not set(play.tasks) <= set(play.known_tasks):
         return None
     return found.attempt(
         "selfplay.prompts selfplay.questioner.quotes selfplay.own_tasks",
-        lambda: PromptSet.load(play.prompts, play.questioner.quotes, tasks.own_prompts),
+        lambda: PromptSet.load(play.prompts, play.questioner.quotes, own),
     )
 
 

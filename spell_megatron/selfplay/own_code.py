@@ -107,6 +107,11 @@ def _import(setting: str, module: str, folder: Path | None) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
+        if missing == "torch" and "torch" in sys.modules:  # as None
+            raise UserError(
+                f"{module}, which {setting} names, imports torch{_line_of(error)}, which the process of self-play does "
+                "without. Use numpy instead."
+            ) from error
         if module != missing and not module.startswith(f"{missing}."):
             raise UserError(
                 f"{module}, which {setting} names, imports {missing}, which this Python does not have"

@@ -21,8 +21,9 @@ from spell_megatron.processes.signals import REQUESTS
 
 @pytest.fixture
 def config(monkeypatch):
+    """With a rule check, a reward and a task of the user's own, which that process finds."""
     monkeypatch.chdir(ROOT)
-    return load_config("examples/quickstart.yaml", [])
+    return load_config(["examples/quickstart.yaml", "examples/extend/extend.yaml"])
 
 
 @pytest.fixture
@@ -70,9 +71,12 @@ def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tm
     assert director.process.returncode == -signal.SIGKILL
 
 
-def test_faults_reach_the_user_in_their_own_words(config, engines, tmp_path):
-    config.data.documents = tmp_path / "missing.jsonl"
-    with RemoteDirector(config, tmp_path) as director, pytest.raises(UserError, match="missing.jsonl"):
+@pytest.mark.parametrize(
+    ("section", "setting", "value"), [("data", "documents", "missing.jsonl"), ("selfplay", "rule", "missing:score")]
+)
+def test_faults_reach_the_user_in_their_own_words(config, engines, tmp_path, section, setting, value):
+    setattr(getattr(config, section), setting, value)
+    with RemoteDirector(config, tmp_path) as director, pytest.raises(UserError, match="There is no|missing.jsonl"):
         director.connect(engines, list, None)
     assert director.process.returncode == 0
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from scripted import ScriptedPolicy, make_selfplay, roll, rows_of, summary
 
+from spell_megatron.config.faults import Fault
 from spell_megatron.config.reading import load_config, read_config
 from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.errors import UserError
 from spell_megatron.jobs.paths import missing_files, place
 from spell_megatron.jobs.site import Site
 from spell_megatron.preflight.findings import Findings
-from spell_megatron.preflight.own_code import check_own_code
+from spell_megatron.preflight.own_code import check_own_code, try_own_code
 from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.tasks import Tasks
@@ -42,9 +43,8 @@ def faults(tmp_path):
     """faults(**settings of selfplay) -> what preflight finds wrong, one text each."""
 
     def check(**settings) -> list[str]:
-        found = Findings()
-        check_own_code(found, SelfPlayConfig(**{"code": tmp_path} | settings))
-        return [str(fault) for fault in found.faults]
+        said = try_own_code(SelfPlayConfig(**{"code": tmp_path} | settings))
+        return [str(Fault.of(*fault)) for fault in said["faults"]]
 
     return check
 
@@ -69,8 +69,9 @@ class Reader:
 def test_the_example_plays(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     play = load_config([ROOT / "examples/quickstart.yaml", EXAMPLE / "extend.yaml"]).selfplay
-    assert check_own_code(found := Findings(), play) and not found.faults
-    prompts = PromptSet.load("compact", own=Tasks(play).own_prompts)
+    own_prompts = check_own_code(found := Findings(), play)
+    assert own_prompts == Tasks(play).own_prompts and not found.faults
+    prompts = PromptSet.load("compact", own=own_prompts)
     settings = play.model_dump(include={"code", "rule", "own_tasks"}) | {
         "tasks": {"names": 1.0},
         "questioner": {"reward": play.questioner.reward},
@@ -213,6 +214,25 @@ def test_all_faults_of_own_code_come_at_once(module, faults):
         "selfplay.own_tasks.a",
         "selfplay.own_tasks.b",
     ]
+
+
+def test_preflight_tries_own_code_in_a_process_without_torch(module, tmp_path, monkeypatch):
+    def check(name: str) -> str:
+        found = Findings()
+        assert check_own_code(found, SelfPlayConfig(code=tmp_path, rule=f"{name}:score")) is None
+        (fault,) = found.faults
+        return str(fault)
+
+    heavy = module("import torch\ndef score(task, prediction, reference): return True")
+    assert f"selfplay.rule: {heavy}, which selfplay.rule names, imports torch ({heavy}.py, line 1), which" in check(
+        heavy
+    )
+    crash = module("import os, sys\nprint('bye', file=sys.stderr)\nos._exit(7)")
+    assert f"trying {crash}:score ended Python with status 7: bye. Correct the code" in check(crash)
+    monkeypatch.setattr("spell_megatron.preflight.own_code._SECONDS", 0.01)
+    slow = module("while True: pass")
+    assert f"selfplay.rule: {slow}:score did not come to an end within 0.01 seconds." in check(slow)
+    assert not {heavy, crash, slow} & set(sys.modules)
 
 
 def test_values_of_other_number_types_are_numbers(module, tmp_path):
