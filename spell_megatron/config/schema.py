@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -276,8 +276,8 @@ class LoggingConfig(Section):
     """User or team at Weights & Biases that the project belongs to. null: the one that is set there as the default."""
     wandb_group: str | None = None
     """Group of runs at Weights & Biases, such as the seeds of one experiment."""
-    wandb_tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
-    """Tags of the run at Weights & Biases, of up to 64 characters each."""
+    wandb_tags: list[str] = []
+    """Tags of the run at Weights & Biases."""
     wandb_offline: bool = False
     """Write what Weights & Biases gets to the run's folder instead of sending it. `wandb sync` sends it later, from a
     machine that has network access. false: as the variable WANDB_MODE says, or else send it."""
