@@ -30,6 +30,7 @@ CONTENTS = {
         "docs/running.md": "Runs",
         "docs/evaluation.md": "Evaluation",
         "docs/report.md": "Report",
+        "docs/extending.md": "Code of your own",
         "docs/troubleshooting.md": "Troubleshooting",
     },
     "Scale": {
