@@ -2,14 +2,16 @@
 
     python benchmarks/prefix_tree.py [--quick] [--threads N] [--only PART ...] [--plot FILE.svg]
 
-    ratios    groups of G responses of R tokens to a prompt of P, at several P:R and G, on a dense, a
-              mixture-of-experts and a hybrid model (4 layers, of the hybrid three with linear attention; hidden size
-              384, vocabulary 8,192, float32). Four ways use the same trainer, optimizer step included:
+    ratios    groups of G responses of R tokens to a prompt of P, at several P:R and G, on a dense and a
+              mixture-of-experts model (4 layers, hidden size 384, vocabulary 8,192, float32). Four ways use the same
+              trainer, optimizer step included:
                   tree               the project's update: the prompt once
                   response logits    every sequence by itself; logits of response positions only
                   all logits         the same with logits of all positions, as released trainers compute them
                   SPELL reference    all logits, after one pass for old log-probabilities and one for a reference model
               They must give the same gradient: its relative error is checked.
+    hybrid    the same on a model of which three of four layers have linear attention; and the time that one of these
+              layers takes for a token, forward and backward, as the tree grows (hidden size 128)
     growth    seconds and peak memory of `tree` and `response logits` as G and P grow (2 layers, hidden size 128)
     long      an update on a tree of 102,400 tokens (a prompt of 98,304 with 8 responses), and the same with recomputed
               activations and other chunks of logits, which must give the same gradient
@@ -54,6 +56,8 @@ from spell_megatron.training.policy import PolicyModel
 
 OF_ARITHMETIC = 0.9
 """Least share of the FLOP ratio that the hybrid model's ratio of time reaches."""
+LINEAR = 1.5
+"""How much longer a token may take in one tree than in another, in a layer with linear attention."""
 GOALS = {"response logits": 5.5, "all logits": 8.0, "SPELL reference": 12.0}
 """Least ratios of time at P:R = 25:1 and G = 8."""
 UPDATES = ("tree", "response logits", "all logits")
@@ -250,13 +254,16 @@ class Case:
 
 def ratios(options: argparse.Namespace) -> dict:
     # Many groups, so that the optimizer's step is as small a part as in real updates.
-    cases = [("dense", 2, 8, 40, 1), ("hybrid", 1, 8, 40, 1)]
-    if not options.quick:
-        cases = [("dense", 4, 8, 40, 4), ("moe", 4, 8, 40, 3), ("hybrid", 4, 8, 40, 3)]
+    cases = [("dense", 2, 8, 40, 1)] if options.quick else [("dense", 4, 8, 40, 4), ("moe", 4, 8, 40, 3)]
     main = len(cases)
     if not options.quick:
         every = [(size, PROMPT // share) for share in (5, 25, 100) for size in (2, 8, 16)]
         cases += [("dense", 2 if size == 2 else 1, size, response, 1) for size, response in every]
+    return compare(cases, main, options)
+
+
+def compare(cases: list[tuple[str, int, int, int, int]], main: int, options: argparse.Namespace) -> dict:
+    """The ways to update. Cases are (kind of model, groups, G, R, rounds); of the first `main` there are goals."""
     print(f"\nratios: prompt of {PROMPT}, {options.threads} thread(s)")
     print("model   P:R   G groups  way               CPU s  wall s   ratio  (wall) FLOP ratio  peak MB  gradient error")
     figures, holds = [], True
@@ -300,6 +307,37 @@ def ratios(options: argparse.Namespace) -> dict:
             holds &= bool(ratio >= least)
         holds &= max(errors.values()) <= GRADIENT
     return {"cases": figures, "holds": holds}
+
+
+def hybrid(options: argparse.Namespace) -> dict:
+    figures = compare([("hybrid", 1, 8, 40, 1) if options.quick else ("hybrid", 4, 8, 40, 3)], 1, options)
+    seconds = linear_layer(options)
+    growing = max(seconds.values()) / min(seconds.values())
+    print(f"  the longest and the shortest time of a token differ by a factor of {growing:.2f}  goal {LINEAR}")
+    figures["microseconds per token"] = {tokens: round(1e6 * each, 1) for tokens, each in seconds.items()}
+    return figures | {"growing": round(growing, 2), "holds": figures["holds"] and growing <= LINEAR}
+
+
+def linear_layer(options: argparse.Namespace) -> dict[int, float]:
+    """Seconds of CPU time for a token that a layer with linear attention takes, by the number of tokens."""
+    from spell_megatron.training.prefix_tree import pack
+
+    sizes = SMALL | HYBRID | {"layer_types": ["linear_attention", "full_attention"]}
+    layer = make_trainer(make_config(options.threads), described(**sizes)).model.decoder.layers[0].self_attention
+    print("\na layer with linear attention: prompt, 8 responses, microseconds of CPU time per token")
+    seconds = {}
+    for prompt in [1024 * k for k in (1, 2, 4, 8, 16, 32) if k <= (4 if options.quick else 32)]:
+        budget = prompt + 8 * (prompt // 25)
+        (tree,) = pack(make_rows(1, 8, prompt, prompt // 25), budget)
+        hidden = torch.randn(len(tree.tokens), 1, sizes["hidden_size"]).requires_grad_()
+
+        def work(hidden: torch.Tensor = hidden, end: np.ndarray = tree.end) -> None:
+            layer(hidden, torch.from_numpy(end.copy()))[0].sum().backward()
+
+        least = min(clock(work)[0] for _ in range(3))
+        seconds[len(tree.tokens)] = least / len(tree.tokens)
+        print(f"  {prompt:6,} {prompt // 25:5,} {1e6 * seconds[len(tree.tokens)]:8.1f}", flush=True)
+    return seconds
 
 
 def growth(options: argparse.Namespace) -> dict:
@@ -462,7 +500,7 @@ def plan(options: argparse.Namespace) -> dict:
     }
 
 
-PARTS = {"ratios": ratios, "growth": growth, "long": long, "head": head, "plan": plan}
+PARTS = {"ratios": ratios, "hybrid": hybrid, "growth": growth, "long": long, "head": head, "plan": plan}
 
 
 def main() -> None:

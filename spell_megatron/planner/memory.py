@@ -28,6 +28,7 @@ from spell_megatron.training.model import build_model
 from spell_megatron.training.optimizer import build_optimizer
 from spell_megatron.training.optimizer_on_host import PIECE_BYTES
 from spell_megatron.training.policy import PolicyModel
+from spell_megatron.training.stages import stage_layers
 from spell_megatron.weights.buckets import BUCKET_BYTES
 
 
@@ -88,12 +89,14 @@ Count = Callable[[ModelSize, Config, int, int], CountedMemory]
 def trainer_memory(
     model: ModelSize, config: Config, processes: int, assume: Assumptions, counting: Count | None = None
 ) -> TrainerMemory:
-    """Memory of the fullest of `processes` trainer ranks on GPUs: the first or the last pipeline stage.
+    """Memory of the fullest of `processes` trainer ranks on GPUs: of the first or the last pipeline stage, or of any
+    stage of a hybrid model, whose stages have different numbers of layers.
 
     counting: how weights, gradients and optimizer state are found; None: `count`.
     """
     stages = config.training.parallel.pipeline
-    ranks = sorted({0, processes - processes // stages})
+    ends = range(stages) if model.arch.delta_net else sorted({0, stages - 1})
+    ranks = [stage * processes // stages for stage in ends]
     found = [_rank_memory(model, config, rank, processes, assume, counting or count) for rank in ranks]
     fullest = max(found, key=lambda m: m.state + m.working)
     names = ("offloaded", "saved", "kept", "gather", "buffers")
@@ -140,14 +143,14 @@ def estimate(model: ModelSize, config: Config, rank: int, processes: int) -> Cou
     """What `count` finds but for padding, by a formula; takes no time."""
     parallel = config.training.parallel
     stage = rank * parallel.pipeline // processes
-    parts = model.rank_parameters(parallel, stage)
+    parts = model.rank_parameters(config.training, stage)
     stepped = sum(size / sharers for size, sharers in zip(parts, _sharers(config, processes), strict=True))
     size = element_bytes(config)
     return CountedMemory(
         size * sum(parts),
         4 * sum(parts),
         int(4 * _copies(config) * stepped),
-        model.stage_layers(parallel, stage),
+        stage_layers(model.arch, parallel.pipeline, config.training.tokens_per_microbatch)[stage],
     )
 
 
@@ -170,7 +173,7 @@ def _checkpoint_bytes(model: ModelSize, config: Config, stage: int, processes: i
     Megatron's "fully reshardable" state: of each group of parameters (experts, and all others), one part of the state
     after the other is gathered on the GPUs of all ranks that share it, copied to host memory and joined there.
     """
-    parts = model.rank_parameters(config.training.parallel, stage)
+    parts = model.rank_parameters(config.training, stage)
     if not config.training.optimizer.distributed:
         return 0, 4 * _copies(config) * sum(parts)
     shared = tuple(zip(parts, _sharers(config, processes), strict=True))

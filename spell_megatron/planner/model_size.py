@@ -7,10 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spell_megatron.config.schema import ParallelConfig
+from spell_megatron.config.schema import TrainingConfig
 from spell_megatron.training.cost import training_cost
 from spell_megatron.training.policy import Architecture, PolicyModel
 from spell_megatron.training.prefix_tree import Cost
+from spell_megatron.training.stages import stage_layers
 from spell_megatron.weights.names import Layout, rules
 from spell_megatron.weights.sizes import ParameterCounts, count_parameters
 
@@ -59,16 +60,12 @@ class ModelSize:
         share = self.arch.experts_per_token / self.arch.experts if self.arch.experts else 0.0
         return self.dense_parameters + self.parameters.experts * share
 
-    def stage_layers(self, parallel: ParallelConfig, stage: int) -> range:
-        """Numbers of the layers of a pipeline stage; the first stages have one more where they do not divide evenly."""
-        each, more = divmod(self.arch.layers, parallel.pipeline)
-        first = stage * each + min(stage, more)
-        return range(first, first + each + (stage < more))
-
-    def rank_parameters(self, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+    def rank_parameters(self, training: TrainingConfig, stage: int) -> tuple[int, int]:
         """(parameters outside of experts, parameters of experts) on a rank of a pipeline stage."""
-        arch, last = self.arch, parallel.pipeline - 1
-        own = [self.layers[layer] for layer in self.stage_layers(parallel, stage)]
+        arch, parallel = self.arch, training.parallel
+        last = parallel.pipeline - 1
+        layers = stage_layers(arch, parallel.pipeline, training.tokens_per_microbatch)[stage]
+        own = [self.layers[layer] for layer in layers]
         dense = sum(part.whole + part.cut // parallel.tensor for part in own)
         vocabulary = math.ceil(arch.vocabulary / parallel.tensor) * arch.hidden
         dense += vocabulary * (stage == 0)

@@ -15,6 +15,7 @@ from spell_megatron.training.cost import mixers
 from spell_megatron.training.layout import context_split
 from spell_megatron.training.policy import Architecture
 from spell_megatron.training.prefix_tree import Cost
+from spell_megatron.training.stages import slowest_stage
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def step_times(
     update, tokens = _update_work(config, model.cost, assume)
     again = {"none": 0.0, "selective": _feed_forward_share(arch, model.cost) / 3, "full": 1 / 3}[training.recompute]
     compute = update * (1 + again) / (processes * gpu.flops * assume.matrix_efficiency)
+    compute *= slowest_stage(arch, parallel.pipeline, training.tokens_per_microbatch)
     microbatches = max(1, tokens / row_tokens(config) / replicas)
     bubble = compute * (parallel.pipeline - 1) / microbatches
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)

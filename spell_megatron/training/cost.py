@@ -14,26 +14,47 @@ def training_cost(arch: Architecture) -> Cost:
     channel (q k and p v, each 2 forward and 4 backward). The chunks of a gated delta net take time in proportion to
     its tokens.
     """
-    moe = arch.hidden * (3 * arch.expert_ffn * arch.experts_per_token + arch.experts + 3 * arch.shared_ffn)
-    sparse, linear = sum(arch.moe_layers), sum(arch.delta_layers)
-    feed_forwards = sparse * moe + (arch.layers - sparse) * 3 * arch.hidden * arch.ffn
     return Cost(
-        token=6.0 * (mixers(arch) + feed_forwards),
-        pair=12.0 * (arch.layers - linear) * arch.heads * arch.head_dim,
-        source=6.0 * arch.hidden * arch.vocabulary,
+        token=6.0 * (mixers(arch) + sum(_feed_forward(arch, sparse) for sparse in arch.moe_layers)),
+        pair=_pair(arch) * (arch.layers - sum(arch.delta_layers)),
+        source=head_flops(arch),
     )
+
+
+def layer_flops(arch: Architecture, layer: int, tokens: int) -> float:
+    """FLOPs of forward and backward of one token in a layer, on average over a row of so many tokens."""
+    delta = arch.delta_layers[layer]
+    linear = 6.0 * (_mixer(arch, delta) + _feed_forward(arch, arch.moe_layers[layer]))
+    return linear + (0.0 if delta else _pair(arch) * tokens / 2)
+
+
+def head_flops(arch: Architecture) -> float:
+    """FLOPs of forward and backward of one predicting position in the vocabulary head."""
+    return 6.0 * arch.hidden * arch.vocabulary
 
 
 def mixers(arch: Architecture) -> int:
     """Multiplications of one token, forward, in all layers' attention or gated delta nets, but for those of attended
     pairs."""
-    attention = arch.hidden * arch.head_dim * ((2 + arch.output_gate) * arch.heads + 2 * arch.groups)
-    linear = sum(arch.delta_layers)
-    total = (arch.layers - linear) * attention
-    if net := arch.delta_net:
-        projections = arch.hidden * (net.channels + 2 * net.heads * (net.value_dim + 1))
-        # A chunk's products of keys and of queries with keys, its solution for keys and values, and what goes into the
-        # state and comes out of it.
-        chunk = CHUNK * (5 * net.key_dim + 3 * net.value_dim) // 2 + 3 * net.key_dim * net.value_dim
-        total += linear * (projections + net.heads * chunk)
-    return total
+    return sum(_mixer(arch, delta) for delta in arch.delta_layers)
+
+
+def _pair(arch: Architecture) -> float:
+    return 12.0 * arch.heads * arch.head_dim
+
+
+def _feed_forward(arch: Architecture, sparse: bool) -> int:
+    if sparse:
+        return arch.hidden * (3 * arch.expert_ffn * arch.experts_per_token + arch.experts + 3 * arch.shared_ffn)
+    return 3 * arch.hidden * arch.ffn
+
+
+def _mixer(arch: Architecture, delta: bool) -> int:
+    net = arch.delta_net
+    if not (delta and net):
+        return arch.hidden * arch.head_dim * ((2 + arch.output_gate) * arch.heads + 2 * arch.groups)
+    projections = arch.hidden * (net.channels + 2 * net.heads * (net.value_dim + 1))
+    # A chunk's products of keys and of queries with keys, its solution for keys and values, and what goes into the
+    # state and comes out of it.
+    chunk = CHUNK * (5 * net.key_dim + 3 * net.value_dim) // 2 + 3 * net.key_dim * net.value_dim
+    return projections + net.heads * chunk

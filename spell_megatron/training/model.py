@@ -22,6 +22,7 @@ from spell_megatron.training.layers import layer_spec
 from spell_megatron.training.layout import context_levels, layout_faults
 from spell_megatron.training.moe import routers
 from spell_megatron.training.policy import Architecture, PolicyModel
+from spell_megatron.training.stages import stage_layers
 
 EXTRA_STATE = "._extra_state"
 
@@ -194,7 +195,7 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         perform_initialization=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        pipeline_model_parallel_layout=_uneven_stages(arch.layers, parallel.pipeline),
+        pipeline_model_parallel_layout=_uneven_stages(arch, training),
         context_parallel_size=parallel.context,
         hierarchical_context_parallel_sizes=context_levels(arch, parallel),
         sequence_parallel=parallel.tensor > 1,  # Megatron's mixture of experts needs it with tensor parallelism
@@ -244,13 +245,14 @@ def _recompute_options(arch: Architecture, training: TrainingConfig) -> dict[str
     return {}
 
 
-def _uneven_stages(layers: int, stages: int) -> list[list[str]] | None:
-    """Megatron's description of a pipeline whose first stages have a layer more; the last has the head.
+def _uneven_stages(arch: Architecture, training: TrainingConfig) -> list[list[str]] | None:
+    """Megatron's description of a pipeline whose stages have different numbers of layers; the last has the head.
 
     None if every stage has the same number of layers."""
-    if layers % stages == 0:
+    stages = stage_layers(arch, training.parallel.pipeline, training.tokens_per_microbatch)
+    if len({len(layers) for layers in stages}) == 1:
         return None
-    layout = [["decoder"] * (layers // stages + (stage < layers % stages)) for stage in range(stages)]
+    layout = [["decoder"] * len(layers) for layers in stages]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout

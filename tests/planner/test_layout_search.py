@@ -72,6 +72,7 @@ def test_the_fewest_gpus(moe):
         ("dense", {"tensor": 2, "pipeline": 4}, 8),
         ("dense", {"pipeline": 3}, 6),
         ("moe", {"pipeline": 2, "expert": 4}, 8),
+        ("hybrid", {"tensor": 2, "pipeline": 2}, 4),
         ("moe", {"tensor": 4, "context": 2, "expert": 2, "expert_tensor": 2}, 8),
     ],
 )

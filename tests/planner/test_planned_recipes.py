@@ -12,6 +12,8 @@ from spell_megatron.planner.memory import estimate
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.plan import make_plan
 from spell_megatron.planner.text import limits_text
+from spell_megatron.preflight.engine_model import check_engine_model
+from spell_megatron.preflight.findings import Findings
 from spell_megatron.training.policy import PolicyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,6 +33,9 @@ PUBLISHED = {
     "r1_distill_qwen_14b": 14_770_033_664,
 }
 
+HYBRIDS = {"qwen3.5_35b_a3b": 34_660_610_688, "qwen3.5_9b": 8_953_803_264}
+"""Of the language models alone. The published sizes count a vision tower and a further layer too."""
+
 DENSE_27B = {
     "hidden_size": 5120,
     "intermediate_size": 17408,
@@ -44,6 +49,16 @@ DENSE_27B = {
 TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrid_models_are_configured_as_published(name):
+    policy = PolicyModel.load(EXAMPLES / "models" / name)
+    assert ModelSize.of(policy).parameters.all == HYBRIDS[name]
+    assert policy.whole and policy.dtype == torch.bfloat16 and not policy.arch.tied
+    found = Findings()
+    check_engine_model(found, EXAMPLES, policy)
+    assert not found.faults
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(name):
     assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == PUBLISHED[name]
@@ -52,8 +67,8 @@ def test_the_number_of_parameters_is_the_published_one(name):
 @pytest.mark.parametrize(
     ("family", "fields", "parameters"),
     [
-        ("Qwen3_5Moe", {}, 34_660_610_688),  # 35B-A3B, whose sizes are the defaults of transformers
-        ("Qwen3_5", {}, 8_953_803_264),  # 9B
+        ("Qwen3_5Moe", {}, HYBRIDS["qwen3.5_35b_a3b"]),  # the defaults of transformers
+        ("Qwen3_5", {}, HYBRIDS["qwen3.5_9b"]),
         ("Qwen3_5", DENSE_27B, 26_895_998_464),
     ],
 )
@@ -70,6 +85,9 @@ def test_the_number_of_parameters_of_hybrid_models_is_that_of_transformers(famil
     [
         (["qwen3_30b_a3b_16k_8xh100.yaml"], "H100-80G", None),
         (["qwen3_30b_a3b_100k_8xh200.yaml"], "H200-141G", None),
+        (["qwen3.5_9b_8xh100.yaml"], "H100-80G", None),
+        (["qwen3.5_35b_a3b_100k.yaml"], "H200-141G", None),
+        pytest.param(["qwen3.5_35b_a3b_256k.yaml"], "H200-141G", None, marks=pytest.mark.slow),
         (["qwen3_30b_a3b_thinking_100k.yaml"], "H100-80G", 4_018_747_392),
         (["qwen3_30b_a3b_thinking_100k_h200.yaml"], "H200-141G", None),
         *(
