@@ -246,6 +246,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
     experts = f", {arch.experts} experts" if arch.experts else ""
     with Untrained(config.model.path, policy) as untrained:
         kept = [f"not trained  {untrained}, copied into every checkpoint as they are"] if untrained.names else []
+        each = checkpoint_bytes(policy) + untrained.nbytes
     lines = [
         "Overview",
         f"run folder   {config.run.output_dir / config.run.name} ({_beginning(resume)})",
@@ -257,7 +258,7 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
         f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
         f"{play.groups * play.group_size} responder rows, plus questions and judgments",
         f"checkpoints  every {config.checkpoint.every} updates, "
-        f"{checkpoint_bytes(policy) / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
+        f"{each / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
     ]
     if rollout.urls:
         lines.append("engines      running ones, asked just now:")

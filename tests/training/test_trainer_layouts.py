@@ -68,10 +68,10 @@ ON_TWO = {
     "tensor-expert-routed": layout("qwen3_moe", "selective", other=ROUTED, tensor=2, expert=2),
     "context-expert-routed": layout("qwen3_moe", other=ROUTED, context=2, expert=2),
     "pipeline-routed": layout("qwen3_moe", "full", other=ROUTED | OFFLOADED, pipeline=2),
-    "tensor-delta": layout("qwen3_5_text", tensor=2),
+    "tensor-delta": layout("vision", tensor=2),
     "pipeline-delta": layout("qwen3_5_text", "full", True, other=OFFLOADED, pipeline=2),
-    "tensor-expert-delta-routed": layout("vision", "selective", True, other=ROUTED, tensor=2, expert=2),
-    "context-delta": layout("qwen3_5_text", "full", context=2),
+    "tensor-expert-delta-routed": layout("qwen3_5_moe_text", "selective", True, other=ROUTED, tensor=2, expert=2),
+    "context-delta": layout("vision", "full", context=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
