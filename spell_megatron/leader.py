@@ -21,6 +21,7 @@ from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
+from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.versions import note_versions
 from spell_megatron.planner.engine_share import engine_settings
 from spell_megatron.preflight.resume import VALIDATED
@@ -86,7 +87,7 @@ class Leader:
         with ExitStack() as stack:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._status = stack.enter_context(Status(self._folder, self._config.run.steps))
-            self.progress = Progress(status=self._status)
+            self.progress = Progress(status=self._status, timeline=Timeline(self._folder))
             if not (self._folder / "config.yaml").exists():
                 self._note_settings()
             note_versions(self._folder)
@@ -167,6 +168,7 @@ class Leader:
         """
         self._started = time.monotonic()
         self._status.update(state="running", step=step)
+        self.progress.begin_step(step)
         with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
             rollout = self._director.roll_out(step, str(step - 1), advance)
         if rollout is None:

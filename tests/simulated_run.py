@@ -23,6 +23,7 @@ from spell_megatron.evaluation.benchmarks import BenchmarkQuestion
 from spell_megatron.evaluation.evaluate import write_scores
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.metrics import MetricsLogger
+from spell_megatron.monitoring.timeline import LANES
 from spell_megatron.rollout.client import Completion
 from spell_megatron.selfplay.documents import Cluster
 from spell_megatron.selfplay.history import History
@@ -134,7 +135,29 @@ def make_run(
             if step == steps or step % 100 == 0:
                 metrics |= _validation(step, rng)
             log.log(step, metrics)
+    write_timeline(folder, steps)
     return folder
+
+
+def write_timeline(folder: Path, steps: int) -> None:
+    """A timeline of steps of 20 s, in which most of the update happens during the rollout; two of them wait."""
+    lines, at = [], 1.8e9
+
+    def add(step: int | None, name: str, start: float, seconds: float) -> None:
+        lanes = LANES.get(name, ("trainer",))
+        times = {"start": at + start, "end": at + start + seconds}
+        lines.append(json.dumps({"step": step, "name": name, "lanes": lanes} | times) + "\n")
+
+    add(None, "starting engines", -30, 25)
+    for step in range(1, steps + 1):
+        if step > 2:
+            for piece in range(4):
+                add(step, "accumulate", 4 + 3 * piece, 2)
+        add(step, "rollout", 0, 16)
+        add(step, "update", 16, 3 if step > 2 else 11)
+        add(step, "push", 19.5 if step > 2 else 27.5, 0.5)
+        at += 20 if step > 2 else 28
+    (folder / "timeline.jsonl").write_text("".join(lines))
 
 
 def _cluster(number: int, rng: random.Random) -> Cluster:

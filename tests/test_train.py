@@ -34,6 +34,7 @@ from small_run import (
 from spell_megatron.config.reading import load_config
 from spell_megatron.report.comparison import table
 from spell_megatron.report.panels import sections
+from spell_megatron.report.timeline import read_timeline, steps_of
 
 pytestmark = pytest.mark.engine
 
@@ -116,6 +117,17 @@ def test_a_run_logs_what_the_report_plots(whole):
     mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
     of_gate = {metric for metric in plotted if metric.endswith("rate/gate_answers_reaching_reference")}
     assert plotted - logged <= mixture_of_experts | of_gate
+
+
+def test_runs_record_what_trainer_and_engines_did(whole, resumed):
+    """What a resumed run gave up, and made again, counts once."""
+    for run in (whole, resumed):
+        steps = steps_of(read_timeline(run))
+        assert [step.step for step in steps] == [1, 2, 3, 4]
+        for step in steps:
+            names = [span.name for span in step.spans]
+            assert names[:2] == ["rollout", "update"] and set(names[2:]) <= {"checkpoint", "push", "validation"}
+            assert all(step.start <= span.start <= span.end <= step.end for span in step.spans)
 
 
 def test_engine_and_trainer_agree(whole):

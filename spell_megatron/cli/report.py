@@ -28,6 +28,13 @@ def add_parser(commands: Any) -> None:
         help="folder of a run, such as runs/quickstart, or of an evaluation (--out of spell evaluate)",
     )
     add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="instead of a page, write what trainer and engines of the runs did, and when, as a trace for "
+        "https://ui.perfetto.dev or chrome://tracing",
+    )
     add_number(add, "--transcripts", 200, "most questions per run shown with answers and judgments; 0 for none", 0)
     add_number(
         add,
@@ -41,7 +48,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from spell_megatron.monitoring.progress import Progress
     from spell_megatron.report.report import write_report
+    from spell_megatron.report.trace import write_trace
 
+    if arguments.trace:
+        print(write_trace(arguments.folders, arguments.trace))
+        return 0
     with Progress().stage("reading transcripts") as advance:
         summary = write_report(arguments.folders, arguments.out, arguments.transcripts, arguments.text_chars, advance)
     print(summary)

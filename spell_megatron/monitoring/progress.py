@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 
 from spell_megatron.monitoring.glossary import LEGEND
 from spell_megatron.monitoring.status import Status
+from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.unread import silence
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,22 @@ class Progress:
     longer than 30 seconds writes a line now and then, and short ones write nothing.
     """
 
-    def __init__(self, enabled: bool = True, console: Console | None = None, status: Status | None = None) -> None:
+    def __init__(
+        self,
+        enabled: bool = True,
+        console: Console | None = None,
+        status: Status | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
         """
         Args:
             enabled: False shows nothing, for the processes beside the first.
             console: where to show it; standard output by default.
             status: it gets the stages too.
+            timeline: and it too.
         """
         self.console = console or PatientConsole(quiet=not enabled)
-        self._status = status
+        self._status, self._timeline = status, timeline
         self._explained = False
 
     @contextmanager
@@ -68,7 +76,7 @@ class Progress:
         """
         logger.debug("%s begins", name)
         started = time.monotonic()
-        with self._shown(name, total) as show:
+        with self.span(name), self._shown(name, total) as show:
             status = self._status
             if status is None:
                 yield show
@@ -81,6 +89,15 @@ class Progress:
 
                 yield update
         logger.debug("%s took %.1f s", name, time.monotonic() - started)
+
+    def begin_step(self, step: int) -> None:
+        """What follows belongs to this step."""
+        if self._timeline:
+            self._timeline.step = step
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Work within a stage, such as a piece of the update during the rollout: only the timeline shows it."""
+        return self._timeline.span(name) if self._timeline else nullcontext()
 
     @contextmanager
     def _shown(self, name: str, total: int | None) -> Iterator[Callable[..., None]]:

@@ -30,6 +30,7 @@ from spell_megatron.report.health import findings
 from spell_megatron.report.outcomes import funnel, outcome_labels
 from spell_megatron.report.panels import sections
 from spell_megatron.report.runs import Run
+from spell_megatron.report.timeline import timeline
 from spell_megatron.report.timing import timing
 from spell_megatron.report.transcripts import MAX_JUDGMENT_SHARE, shorten
 from spell_megatron.report.verdict import verdict
@@ -57,6 +58,7 @@ SCRIPTS = (
     "download.js",
     "reach.js",
     "plots.js",
+    "timeline.js",
     "overview.js",
     "evaluations.js",
     "transcripts.js",
@@ -127,6 +129,7 @@ def _about(run: Run) -> dict[str, Any]:
         "pauses": took.pauses,
         "set_back": took.set_back,
         "axes": _axes(run, took.seconds),
+        "timeline": timeline(run.spans),
         "made": run.made,
         "verdict": asdict(verdict(run)),
         "question_set": _question_set(run),

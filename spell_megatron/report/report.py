@@ -42,7 +42,7 @@ def write_report(
     if os.path.isdir(out):
         raise UserError(f"{out} is a folder. Name the file to write, such as {out / 'report.html'}.")
     check_writable(out.parent, [out.name])
-    names = dict(zip(folders, _names(folders), strict=True))
+    names = short_names(folders)
     evaluations = [read_evaluation(folder, name) for folder, name in names.items() if is_evaluation(folder)]
     runs = [read_run(folder, name) for folder, name in names.items() if not is_evaluation(folder) or is_run(folder)]
     if not evaluations and not any(run.steps for run in runs):
@@ -80,8 +80,12 @@ def _questions(
     return questions
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder: its last part, or as many parts as make the names differ."""
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """A short name for each folder: its last part, or as many parts as make the names differ.
+
+    Raises:
+        UserError: a folder is named twice.
+    """
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise UserError("A folder is named twice. Name each of them once.")
@@ -89,4 +93,4 @@ def _names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(some[-count:]) for some in parts]
         if len(set(names)) == len(names):
             break
-    return names
+    return dict(zip(folders, names, strict=True))

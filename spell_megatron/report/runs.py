@@ -16,6 +16,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.files import parse_json_lines
 from spell_megatron.monitoring import status
 from spell_megatron.report.evaluations import is_evaluation
+from spell_megatron.report.timeline import Span, read_timeline
 
 MAX_STEP = 2**53
 """Steps from here on are no steps: a browser cannot tell them apart."""
@@ -37,6 +38,8 @@ class Run:
     status: dict[str, Any] | None = None
     """What the run last said of itself (`monitoring.status`); None: nothing that can be read."""
     versions: dict[str, str] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    """What trainer and engines did, and when."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +85,7 @@ def read_run(folder: Path, name: str) -> Run:
             f"{folder} is not the folder of a run or an evaluation: it has none of metrics.jsonl, config.yaml and "
             f"scores.json.{hint}"
         )
-    run = Run(folder, name, status=_status(folder), versions=_versions(folder))
+    run = Run(folder, name, status=_status(folder), versions=_versions(folder), spans=read_timeline(folder))
     if config.is_file():
         run.settings = _settings(config, run.notes)
     records = _records(log, run.notes) if log.is_file() else {}

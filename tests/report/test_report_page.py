@@ -97,6 +97,30 @@ def test_a_plot_shows_what_is_chosen(show, page):
     assert "averaged over 3 steps" in texts(browser, "#comparison caption")[0]
 
 
+def test_the_timeline_shows_some_steps_with_a_lane_for_trainer_and_engines(show, page, compared):
+    browser = show(page)
+    words = " ".join(texts(browser, ".timeline .about"))
+    assert "Of all 12 steps" in words and "% of the update ran while the engines wrote" in words
+    labels = [text.rstrip("0123456789%") for text in texts(browser, ".timeline .legend > span")]
+    assert [label.strip() for label in labels] == ["rollout", "accumulate", "update", "push"]
+    named = texts(browser, ".timeline .lanes > span")
+    assert [text for text in named if text.startswith("step")] == [f"step {step} trainer" for step in range(9, 13)]
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".timeline .lane")) == 8
+    choose(browser, ".timeline select", "step 1")
+    spoken = browser.find_element(By.CSS_SELECTOR, ".timeline .lane").get_attribute("aria-label")
+    assert spoken.startswith("trainer in step 1: update: 11.0 s, from 16.0 s; push")
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.timeline .lane')].slice(0, 2).map((lane) => {"
+        "const at = (element) => element.getBoundingClientRect();"
+        "return [...lane.children].map((one) => [(at(one).left - at(lane).left) / at(lane).width,"
+        " at(one).width / at(lane).width]);})"
+    )
+    (whole, update, _), (_, rollout, _) = drawn
+    assert whole == pytest.approx([0, 1], abs=0.01)
+    assert rollout == pytest.approx([0, 16 / 28], abs=0.01) and update == pytest.approx([16 / 28, 11 / 28], abs=0.01)
+    assert texts(show(compared), ".timeline h3") == ["Timeline: long", "Timeline: short"]
+
+
 def test_a_range_of_steps_is_enlarged_in_all_plots(show, page):
     browser = show(page)
     picture = "return document.querySelector('#curriculum canvas').toDataURL()"

@@ -50,6 +50,7 @@ function plots() {
       if (curves.some(nonzero)) grid.append(plotPanel(panel, present(panel.groups)));
       else (curves.some(measured) ? zero : absent).push(panel.title);
     }
+    if (part.id === "speed") grid.append(...runs.map(timelineCard).filter(Boolean));
     if (!grid.children.length) {
       empty.push(part.title);
       continue;
