@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from small_run import ROOT
 
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "spell_megatron", "examples")
@@ -63,3 +65,16 @@ def test_the_sdist_makes_the_same_wheel(built):
         inside = {name.partition("/")[2] for name in sdist.getnames()}
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed <= inside | {f"spell_megatron/{name}" for name in inside}
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
+)
+def test_forms_for_issues_have_what_a_forge_asks_for_and_name_files_that_exist(form):
+    content = yaml.safe_load(form.read_text())
+    assert content["name"] and content["description"]
+    assert all(
+        field["type"] == "textarea" and field["id"] and field["attributes"]["label"] for field in content["body"]
+    )
+    named = re.findall(r"(?:docs|examples)/[\w./]*\w", form.read_text())
+    assert named and all((ROOT / name).exists() for name in named)
