@@ -85,7 +85,7 @@ class GroundingConfig(Section):
 class GateConfig(Section):
     """The check that a question's reference follows from the documents. It needs no labels."""
 
-    enabled: bool = False
+    enabled: bool = True
     """Answer each question from the documents that its questioner saw, before the responder does. Drop the question if
     too few of these answers reach its reference."""
     answers: int = Field(4, ge=1)

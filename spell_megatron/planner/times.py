@@ -211,13 +211,16 @@ def _rollout_times(
     play, rollout = config.selfplay, config.rollout
     prompt, response, judged, verdict = assumed_lengths(config, assume)
     questions = play.groups / assume.mixed
-    forward = 2 * _tree(model.cost, prompt, 0, 0)[0] + play.group_size * _tree(model.cost, judged, 0, 0)[0]
+    gate = play.gate if play.gate.enabled and play.questioner.enabled else None
+    checks = gate.answers if gate else 0
+    prompts = 2 + ((checks if gate.shuffle else 1) if gate else 0)  # with `shuffle`, each of these answers has its own
+    forward = prompts * _tree(model.cost, prompt, 0, 0)[0] + play.group_size * _tree(model.cost, judged, 0, 0)[0]
     gpus = rollout.replicas * rollout.tensor_parallel
     prefill = questions * forward / 3 / (gpus * gpu.flops * assume.matrix_efficiency)
     # Answers to one question share the prompt's cache, but each of them reads it. Judgments see no documents.
     shared = prompt / play.group_size
     kinds = (
-        (questions * (1 + play.group_size) * response, shared + response, prompt + response / 2),
+        (questions * (1 + checks + play.group_size) * response, shared + response, prompt + response / 2),
         (questions * (response + play.group_size * play.votes * verdict), judged + verdict, judged + verdict / 2),
     )
     seconds = 0.0

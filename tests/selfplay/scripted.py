@@ -108,7 +108,8 @@ def make_selfplay(prompts, n_clusters=120, groups=10, kinds=KINDS, documents=7, 
         for i in range(n_clusters)
     ]
     sampling, untrained = settings.pop("sampling", SamplingConfig()), settings.pop("untrained", ())
-    config = SelfPlayConfig(**{"groups": groups, "group_size": 4, "clusters_per_round": 30} | settings)
+    sizes = {"groups": groups, "group_size": 4, "clusters_per_round": 30}
+    config = SelfPlayConfig(**sizes | {"gate": {"enabled": False}} | settings)
     sampler = ClusterSampler(clusters, config.tasks, {}, config.clusters_per_round, 3)
     history = History(config.questioner.history)
     return SelfPlay(config, sampling, prompts, Bytes(), sampler, history, 11, untrained)

@@ -23,6 +23,8 @@ DOCUMENTS = ["The Lindow Bridge was designed by Ada O'Brien in 1911.", "Émile Z
         ("Is he from the US?", []),
         ("What happened? Which mill did Zay sell? (Answer briefly.)", []),  # sentences begin with capitals
         ("What is the sum of both numbers?", []),
+        ("What is the CAGR of its revenue, in USD or E.U.R.?", []),
+        ("Who led the COMPANY?", ["COMPANY"]),
         ("What did I read about Zay-Fern?", []),
         ("艾达设计了什么？", []),
         ("", []),
