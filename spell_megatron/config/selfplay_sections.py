@@ -26,10 +26,10 @@ class QuestionerConfig(Section):
     """m: number of new documents that the questioner sees per attempt."""
     history: int = Field(3, ge=0)
     """L: number of solved questions remembered per task and cluster. 0 turns the history off."""
-    history_documents: Literal["all", "new", "none"] = "all"
-    """Which documents of a remembered question the questioner sees again: all that it was shown (the released code), so
-    that the context grows with each success; those that were new to it (the paper); none, so that the remembered
-    questions are examples only and the questioner always sees `new_documents` documents."""
+    history_documents: Literal["all", "new", "none"] = "none"
+    """Which documents of a remembered question the questioner sees again: none, so that the remembered questions are
+    examples only and the questioner always sees `new_documents` documents; those that were new to it (the paper); all
+    that it was shown (the released code), so that the context grows with each success."""
     history_low: float = 0.0
     """A question enters the history only if its mean responder reward is above this."""
     history_high: float = 1.0

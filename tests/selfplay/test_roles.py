@@ -148,16 +148,6 @@ def test_a_bad_sample_is_an_outcome_not_the_end(prompts, monkeypatch):
     assert rollout.metrics["selfplay/mixed_groups"] == 12
 
 
-def test_history_grows_the_context(prompts):
-    """5 documents, then 10, then 15: every solved question adds the new documents of its visit."""
-    selfplay = make_selfplay(prompts, n_clusters=3, kinds=("mixed",), groups=3, documents=20, max_rounds=1)
-    sizes = []
-    for step in (1, 2, 3, 4):
-        rollout = roll(selfplay, ScriptedPolicy(), step)
-        sizes.append(max(len(s.document_ids) for s in rollout.samples if s.role == "questioner"))
-    assert sizes[0] == 5 and sizes == sorted(sizes) and sizes[-1] > 10
-
-
 @pytest.mark.parametrize(
     ("history_documents", "sizes"), [("all", [3, 6, 9, 12]), ("new", [3, 6, 6, 6]), ("none", [3] * 4)]
 )
