@@ -73,6 +73,8 @@ class Assumptions:
     """Share of the questions whose answers are neither all right nor all wrong."""
     prompt: float = 1.0
     """Length of prompts over documents as a share of the longest one allowed."""
+    documents: int = 20
+    """Documents of a cluster, as in the paper. The questioner and the gate see some of them."""
     response: float = 0.5
     """Length of questions and answers as a share of the longest one allowed."""
     judged: float = 500

@@ -172,7 +172,8 @@ def _assumptions_line(plan: Plan) -> str:
     to_host = plan.config.training.offload or plan.times.swap
     host = f", {assume.host / 1e9:.0f} GB/s to the host" if to_host else ""
     return (
-        f"assumed   prompts of {lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, judgments of "
+        f"assumed   prompts of {lengths.prompt:,.0f} tokens, {lengths.asked:,.0f} of the questioner, responses of "
+        f"{lengths.response:,.0f}, judgments of "
         f"{lengths.verdict:,.0f}; {assume.mixed:.0%} of the questions mixed; "
         f"{assume.matrix_efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, {assume.memory_efficiency:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in "

@@ -82,7 +82,11 @@ class Lengths(NamedTuple):
     """Assumed numbers of tokens."""
 
     prompt: float
-    """Of a prompt over documents."""
+    """Of a prompt over all documents of a cluster."""
+    asked: float
+    """Of the questioner's prompt."""
+    checked: float
+    """Of the gate's prompt."""
     response: float
     """Of a question or an answer."""
     judged: float
@@ -93,9 +97,18 @@ class Lengths(NamedTuple):
 
 def assumed_lengths(config: Config, assume: Assumptions) -> Lengths:
     """The lengths of prompts and responses that the estimates assume."""
-    sampling = config.rollout.sampling
+    sampling, questioner = config.rollout.sampling, config.selfplay.questioner
+    prompt = assume.prompt * sampling.max_prompt_tokens
+    shown = assume.documents  # those of all questions before: in the long run all
+    if not questioner.history or questioner.history_documents == "none":
+        shown = questioner.new_documents
+    elif questioner.history_documents == "new":
+        shown = (1 + questioner.history) * questioner.new_documents
+    checked = shown + config.selfplay.gate.distractors
     return Lengths(
-        prompt=assume.prompt * sampling.max_prompt_tokens,
+        prompt=prompt,
+        asked=prompt * min(1, shown / assume.documents),
+        checked=prompt * min(1, checked / assume.documents),
         response=assume.response * sampling.max_response_tokens,
         judged=assume.judged,
         verdict=assume.verdict * (sampling.max_verdict_tokens or sampling.max_response_tokens),
@@ -116,7 +129,7 @@ def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float
     judged_answers = play.groups * play.group_size * play.verifier.share / play.votes
     parts = [
         (play.groups, _tree(cost, lengths.prompt, lengths.response, play.group_size)),
-        (questions, _tree(cost, lengths.prompt, lengths.response, 1)),
+        (questions, _tree(cost, lengths.asked, lengths.response, 1)),
         (judged_answers, _tree(cost, lengths.judged, lengths.verdict, play.votes)),
     ]
     return sum(n * flops for n, (flops, _) in parts), sum(n * tokens for n, (_, tokens) in parts)
@@ -209,19 +222,20 @@ def _rollout_times(
 ) -> tuple[float, float]:
     """(seconds of prefill, seconds of decoding) of the engines."""
     play, rollout = config.selfplay, config.rollout
-    prompt, response, judged, verdict = assumed_lengths(config, assume)
+    prompt, asked, checked, response, judged, verdict = assumed_lengths(config, assume)
     questions = play.groups / assume.mixed
-    gate = play.gate if play.gate.enabled and play.questioner.enabled else None
-    checks = gate.answers if gate else 0
-    prompts = 2 + ((checks if gate.shuffle else 1) if gate else 0)  # with `shuffle`, each of these answers has its own
-    forward = prompts * _tree(model.cost, prompt, 0, 0)[0] + play.group_size * _tree(model.cost, judged, 0, 0)[0]
+    checks = play.gate.answers if play.gate.enabled and play.questioner.enabled else 0
+    prompts = [(1, prompt), (1, asked), (play.group_size, judged)]
+    prompts.append((checks if play.gate.shuffle else min(checks, 1), checked))
+    forward = sum(count * _tree(model.cost, length, 0, 0)[0] for count, length in prompts)
     gpus = rollout.replicas * rollout.tensor_parallel
     prefill = questions * forward / 3 / (gpus * gpu.flops * assume.matrix_efficiency)
     # Answers to one question share the prompt's cache, but each of them reads it. Judgments see no documents.
-    shared = prompt / play.group_size
     kinds = (
-        (questions * (1 + checks + play.group_size) * response, shared + response, prompt + response / 2),
-        (questions * (response + play.group_size * play.votes * verdict), judged + verdict, judged + verdict / 2),
+        (play.group_size * response, prompt / play.group_size + response, prompt + response / 2),
+        (response, asked + response, asked + response / 2),
+        (checks * response, checked + response, checked + response / 2),
+        (response + play.group_size * play.votes * verdict, judged + verdict, judged + verdict / 2),
     )
     seconds = 0.0
     for tokens, kept, read in kinds:
@@ -230,5 +244,5 @@ def _rollout_times(
             return prefill, math.inf
         nbytes = engine.weights + sequences * engine.kv_per_token * read
         per_second = sequences * gpu.bandwidth * assume.memory_efficiency / nbytes
-        seconds += tokens / (per_second * rollout.replicas)
+        seconds += questions * tokens / (per_second * rollout.replicas)
     return prefill, seconds
