@@ -15,8 +15,8 @@ _ABBREVIATION = 5
 def unknown_names(question: str, documents: Sequence[str]) -> list[str]:
     """The words of a question that start with a capital inside a sentence, and stand in none of the documents.
 
-    Case and punctuation do not count, nor a genitive's s. Short words in capitals alone (USD, CAGR) pass: they stand for
-    common words more often than for names. Scripts without capitals have no names here.
+    Case and punctuation do not count, nor a genitive's s. Short words in capitals alone (USD, CAGR) pass: they stand
+    for common words more often than for names. Scripts without capitals have no names here.
     """
     text = canonical(question)
     found = [
