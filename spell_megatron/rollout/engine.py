@@ -215,7 +215,7 @@ def _faults(about: Mapping[str, Any], model: ModelConfig, rollout: RolloutConfig
             f"it serves {about['architecture']} with hidden size, layers, vocabulary {about['sizes']}, but "
             f"model.path is {architecture} with {sizes}"
         )
-    if "vision_config" in wanted and not about["language_model_only"]:
+    if "text_config" in wanted and not about["language_model_only"]:
         yield "it was started without --language-model-only: a push has no weights for its vision tower"
     if about["dtype"] != model.dtype:
         yield f"it computes in {about['dtype']}, but model.dtype is {model.dtype}"

@@ -73,7 +73,7 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
         "-m",
         "vllm.entrypoints.openai.api_server",
         *_words(flags),
-        *(["--language-model-only"] if "vision_config" in _hf_config(model.path) else []),
+        *(["--language-model-only"] if "text_config" in _hf_config(model.path) else []),
         *(_cpu_flags(rollout) if transport.on_cpus else _gpu_flags(settings, transport)),
         "--skip-tokenizer-init",
         "--enable-prefix-caching",

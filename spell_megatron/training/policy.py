@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +114,8 @@ class PolicyModel:
             given = json.loads(path.read_text(encoding="utf-8"))
             kind = given.get("model_type")
             if kind in WHOLES:
-                kind, given = WHOLES[kind], given.get("text_config") or {}
+                _refuse(_within_faults(kind, given.get("text_config")))
+                kind, given = WHOLES[kind], given["text_config"]
             if kind in FAMILIES:
                 _refuse(given_faults(FAMILIES[kind], given, CONFIG_MAPPING[kind].attribute_map))
             hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -197,6 +198,14 @@ class PolicyModel:
                 exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
                 return 1.0 / self.hf_config.rope_parameters["rope_theta"] ** exponents, 1.0
             return ROPE_INIT_FUNCTIONS[kind](self.hf_config, device="cpu")
+
+
+def _within_faults(kind: str, text: Any) -> Iterator[str]:
+    """What is wrong with the language model that config.json describes within a model of type `kind`."""
+    if not isinstance(text, dict):
+        yield f"text_config is {text!r}; it must describe the language model"
+    elif (own := text.get("model_type", WHOLES[kind])) != WHOLES[kind]:
+        yield f"text_config has model_type {own!r}; in a model of type {kind!r} it must be {WHOLES[kind]!r}"
 
 
 def _architecture(hf_config: PretrainedConfig) -> Architecture:

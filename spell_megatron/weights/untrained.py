@@ -7,7 +7,7 @@ its files, a Megatron checkpoint in a file of its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,18 @@ class Untrained:
         self._stack, self._folder = ExitStack(), folder
         self._files: dict[str, tuple[BinaryIO, float]] = {}
         self._places: dict[str, _Place] = {}
-        for file in _files(folder, policy.untrained):
+        index = read_index(folder) if policy.untrained and (folder / INDEX).is_file() else {}
+        for file in _files(folder, index) if policy.untrained else ():
             header, start = read_header(folder / file)
             for name, about in header.items():
-                if name.startswith(policy.untrained):
+                if name.startswith(policy.untrained) and index.get(name, file) == file:
                     begin, end = about["data_offsets"]
                     self._places[name] = _Place(file, about["dtype"], tuple(about["shape"]), start + begin, end - begin)
+        if lost := [name for name in index if name.startswith(policy.untrained) and name not in self._places]:
+            raise UserError(
+                f"{folder / INDEX} places {lost[0]} in {index[lost[0]]}, but it is not there. Copy the whole "
+                "checkpoint."
+            )
         for file in sorted({place.file for place in self._places.values()}):
             opened = self._stack.enter_context((folder / file).open("rb"))
             self._files[file] = opened, os.fstat(opened.fileno()).st_mtime
@@ -118,11 +124,6 @@ class Untrained:
             yield block
 
 
-def _files(folder: Path, beginnings: tuple[str, ...]) -> Iterable[str]:
-    """Names of the files of a checkpoint that may hold tensors whose names begin so."""
-    if not beginnings:
-        return ()
-    if (folder / INDEX).is_file():
-        # A file may hold tensors that the index does not list.
-        return sorted(set(read_index(folder).values()))
-    return [file for file in (SINGLE, FILE) if (folder / file).is_file()][:1]
+def _files(folder: Path, index: Mapping[str, str]) -> list[str]:
+    """Names of the files of a checkpoint, which may hold tensors that its index does not list."""
+    return sorted(set(index.values())) or [file for file in (SINGLE, FILE) if (folder / file).is_file()][:1]

@@ -58,6 +58,21 @@ def test_unsupported_models_are_refused(tmp_path):
     both = {"vision": True, "tie_word_embeddings": True}
     assert "vocab_size is 0" in rejected(tmp_path / "j", "qwen3_5_text", {"vision": True, "vocab_size": 0})
     whole = hf_config("qwen3_5_text", **COMMON | both)
+    for number, (text, said) in enumerate(
+        [
+            (None, "text_config is None"),
+            ([1], r"text_config is \[1\]; it must describe the language model"),
+            (
+                whole.text_config.to_dict() | {"model_type": "qwen2"},
+                "has model_type 'qwen2'; .* must be 'qwen3_5_text'",
+            ),
+        ]
+    ):
+        whole.save_pretrained(tmp_path / f"within{number}")
+        path = tmp_path / f"within{number}" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": text}))
+        with pytest.raises(UserError, match=said):
+            PolicyModel.load(path.parent)
     whole.tie_word_embeddings = False
     whole.save_pretrained(tmp_path / "tied")
     with pytest.raises(UserError, match="tie_word_embeddings is False, and True in text_config"):

@@ -183,6 +183,17 @@ def test_files_that_change_meanwhile_are_refused(whole, tmp_path):
             untrained.write(tmp_path / "broken.safetensors")
 
 
+def test_an_index_with_a_tensor_that_is_not_there_is_refused(whole, tmp_path):
+    from spell_megatron.weights.untrained import Untrained
+
+    source = shutil.copytree(whole("qwen3_5_text")[1], tmp_path / "source")
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    index = dict.fromkeys([*load_file(source / "model-1.safetensors"), "model.visual.lost"], "model-1.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UserError, match=r"places model.visual.lost in model-1.safetensors, but it is not there"):
+        Untrained(source, PolicyModel.load(source))
+
+
 @in_a_group
 def test_a_text_model_may_have_further_layers_but_no_vision_tower(hf_checkpoint, tmp_path):
     _, folder = hf_checkpoint("qwen3_5_text")
