@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -191,6 +192,20 @@ class Stopwatch:
         self.watch("texts of prompts", PromptSet, "questioner", "responder", "verifier")
 
 
+def watch_collections() -> list[float]:
+    """CPU seconds of each collection of garbage from now on."""
+    seconds, began = [], [0.0]
+
+    def note(phase: str, details: Any) -> None:
+        if phase == "start":
+            began[0] = time.thread_time()
+        else:
+            seconds.append(time.thread_time() - began[0])
+
+    gc.callbacks.append(note)
+    return seconds
+
+
 def watch_loop(loop: asyncio.AbstractEventLoop) -> tuple[list[float], list[float]]:
     """How long the loop's turns take from now on, in CPU and in wall seconds."""
     selector, cpu, wall = loop._selector, [], []  # type: ignore[attr-defined]
@@ -225,6 +240,7 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
         watch.parts()
         at_start = memory_gb()
         cpu, wall = watch_loop(director._runner.get_loop())
+        collections = watch_collections()
         began, loop_began, wall_began = time.process_time(), time.thread_time(), time.perf_counter()
         rollout = director.roll_out(0, "0", urls, lambda mixed, admitted: None)
         loop_seconds, wall_seconds = time.thread_time() - loop_began, time.perf_counter() - wall_began
@@ -251,6 +267,9 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
         "delay_max_wall_ms": 1e3 * max(wall),
         "memory_with_rows_gb": memory_gb(),
         "memory_before_gb": at_start,
+        "collections": len(collections),
+        "collections_cpu_seconds": sum(collections),
+        "collection_max_ms": 1e3 * max(collections, default=0.0),
         "wall_seconds": wall_seconds,
         "clusters": int(metrics["selfplay/clusters"] + metrics["selfplay/surplus_clusters"]),
         "mixed_groups": int(metrics["selfplay/mixed_groups"]),
@@ -336,6 +355,10 @@ def report(figures: dict[str, Any], options: Any) -> None:
     print(
         f"  delay: p99 {figures['delay_p99_ms']:.0f} ms, max {figures['delay_max_ms']:.0f} ms; with waiting for a core "
         f"{figures['delay_p99_wall_ms']:.0f} and {figures['delay_max_wall_ms']:.0f} ms"
+    )
+    print(
+        f"  garbage: {figures['collections']} collections, {figures['collections_cpu_seconds']:.2f} s of CPU, "
+        f"the longest {figures['collection_max_ms']:.0f} ms"
     )
     print(
         f"  memory: {figures['memory_gb']:.2f} GB ({figures['memory_before_gb']:.2f} GB before the step, "

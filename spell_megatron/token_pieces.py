@@ -14,10 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from spell_megatron.byte_pairs import BytePairs
+
 MEMORY = 1 << 26
 """Tokens of documents that are remembered, at four bytes each."""
 
 _SEAM = re.compile(r"\n(?=[^\W\d_])")
+_LINES = re.compile(r"(?<=\n)(?=[^\W\d_])")
 _ENDS = (
     *("", "a", "Ab", "7", "12", "é", "e\u0301", "漢", "は", "ا", "к", "²", "_", "\U0001f642", "\ufffd", "\u200b"),
     *(".", ",", "?!", "'", "'s", "I'l", '"', ")", "-", "/", "#", "`", "...", "<b>", "</text>", "\\", "$", "**"),
@@ -48,9 +51,14 @@ class PieceTokens:
         self._remembered = 0
         self.cuts = fast is not None and lines_begin_words(encode, fast)
         """Whether texts are cut."""
+        self._fast = fast
+        self.byte_pairs: BytePairs | None = None
+        """A faster tokenizer with the same ids, if there is one, from the first text with documents on."""
 
     def ids(self, text: str, documents: Sequence[str]) -> array[int]:
         """Token ids of a text. `documents` stand in it in this order; those that do not are no fault."""
+        if documents and self._fast is not None:
+            self.byte_pairs, self._fast = BytePairs.of(self._fast), None
         pieces: list[tuple[str, _Cut | None]] = []
         done = 0
         for document in documents if self.cuts else ():
@@ -62,7 +70,7 @@ class PieceTokens:
                 pieces.append((text[place + start : done], (document, start, stop)))
         pieces.append((text[done:], None))
         known = [self._known.get(cut) if cut else None for _, cut in pieces]
-        made = iter(self._encode([piece for (piece, _), ids in zip(pieces, known, strict=True) if ids is None]))
+        made = iter(self._ids([piece for (piece, _), ids in zip(pieces, known, strict=True) if ids is None]))
         whole: array[int] = array("i")
         for (_, cut), ids in zip(pieces, known, strict=True):
             ids = next(made) if ids is None else ids
@@ -70,6 +78,35 @@ class PieceTokens:
             if cut:
                 self._remember(cut, ids)
         return whole
+
+    def _ids(self, texts: Sequence[str]) -> list[array[int]]:
+        """Token ids of each text, by the faster tokenizer where it can."""
+        if self.byte_pairs is None:
+            return self._encode(texts)
+        parts = [self._quick(text) for text in texts]
+        slow = iter(self._encode([part for some in parts for part in some if isinstance(part, str)]))
+        made = [array("i") for _ in texts]
+        for ids, some in zip(made, parts, strict=True):
+            for part in some:
+                ids += next(slow) if isinstance(part, str) else part
+        return made
+
+    def _quick(self, text: str) -> list[array[int] | str]:
+        """A text in parts: the ids of those that the faster tokenizer takes, and the others as they are."""
+        assert self.byte_pairs is not None
+        whole = self.byte_pairs.ids(text)
+        if whole is not None:
+            return [whole]
+        parts: list[array[int] | str] = []
+        for line in _LINES.split(text) if self.cuts else [text]:
+            ids = self.byte_pairs.ids(line)
+            if ids is not None:
+                parts.append(ids)
+            elif parts and isinstance(parts[-1], str):
+                parts[-1] += line
+            else:
+                parts.append(line)
+        return parts
 
     def _remember(self, cut: _Cut, ids: array[int]) -> None:
         self._remembered += len(ids) - len(self._known.pop(cut, ()))

@@ -103,7 +103,10 @@ class PolicyTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = list(ids)
+        if self._pieces.byte_pairs and (text := self._pieces.byte_pairs.text(ids)) is not None:
+            return text
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count(self, text: str) -> int:
         """Number of tokens of a text by itself."""

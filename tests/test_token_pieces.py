@@ -150,8 +150,8 @@ def test_ids_by_pieces_are_those_of_the_whole(folder, template):
 def counted(tokenizer: PolicyTokenizer) -> PieceTokens:
     """The tokenizer's pieces, made to note what they encode in `texts`."""
     pieces = tokenizer._pieces
-    encode, pieces.texts = pieces._encode, []
-    pieces._encode = lambda texts: (pieces.texts.extend(texts), encode(texts))[1]
+    encode, pieces.texts = pieces._ids, []
+    pieces._ids = lambda texts: (pieces.texts.extend(texts), encode(texts))[1]
     return pieces
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "verdict": None if sample.verdict is None else float(sample.verdict),
         "gate": sample.gate,
         "output": _text(sample.response),
-        "prompt": _text(sample.prompt),
+        "prompt": _prompt(sample.prompt),
         "cluster_id": _text(sample.cluster_id),
         "document_ids": [_text(document) for document in sample.document_ids],
         "prompt_tokens": len(sample.prompt_ids),
@@ -75,7 +76,14 @@ def _kind(sample: Sample) -> str:
 
 def _text(text: str | None) -> str | None:
     """JSON that a model wrote can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
-    return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if text is None or text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@lru_cache(maxsize=2)  # answers that follow one another have the same
+def _prompt(text: str) -> str | None:
+    return _text(text)
 
 
 def _write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
@@ -90,8 +98,9 @@ def _write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _json(value: Any) -> bytes:
     content = msgspec.json.encode(value)
-    for character, escaped in LINE_BREAKS.items():
-        content = content.replace(character, escaped)
+    if not content.isascii():
+        for character, escaped in LINE_BREAKS.items():
+            content = content.replace(character, escaped)
     return content
 
 

@@ -103,6 +103,7 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
         self._revive, self._revived = revive, 0
         self._prompt_json = PromptJson()
+        self._reading = asyncio.Lock()
         self.use(urls)
 
     def use(self, urls: Sequence[str]) -> None:
@@ -201,7 +202,11 @@ class Client:
                 continue
             if len(answer) > _LARGE_BYTES:
                 return await asyncio.to_thread(read_answer, answer, routed_prompt)
-            return read_answer(answer, routed_prompt)
+            # Many answers come at a time. After each, the event loop looks at its sockets.
+            async with self._reading:
+                completions = read_answer(answer, routed_prompt)
+                await asyncio.sleep(0)
+            return completions
 
     async def _try(self, body: Body, affinity: str) -> bytes:
         """Posts a request to the replica of its affinity, or to another one while that is down."""
