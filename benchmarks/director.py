@@ -47,7 +47,7 @@ from spell_megatron.director.director import Director
 from spell_megatron.director.messages import pack_rows, unpack_rows
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.rollout import client, wire
-from spell_megatron.selfplay import checks, roles
+from spell_megatron.selfplay import roles, tasks
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
 
@@ -187,8 +187,8 @@ class Stopwatch:
         self.watch("texts of replies", PolicyTokenizer, "decode")
         self.watch("JSON of prompts", wire, "ids_json")
         self.watch("reading answers", client, "read_answer")
-        self.watch("parsing replies", roles, "parse_question", "parse_answer", "parse_verdict")
-        self.watch("parsing replies", checks, "parse_answer")
+        self.watch("parsing replies", tasks, "parse_question", "parse_answer")
+        self.watch("parsing replies", roles, "parse_verdict")
         self.watch("texts of prompts", PromptSet, "questioner", "responder", "verifier")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ class Director:
 
     def connect(self, urls: Sequence[str], api_key: str, revive: Callable[[], Sequence[str]] | None = None) -> None:
         """Before anything else: where the engines are, and their key. `revive`: of `Client`."""
+        gc.freeze()  # looking through what stays takes longer than the event loop may stop
         rollout = self.config.rollout
         self._client = Client(
             urls,
@@ -85,6 +87,7 @@ class Director:
         """Close the connections."""
         self._runner.run(self._client.__aexit__())
         self._runner.close()
+        gc.unfreeze()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
         """The result of work on the engines; None if it is to be given up before there is one."""

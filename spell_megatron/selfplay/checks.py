@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.config.selfplay_sections import GateConfig, SelfPlayConfig
@@ -78,7 +79,7 @@ class Checks:
 
     async def _no_context_score(self, attempt: Attempt, question: Question, index: int) -> int:
         limit = self._sampling.max_no_context_tokens or self._sampling.max_response_tokens
-        prompt = await self._client.prompt(self._prompts.responder(attempt.task, question.text, None))
+        prompt = await self._client.prompt(partial(self._prompts.responder, attempt.task, question.text, None))
         (reply,) = await self._client.generate(attempt, "no_context", prompt, limit, index=index, prompt_routing=False)
         prediction = self._tasks.answer(attempt.task, reply.text, reply.truncated)
         return self._tasks.score(attempt.task, prediction, question.reference)
@@ -134,7 +135,8 @@ class Checks:
             if gate.shuffle:
                 rng.shuffle(indices)
             shown = [documents[index] for index in indices]
-            prompt = await self._client.prompt(self._prompts.responder(attempt.task, question.text, shown), shown)
+            write = partial(self._prompts.responder, attempt.task, question.text, shown)
+            prompt = await self._client.prompt(write, shown)
             if not distractors or len(prompt.ids) <= self._sampling.max_prompt_tokens:
                 return prompt
             distractors.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from spell_megatron.config.schema import SamplingConfig
@@ -141,7 +142,8 @@ class Roles:
         documents = attempt.cluster.documents
         while context:
             shown = [documents[index] for index in context]
-            prompt = await self._client.prompt(self._prompts.questioner(attempt.task, shown, entries, letter), shown)
+            write = partial(self._prompts.questioner, attempt.task, shown, entries, letter)
+            prompt = await self._client.prompt(write, shown)
             if self._fits(prompt):
                 attempt.context = context
                 return prompt
@@ -189,7 +191,7 @@ class Roles:
 
     async def _responder_prompt(self, attempt: Attempt, question: str, order: Sequence[int]) -> Prompt:
         documents = [attempt.cluster.documents[index] for index in order]
-        return await self._client.prompt(self._prompts.responder(attempt.task, question, documents), documents)
+        return await self._client.prompt(partial(self._prompts.responder, attempt.task, question, documents), documents)
 
     async def _answer(
         self, attempt: Attempt, question: Question, prompt: Prompt, order: Sequence[int], index: int
@@ -219,7 +221,8 @@ class Roles:
 
     async def _judge(self, attempt: Attempt, question: Question, prediction: str, rule: int, index: int) -> int | None:
         """Judge one answer several times; returns the majority (None when too few judgments are valid)."""
-        prompt = await self._client.prompt(self._prompts.verifier(question.text, prediction, question.reference))
+        write = partial(self._prompts.verifier, question.text, prediction, question.reference)
+        prompt = await self._client.prompt(write)
         if not self._fits(prompt):
             attempt.counts["verifier_prompt_too_long"] += 1
             return None

@@ -62,9 +62,14 @@ class StepClient:
         """What some work returns that takes long with long documents; meanwhile the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def prompt(self, text: str, documents: Sequence[str] = ()) -> Prompt:
-        """A prompt with its token ids; `documents` stand in it, in this order."""
-        return Prompt(text, await self.in_thread(lambda: self.tokenizer.prompt_ids(text, documents)))
+    async def prompt(self, write: Callable[[], str], documents: Sequence[str] = ()) -> Prompt:
+        """The prompt that a function writes, with its token ids; `documents` stand in it, in this order."""
+
+        def prompt() -> Prompt:
+            text = write()
+            return Prompt(text, self.tokenizer.prompt_ids(text, documents))
+
+        return await self.in_thread(prompt)
 
     async def generate(
         self,
