@@ -23,6 +23,7 @@ OF_THE_READER = {
     "documents.md": ("ultra_fineweb/", "evaluation_sets/", "models/", "docmath_train.parquet", "docmath_testmini.jsonl")
     + ("web/", "reports/", "articles/", "docstrings", "/usr/share/common-licenses"),
     "evaluation.md": ("downloads/", "answers.jsonl", "runs/my_run"),
+    "first_run.md": ("my_documents", "heldout.jsonl"),
     "recipes.md": ("corpus.parquet",),
     "report.md": ("eval/",),
     "running.md": ("run.yaml",),
@@ -30,8 +31,8 @@ OF_THE_READER = {
 }
 """What a page's reader has by another page, or by data of their own, which the page says."""
 
-RUNS = ("quickstart", "seed0", "seed1", "shuffled", "attached", "evaluation")
-"""Folders under runs/ that commands of README, docs and examples/quickstart make."""
+RUNS = ("qwen3-0.6b", "quickstart", "seed0", "seed1", "shuffled", "attached", "evaluation")
+"""Folders under runs/ that commands of README, docs and examples make."""
 
 MAKES = ("--out", "-o", "--megatron", "--hf", "--run.name")
 

@@ -235,3 +235,13 @@ def test_a_job_gets_the_folder_in_the_cache(at_hub):
     config.model.path = Path(NAME)
     with pytest.raises(UserError, match="cannot be fetched from here to login1"):
         place(config, Site.model_validate({"ssh": {"host": "login1"}}), weights=True)
+
+
+def test_processes_of_a_run_take_the_commit_of_the_first(at_hub):
+    from spell_megatron.cli.train import _same_model
+
+    config = load_config(None, [f"model.path={NAME}", "data.documents=d.parquet"])
+    config.model.path = fetch_model(config.model.path)
+    assert _same_model(config) == [f"--model.path={NAME}@{at_hub.branches[NAME]['main']}"]
+    config.model.path = POLICY
+    assert _same_model(config) == []

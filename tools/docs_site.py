@@ -23,6 +23,7 @@ CONTENTS = {
     "Start": {
         "README.md": "Quick start",
         "examples/quickstart/README.md": "What the quick start learns",
+        "docs/first_run.md": "Your first real run",
         "docs/glossary.md": "Glossary",
     },
     "Guide": {

@@ -8,6 +8,7 @@ from typing import Any
 
 from spell_megatron.cli.arguments import add_command, add_number, loose_words, overrides_of, quiet_libraries
 from spell_megatron.errors import UserError
+from spell_megatron.planner.gpus import GPUS
 
 EXAMPLES = ("quickstart",)
 
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
         help="folder of a model, or its name at the hub (ORG/NAME[@REVISION])",
     )
     add("--documents", type=Path, metavar="FILE", help="clusters of documents, as `spell prepare` writes them")
-    add("--gpu", metavar="NAME", help="A100-80G, H100-80G, H200-141G or B200 (default: what this machine has)")
+    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (default: what this machine has)")
     add_number(add, "--gpus", None, "number of GPUs of trainer and engines together (default 8, or this machine's)")
     add_number(add, "--gpus-per-node", 8, "GPUs of each node")
     add("--example", choices=EXAMPLES, help="copy this example to FOLDER (default: its name)")
@@ -68,7 +69,8 @@ def _write(arguments: argparse.Namespace, out: Path, overrides: list[str]) -> in
     from spell_megatron.planner.gpus import find_gpu
 
     if arguments.gpu:
-        hardware = Hardware(find_gpu(arguments.gpu), arguments.gpus or 8, arguments.gpus_per_node)
+        gpus = arguments.gpus or 8
+        hardware = Hardware(find_gpu(arguments.gpu), gpus, min(arguments.gpus_per_node, gpus))
     else:
         hardware = hardware_here(arguments.gpus_per_node)
         if arguments.gpus and not hardware.gpu:

@@ -17,6 +17,7 @@ from spell_megatron.cli.arguments import (
 from spell_megatron.config.reading import load_config
 from spell_megatron.errors import ExitStatus
 from spell_megatron.hub import fetch_model
+from spell_megatron.planner.gpus import GPUS
 
 if TYPE_CHECKING:
     from spell_megatron.planner.plan import Plan
@@ -39,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     add_config(parser, required=True)
     add = parser.add_argument
-    add("--gpu", default="H100-80G", metavar="NAME", help="A100-80G, H100-80G (default), H200-141G or B200")
+    add("--gpu", default="H100-80G", metavar="NAME", help=f"{', '.join(GPUS)} (default H100-80G)")
     add_number(add, "--gpus-per-node", 8, "GPUs of each node")
     add_number(add, "--host-memory", None, "memory of each node in GiB (default: what is usual for the GPU)")
     add("--json", action="store_true", help="print one JSON object: the plan, the proposals, and why it will not start")

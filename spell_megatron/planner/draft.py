@@ -58,7 +58,9 @@ def hardware_here(per_node: int) -> Hardware:
     if not torch.cuda.is_available():
         return Hardware(None)
     name, memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
-    similar = next((gpu for known, gpu in GPUS.items() if known.split("-")[0] in name), GPUS["A100-80G"])
+    similar = next(
+        (gpu for known, gpu in GPUS.items() if known.split("-")[0] in "".join(name.split())), GPUS["A100-80G"]
+    )
     count = torch.cuda.device_count()
     return Hardware(replace(similar, name=name, memory=memory), count, min(per_node, count))
 
@@ -82,11 +84,12 @@ def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[
         "checkpoint.every": 10 if hardware.gpu else 6,
         "training.optimizer.lr": 2e-6,
     }
+    given = {word.lstrip("-").partition("=")[0] for word in overrides}
     settings |= _sizes(len(clusters), hardware)
     remarks = _add_limits(settings, policy, tokenizer, clusters, hardware, overrides)
     config = _config(settings, overrides)
     if hardware.gpu:
-        plan = _fastest(policy, config, hardware, hardware.gpu)
+        plan = _fastest(policy, config, hardware, hardware.gpu, fixed="training.tokens_per_microbatch" in given)
         settings |= _of_plan(plan)
         memory, used = plan.gpu.memory / 2**30, plan.fullest.total / 2**30
         remarks.append(
@@ -95,7 +98,6 @@ def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[
         )
     chosen = _config(settings, overrides)
     settings["model.path"] = name_of(model.absolute())
-    given = {word.lstrip("-").partition("=")[0] for word in overrides}
     flat = chosen.model_dump(mode="json")
     return Draft(settings | {key: _value(flat, key) for key in given}, remarks)
 
@@ -174,13 +176,22 @@ def _add_limits(
     return []
 
 
-def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu) -> Plan:
-    """The fastest plan that fits, with trainer and engines in turn or apart."""
+def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, fixed: bool) -> Plan:
+    """The fastest plan that fits, with trainer and engines in turn or apart.
+
+    Where none does, the trainer's rows become only as long as the longest response with its prompt, unless their length
+    is `fixed`.
+    """
     model, assume = ModelSize.of(policy), Assumptions(hardware.per_node)
     ways = (True, False) if hardware.gpus > 1 else (True,)
-    plans = [plan for way in ways if (plan := fastest(model, config, hardware.gpus, way, gpu, assume))]
-    if plans:
-        return min(plans, key=lambda plan: plan.times.step)
+    sampling = config.rollout.sampling
+    shortest = sampling.max_prompt_tokens + sampling.max_response_tokens
+    for tokens in (config.training.tokens_per_microbatch, *(() if fixed else (shortest,))):
+        training = config.training.model_copy(update={"tokens_per_microbatch": tokens})
+        config = config.model_copy(update={"training": training})
+        plans = [plan for way in ways if (plan := fastest(model, config, hardware.gpus, way, gpu, assume))]
+        if plans:
+            return min(plans, key=lambda plan: plan.times.step)
     least = fewest(model, config, True, gpu, assume)
     enough = f"{least.gpus} would do" if least else "no number of them would do"
     raise UserError(
@@ -202,4 +213,7 @@ def _of_plan(plan: Plan) -> dict[str, Any]:
         settings["training.offload"] = True
     if training.optimizer.offload:
         settings["training.optimizer.offload"] = True
+    if not training.optimizer.distributed:
+        settings["training.optimizer.distributed"] = False
+    settings["training.tokens_per_microbatch"] = training.tokens_per_microbatch
     return settings

@@ -31,17 +31,24 @@ GPUS = {
         Gpu("H100-80G", 81559 * 2**20, 989e12, 3.35e12, 450e9, 212 * 2**30),
         Gpu("H200-141G", 143771 * 2**20, 989e12, 4.8e12, 450e9, 237 * 2**30),
         Gpu("B200", 183359 * 2**20, 2250e12, 8.0e12, 900e9, 237 * 2**30),
+        # one to a machine, mostly; without NVLink, so that the link is PCIe
+        Gpu("RTX3090-24G", 24576 * 2**20, 71e12, 0.936e12, 32e9, 64 * 2**30),
+        Gpu("RTX4090-24G", 24564 * 2**20, 165e12, 1.008e12, 32e9, 64 * 2**30),
+        Gpu("RTX5090-32G", 32607 * 2**20, 209e12, 1.792e12, 64e9, 64 * 2**30),
+        Gpu("A6000-48G", 49140 * 2**20, 155e12, 0.768e12, 32e9, 128 * 2**30),
+        Gpu("RTX6000Ada-48G", 49140 * 2**20, 364e12, 0.96e12, 32e9, 128 * 2**30),
+        Gpu("L40S-48G", 46068 * 2**20, 362e12, 0.864e12, 32e9, 192 * 2**30),
     )
 }
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name, whose letters may be small, and whose size of memory may be left out.
+    """The GPU of a name, with or without spaces, in any case, and whose size of memory may be left out.
 
     Raises:
         UserError: there is none.
     """
-    wanted = name.strip().casefold()
+    wanted = "".join(name.split()).casefold()
     for known, gpu in GPUS.items():
         if wanted in (known.casefold(), known.split("-")[0].casefold(), f"{known}B".casefold()):
             return gpu

@@ -69,7 +69,11 @@ def _trainings(
 ) -> Iterator[TrainingConfig]:
     """The section `training` with other layouts, and other ways to spare the GPUs' memory."""
     ways = (("none", False), ("selective", False), ("full", False), ("full", True))
-    optimizers = [training.optimizer.model_copy(update={"offload": offload}) for offload in (False, True)]
+    # One process shares its optimizer with nobody; a checkpoint then takes less of the host's memory.
+    shared = training.optimizer.distributed and processes > 1
+    optimizers = [
+        training.optimizer.model_copy(update={"offload": offload, "distributed": shared}) for offload in (False, True)
+    ]
     for parallel, (recompute, offload), optimizer in product(_layouts(arch, processes, assume), ways, optimizers):
         update = {"parallel": parallel, "recompute": recompute, "offload": offload, "optimizer": optimizer}
         yield training.model_copy(update=update | {"swap": "auto"})
