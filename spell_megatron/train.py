@@ -6,8 +6,10 @@ and gives the new weights to the engines.
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,6 +19,7 @@ from spell_megatron.checkpoint.saver import Saver
 from spell_megatron.config.reading import as_recorded
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ProcessLost, UserError
+from spell_megatron.hub import name_of
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
@@ -89,6 +92,7 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
             join(config.run.device, rendezvous)
         policy = PolicyModel.load(config.model.path, config.model.dtype)
         backend.initialise(policy, config.training, config.run.device, config.run.seed)
+        check_same_commit(name_of(config.model.path))
         resume = from_rank_0(resume)  # a job's script decides it on each node, and may not see the checkpoint there yet
         if from_rank_0(nothing_to_do := finished(config) if resume and dist.get_rank() == 0 else ""):
             Progress(enabled=dist.get_rank() == 0).line(nothing_to_do)
@@ -127,6 +131,22 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
         rank.meet()
         saver.finish()
         return rank.end(step, trainer.scheduler.num_steps)
+
+
+def check_same_commit(model: str) -> None:
+    """Every process has the same model of the hub, of whose newest version caches may hold different ones.
+
+    model: name and commit at the hub, or the folder of a model, which may be another one on each machine.
+
+    Raises:
+        UserError: they differ.
+    """
+    first = from_rank_0(model)
+    if model != first and not Path(model).is_absolute():
+        raise UserError(
+            f"This process has the model {model} of the hub, and the first one has {first}. Name the commit: "
+            f"--model.path={shlex.quote(first)}."
+        )
 
 
 def load_trainer(policy: PolicyModel, config: Config) -> Trainer:

@@ -245,3 +245,14 @@ def test_processes_of_a_run_take_the_commit_of_the_first(at_hub):
     assert _same_model(config) == [f"--model.path={NAME}@{at_hub.branches[NAME]['main']}"]
     config.model.path = POLICY
     assert _same_model(config) == []
+
+
+def test_processes_with_other_commits_do_not_train_together(monkeypatch):
+    from spell_megatron import train
+
+    first, other = f"{NAME}@{'a' * 40}", f"{NAME}@{'b' * 40}"
+    monkeypatch.setattr(train, "from_rank_0", lambda _: first)
+    train.check_same_commit(first)
+    train.check_same_commit(str(POLICY))  # a copy on this machine
+    with pytest.raises(UserError, match=f"--model.path={first}"):
+        train.check_same_commit(other)
