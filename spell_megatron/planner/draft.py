@@ -38,6 +38,8 @@ class Hardware:
     gpu: Gpu | None
     gpus: int = 0
     per_node: int = 8
+    host_memory: float | None = None
+    """Bytes of memory of a node; None: what is usual for the GPU."""
 
     def __str__(self) -> str:
         return f"{self.gpus} x {self.gpu.name}" if self.gpu else "CPUs"
@@ -53,6 +55,7 @@ class Draft:
 
 def hardware_here(per_node: int) -> Hardware:
     """The GPUs of this machine, if it has any. Of a kind that the planner does not know, the memory alone is known."""
+    import psutil
     import torch
 
     if not torch.cuda.is_available():
@@ -62,7 +65,8 @@ def hardware_here(per_node: int) -> Hardware:
         (gpu for known, gpu in GPUS.items() if known.split("-")[0] in "".join(name.split())), GPUS["A100-80G"]
     )
     count = torch.cuda.device_count()
-    return Hardware(replace(similar, name=name, memory=memory), count, min(per_node, count))
+    gpu, host = replace(similar, name=name, memory=memory), psutil.virtual_memory().total
+    return Hardware(gpu, count, min(per_node, count), host)
 
 
 def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[str]) -> Draft:
@@ -182,7 +186,7 @@ def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, 
     Where none does, the trainer's rows become only as long as the longest response with its prompt, unless their length
     is `fixed`.
     """
-    model, assume = ModelSize.of(policy), Assumptions(hardware.per_node)
+    model, assume = ModelSize.of(policy), Assumptions(hardware.per_node, hardware.host_memory)
     ways = (True, False) if hardware.gpus > 1 else (True,)
     sampling = config.rollout.sampling
     shortest = sampling.max_prompt_tokens + sampling.max_response_tokens
@@ -195,8 +199,8 @@ def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, 
     least = fewest(model, config, True, gpu, assume)
     enough = f"{least.gpus} would do" if least else "no number of them would do"
     raise UserError(
-        f"The run does not fit {hardware}: {enough}. Take more or larger GPUs, a smaller model, or shorter clusters "
-        "(spell prepare … --max-cluster-tokens)."
+        f"The run does not fit {hardware}: {enough}. Take more or larger GPUs, a smaller model, shorter clusters "
+        "(spell prepare … --max-cluster-tokens), or a machine with more memory; `spell plan` says what is short."
     )
 
 

@@ -12,6 +12,7 @@ import one_gpu
 
 from spell_megatron.cli import main
 from spell_megatron.config.reading import load_config
+from spell_megatron.errors import UserError
 from spell_megatron.planner import draft
 from spell_megatron.planner.gpus import GPUS, Assumptions, find_gpu
 from spell_megatron.planner.memory import estimate
@@ -92,7 +93,7 @@ def test_gpus_are_known_by_the_names_that_their_driver_gives(name, known, monkey
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     hardware = draft.hardware_here(8)
     assert hardware.gpu.bandwidth == GPUS[known].bandwidth and hardware.gpu.memory == 20 * 2**30
-    assert (hardware.gpus, hardware.per_node) == (1, 1)
+    assert (hardware.gpus, hardware.per_node) == (1, 1) and hardware.host_memory > 2**30
 
 
 @pytest.mark.parametrize("gpu", ["RTX4090-24G", "L40S-48G"])
@@ -109,3 +110,6 @@ def test_init_writes_the_same_kind_of_settings(size, gpu):
     if (size, gpu) == ("1.7b", "RTX4090-24G"):
         assert settings["training.tokens_per_microbatch"] == 9728 + 4096
         assert settings["training.optimizer.offload"] and settings["training.recompute"] == "full"
+        small = draft.Hardware(GPUS[gpu], 1, 1, host_memory=32 * 2**30)
+        with pytest.raises(UserError, match="or a machine with more memory"):
+            draft._fastest(model, recipe, small, GPUS[gpu], fixed=False)
