@@ -60,6 +60,10 @@ def test_the_page_has_what_the_script_prints():
     assert "\n".join(one_gpu.rows()) in page
     for overrides in one_gpu.LENGTHS.values():
         assert all(f"--{override}" in page for override in overrides)
+    for size in SIZES:
+        name, needed = f"qwen3_{size}_1gpu.yaml", f"{plan_of(size, 'H100-80G').host.total / 2**30:.0f} GiB"
+        assert f"`examples/{name}` | {'48' if size == '4b' else '24'} GB or more | {needed} |" in page
+        assert f"{needed} of it are needed" in (EXAMPLES / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
