@@ -49,7 +49,7 @@ def save_policy(kind: str, folder: Path, seed: int) -> None:
 
 
 def engine_sizes(family: str) -> dict:
-    """Small sizes that vLLM serves on CPUs: its heads there have a multiple of 32 dimensions."""
+    """Small sizes that vLLM serves on CPUs: its heads there have a multiple of 32 dimensions, linear ones of 64."""
     from families import FAMILIES
 
     return {
@@ -60,7 +60,7 @@ def engine_sizes(family: str) -> dict:
         "bos_token_id": 256,
         "eos_token_id": 257,
         "pad_token_id": None,
-    }
+    } | ({"linear_key_head_dim": 64, "linear_value_head_dim": 64} if "layer_types" in FAMILIES[family][1] else {})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from config_files import add_checkpoint
-from engine_fixtures import VOCABULARY, engine_sizes, save_policy
+from engine_fixtures import VOCABULARY, engine_sizes, save_byte_tokenizer, save_policy
 from families import hf_model
 from hf_models import edit
 from transformers import AutoModelForCausalLM
@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM
 from spell_megatron.config.faults import raise_faults
 from spell_megatron.config.schema import Config, RolloutConfig
 from spell_megatron.errors import UserError
+from spell_megatron.preflight.cpu_kernels import HEAD_SIZES
 from spell_megatron.preflight.engines import check_kernels
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.inspect import inspect
-from spell_megatron.preflight.model import CPU_HEAD_SIZES
 from spell_megatron.processes import folder_lock
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.selfplay.documents import load_clusters
@@ -303,7 +303,7 @@ def test_a_head_size_that_engines_on_cpus_lack(setup, dense, tmp_path):
 def test_the_head_sizes_are_those_of_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+    assert list(HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
 
 def test_kernels_that_vllm_does_not_have_here(setup):
@@ -329,13 +329,30 @@ def test_kernels_that_vllm_does_not_have_here(setup):
     assert fault.startswith("rollout.quantization: vLLM's kernels for experts in float8 on CPUs")
 
 
-def test_linear_layers_need_engines_on_gpus(setup, tmp_path):
+def test_linear_layers_on_cpus(setup, tmp_path):
     save_policy("qwen3_5_text", tmp_path / "hybrid", seed=0)
-    config = setup(model={"path": tmp_path / "hybrid", "dtype": "float32"})
-    assert "vLLM's engines on CPUs compute only in bfloat16" in only_fault(config)
+    config = setup(model={"path": tmp_path / "hybrid", "dtype": "bfloat16"})
+    assert inspect(config).faults == []
+    config.model.dtype = "float32"
+    assert "linear-attention layers (gated delta nets) only in bfloat16" in only_fault(config)
     config.rollout.tensor_parallel = 4
     faults = [fault.message for fault in inspect(config).faults]
     assert any("4 does not divide the 2 key heads of the model's linear layers" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"linear_key_head_dim": 32, "linear_value_head_dim": 32}, "serve only those where both have the same number"),
+        ({"linear_value_head_dim": 128}, "have keys of 64 dimensions and values of 128"),
+        ({"linear_conv_kernel_dim": 3}, "see 3 tokens, and those of vLLM's engines on CPUs 4"),
+    ],
+)
+def test_sizes_of_linear_layers_on_cpus(fields, fault, setup, tmp_path):
+    sizes = engine_sizes("qwen3_5_text") | fields
+    hf_model("qwen3_5_text", vocab_size=VOCABULARY, num_hidden_layers=2, **sizes).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    assert fault in only_fault(setup(model={"path": tmp_path, "dtype": "bfloat16"}))
 
 
 def test_documents_with_a_wrong_column(setup, tmp_path):

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     prompts = PromptSet.load(config.selfplay.prompts)
     tokenizer = PolicyTokenizer(config.model.path, config.model.prompt_date)
-    check_evaluation(config.model, config.rollout)
+    check_evaluation(config)
     print(f"documents: {', '.join(name for name, _ in documents)}")
     logs = Path(tempfile.mkdtemp(prefix="spell-ask-"))
     with Progress().stage("starting an engine"):

@@ -95,7 +95,7 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
     check_writable(evaluation.folder, OUTPUTS)
     template = load_prompt(evaluation.judge_prompt)
     if not evaluation.answers and not evaluation.server:
-        check_evaluation(evaluation.config.model, evaluation.config.rollout)
+        check_evaluation(evaluation.config)
     questions = _questions(evaluation, progress)
     remedy = "Wait until it has ended, or give this one another --out."
     with FolderLock(evaluation.folder, "`spell evaluate`", remedy):

@@ -83,7 +83,8 @@ def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[
         "run.steps": 70 if hardware.gpu else 12,
         "run.device": "cuda" if hardware.gpu else "cpu",
         "model.path": str(model.absolute()),
-        "model.dtype": "bfloat16" if hardware.gpu else "float32",
+        # engines compute linear-attention layers in bfloat16 only
+        "model.dtype": "bfloat16" if hardware.gpu or policy.arch.delta_net else "float32",
         "data.documents": str(documents.absolute()),
         "checkpoint.every": 10 if hardware.gpu else 6,
         "training.optimizer.lr": 2e-6,

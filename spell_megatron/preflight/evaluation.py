@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.config.faults import raise_faults
-from spell_megatron.config.schema import ModelConfig, RolloutConfig
+from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.preflight.cpu_kernels import check_cpu_kernels
 from spell_megatron.preflight.engine_model import (
     LENGTH_FIELDS,
     check_engine_model,
@@ -17,24 +18,27 @@ from spell_megatron.preflight.engine_model import (
 )
 from spell_megatron.preflight.engines import check_engine_urls, check_ports
 from spell_megatron.preflight.findings import Findings
+from spell_megatron.preflight.machine import uses_gpus
 from spell_megatron.training.policy import PolicyModel
 
 LIMITS = ("--max-input", "--max-output")
 """What the command calls the longest prompt and the longest response."""
 
 
-def check_evaluation(model: ModelConfig, rollout: RolloutConfig) -> None:
+def check_evaluation(config: Config) -> None:
     """UserError that lists all faults of model, limits, ports and addresses.
 
     Models of families that cannot be trained are evaluated too: of them only the positions are checked.
     """
-    found, path = Findings(), model.path
+    found, path, rollout = Findings(), config.model.path, config.rollout
     check_engine_urls(found, rollout.urls)
     check_ports(found, rollout)
     check_generation_config(found, path)
     try:
-        policy = PolicyModel.load(path, model.dtype)
+        policy = PolicyModel.load(path, config.model.dtype)
         check_engine_model(found, path, policy)
+        if not uses_gpus(config):
+            check_cpu_kernels(found, config, policy.arch)
         hf_config = policy.hf_config
     except UserError:
         hf_config = _any_config(path)

@@ -46,7 +46,10 @@ def check_trainer(found: Findings, config: Config) -> None:
             "`nvidia-smi` lists a GPU and that torch is a CUDA build",
         )
     elif not gpus and config.model.dtype == "bfloat16":
-        found.warn("model.dtype = bfloat16 is slow on CPUs; float32 is usually faster there")
+        found.warn(
+            "model.dtype = bfloat16 is slow on CPUs; float32 is usually faster there (a model with linear-attention "
+            "layers needs bfloat16)"
+        )
     elif gpus and launched is None:
         import torch
 

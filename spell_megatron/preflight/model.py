@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
+from spell_megatron.preflight.cpu_kernels import check_cpu_kernels
 from spell_megatron.preflight.engine_model import (
     check_engine_model,
     check_generation_config,
@@ -19,9 +20,6 @@ from spell_megatron.preflight.machine import is_installed, uses_gpus
 if TYPE_CHECKING:
     from spell_megatron.tokenizer import PolicyTokenizer
     from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
-
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Sizes of attention heads that vLLM serves on CPUs. With another size it dies at the first request."""
 
 
 def check_model_folder(found: Findings, path: Path, dtype: str) -> tuple[PolicyModel | None, PolicyTokenizer | None]:
@@ -108,12 +106,8 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
     from spell_megatron.training.layout import layout_faults
 
     rollout = config.rollout
-    if not rollout.urls and not uses_gpus(config) and arch.head_dim not in CPU_HEAD_SIZES:
-        found.fault(
-            "model.path",
-            f"the model's attention heads have {arch.head_dim} dimensions, and vLLM's engines on CPUs "
-            f"serve only {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU",
-        )
+    if not uses_gpus(config):
+        check_cpu_kernels(found, config, arch)
     if arch.delta_net:
         _check_linear_layers(found, config, arch.delta_net)
     found.faults += layout_faults(arch, config.training.parallel)
@@ -125,15 +119,8 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
 
 
 def _check_linear_layers(found: Findings, config: Config, sizes: DeltaNet) -> None:
-    """The engines can serve the model's linear layers."""
+    """Trainer and engines can compute and divide the model's linear layers."""
     rollout = config.rollout
-    if not rollout.urls and not uses_gpus(config):
-        found.fault(
-            "model.path",
-            "the model has linear-attention layers (gated delta nets), which vLLM's engines on CPUs compute only in "
-            "bfloat16, without a cache of prefixes and with torchvision installed. Engines on CPUs are not supported "
-            "for such models: use a GPU, or another model",
-        )
     if uses_gpus(config) and not is_installed("fla"):
         found.fault(
             "model.path",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spell_megatron.errors import UserError
 from spell_megatron.processes.signals import given_on
 from spell_megatron.ranks import TRAINER_VARIABLES, slurm_job, slurm_restarts
 from spell_megatron.rollout.transports.transport import Transport
+from spell_megatron.training.families import FAMILIES
 
 ALONE = 0.85
 """Share of the memory of its own GPUs that a server may use, unless rollout.gpu_memory_utilization says another."""
@@ -68,35 +70,42 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
     }
     if rollout.quantization == "fp8":
         flags["--quantization"] = QUANTIZATION
+    if _has_linear_layers(model.path):
+        # As the trainer's. Without a word of config.json on it, vLLM would keep states in the type of the weights.
+        flags["--mamba-ssm-cache-dtype"] = "float32"
     return [
         sys.executable,
         "-m",
         "vllm.entrypoints.openai.api_server",
         *_words(flags),
         *(["--language-model-only"] if "text_config" in _hf_config(model.path) else []),
-        *(_cpu_flags(rollout) if transport.on_cpus else _gpu_flags(settings, transport)),
+        *(_cpu_flags(settings) if transport.on_cpus else _gpu_flags(settings, transport)),
         "--skip-tokenizer-init",
-        "--enable-prefix-caching",
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         *rollout.extra_args,
     ]
 
 
-def _cpu_flags(rollout: RolloutConfig) -> list[str]:
+def _cpu_flags(settings: ServerSettings) -> list[str]:
+    rollout = settings.rollout
     flags = {
         # Prefixes are shared in whole blocks; the default of 128 tokens on CPUs would miss short documents.
         "--block-size": "32",
         "--max-num-batched-tokens": str(max(4096, rollout.sampling.longest_sequence)),
         "--kv-cache-memory-bytes": str(int(rollout.cpu_kv_cache_gib * 2**30)),
     }
-    # A prompt prefilled in parts with a seed of its own ends the engine on CPUs ("CPU Generator does
-    # not use offset"), so prompts are prefilled whole and several of them share a batch of that size.
-    return [*_words(flags), "--enforce-eager", "--no-enable-chunked-prefill"]
+    # A prompt prefilled in parts with a seed of its own ends the engine on CPUs: after each part vLLM takes back a draw
+    # (`gen.set_offset` in gpu_model_runner.py), and a "CPU Generator does not use offset". So prompts are prefilled
+    # whole, and several of them share a batch of that size. The states of linear layers are cached where a part ends:
+    # with them, there is no cache of prefixes.
+    cache = "--no-enable-prefix-caching" if _has_linear_layers(settings.model.path) else "--enable-prefix-caching"
+    return [*_words(flags), "--enforce-eager", "--no-enable-chunked-prefill", cache]
 
 
 def _gpu_flags(settings: ServerSettings, transport: Transport) -> list[str]:
-    flags = ["--gpu-memory-utilization", str(settings.rollout.gpu_memory_utilization or ALONE)]
+    memory = settings.rollout.gpu_memory_utilization or ALONE
+    flags = ["--gpu-memory-utilization", str(memory), "--enable-prefix-caching"]
     if transport.colocated:
         flags.append("--enable-sleep-mode")
     if _has_experts(settings.model.path):
@@ -114,8 +123,17 @@ def _words(flags: dict[str, str]) -> list[str]:
 
 
 def _has_experts(model: Path) -> bool:
+    return bool(_text_config(model).get("num_experts_per_tok"))
+
+
+def _has_linear_layers(model: Path) -> bool:
+    family = FAMILIES.get(_text_config(model).get("model_type", ""))
+    return family is not None and family.delta_nets is not None
+
+
+def _text_config(model: Path) -> dict[str, Any]:
     config = _hf_config(model)
-    return bool((config.get("text_config") or config).get("num_experts_per_tok"))
+    return config.get("text_config") or config
 
 
 def _hf_config(model: Path) -> dict[str, Any]:
@@ -132,10 +150,10 @@ def server_environment(transport: Transport, rollout: RolloutConfig, gpus: Seque
         gpus: names of its GPUs, as CUDA_VISIBLE_DEVICES lists them.
         key: that it demands. It is handed over here because command lines are public.
     """
-    package_root = str(Path(spell_megatron.__file__).parents[1])
+    package = Path(spell_megatron.__file__).parent
     inherited = {name: value for name, value in os.environ.items() if name not in TRAINER_VARIABLES}
     common = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")])),
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -148,6 +166,8 @@ def server_environment(transport: Transport, rollout: RolloutConfig, gpus: Seque
     # after a hundred steps of a tiny model (tests/chaos, the soak).
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override --kv-cache-memory-bytes
+    if find_spec("torchvision") is None:
+        environment["PYTHONPATH"] += os.pathsep + str(package / "rollout" / "stand_ins")
     return environment | {
         "OMP_NUM_THREADS": str(rollout.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from engine_fixtures import save_policy
 from small_run import ROOT
 
 from spell_megatron.config.commented import commented_yaml
@@ -41,6 +42,14 @@ def test_what_is_written_can_be_started(spell, tmp_path):
     status, _, errors = spell("init", "mine.yaml", *words_for(corpus(tmp_path, 10)))
     assert status == 2 and "mine.yaml exists already" in errors
     assert (tmp_path / "mine.yaml").read_text() == text
+
+
+def test_a_model_with_linear_layers_gets_a_type_that_engines_have(spell, tmp_path):
+    save_policy("qwen3_5_text", tmp_path / "hybrid", seed=0)
+    words = words_for(corpus(tmp_path, 10), "--model", str(tmp_path / "hybrid"))
+    status, _, errors = spell("init", "hybrid.yaml", *words)
+    assert status == 0, errors
+    assert load_config(tmp_path / "hybrid.yaml").model.dtype == "bfloat16"
 
 
 def test_limits_follow_from_the_documents(spell, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from engine_fixtures import save_byte_tokenizer
+from engine_fixtures import save_byte_tokenizer, save_policy
 from openai_stub import serve
 
 from spell_megatron.cli import main
@@ -381,6 +381,15 @@ def test_a_model_that_vllm_would_compute_otherwise_is_refused(mine, tmp_path, ca
     assert main([str(word) for word in words]) == 2
     told = capsys.readouterr().err
     assert "2 faults in the evaluation" in told and "o_proj.bias" in told and "128 positions (rope scaling)" in told
+
+
+def test_a_model_that_vllm_cannot_compute_on_cpus_is_refused(mine, tmp_path, capsys):
+    save_policy("qwen3_5_text", tmp_path / "policy", seed=0)
+    words = ("--model", tmp_path / "policy", "--run.device=cpu", "--model.dtype=float32")
+    command = ["evaluate", *words, "--benchmark", f"m={mine}", "--out", tmp_path / "out", "--max-input", 700]
+    assert main([str(word) for word in command]) == 2
+    told = capsys.readouterr().err
+    assert "linear-attention layers (gated delta nets) only in bfloat16" in told
 
 
 def evaluate_quickstart(mine: Path, out: Path, *words: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def contract_sources():
 def with_vllm(request) -> dict[str, str]:
     """The environment of a process that imports vLLM: the installed build, or the Python files of that for CUDA."""
     pytest.importorskip("vllm", reason="this environment has no vLLM")
-    path = [str(ROOT)]
+    path = [str(ROOT), *([] if find_spec("torchvision") else [str(ROOT / "spell_megatron" / "rollout" / "stand_ins")])]
     if request.param == "for CUDA":
         path.insert(0, str(request.getfixturevalue("contract_sources")("vllm")))
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}

@@ -16,8 +16,9 @@ from spell_megatron.rollout.transports.ipc import IPC
 from spell_megatron.rollout.transports.nccl import NCCL
 from spell_megatron.rollout.transports.transport import Transport
 
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
 CASES = list(product((NCCL, IPC), ("dense", "moe"), (True, False), (1, 2, 4)))
-
+CASES += list(product((NCCL, IPC), HYBRIDS, (True,), (2,)))
 
 MORE = ("--max-num-seqs", "5", "--enforce-eager", "--gpu-memory-utilization", "0.5")
 FAULTS = [("--no-such-flag",), ("--logprobs-mode", "guessed"), ("--tensor-parallel-size", "0")]
@@ -70,12 +71,13 @@ def test_it_understands_every_flag(with_vllm, policy):
             "transfer": transport.name,
             "quantization": [None, "None", None, "auto"],
             "batch_invariant": True,
-            "routed_experts": routing and kind == "moe",
+            "routed_experts": routing and "moe" in kind,
             "v2_runner": True,
             "workers": workers,
             "extension": "spell_megatron.rollout.worker.WorkerExtension",
             "sequences": 32,
             "prefix_cache": True,
+            "states": ["align", "float32", True] if kind in HYBRIDS else ["none", "auto", True],
             "memory": 0.85,
             "eager": False,
             "middleware": ["spell_megatron.rollout.worker.RequireKey"],

@@ -56,6 +56,11 @@ def says(words: list[str]) -> dict:
         "extension": parallel.worker_extension_cls,
         "sequences": config.scheduler_config.max_num_seqs,
         "prefix_cache": config.cache_config.enable_prefix_caching,
+        "states": [
+            config.cache_config.mamba_cache_mode,
+            config.cache_config.mamba_ssm_cache_dtype,
+            config.scheduler_config.enable_chunked_prefill,
+        ],
         "memory": config.cache_config.gpu_memory_utilization,
         "eager": model.enforce_eager,
         "middleware": arguments.middleware,

@@ -64,6 +64,25 @@ def test_a_server_gets_what_its_transport_implies(policy):
         True,
     ]
     assert ["--enable-sleep-mode" in command(t) for t in (GLOO, NCCL, IPC)] == [False, False, True]
+    assert all("--enable-prefix-caching" in command(t) for t in (GLOO, NCCL, IPC))
+    # vLLM caches states of linear layers where it has cut a prompt, which on CPUs it must not
+    hybrid = [command(transport, "qwen3_5_text") for transport in (GLOO, NCCL, IPC)]
+    assert ["--enable-prefix-caching" in flags for flags in hybrid] == [False, True, True]
+    assert all("--mamba-ssm-cache-dtype" in flags for flags in hybrid)
+    assert "--mamba-ssm-cache-dtype" not in command(GLOO)
+
+
+def test_an_engine_on_cpus_imports_images_code_without_torchvision(monkeypatch):
+    """It gets a stand-in, but never beside the real one."""
+    monkeypatch.setattr("spell_megatron.rollout.server.find_spec", lambda name: None)
+    environment = server_environment(GLOO, RolloutConfig(), [], "secret")
+    places = environment["PYTHONPATH"].split(os.pathsep)
+    code = "from torchvision.transforms.v2 import functional; from torchvision.transforms import InterpolationMode"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert "torchvision.py" in os.listdir(places[-1])
+    monkeypatch.setattr("spell_megatron.rollout.server.find_spec", lambda name: name)
+    assert places[-1] not in server_environment(GLOO, RolloutConfig(), [], "secret")["PYTHONPATH"]
+    assert places[-1] not in server_environment(NCCL, RolloutConfig(), ["0"], "secret")["PYTHONPATH"]
 
 
 def test_a_server_gets_the_kernels_that_are_asked_for(policy):

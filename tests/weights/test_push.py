@@ -375,6 +375,48 @@ def test_buckets_on_gpus_take_a_share_of_what_is_free(trainer, engine, expected)
     assert fitting(trainer, engine) == expected
 
 
+def differences_from_transformers(folder: Path, answers: list) -> tuple[float, float]:
+    """Mean differences of answers' log-probabilities: from transformers in bfloat16; of that from float32."""
+    from transformers import AutoModelForCausalLM
+
+    narrow, wide = (AutoModelForCausalLM.from_pretrained(folder, dtype=t) for t in (torch.bfloat16, torch.float32))
+
+    def logprobs(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        return (logits / SEEDED["temperature"]).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+    triples = [
+        (torch.tensor(theirs), logprobs(narrow, prompt, tokens), logprobs(wide, prompt, tokens))
+        for prompt, (tokens, theirs) in zip(PROMPTS, answers, strict=True)
+    ]
+    engine, in_bfloat16, in_float32 = (torch.cat(parts) for parts in zip(*triples, strict=True))
+    return tuple(float((x - in_bfloat16).abs().mean()) for x in (engine, in_float32))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", pytest.param("qwen3_5_moe_text", marks=pytest.mark.slow)])
+def test_a_hybrid_takes_pushes(family, engines_for, policy):
+    """What is pushed is read back from the kernels bit by bit, and the answers are as near to those of transformers as
+    rounding allows; those to the same weights are the same.
+    """
+    engines = engines_for(family, dtype="bfloat16")
+    pusher = WeightPusher(engines, bucket_bytes=1 << 14)
+    given = []
+    for version, seed in enumerate((1, 0, 1)):
+        pushed = {name: tensor.bfloat16() for name, tensor in weights(policy(family, seed)).items()}
+        assert pusher.push(together(pushed).items(), str(version), verify=True).tensors == len(together(pushed))
+        answers, versions = ask(engines.engines[0])
+        given.append(answers)
+        assert versions == {str(version)}
+    assert compare(pushed.items(), engines.engines) == (len(pushed), [])
+    assert difference(given[2], given[0]) == 0
+    assert difference(given[1], given[0]) == float("inf")
+    off, rounding = differences_from_transformers(policy(family, 1), answers)
+    print(f"{family}: {off:.4f} from transformers in bfloat16, which is {rounding:.4f} from itself in float32")
+    assert off < 2 * rounding
+    pusher.close()
+
+
 @pytest.mark.slow
 def test_bfloat16(engines_for, policy):
     expected = fresh_answers([policy("moe", 1)], "bfloat16")[str(policy("moe", 1))]
