@@ -224,10 +224,9 @@ def test_family_takes_two_steps(family, tmp_path):
         assert math.isfinite(numbers["train/grad_norm"]) and numbers["train/grad_norm"] > 0
         assert numbers["train/skipped"] == 0 and "train/empty" not in numbers
         assert numbers["selfplay/rate/error"] == 0
-        print({name: number for name, number in numbers.items() if "mismatch" in name})
-        # measured over all families: at most 7e-7 and 1.00003
-        assert numbers["train/mismatch_abs"] < (0.05 if linear else 1e-5)
-        assert numbers["train/mismatch_max_ratio"] < (10 if linear else 1.001)
+        # measured over all families: at most 7e-7 and 1.00003; in bfloat16 4e-4 and 1.06 without experts
+        assert numbers["train/mismatch_abs"] < (0.02 if linear else 1e-5)
+        assert numbers["train/mismatch_max_ratio"] < (3 if linear else 1.001)
         balance = {name for name in numbers if name.startswith("train/moe_")}
         assert balance == {f"train/moe_{x}" for x in EXPERT_LOAD if has_experts}
         assert {row["role"] for row in rows[step]} == set(ROLES)
@@ -244,7 +243,9 @@ def test_family_takes_two_steps(family, tmp_path):
     saved = {n: load_file(run / "checkpoints" / f"step_{n:06d}" / "hf" / "model.safetensors") for n in (1, 2)}
     for before, after in ((source, saved[1]), (saved[1], saved[2])):
         assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
-        still = [n for n in before if torch.equal(before[n], after[n])]
+        # in bfloat16 values above 0.1 stay where they are at this learning rate
+        coarse = {name for name in before if linear and before[name].abs().min() > 0.1}
+        still = [n for n in before if torch.equal(before[n], after[n]) and n not in coarse]
         assert not still, f"not trained: {still}"
     model, loading = AutoModelForCausalLM.from_pretrained(
         run / "checkpoints" / "step_000002" / "hf", output_loading_info=True
