@@ -24,17 +24,21 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
+from spell_megatron.cli.arguments import quiet_libraries
 
-from spell_megatron.config.schema import ModelConfig, RolloutConfig, SamplingConfig
-from spell_megatron.errors import UserError
-from spell_megatron.monitoring.progress import Progress
-from spell_megatron.rollout.engine import Engine
-from spell_megatron.rollout.engines import Engines
-from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.check import compare, read_checkpoint, side_files
-from spell_megatron.weights.names import hf_shapes
-from spell_megatron.weights.push import WeightPusher
+quiet_libraries()  # they warn about themselves when they are imported
+
+import torch  # noqa: E402
+
+from spell_megatron.config.schema import ModelConfig, RolloutConfig, SamplingConfig  # noqa: E402
+from spell_megatron.errors import UserError  # noqa: E402
+from spell_megatron.monitoring.progress import Progress  # noqa: E402
+from spell_megatron.rollout.engine import Engine  # noqa: E402
+from spell_megatron.rollout.engines import Engines  # noqa: E402
+from spell_megatron.training.policy import PolicyModel  # noqa: E402
+from spell_megatron.weights.check import compare, read_checkpoint, side_files  # noqa: E402
+from spell_megatron.weights.names import hf_shapes  # noqa: E402
+from spell_megatron.weights.push import WeightPusher  # noqa: E402
 
 SHOWN = 5
 KEY = "SPELL_API_KEY"

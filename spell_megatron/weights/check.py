@@ -140,8 +140,11 @@ def _version(engine: Engine) -> str:
     try:
         return engine.get("/weight_info")["weight_version"]
     except (requests.RequestException, ValueError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise UserError(
+                f"The engine at {engine.url} refuses the API key. Set SPELL_API_KEY to the key it was started with."
+            ) from error
         raise UserError(
             f"{engine.url} does not say which weights it has ({error}). It must be an engine that spell_megatron "
-            "started, or one that was started as `spell train --dry-run` shows it, with VLLM_SERVER_DEV_MODE=1. Its "
-            "key must be in the environment."
+            "started, or one that was started as `spell train --dry-run` shows it, with VLLM_SERVER_DEV_MODE=1."
         ) from error

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.engine
 def run(capsys, monkeypatch):
     """run(engines, *arguments) -> (exit status, standard output, standard error)"""
 
-    def call(engines, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setenv("SPELL_API_KEY", engines.api_key if engines else "")
+    def call(engines, *arguments: object, key: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setenv("SPELL_API_KEY", key or (engines.api_key if engines else ""))
         capsys.readouterr()
         status = check_weights.main([str(argument) for argument in arguments])
         return status, *capsys.readouterr()
@@ -69,6 +69,8 @@ def test_other_checkpoints_and_no_engine(engines_for, policy, run, tmp_path):
 
     status, _, errors = run(engines, policy("moe"), *engines.urls, "http://127.0.0.1:9")
     assert status == 2 and "http://127.0.0.1:9 does not say which weights it has" in errors
+    status, _, errors = run(engines, policy("moe"), *engines.urls, key="another")
+    assert status == 2 and "refuses the API key. Set SPELL_API_KEY" in errors and "401" not in errors
     status, _, errors = run(engines, tmp_path, *engines.urls)
     assert status == 2 and f"{tmp_path} is no" in errors
 
