@@ -139,6 +139,8 @@ def _held(engine: Engine) -> dict[str, list]:
 def _version(engine: Engine) -> str:
     try:
         return engine.get("/weight_info")["weight_version"]
+    except requests.ConnectionError as error:
+        raise UserError(f"Nothing answers at {engine.url}. Start the engine, or correct the address.") from error
     except (requests.RequestException, ValueError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(

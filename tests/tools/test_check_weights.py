@@ -68,7 +68,7 @@ def test_other_checkpoints_and_no_engine(engines_for, policy, run, tmp_path):
     assert status == 1 and f" of {len(both)} tensors agree\n  model.embed_tokens.weight: checkpoint" in output
 
     status, _, errors = run(engines, policy("moe"), *engines.urls, "http://127.0.0.1:9")
-    assert status == 2 and "http://127.0.0.1:9 does not say which weights it has" in errors
+    assert status == 2 and "Nothing answers at http://127.0.0.1:9." in errors
     status, _, errors = run(engines, policy("moe"), *engines.urls, key="another")
     assert status == 2 and "refuses the API key. Set SPELL_API_KEY" in errors and "401" not in errors
     status, _, errors = run(engines, tmp_path, *engines.urls)
