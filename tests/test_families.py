@@ -243,8 +243,8 @@ def test_family_takes_two_steps(family, tmp_path):
     saved = {n: load_file(run / "checkpoints" / f"step_{n:06d}" / "hf" / "model.safetensors") for n in (1, 2)}
     for before, after in ((source, saved[1]), (saved[1], saved[2])):
         assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
-        # in bfloat16 values above 0.1 stay where they are at this learning rate
-        coarse = {name for name in before if linear and before[name].abs().min() > 0.1}
+        # in bfloat16 a step of this learning rate moves only small values
+        coarse = {name for name in before if linear and before[name].abs().min() > 0.05}
         still = [n for n in before if torch.equal(before[n], after[n]) and n not in coarse]
         assert not still, f"not trained: {still}"
     model, loading = AutoModelForCausalLM.from_pretrained(
