@@ -182,6 +182,14 @@ def test_all_faults_of_a_run_are_told_with_that_of_its_name(at_hub, capsys, tmp_
     assert errors.count("model.path") == 1
 
 
+def test_a_name_without_its_owner_leads_to_the_whole_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: {path: Qwen3-0.6B}\ndata: {documents: d.parquet}\n")
+    for words in (["train", "run.yaml", "--dry-run", "--run.device=cpu"], ["plan", "run.yaml"]):
+        assert main(words) == 2
+        assert "(ORG/NAME)" in capsys.readouterr().err
+
+
 def test_other_commands_take_names(at_hub, tmp_path, capsys):
     assert main(["convert", "hf-to-megatron", "--hf", NAME, "--megatron", "m", "--verify"]) == 0
     assert "are the same in both" in capsys.readouterr().out

@@ -31,8 +31,9 @@ def check_model_folder(found: Findings, path: Path, dtype: str) -> tuple[PolicyM
         kind = "is a file" if path.exists() else "does not exist"
         found.fault(
             "model.path",
-            f"the folder {path} {kind}. Give the local folder of a Hugging Face checkpoint. Relative "
-            "paths are taken from the current directory, then from the folder of the YAML file",
+            f"the folder {path} {kind}. Give the folder of a Hugging Face checkpoint, or the whole name "
+            "of a model of the hub (ORG/NAME). Relative paths are taken from the current directory, then from the "
+            "folder of the YAML file",
         )
         return None, None
     # transformers takes seconds to import: not before the folder is known to exist

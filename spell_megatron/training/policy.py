@@ -107,8 +107,9 @@ class PolicyModel:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise UserError(
-                f"{folder} is not a Hugging Face checkpoint: it has no config.json. Set model.path to a local "
-                "folder with config.json, safetensors weights and a tokenizer."
+                f"{folder} is not a Hugging Face checkpoint: it has no config.json. Set model.path to a "
+                "folder with config.json, safetensors weights and a tokenizer, or to the whole name of a model of the "
+                "Hugging Face hub (ORG/NAME)."
             )
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
