@@ -9,6 +9,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.channels import Channels, as_thinking
 from spell_megatron.errors import UserError
 from spell_megatron.token_pieces import PieceTokens
 
@@ -41,6 +42,7 @@ class PolicyTokenizer:
         self.vocab_size: int = len(self._tokenizer)
         self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self._channels = Channels.of(self._tokenizer.get_added_vocab())
         self._template: str | None = None
         if self._tokenizer.chat_template is not None:
             if _PROBE not in self._render(_PROBE):
@@ -102,8 +104,10 @@ class PolicyTokenizer:
         return [aspect for aspect, differs in aspects.items() if differs]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        ids = list(ids)
+        """Text of token ids, special tokens left out; with messages in channels as `channels.as_thinking` writes it."""
+        return as_thinking(list(ids), self._channels, self._text) if self._channels else self._text(list(ids))
+
+    def _text(self, ids: list[int]) -> str:
         if self._pieces.byte_pairs and (text := self._pieces.byte_pairs.text(ids)) is not None:
             return text
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 32} | MOE),
     "qwen3_5_text": ("Qwen3_5", {"head_dim": 32} | LINEAR),
     "qwen3_5_moe_text": ("Qwen3_5Moe", {"head_dim": 32, "shared_expert_intermediate_size": 56} | LINEAR | MOE),
+    "gpt_oss": ("GptOss", {"head_dim": 32, "sliding_window": 8, "num_experts": 8, "num_experts_per_tok": 2}),
 }
 
 

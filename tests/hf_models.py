@@ -116,9 +116,10 @@ def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path]
 
 def apart(stream: Iterable[tuple[str, torch.Tensor]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors with each expert by itself, whether a tensor had all of a layer or not."""
-    tensors = {}
+    tensors, whole = {}, set(dict(stream))
     for name, tensor in dict(stream).items():
-        parts = expert_parts(name, tensor.shape)
+        bias = name if name.endswith("_bias") else f"{name}_bias"
+        parts = expert_parts(name, tuple(tensor.shape), bias in whole)
         tensors |= {own: tensor[part.expert, part.rows].clone() for own, part in parts.items()} or {
             name: tensor.clone()
         }

@@ -52,6 +52,7 @@ POLICIES = {name: (name, _OF_HYBRIDS if "layer_types" in fields else {}) for nam
         _OF_HYBRIDS | dict(linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=3),
     ),
     "vision": ("qwen3_5_moe_text", _OF_HYBRIDS | {"vision": True}),
+    "three_sinks": ("gpt_oss", dict(num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3)),
     "three_heads": ("qwen3", dict(head_dim=16, num_attention_heads=3, num_key_value_heads=3)),
 }
 

@@ -35,6 +35,7 @@ class Option:
 
 _LLAMA, _QWEN = ("llama", "mistral"), ("qwen2", "qwen3", "qwen3_moe")
 _QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
+_GPT_OSS = ("gpt_oss",)
 OPTIONS = (
     Option("attention_bias", ("qwen3", "qwen3_moe"), "vLLM has no bias on the attention's output (o_proj.bias)"),
     Option("attention_bias", ("mistral",), "vLLM adds biases to the attention"),
@@ -53,6 +54,9 @@ OPTIONS = (
     Option("attn_output_gate", _QWEN3_5, "vLLM has no gate on the attention's output", True),
     Option("norm_topk_prob", _QWEN3_5, "the weights of a token's experts do not sum to one in vLLM", True),
     Option("output_gate_type", _QWEN3_5, "vLLM's linear layers have another gate", "silu", "swish"),
+    Option("attention_bias", _GPT_OSS, "vLLM adds biases to the attention", True),
+    Option("rms_norm_eps", _GPT_OSS, "vLLM's norms add 1e-05 to the mean square", 1e-5),
+    Option("swiglu_limit", _GPT_OSS, "vLLM's experts bound gates and ups by 7", 7.0),
 )
 ROTARY_OPTIONS = ("rope_dim", "mrope_section", "use_fope")
 """Fields of the rope scaling that vLLM alone reads."""
@@ -128,6 +132,11 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
             )
     if getattr(config, "is_causal", True) is False:
         yield "with is_causal false, vLLM's attention sees what comes later, unlike the trainer's. Remove is_causal"
+    if config.model_type in _GPT_OSS:
+        if any(windowed == (layer % 2 > 0) for layer, windowed in enumerate(arch.window_layers)):
+            yield "vLLM's windows are in every other layer from the first, and layer_types says otherwise"
+        if config.rope_parameters["rope_type"] != "yarn":
+            yield f"vLLM's rotary embedding is yarn, and the rope_type is {config.rope_parameters['rope_type']!r}"
     # In vLLM it goes before attention_bias for queries, keys and values.
     own = getattr(config, "qkv_bias", None)
     if config.model_type in _LLAMA and own is not None and bool(own) != arch.qkv_bias:
@@ -167,6 +176,12 @@ def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:
         return (
             f"the weights in {folder} are not quantised, and {source}{kind} says that they are: vLLM would wait for "
             f"scales that are not there. Remove {source}"
+        )
+    if method == "mxfp4":
+        return (
+            f"the weights in {folder} are quantised{kind}, and only plain weights can be trained. Make a folder with "
+            f"plain ones: spell convert hf-to-megatron --hf {folder} --megatron MEGATRON, and then spell convert "
+            "megatron-to-hf --megatron MEGATRON --hf PLAIN"
         )
     return (
         f"the weights in {folder} are quantised{kind}, and only plain weights can be trained. Convert them to "

@@ -79,13 +79,14 @@ def check_weights(found: Findings, folder: Path, policy: PolicyModel) -> None:
     """The stored tensors are those that config.json describes."""
     from spell_megatron.weights.hf_checkpoint import Checkpoint
 
-    fault = None
+    fault, plain = None, False
     try:
         with Checkpoint(folder, policy) as checkpoint:
             checkpoint.check(set(checkpoint.files))
+            plain = not checkpoint.packed
     except UserError as error:
         fault = error
-    quantization = quantization_fault(folder, policy, plain=fault is None)
+    quantization = quantization_fault(folder, policy, plain)
     if quantization or fault:
         found.fault("model.path", quantization or str(fault))
 

@@ -47,6 +47,8 @@ def pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator[
     for piece in _pieces(language_model or model, family, tied_head):
         # A model that also sees images has a language model that is like one that stands alone.
         within = language_model is not None and piece.name.startswith(ALONE)
+        if family.sinks:  # vLLM's gpt-oss calls them otherwise
+            piece = replace(piece, name=piece.name.replace(".attn.", ".self_attn."))
         yield replace(piece, name=WITHIN + piece.name.removeprefix(ALONE)) if within else piece
 
 
@@ -68,7 +70,7 @@ def _pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator
             rows = indices.org_vocab_end_index - indices.org_vocab_start_index
             head = isinstance(module, ParallelLMHead)
             (embedding,) = family.names["embedding.word_embeddings.weight"]
-            whole = embedding if head and tied_head else f"{name}.weight"
+            whole = f"{name}.weight" if head and not tied_head else embedding
             values = _matrix(module, module.embedding_dim) if head else module.weight
             yield Piece(whole, (indices.org_vocab_start_index, 0), values[:rows])
         elif isinstance(module, LinearBase):
@@ -90,6 +92,9 @@ def _pieces(model: torch.nn.Module, family: Family, tied_head: bool) -> Iterator
                 begin += rows
         else:
             for own, values in module.named_parameters(recurse=False):
+                if own == "sinks":
+                    yield Piece(f"{name}.{own}", (rank * len(values),), values)
+                    continue
                 yield Piece(f"{name}.{own}", (0,) * values.dim(), values)
 
 
@@ -151,6 +156,15 @@ def _experts(name: str, module: RoutedExperts, family: Family) -> Iterator[Piece
         places = module.expert_map.tolist()
         experts = [places.index(local) for local in experts]
     gate_up, down = _unpacked(module, module.w13_weight), _unpacked(module, module.w2_weight)
+    if family.experts and family.experts.biased:
+        for local, expert in enumerate(experts):
+            whole = f"{name}.{expert}"
+            yield Piece(f"{whole}.gate_up_proj", (0, 2 * start), gate_up[local, : 2 * rows].T)
+            yield Piece(f"{whole}.gate_up_proj_bias", (2 * start,), module.w13_bias[local, : 2 * rows].to(down.dtype))
+            yield Piece(f"{whole}.down_proj", (start, 0), down[local, :, :rows].T)
+            if not start:  # the others have zeros
+                yield Piece(f"{whole}.down_proj_bias", (0,), module.w2_bias[local].to(down.dtype))
+        return
     own = "decoder.layers.{layer}.mlp.experts.local_experts.{expert}."
     (gate_name, up_name), (down_name,) = (family.layers(f"{own}linear_{fc}.weight") for fc in ("fc1", "fc2"))
     half = gate_up.size(1) // 2

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from spell_megatron.rollout.checksum import checksum
 from spell_megatron.rollout.expert_loading import load_experts
+from spell_megatron.rollout.sink_loading import load_sinks
 from spell_megatron.rollout.transports import TRANSPORTS
 
 
@@ -107,7 +108,7 @@ class WorkerExtension:
     def spell_watch_update(self, checksums: str) -> None:
         """Starts to record what the weight update that has just been started does, with checksums if "yes".
 
-        Until the report, fused experts are loaded by `load_experts`.
+        Until the report, fused experts are loaded by `load_experts`, and sinks by `load_sinks`.
         """
         model = self.weight_transfer_engine.model
         record = _Record()
@@ -118,7 +119,10 @@ class WorkerExtension:
             for name, tensor in weights:
                 record.received[name] = checksum(tensor) if checksums == "yes" else ""
                 record.current = name
-                yield name, tensor
+                if own := load_sinks(model, name, tensor):
+                    record.loaded.add(own)
+                else:
+                    yield name, tensor
 
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             loaded = load(model, arriving(weights))

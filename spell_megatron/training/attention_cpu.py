@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spell_megatron.training.windowed_plan import depths, windowed_blocks
+
 SMALL = 128
 """Neighbouring subtrees of at most this many tokens together share one call with an explicit mask: a call
 on fewer tokens costs more in overhead than in arithmetic."""
@@ -45,7 +47,7 @@ class Rectangle(NamedTuple):
     """The same for the keys."""
 
 
-def plan(end: Tensor, queries: Ranges | None = None) -> list[Rectangle]:
+def plan(end: Tensor, queries: Ranges | None = None, window: int = 0) -> list[Rectangle]:
     """Cut the mask of a forest into disjoint rectangles that cover it.
 
     A run of tokens with one `end` is an unbranched piece of a tree: it is causal in itself, and all its
@@ -55,7 +57,21 @@ def plan(end: Tensor, queries: Ranges | None = None) -> list[Rectangle]:
         end: [tokens] integers, end of each token's subtree.
         queries: the tokens that are queries, if not all are. Then some keys may be in no rectangle, and no
             rectangle is called the first of its keys.
+        window: tokens that a query sees, itself among them; 0: all. Below the depth of the forest no rectangle is
+            called the first of its keys.
     """
+    if window and window <= int(depths(end).max()):
+        rectangles = [
+            Rectangle(start, stop, first, last, False, mask, first=last == stop, first_of_keys=False)
+            for start, stop, first, last, mask in windowed_blocks(end, window, SMALL)
+        ]
+    else:
+        rectangles = _whole_plan(end)
+    return rectangles if queries is None else _restricted(rectangles, queries)
+
+
+def _whole_plan(end: Tensor) -> list[Rectangle]:
+    """The rectangles of a mask without windows."""
     ends = end.cpu().numpy()
     total = len(ends)
     run_stops = np.append(np.flatnonzero(np.diff(ends)) + 1, total)
@@ -90,7 +106,7 @@ def plan(end: Tensor, queries: Ranges | None = None) -> list[Rectangle]:
             if stop > branching:
                 add(branching, stop, start, branching, False, None)
             start = branching
-    return rectangles if queries is None else _restricted(rectangles, queries)
+    return rectangles
 
 
 def _restricted(rectangles: list[Rectangle], queries: Ranges) -> list[Rectangle]:
@@ -116,10 +132,22 @@ def _restricted(rectangles: list[Rectangle], queries: Ranges) -> list[Rectangle]
 
 class TreeAttentionOnCpu(torch.autograd.Function):
     """Flash attention over the rectangles of a plan. query [queries, heads, head_dim], key and value
-    [tokens, groups, head_dim]; the result has the shape and type of query."""
+    [tokens, groups, head_dim]; the result has the shape and type of query.
+
+    sinks [heads], or None, are scores beside those of the keys, of which nothing is read: they only add to the sum
+    that normalises.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scale: float):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rectangles: list[Rectangle],
+        scale: float,
+        sinks: Tensor | None = None,
+    ):
         tokens, heads, _ = query.shape
         out = torch.empty_like(query, dtype=torch.float32, memory_format=torch.contiguous_format)
         lse = torch.empty(tokens, heads, dtype=torch.float32)
@@ -135,6 +163,8 @@ class TreeAttentionOnCpu(torch.autograd.Function):
             )
             rows = lse[r.q_start : r.q_stop]
             part_lse = part_lse[0].transpose(0, 1)
+            if r.mask is not None and not r.first:  # of a query that sees none of the keys the kernel says 0
+                part_lse = part_lse.masked_fill(~r.mask.any(1)[:, None], -math.inf)
             if r.first:
                 o[:, :, r.q_start : r.q_stop] = part
                 rows.copy_(part_lse)
@@ -142,15 +172,22 @@ class TreeAttentionOnCpu(torch.autograd.Function):
                 weight = torch.sigmoid(part_lse - rows).transpose(0, 1)[None, :, :, None]
                 o[:, :, r.q_start : r.q_stop].lerp_(part.float(), weight)
                 torch.logaddexp(rows, part_lse, out=rows)
+        if sinks is not None:
+            out.mul_(torch.sigmoid(lse - sinks.float())[:, :, None])
+            lse = torch.logaddexp(lse, sinks.float())
         out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, out, lse, sinks)
         ctx.rectangles, ctx.scale = rectangles, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor):
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, sinks = ctx.saved_tensors
+        grad_sinks = None
+        if sinks is not None:  # the gradient of any score: its probability, times (0, what is read there, - its mean)
+            share = torch.exp(sinks.float() - lse)
+            grad_sinks = -(share * (grad_out * out).sum(-1, dtype=torch.float32)).sum(0).to(sinks.dtype)
         grads = tuple(
             torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value)
         )
@@ -177,7 +214,7 @@ class TreeAttentionOnCpu(torch.autograd.Function):
             _put(grad_q[:, :, queries], dq, r.first)
             _put(grad_k[:, :, keys], dk, r.first_of_keys)
             _put(grad_v[:, :, keys], dv, r.first_of_keys)
-        return *(x.to(query.dtype) for x in grads), None, None
+        return *(x.to(query.dtype) for x in grads), None, None, grad_sinks
 
 
 def _put(total: Tensor, part: Tensor, first: bool) -> None:

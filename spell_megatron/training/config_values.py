@@ -36,6 +36,7 @@ def given_faults(family: Family, given: Mapping[str, Any], aliases: Mapping[str,
             needed.remove("intermediate_size")
     if family.delta_nets:
         needed += asdict(family.delta_nets).values()
+    needed += [family.windows] if family.windows else []
     for field in (*needed, *optional):
         name = field if field in given else aliases.get(field, field)
         value, least = given.get(name), 0 if experts and field == experts.count else 1
@@ -86,6 +87,8 @@ def _experts(fields: Experts, hf_config: Any) -> Iterator[str]:
     dense = getattr(hf_config, fields.dense_layers) if fields.dense_layers else None
     if wrong := [layer for layer in dense or () if layer not in layers]:
         yield f"{fields.dense_layers} names layer {wrong[0]!r}; the layers have the numbers 0 to {layers[-1]}"
+    if fields.limit and not (isinstance(limit := getattr(hf_config, fields.limit), int | float) and limit > 0):
+        yield f"{fields.limit} is {limit!r}; it must be a number above 0"
 
 
 def _delta_nets(fields: DeltaNets, hf_config: Any) -> Iterator[str]:

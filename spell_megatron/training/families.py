@@ -85,6 +85,21 @@ QWEN3_5_MOE_NAMES: Mapping[str, tuple[str, ...]] = {
     _SHARED + "gate_weight": (_LAYER + "mlp.shared_expert_gate.weight",),
 }
 
+_EXPERT = _LAYER + "mlp.experts.{expert}."
+
+GPT_OSS_NAMES: Mapping[str, tuple[str, ...]] = {
+    **LLAMA_NAMES,
+    _MIXER + "core_attention.softmax_offset": (_LAYER + "self_attn.sinks",),
+    "decoder.layers.{layer}.mlp.router.weight": (_LAYER + "mlp.router.weight",),
+    "decoder.layers.{layer}.mlp.router.bias": (_LAYER + "mlp.router.bias",),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight": (_EXPERT + "gate_up_proj",),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.bias": (_EXPERT + "gate_up_proj_bias",),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight": (_EXPERT + "down_proj",),
+    "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.bias": (_EXPERT + "down_proj_bias",),
+}
+"""Checkpoints store each of the experts' tensors for all experts of a layer together; vLLM takes them one by one under
+these names too."""
+
 
 @dataclass(frozen=True)
 class DeltaNets:
@@ -115,6 +130,12 @@ class Experts:
     """Only every so many layers one has experts. None: every layer has."""
     shared_width: str | None = None
     """Width of the feed-forward of an expert that all tokens go to, and that has a gate. None: there is none."""
+    biased: bool = False
+    """Router and experts have biases, and checkpoints hold the experts' matrices transposed, with the columns of gate
+    and up by turns."""
+    limit: str | None = None
+    """Bound of the gates and of the ups, which are raised by one, in gates * sigmoid(1.702 gates) * ups. None: the
+    feed-forward is SwiGLU."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,10 @@ class Family:
     """RMSNorm on every head's query and key."""
     window: tuple[str, str] | None = None
     """The field that asks for sliding-window attention, and the value that turns it off."""
+    windows: str | None = None
+    """The field with the width of the windows of those layers that layer_types calls "sliding_attention"."""
+    sinks: bool = False
+    """Each head has a learned score beside those of the tokens, which takes its share of the attention away."""
     experts: Experts | None = None
     delta_nets: DeltaNets | None = None
     """Layers that layer_types calls "linear_attention"."""
@@ -212,6 +237,22 @@ FAMILIES = {
             width="moe_intermediate_size",
             normalised=True,
             shared_width="shared_expert_intermediate_size",
+        ),
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        GPT_OSS_NAMES,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        windows="sliding_window",
+        sinks=True,
+        experts=Experts(
+            count="num_local_experts",
+            per_token="num_experts_per_tok",
+            width="intermediate_size",
+            normalised=True,
+            biased=True,
+            limit="swiglu_limit",
         ),
     ),
 }

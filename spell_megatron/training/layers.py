@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from spell_megatron.training.attention import TreeAttention
 from spell_megatron.training.delta_net import delta_net_spec
-from spell_megatron.training.moe import GroupedExperts, Router
+from spell_megatron.training.moe import BiasedRouter, GroupedExperts, Router
 from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
 
 
@@ -122,11 +123,15 @@ def _adapt_feed_forward(parts: TransformerLayerSubmodules, arch: Architecture, u
         feed_forward.linear_fc1 = _with_bias(feed_forward.linear_fc1)
         feed_forward.linear_fc2 = _with_bias(feed_forward.linear_fc2)
     if isinstance(feed_forward, MoESubmodules):
-        feed_forward.router = Router
+        feed_forward.router = BiasedRouter if arch.biased_experts else Router
         # Checkpoints get the key that it has with transformer-engine: experts have no `mlp.linear_fc1`.
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
+        if arch.biased_experts:
+            inner = experts.submodules if isinstance(experts, ModuleSpec) else experts.keywords["submodules"]
+            inner.linear_fc1 = _with_bias(inner.linear_fc1)
+            inner.linear_fc2 = _with_one_bias(inner.linear_fc2)
         if _wants_grouped_experts(use_te):
-            experts = feed_forward.experts  # its kind differs by version like that of parts.mlp
             if isinstance(experts, ModuleSpec):
                 experts.module = GroupedExperts
             else:
@@ -142,6 +147,28 @@ def _with_bias(linear: type) -> type:
 
     Biased.__name__ = Biased.__qualname__ = linear.__name__
     return Biased
+
+
+def _with_one_bias(linear: type) -> type:
+    """The same for the last layer of experts, whose outputs are summands: only one of the ranks that share an expert
+    adds the bias, and all get its gradient."""
+
+    biased: Any = _with_bias(linear)
+
+    class Summand(biased):
+        def own_bias(self, bias: Tensor | None = None) -> Tensor:
+            """What this rank adds."""
+            bias = self.bias if bias is None else bias
+            return bias if parallel_state.get_expert_tensor_parallel_rank() == 0 else bias - bias.detach()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, bias = super().forward(*args, **kwargs)
+            if isinstance(bias, list):  # of transformer-engine's grouped experts
+                return output, [self.own_bias(each) for each in bias]
+            return output.clone(), self.own_bias(bias)  # Megatron adds in place, which autograd forbids in a view
+
+    Summand.__name__ = Summand.__qualname__ = linear.__name__
+    return Summand
 
 
 def _wants_grouped_experts(use_te: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -153,11 +154,23 @@ def build_model(policy: PolicyModel, training: TrainingConfig, plain: bool = Fal
     # Without expert parallelism megatron-core 0.16 takes experts for dense layers, also where their tensor parallelism
     # is another one, and sums gradients of different shards. The mark sends them to the experts' process groups; 0.19
     # sets it itself.
-    if parallel.expert_tensor != parallel.tensor:
-        for layer in model.modules():
-            for parameter in layer.experts.parameters() if isinstance(layer, MoELayer) else ():
+    for layer in model.modules():
+        for name, parameter in layer.experts.named_parameters() if isinstance(layer, MoELayer) else ():
+            if parallel.expert_tensor != parallel.tensor:
                 parameter.allreduce = False
+            if "bias" in name:
+                _place_bias_of_experts(parameter, whole="linear_fc2" in name)
     return model
+
+
+def _place_bias_of_experts(bias: torch.nn.Parameter, whole: bool) -> None:
+    """Say which ranks hold a bias of experts: Megatron takes it for one of a dense layer.
+
+    whole: the ranks that share an expert have it whole, and the norm of all gradients counts that of the first.
+    """
+    bias.sequence_parallel = False  # the tensor-parallel ranks may have other experts
+    bias.tensor_model_parallel = True
+    bias.shared = whole and parallel_state.get_expert_tensor_parallel_rank() > 0
 
 
 def _has_transformer_engine() -> bool:
@@ -179,13 +192,18 @@ def _transformer_config(policy: PolicyModel, training: TrainingConfig, use_te: b
         normalization="RMSNorm",
         layernorm_epsilon=policy.hf_config.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=quick_gelu if arch.glu_limit else F.silu,
+        activation_func_clamp_value=arch.glu_limit,
+        glu_linear_offset=1.0 if arch.glu_limit else 0.0,
         add_bias_linear=False,  # biases are given per layer by the spec
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
         layernorm_zero_centered_gamma=arch.centred_norms,
         attention_output_gate=arch.output_gate,
         linear_attention_freq=[int(linear) for linear in arch.delta_layers] if arch.delta_net else None,
+        softmax_type="learnable" if arch.sinks else "vanilla",
+        window_size=(arch.window - 1, 0) if arch.window else None,
+        window_attn_skip_freq=[int(windowed) for windowed in arch.window_layers] if arch.window else None,
         softmax_scale=factor**2 / arch.head_dim**0.5,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -106,6 +106,15 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, self.aux_scale * coefficient * loss)
 
 
+class BiasedRouter(Router):
+    """A router with a bias, which Megatron's `add_bias_linear` would give to all other layers too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias = torch.nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+        self.bias.sequence_parallel = self.config.sequence_parallel
+
+
 class GroupedExperts(SequentialMLP):
     """Megatron's sequential experts, computed as two grouped matrix products of torch.
 
@@ -123,11 +132,21 @@ class GroupedExperts(SequentialMLP):
         # The kernels want rows that begin at multiples of 16 bytes.
         if not len(hidden) or any(size * hidden.element_size() % 16 for size in (*fc1[0].shape, *fc2[0].shape)):
             return super().forward(hidden, tokens_per_expert, permuted_probs)
-        ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
-        gate, up = _GroupedLinear.apply(hidden, ends, *fc1).chunk(2, dim=-1)
-        inner = F.silu(gate) * up
+        counts = tokens_per_expert.to(hidden.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        both = _GroupedLinear.apply(hidden, ends, *fc1)
+        if (biases := [e.linear_fc1.bias for e in self.local_experts])[0] is not None:
+            both = both + torch.stack(biases).repeat_interleave(counts, dim=0)
+        gate, up = both.chunk(2, dim=-1)
+        if limit := self.config.activation_func_clamp_value:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        inner = self.config.activation_func(gate) * (up + self.config.glu_linear_offset)
         inner = (inner * permuted_probs[:, None]).to(inner.dtype)
-        return _GroupedLinear.apply(inner, ends, *fc2), None
+        output = _GroupedLinear.apply(inner, ends, *fc2)
+        if biases := [e.linear_fc2.own_bias() for e in self.local_experts if e.linear_fc2.bias is not None]:
+            weighted = torch.stack(biases).repeat_interleave(counts, dim=0) * permuted_probs[:, None]
+            output = output + weighted.to(output.dtype)
+        return output, None
 
 
 class _GroupedLinear(torch.autograd.Function):

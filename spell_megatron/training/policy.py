@@ -64,6 +64,10 @@ class Architecture:
     expert_ffn: int
     shared_ffn: int
     """Width of an expert that all tokens go to, and that has a gate; 0 if there is none."""
+    biased_experts: bool
+    """Router and experts have biases."""
+    glu_limit: float | None
+    """Bound in the experts' activation (`families.Experts.limit`); None: it is SwiGLU."""
     normalise_router: bool
     """Weights of the chosen experts sum to one."""
     moe_layers: tuple[bool, ...]
@@ -78,6 +82,12 @@ class Architecture:
     """None: all layers have attention."""
     delta_layers: tuple[bool, ...]
     """Per layer: is a gated delta net in the place of its attention?"""
+    sinks: bool
+    """Each head has a learned score beside those of the tokens."""
+    window: int
+    """Tokens that the attention of some layers sees, the query's own among them; 0: all layers see all."""
+    window_layers: tuple[bool, ...]
+    """Per layer: does its attention see the window only?"""
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,7 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
             f"which is what every released model of {family.title} uses."
         )
     _refuse_windows(family, hf_config)
+    window_layers = tuple(kind == "sliding_attention" for kind in _layer_types(hf_config))
     layers = hf_config.num_hidden_layers
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     part = hf_config.rope_parameters.get("partial_rotary_factor") if family.partial_rotary else None
@@ -249,6 +260,9 @@ def _architecture(hf_config: PretrainedConfig) -> Architecture:
         centred_norms=family.has(family.centred_norms, hf_config),
         delta_net=_delta_net(family, hf_config),
         delta_layers=tuple(kind == "linear_attention" for kind in _layer_types(hf_config)),
+        sinks=family.sinks,
+        window=getattr(hf_config, family.windows) if family.windows and any(window_layers) else 0,
+        window_layers=window_layers,
         **(_experts(family.experts, hf_config) if family.experts else _NO_EXPERTS | {"moe_layers": (False,) * layers}),
     )
 
@@ -277,17 +291,18 @@ def _refuse_windows(family: Family, hf_config: PretrainedConfig) -> None:
     layer_types = getattr(hf_config, "layer_types", None)
     windowed = bool(field) and getattr(hf_config, field, None)
     known = {"full_attention"} | ({"linear_attention"} if family.delta_nets else set())
+    known |= {"sliding_attention"} if family.windows else set()
     if any(kind not in known for kind in layer_types) if layer_types else windowed:
         changes = [f"set {field} to {off}"] if field else []
         changes += ["remove layer_types"] if layer_types else []
         raise UserError(
-            "config.json asks for sliding-window attention, which is not supported. To train the model with full "
-            f"attention, {' and '.join(changes)}."
+            "config.json asks for sliding-window attention, which is not supported in models of "
+            f"{family.title}. To train the model with full attention, {' and '.join(changes)}."
         )
 
 
 _NO_EXPERTS: dict[str, Any] = dict.fromkeys(("experts", "experts_per_token", "expert_ffn", "shared_ffn"), 0)
-_NO_EXPERTS["normalise_router"] = False
+_NO_EXPERTS |= {"normalise_router": False, "biased_experts": False, "glu_limit": None}
 
 
 def _experts(fields: Experts, hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -311,5 +326,7 @@ def _experts(fields: Experts, hf_config: PretrainedConfig) -> dict[str, Any]:
         "expert_ffn": getattr(hf_config, fields.width),
         "shared_ffn": getattr(hf_config, fields.shared_width) if fields.shared_width else 0,
         "normalise_router": normalised,
+        "biased_experts": fields.biased,
+        "glu_limit": getattr(hf_config, fields.limit) if fields.limit else None,
         "moe_layers": moe_layers,
     }

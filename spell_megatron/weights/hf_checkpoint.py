@@ -12,6 +12,7 @@ from torch import Tensor
 from spell_megatron.errors import UserError
 from spell_megatron.training.families import ALONE, WITHIN
 from spell_megatron.training.policy import PolicyModel
+from spell_megatron.weights.mxfp4 import Packed, packed_pairs, packed_parts, unpacked
 from spell_megatron.weights.names import ExpertPart, expert_parts, hf_shapes
 from spell_megatron.weights.weight_files import INDEX, SINGLE, read_index
 
@@ -42,6 +43,8 @@ class Checkpoint:
         self._opened: dict[str, object] = {}
         self._mapped = 0
         self._parts: dict[str, ExpertPart] = {}
+        self._packed: dict[str, Packed] = {}
+        self._scales: dict[str, str] = {}  # file names of stored tensors of scales
         self._stored: dict[str, str] = {}  # the names of tensors that have other ones here
         self.files: dict[str, str] = self._renamed(self._locate())
         """File name of each tensor."""
@@ -100,8 +103,14 @@ class Checkpoint:
 
     def _split_experts(self) -> None:
         """Give each expert names of its own, where a tensor holds all of them."""
-        for stored in [name for name in self.files if name.endswith((".gate_up_proj", ".down_proj"))]:
-            parts = expert_parts(stored, tuple(self._slice(stored).get_shape()))
+        for blocks, scales in packed_pairs(set(self.files)):
+            packed = packed_parts(blocks, scales, tuple(self._slice(blocks).get_shape()))
+            self._scales[scales] = self.files.pop(scales)
+            self._packed |= packed
+            self.files |= dict.fromkeys(packed, self.files.pop(blocks))
+        for stored in [name for name in self.files if ".experts." in name and name not in self._packed]:
+            shape = tuple(self._slice(stored).get_shape())
+            parts = expert_parts(stored, shape, self._policy.arch.biased_experts)
             if twice := self.files.keys() & parts.keys():
                 raise UserError(
                     f"{self.folder} holds {min(twice)} twice: by itself and within {stored}. Remove one of the two."
@@ -111,12 +120,16 @@ class Checkpoint:
                 self.files |= dict.fromkeys(parts, self.files.pop(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._packed:
+            return self._packed[name].shape
         return self._parts[name].shape if name in self._parts else tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, which lies in the file's pages until it is used."""
         part = self._parts.get(name)
-        if part:
+        if name in self._packed:
+            tensor = self._unpacked(name)
+        elif part:
             tensor = self._slice(name)[part.expert : part.expert + 1, part.rows][0]
         else:
             tensor = self._open(self.files[name]).get_tensor(self._stored.get(name, name))
@@ -129,7 +142,21 @@ class Checkpoint:
 
     def types(self) -> dict[str, torch.dtype]:
         """The type of each tensor of the policy, of which `check` must know all."""
-        return {name: TYPES[self._slice(name).get_dtype()] for name in hf_shapes(self._policy)}
+        return {name: TYPES[self._kind(name)] for name in hf_shapes(self._policy)}
+
+    def _unpacked(self, name: str) -> Tensor:
+        packed = self._packed[name]
+        places = (self.files[name], packed.blocks), (self._scales[packed.scales], packed.scales)
+        return unpacked(*(self._open(file).get_slice(stored)[packed.expert] for file, stored in places))
+
+    def _kind(self, name: str) -> str:
+        """The type of a tensor, as safetensors calls it. Packed ones are bfloat16 when they are plain."""
+        return "BF16" if name in self._packed else self._slice(name).get_dtype()
+
+    @property
+    def packed(self) -> bool:
+        """Whether some tensors are stored in fewer bits than those that `tensor` returns."""
+        return bool(self._packed)
 
     def nbytes(self) -> int:
         """Size of the files that are there."""
@@ -169,7 +196,7 @@ class Checkpoint:
                     f"{list(self.shape(name))}; config.json asks for {list(shapes[name])}. Weights and "
                     "configuration are of different models."
                 )
-            if (kind := self._slice(name).get_dtype()) not in TYPES:
+            if (kind := self._kind(name)) not in TYPES:
                 raise UserError(
                     f"{name} in {self.folder / self.files[name]} has the type {kind}; {', '.join(TYPES)} can be read. "
                     "Quantised weights cannot be trained: convert the checkpoint to bfloat16."

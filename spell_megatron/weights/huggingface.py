@@ -19,11 +19,14 @@ from spell_megatron.files import appearing_folder
 from spell_megatron.training.model import TreeGPTModel
 from spell_megatron.training.policy import PolicyModel
 from spell_megatron.weights.hf_checkpoint import TYPES, Checkpoint
-from spell_megatron.weights.names import hf_shapes
+from spell_megatron.weights.names import stored_tensors
 from spell_megatron.weights.reshard import local_parameters, shard_place
 from spell_megatron.weights.side_files import SideFiles, read_side_files, write_side_files
 from spell_megatron.weights.untrained import Untrained
 from spell_megatron.weights.weight_files import INDEX, SINGLE, write_header
+
+Stored = dict[str, dict[str, tuple[int, ...]]]
+"""What each stored tensor holds (see `names.stored_tensors`)."""
 
 
 @torch.no_grad()
@@ -93,14 +96,14 @@ def write_checkpoint(
         UserError: the disk is full or the place cannot be written to.
     """
     with appearing_folder(out_folder) as partial:
-        dtype = _write_shards(stream, partial, hf_shapes(policy), untrained, shard_bytes, types)
+        dtype = _write_shards(stream, partial, stored_tensors(policy), untrained, shard_bytes, types)
         write_side_files(side_files, partial, dtype)
 
 
 def _write_shards(
     stream: Iterable[tuple[str, Tensor]],
     folder: Path,
-    shapes: dict[str, tuple[int, ...]],
+    stored: Stored,
     untrained: Untrained,
     shard_bytes: int,
     types: Mapping[str, torch.dtype],
@@ -110,7 +113,7 @@ def _write_shards(
     first = next(tensors)
     dtype = first[1].dtype
     tensors = itertools.chain([first], tensors)
-    specs = {name: _Spec(types.get(name, dtype), shape) for name, shape in shapes.items()}
+    specs = {name: _Spec(types.get(next(iter(parts)), dtype), parts) for name, parts in stored.items()}
     groups: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -139,10 +142,16 @@ def _write_shards(
 
 @dataclass(frozen=True)
 class _Spec:
-    """What is known of a tensor before it comes."""
+    """What is known of a stored tensor before it comes."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    parts: dict[str, tuple[int, ...]]
+    """Names and shapes of those of the stream that it holds."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        (shape,) = set(self.parts.values())
+        return shape if len(self.parts) == 1 else (len(self.parts), *shape)
 
     @property
     def nbytes(self) -> int:
@@ -154,10 +163,11 @@ def _write_file(path: Path, specs: dict[str, _Spec], tensors: Iterator[tuple[str
     kinds = {dtype: kind for kind, dtype in TYPES.items()}
     with path.open("wb") as file:
         write_header(file, {name: (kinds[spec.dtype], spec.shape, spec.nbytes) for name, spec in specs.items()})
-        for expected, spec in specs.items():
+        due = ((*part, spec.dtype) for spec in specs.values() for part in spec.parts.items())
+        for expected, shape, dtype in due:
             name, tensor = next(tensors, ("nothing", torch.empty(0)))
-            if name != expected or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-                raise RuntimeError(f"the stream has {name} where {expected} of shape {list(spec.shape)} is due")
+            if name != expected or tensor.shape != shape or tensor.dtype != dtype:
+                raise RuntimeError(f"the stream has {name} where {expected} of shape {list(shape)} is due")
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -27,6 +27,8 @@ class Layout(Enum):
     COLUMNS = "columns cut"
     GROUPS = "rows of several kinds, which belong to groups of heads; a group's rows of all kinds together, then cut"
     GATE_UP = "gate and up cut each, then put on top of each other"
+    BY_TURNS = "columns of gate and up by turns, as one tensor; transposed, and then as gate and up"
+    TRANSPOSED = "transposed, columns cut"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ class Rule:
                 return self.groups.joined(tensors).chunk(size)[rank]
             case Layout.GATE_UP:
                 return torch.cat([x.chunk(size)[rank] for x in tensors])
+            case Layout.BY_TURNS:
+                return torch.cat([tensors[0][..., half::2].movedim(-1, 0).chunk(size)[rank] for half in (0, 1)])
+            case Layout.TRANSPOSED:
+                return tensors[0].chunk(size)[rank].T
 
     def whole(self, shards: list[Tensor]) -> list[Tensor]:
         """The Hugging Face tensors, from the parts of all ranks in order. Results may be views."""
@@ -108,10 +114,20 @@ class Rule:
                 return self.groups.separated(_joined(shards))
             case Layout.GATE_UP:
                 return [_joined(list(parts)) for parts in zip(*(shard.chunk(2) for shard in shards))]
+            case Layout.BY_TURNS:
+                gate, up = (_joined(list(parts)) for parts in zip(*(shard.chunk(2) for shard in shards)))
+                return [torch.stack([gate.movedim(0, -1), up.movedim(0, -1)], dim=-1).flatten(-2)]
+            case Layout.TRANSPOSED:
+                return [_joined(shards, dim=1).T]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether engines take this matrix of all experts of the layer as one tensor."""
+        return self.expert is not None and self.layout in (Layout.GATE_UP, Layout.COLUMNS)
 
     @property
     def stored_experts(self) -> str:
-        """Name of the tensor in which transformers 5 stores this matrix of all experts of the layer."""
+        """Name of that tensor, in which transformers 5 can store them too."""
         prefix = self.names[0].rpartition(f".{self.expert}.")[0]
         return f"{prefix}.{'gate_up_proj' if self.layout is Layout.GATE_UP else 'down_proj'}"
 
@@ -163,23 +179,42 @@ def hf_shapes(policy: PolicyModel) -> dict[str, tuple[int, ...]]:
     return {name: shape for rule in rules(policy).values() for name, shape in zip(rule.names, rule.shapes, strict=True)}
 
 
+def stored_tensors(policy: PolicyModel) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the Hugging Face tensors that each stored tensor holds, in order. Those of several experts are
+    stacked."""
+    stored: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in hf_shapes(policy).items():
+        stored.setdefault(re.sub(rf"(\.experts)\.\d+\.({_TOGETHER})$", r"\1.\2", name), {})[name] = shape
+    return stored
+
+
+_TOGETHER = "(?:gate_up_proj|down_proj)(?:_bias)?"
+"""Own names of tensors that are stored for all experts of a layer together."""
+
+
 @dataclass(frozen=True)
 class ExpertPart:
-    """A matrix of one expert within a stored tensor that holds those of all experts of a layer."""
+    """What belongs to one expert within a stored tensor that holds it for all experts of a layer."""
 
     stored: str
     """Name of the stored tensor."""
     expert: int
     rows: slice
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
-def expert_parts(stored: str, shape: tuple[int, ...]) -> dict[str, ExpertPart]:
-    """The experts' matrices in a tensor as transformers 5 can store it, by their names where each is stored by itself.
+def expert_parts(stored: str, shape: tuple[int, ...], biased: bool = False) -> dict[str, ExpertPart]:
+    """The experts' tensors in one as transformers 5 can store it, by their names where each is stored by itself.
 
     It stores `experts.gate_up_proj` [experts, gate and up, hidden] and `experts.down_proj` [experts, hidden, width].
-    {} if the tensor is none of these.
+    If they are biased it always does, and these and their biases have no names of parts. {} if the tensor is none of
+    these.
     """
+    if biased and (match := re.fullmatch(rf"(.+\.experts)\.({_TOGETHER})", stored)):
+        return {
+            f"{match[1]}.{expert}.{match[2]}": ExpertPart(stored, expert, slice(0, shape[1]), shape[1:])
+            for expert in range(shape[0])
+        }
     match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", stored)
     if not match or len(shape) != 3 or (match[2] == "gate_up_proj" and shape[1] % 2):
         return {}
@@ -207,6 +242,9 @@ class _Parameter(NamedTuple):
     groups: Groups | None = None
 
 
+_OF_EXPERT = "mlp.experts.local_experts.{expert}."
+
+
 def _layer_parameters(arch: Architecture, layer: int) -> Iterator[_Parameter]:
     if arch.delta_net and arch.delta_layers[layer]:
         yield from _delta_net_parameters(arch.hidden, arch.delta_net)
@@ -215,11 +253,7 @@ def _layer_parameters(arch: Architecture, layer: int) -> Iterator[_Parameter]:
     norm = ((arch.hidden,),)
     if arch.moe_layers[layer]:
         yield _Parameter("mlp.router.weight", ((arch.experts, arch.hidden),), Layout.REPLICATED)
-        for expert in range(arch.experts):
-            gate_up, down = _feed_forward_shapes(arch.hidden, arch.expert_ffn)
-            own = "mlp.experts.local_experts.{expert}."
-            yield _Parameter(own + "linear_fc1.weight", gate_up, Layout.GATE_UP, expert)
-            yield _Parameter(own + "linear_fc2.weight", down, Layout.COLUMNS, expert)
+        yield from _biased_expert_parameters(arch) if arch.biased_experts else _expert_parameters(arch)
         if arch.shared_ffn:
             gate_up, down = _feed_forward_shapes(arch.hidden, arch.shared_ffn)
             yield _Parameter("mlp.shared_experts.linear_fc1.weight", gate_up, Layout.GATE_UP)
@@ -236,6 +270,27 @@ def _layer_parameters(arch: Architecture, layer: int) -> Iterator[_Parameter]:
     yield _Parameter("pre_mlp_layernorm.weight", norm, Layout.REPLICATED)
 
 
+def _expert_parameters(arch: Architecture) -> Iterator[_Parameter]:
+    gate_up, down = _feed_forward_shapes(arch.hidden, arch.expert_ffn)
+    for expert in range(arch.experts):
+        yield _Parameter(_OF_EXPERT + "linear_fc1.weight", gate_up, Layout.GATE_UP, expert)
+        yield _Parameter(_OF_EXPERT + "linear_fc2.weight", down, Layout.COLUMNS, expert)
+
+
+def _biased_expert_parameters(arch: Architecture) -> Iterator[_Parameter]:
+    """With the bias of the router. Of each kind those of all experts follow each other, as they are stored."""
+    yield _Parameter("mlp.router.bias", ((arch.experts,),), Layout.REPLICATED)
+    hidden, both, width = arch.hidden, 2 * arch.expert_ffn, arch.expert_ffn
+    for name, shape, layout in (
+        ("linear_fc1.weight", (hidden, both), Layout.BY_TURNS),
+        ("linear_fc1.bias", (both,), Layout.BY_TURNS),
+        ("linear_fc2.weight", (width, hidden), Layout.TRANSPOSED),
+        ("linear_fc2.bias", (hidden,), Layout.REPLICATED),
+    ):
+        for expert in range(arch.experts):
+            yield _Parameter(_OF_EXPERT + name, (shape,), layout, expert)
+
+
 def _attention_parameters(arch: Architecture) -> Iterator[_Parameter]:
     own = "self_attention."
     queries, keys = arch.heads * arch.head_dim, arch.groups * arch.head_dim
@@ -248,6 +303,8 @@ def _attention_parameters(arch: Architecture) -> Iterator[_Parameter]:
     yield _Parameter(own + "linear_proj.weight", ((arch.hidden, queries),), Layout.COLUMNS)
     if arch.output_bias:
         yield _Parameter(own + "linear_proj.bias", ((arch.hidden,),), Layout.REPLICATED)
+    if arch.sinks:
+        yield _Parameter(own + "core_attention.softmax_offset", ((arch.heads,),), Layout.ROWS)
     if arch.qk_norm:
         yield _Parameter(own + "q_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED)
         yield _Parameter(own + "k_layernorm.weight", ((arch.head_dim,),), Layout.REPLICATED)
@@ -283,6 +340,6 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
     # transformer-engine keeps a norm inside the linear layer that follows it, and all experts in one module.
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-    name = re.sub(r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
+    name = re.sub(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"experts.local_experts.\3.\1.\2", name)
     name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), name)
     return re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + first_expert), name)

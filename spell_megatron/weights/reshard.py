@@ -137,7 +137,7 @@ class Export:
     def _parts(self, bucket_bytes: int) -> Iterator[_Part]:
         together: dict[object, list[str]] = {}
         for name, rule in self._rules.items():
-            fused = self._fuse_experts and rule.expert is not None
+            fused = self._fuse_experts and rule.fuses
             together.setdefault((rule.layer, rule.layout) if fused else name, []).append(name)
         for names in together.values():
             rule = self._rules[names[0]]
@@ -253,9 +253,11 @@ class _Holders:
             stage = self._stage(rule.layer)
         else:
             stage = 0 if name.startswith("embedding") else max(p.stage for p in self._places)
+        whole = rule.layout is Layout.REPLICATED
         if rule.expert is not None:
-            return self._first(stage, rule.expert * self._expert_groups // self._experts, self._expert_tensor)
-        return self._first(stage, None, 1 if rule.layout is Layout.REPLICATED else self._tensor)
+            group = rule.expert * self._expert_groups // self._experts
+            return self._first(stage, group, 1 if whole else self._expert_tensor)
+        return self._first(stage, None, 1 if whole else self._tensor)
 
     def of_experts(self, rule: Rule) -> tuple[tuple[int, ...], int]:
         """A rank for each shard of a matrix of all experts, first those of the first experts; and the number of

@@ -44,7 +44,7 @@ def _read(path: Path) -> bytes:
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: torch.dtype) -> None:
-    """Write side files beside weights, and note the weights' type in config.json."""
+    """Write side files beside plain weights, and note the weights' type in config.json."""
     for name, content in {**files, "config.json": _noted(files["config.json"], dtype)}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -58,6 +58,7 @@ def _noted(content: bytes, dtype: torch.dtype) -> bytes:
     named = [place[key] for place in places for key in ("torch_dtype", "dtype") if place.get(key)]
     if text is not None and named and set(named) == {name}:
         return content
+    config.pop("quantization_config", None)  # of the weights that these were made of
     for place in places:
         place.pop("torch_dtype", None)  # the older name of the same key
         place["dtype"] = name

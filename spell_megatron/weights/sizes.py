@@ -19,7 +19,7 @@ class ParameterCounts:
     largest_tensor: int
     """Parameters of the largest Hugging Face tensor."""
     pushed: int
-    """Number of tensors of a push, with the experts of a layer as two."""
+    """Number of tensors of a push, with the experts of a layer as two where they can be fused."""
 
 
 def count_parameters(policy: PolicyModel) -> ParameterCounts:
@@ -30,8 +30,8 @@ def count_parameters(policy: PolicyModel) -> ParameterCounts:
         all=sum(size for _, size in sizes),
         experts=sum(size for expert, size in sizes if expert is not None),
         largest_tensor=max(size for _, size in sizes),
-        pushed=sum(len(rule.names) for rule in table if rule.expert is None)
-        + len({(rule.layer, rule.layout) for rule in table if rule.expert is not None}),
+        pushed=sum(len(rule.names) for rule in table if not rule.fuses)
+        + len({(rule.layer, rule.layout) for rule in table if rule.fuses}),
     )
 
 

@@ -29,14 +29,23 @@ def random_forest(rng: random.Random, depth: int, longest: int, trees: int) -> l
     return end
 
 
-def dense_attention(query, key, value, end, scale):
+def dense_mask(end, window=0):
     """O(tokens^2): the definition of the mask, written out."""
     positions = torch.arange(len(end))
     mask = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
+    depth = mask.sum(1)
+    return mask & (depth[:, None] - depth[None, :] < window) if window else mask
+
+
+def dense_attention(query, key, value, end, scale, window=0, sinks=None):
+    """O(tokens^2): by a mask, and with sinks by a key of any score whose value is 0."""
+    mask = dense_mask(end, window)
     repeat = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
+    scores = (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(key)], value)
 
 
 def output_and_gradients(function, tensors, end, scale, upstream, *more):
@@ -69,20 +78,72 @@ def test_equals_dense_attention(depth, small, monkeypatch):
     assert worst <= 1e-5
 
 
-def test_plan_covers_the_mask_once():
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("small", [1, 24, 256])
+def test_windows_and_sinks_equal_dense_attention(depth, small, monkeypatch):
+    """The same with windows of any width, learned scores and a part of the queries, and with gradients of these."""
+    monkeypatch.setattr(attention_cpu, "SMALL", small)
+    rng = random.Random(depth)
+    for trial in range(6):
+        end = random_forest(rng, depth, longest=rng.choice([3, 30, 90]), trees=rng.randint(1, 4))
+        end = torch.tensor(end + [len(end) + i + 1 for i in range(-len(end) % 4)])
+        window, groups = rng.choice([0, 1, 2, 5, 17, 40, 1000]), rng.choice([1, 2])
+        torch.manual_seed(trial)
+        tensors = [torch.randn(len(end), n, 16) for n in (4, groups, groups)] + [torch.randn(4)]
+        upstream = torch.randn(len(end), 4, 16)
+
+        def ours(query, key, value, sinks, queries=None, end=end, window=window):
+            return attention.tree_attention(query, key, value, end, 0.25, queries, window, sinks)
+
+        def oracle(query, key, value, sinks, end=end, window=window):
+            return dense_attention(query, key, value, end, 0.25, window, sinks)
+
+        expected = gradients(oracle, [x.double() for x in tensors], upstream.double())
+        for got, right in zip(gradients(ours, tensors, upstream), expected):
+            torch.testing.assert_close(got.double(), right, rtol=0, atol=3e-5)
+        summed = [torch.zeros_like(x) for x in expected]
+        for group in range(2):
+            ranges = query_ranges(len(end), group, 2)
+            rows = torch.cat([torch.arange(*r) for r in ranges])
+            parts = gradients(lambda *x, r=ranges: ours(*x, r), [tensors[0][rows], *tensors[1:]], upstream[rows])
+            for total, part in zip(summed[:2], parts[:2]):
+                total[rows] = part.double()
+            for total, part in zip(summed[2:], parts[2:]):
+                total += part
+        for got, right in zip(summed, expected):
+            torch.testing.assert_close(got, right, rtol=0, atol=3e-5)
+
+
+def gradients(function, tensors, upstream):
+    """The result of a function of tensors, and the gradients by them."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    (out * upstream).sum().backward()
+    return out.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("window", [0, 3, 50])
+def test_plan_covers_the_mask_once(window):
     rng = random.Random(5)
     for _ in range(30):
         end = torch.tensor(random_forest(rng, rng.randint(1, 4), longest=rng.choice([2, 40, 300]), trees=3))
         total = len(end)
         counts = torch.zeros(total, total, dtype=torch.int)
-        for r in attention_cpu.plan(end):
+        for r in attention_cpu.plan(end, window=window):
             assert r.mask is None or len(r.mask) <= attention_cpu.SMALL
             shape = (r.q_stop - r.q_start, r.k_stop - r.k_start)
             covered = torch.ones(shape, dtype=torch.int) if r.mask is None else r.mask.int()
             counts[r.q_start : r.q_stop, r.k_start : r.k_stop] += covered.tril() if r.causal else covered
-        positions = torch.arange(total)
-        mask = (positions[None, :] <= positions[:, None]) & (positions[:, None] < end[None, :])
-        assert torch.equal(counts, mask.int())
+        assert torch.equal(counts, dense_mask(end, window).int())
+
+
+def test_windows_cost_no_more_than_their_keys():
+    """A long path: each block of queries meets its own keys and those of the window."""
+    end = torch.full((5_000,), 5_000)
+    rectangles = attention_cpu.plan(end, window=100)
+    pairs = sum((r.q_stop - r.q_start) * (r.k_stop - r.k_start) for r in rectangles)
+    assert pairs <= 5_000 * (attention_cpu.SMALL + 100)
+    assert len(rectangles) == math.ceil(5_000 / attention_cpu.SMALL)
 
 
 def test_some_queries_against_all_keys(monkeypatch):
@@ -171,6 +232,29 @@ def test_long_rows_need_no_square_of_memory():
     with LargestTensor() as largest:
         attention.tree_attention(*tensors, torch.tensor(end), 1.0).sum().backward()
     assert largest.numel == tensors[0].numel()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("window", [1, 60, 300])
+def test_flex_blocks_of_windows_lose_nothing(window, groups):
+    """No block is missing, none is falsely called full, and what the mask says is right. Without a GPU."""
+    rng = random.Random(window)
+    ends: list[int] = []
+    while len(ends) < 1024:
+        ends += [len(ends) + e for e in random_forest(rng, 3, longest=200, trees=1)]
+    end, size = torch.tensor(ends[:1024]).clamp(max=1024), attention_gpu.FLEX_BLOCK
+    ranges = query_ranges(1024, 0, groups)
+    mask = dense_mask(end, window)[torch.cat([torch.arange(*r) for r in ranges])]
+    block_mask = attention_gpu.flex_block_mask(end, ranges if groups > 1 else None, window)
+    tiles = mask.view(-1, size, 1024 // size, size).permute(0, 2, 1, 3)
+    dense = block_mask.to_dense()[0, 0].bool()
+    assert not (tiles.any(-1).any(-1) & ~dense).any()
+    assert dense.float().mean() < 0.9
+    for row in range(len(tiles)):
+        chosen = block_mask.full_kv_indices[0, 0, row, : block_mask.full_kv_num_blocks[0, 0, row]]
+        assert all(tiles[row, c].all() for c in chosen)
+    told = block_mask.mask_mod(0, 0, torch.arange(len(mask))[:, None], torch.arange(1024)[None, :])
+    assert torch.equal(told, mask)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

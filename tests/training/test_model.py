@@ -65,11 +65,14 @@ def test_random_shapes_equal_transformers(family, seed, tmp_path):
     }
     if "head_dim" in FAMILIES[family][1]:
         options["head_dim"] = 2 * rng.randint(2, 20)
-    if "num_experts" in FAMILIES[family][1]:
+    if "sliding_window" in FAMILIES[family][1] and "num_experts" in FAMILIES[family][1]:
+        options |= {"num_experts": rng.randint(3, 9), "sliding_window": rng.choice([1, 2, 7, 40, 200])}
+    elif "num_experts" in FAMILIES[family][1]:
         options |= MOE | {"norm_topk_prob": rng.random() < 0.5, "num_experts": rng.randint(3, 9)}
     if "layer_types" in FAMILIES[family][1]:
         options |= random_linear_layers(rng) | {"head_dim": 8 * rng.randint(1, 5)}
     hf = make(family, options, seed)
+    hf.set_experts_implementation("eager")  # grouped products want sizes of 16 bytes
     hf.save_pretrained(tmp_path)
     tokens = torch.randint(0, options["vocab_size"], (rng.randint(1, 80),))
     with torch.no_grad():
@@ -124,7 +127,7 @@ def tree_rows(vocabulary):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "llama-3-scaling", "qwen3-moe-normalised", "qwen3-bias-yarn", "qwen3_5_text"]
+    "name", ["qwen3", "llama-3-scaling", "qwen3-moe-normalised", "qwen3-bias-yarn", "qwen3_5_text", "gpt_oss"]
 )
 def test_tree_equals_unshared_sequences(name, hf_checkpoint):
     """Logits of every path, and the gradient of a loss over all of them: at most 1e-5 relative."""
@@ -152,7 +155,7 @@ def test_tree_equals_unshared_sequences(name, hf_checkpoint):
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5-attention-last"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5-attention-last", "gpt_oss"])
 def test_gradient_equals_transformers(name, hf_checkpoint):
     """Gradient of a cross-entropy by parameter: the embedding (tied in one case) and a late projection."""
     hf, folder = hf_checkpoint(name)
@@ -172,13 +175,27 @@ def test_gradient_equals_transformers(name, hf_checkpoint):
             hf.model.layers[0].input_layernorm.weight.grad,
         ),
     }
+    if name == "gpt_oss":
+        ours, theirs = model.decoder.layers[0], hf.model.layers[0]
+        pairs["sinks"] = ours.self_attention.core_attention.softmax_offset.grad, theirs.self_attn.sinks.grad
+        pairs["router's bias"] = ours.mlp.router.bias.grad, theirs.mlp.router.bias.grad
+        for kind in ("weight", "bias"):
+            (gate_up, down), suffix = ([], []), {"weight": "", "bias": "_bias"}[kind]
+            for expert in ours.mlp.experts.local_experts:
+                gate, up = getattr(expert.linear_fc1, kind).grad.chunk(2)
+                gate_up.append(torch.stack([gate, up], 1).flatten(0, 1).movedim(0, -1))
+                down.append(getattr(expert.linear_fc2, kind).grad.movedim(0, -1))
+            for own, grads in (("gate_up_proj", gate_up), ("down_proj", down)):
+                pairs[f"{own}{suffix}"] = torch.stack(grads), getattr(theirs.mlp.experts, own + suffix).grad
     for what, (got, expected) in pairs.items():
         print(f"{name} {what}: gradient differs by {relative(got, expected):.1e} relative")
         assert relative(got, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3-moe-some-dense-layers", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss"]
+)
 def test_recompute_changes_nothing(name, recompute, hf_checkpoint):
     tokens, depth, end, _ = tree_rows(COMMON["vocab_size"])
     _, folder = hf_checkpoint(name)

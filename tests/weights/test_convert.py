@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CASES, edit, make
+from hf_models import CASES, apart, edit, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -59,11 +59,11 @@ def test_round_trip_is_exact_in_every_layout(case, checkpoint, tmp_path):
     """bfloat16, bit by bit; 131 vocabulary entries are padded for two ranks, and four layers over three stages."""
     source = checkpoint(case)
     for number, layout in enumerate(LAYOUTS):
-        if "expert" in layout and "moe" not in case:
+        if "expert" in layout and "moe" not in case and "gpt_oss" not in case:
             continue
         out, back = tmp_path / f"megatron{number}", tmp_path / f"hf{number}"
         hf_to_megatron(source, out, ParallelConfig(**layout))
-        assert compare(out, source) == len(load_file(source / "model.safetensors"))
+        assert compare(out, source) == len(apart(load_file(source / "model.safetensors")))
         megatron_to_hf(out, back)
         assert same(source, back)
         assert (back / "tokenizer_config.json").read_text() == (out / "tokenizer_config.json").read_text()

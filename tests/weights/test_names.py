@@ -5,7 +5,7 @@ import torch
 from hf_models import CASES
 
 from spell_megatron.training.policy import PolicyModel
-from spell_megatron.weights.names import expert_parts, global_name, rules
+from spell_megatron.weights.names import expert_parts, global_name, rules, stored_tensors
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -16,7 +16,11 @@ def test_rules_name_every_tensor_of_the_checkpoint(case, hf_checkpoint):
     hf, folder = hf_checkpoint(case)
     with safe_open(folder / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    described = {n: s for rule in rules(PolicyModel.of(hf.config)).values() for n, s in zip(rule.names, rule.shapes)}
+    described = {
+        name: shapes[0] if len(shapes) == 1 else (len(shapes), *shapes[0])
+        for name, parts in stored_tensors(PolicyModel.of(hf.config)).items()
+        for shapes in [list(parts.values())]
+    }
     assert described == saved
 
 
