@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 from families import FAMILIES, hf_model
+from hf_models import apart
 
 from spell_megatron.checkpoint.saver import Saver
 from spell_megatron.config.schema import CheckpointConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
@@ -30,7 +31,7 @@ _COMMON = dict(
     max_position_embeddings=512,
     initializer_range=0.2,
 )
-# With larger weights a hybrid's second update depends on the last bits of its first.
+# With larger weights the second update of a hybrid, or of experts with bounds, depends on the last bits of its first.
 _OF_HYBRIDS = {"initializer_range": 0.1}
 # name: (family, fields of config.json)
 POLICIES = {name: (name, _OF_HYBRIDS if "layer_types" in fields else {}) for name, (_, fields) in FAMILIES.items()} | {
@@ -52,7 +53,8 @@ POLICIES = {name: (name, _OF_HYBRIDS if "layer_types" in fields else {}) for nam
         _OF_HYBRIDS | dict(linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=3),
     ),
     "vision": ("qwen3_5_moe_text", _OF_HYBRIDS | {"vision": True}),
-    "three_sinks": ("gpt_oss", dict(num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3)),
+    "gpt_oss": ("gpt_oss", _OF_HYBRIDS),
+    "three_sinks": ("gpt_oss", _OF_HYBRIDS | dict(num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3)),
     "three_heads": ("qwen3", dict(head_dim=16, num_attention_heads=3, num_key_value_heads=3)),
 }
 
@@ -261,11 +263,11 @@ def near_the_policy(folder: Path, rows: list[Row], noise: float = 0.5, dtype=tor
 
 
 def saved(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors under their names in a checkpoint (transformers keeps experts fused in memory only)."""
+    """Tensors under their names in a checkpoint, each expert by itself."""
     from safetensors.torch import load_file
 
     model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+    return apart(load_file(folder / "model.safetensors"))
 
 
 def gates(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -134,9 +134,15 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
         yield "with is_causal false, vLLM's attention sees what comes later, unlike the trainer's. Remove is_causal"
     if config.model_type in _GPT_OSS:
         if any(windowed == (layer % 2 > 0) for layer, windowed in enumerate(arch.window_layers)):
-            yield "vLLM's windows are in every other layer from the first, and layer_types says otherwise"
+            yield (
+                "vLLM's attention sees windows in every other layer from the first, and layer_types says otherwise. "
+                "The model cannot be trained here"
+            )
         if config.rope_parameters["rope_type"] != "yarn":
-            yield f"vLLM's rotary embedding is yarn, and the rope_type is {config.rope_parameters['rope_type']!r}"
+            yield (
+                f"vLLM's rotary embedding is yarn, and rope_type is {config.rope_parameters['rope_type']!r}. The model "
+                "cannot be trained here"
+            )
     # In vLLM it goes before attention_bias for queries, keys and values.
     own = getattr(config, "qkv_bias", None)
     if config.model_type in _LLAMA and own is not None and bool(own) != arch.qkv_bias:

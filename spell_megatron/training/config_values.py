@@ -17,6 +17,8 @@ _SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
+_ALPHA = 1.702
+"""Of `families.Experts.limit`."""
 _TYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -89,6 +91,8 @@ def _experts(fields: Experts, hf_config: Any) -> Iterator[str]:
         yield f"{fields.dense_layers} names layer {wrong[0]!r}; the layers have the numbers 0 to {layers[-1]}"
     if fields.limit and not (isinstance(limit := getattr(hf_config, fields.limit), int | float) and limit > 0):
         yield f"{fields.limit} is {limit!r}; it must be a number above 0"
+    if fields.limit and (alpha := getattr(hf_config, "swiglu_alpha", _ALPHA)) != _ALPHA:
+        yield f"swiglu_alpha is {alpha!r}; it must be {_ALPHA}, as in every released model"
 
 
 def _delta_nets(fields: DeltaNets, hf_config: Any) -> Iterator[str]:

@@ -12,11 +12,13 @@ def training_cost(arch: Architecture) -> Cost:
 
     Linear layers take 6 FLOPs per parameter that a token meets; attention 12 per pair, layer and query
     channel (q k and p v, each 2 forward and 4 backward). The chunks of a gated delta net take time in proportion to
-    its tokens.
+    its tokens, and so do windows, which are taken as full.
     """
+    windowed = sum(arch.window_layers)
     return Cost(
-        token=6.0 * (mixers(arch) + sum(_feed_forward(arch, sparse) for sparse in arch.moe_layers)),
-        pair=_pair(arch) * (arch.layers - sum(arch.delta_layers)),
+        token=6.0 * (mixers(arch) + sum(_feed_forward(arch, sparse) for sparse in arch.moe_layers))
+        + _pair(arch) * windowed * arch.window,
+        pair=_pair(arch) * (arch.layers - sum(arch.delta_layers) - windowed),
         source=head_flops(arch),
     )
 
@@ -25,7 +27,8 @@ def layer_flops(arch: Architecture, layer: int, tokens: int) -> float:
     """FLOPs of forward and backward of one token in a layer, on average over a row of so many tokens."""
     delta = arch.delta_layers[layer]
     linear = 6.0 * (_mixer(arch, delta) + _feed_forward(arch, arch.moe_layers[layer]))
-    return linear + (0.0 if delta else _pair(arch) * tokens / 2)
+    seen = min(tokens / 2, arch.window) if arch.window_layers[layer] else tokens / 2
+    return linear + (0.0 if delta else _pair(arch) * seen)
 
 
 def head_flops(arch: Architecture) -> float:

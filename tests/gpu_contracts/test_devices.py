@@ -11,9 +11,9 @@ import pytest
 from trainer_cases import make_policy
 
 
-@pytest.mark.parametrize("mistake", [False, True])
-def test_an_update_of_experts_stays_on_its_device(mistake, tmp_path):
-    make_policy("qwen3_moe", tmp_path)
+@pytest.mark.parametrize(("policy", "mistake"), [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False)])
+def test_an_update_of_experts_stays_on_its_device(policy, mistake, tmp_path):
+    make_policy(policy, tmp_path)
     script = Path(__file__).with_name("update_worker.py")
     done = subprocess.run(
         [sys.executable, script, str(tmp_path), *["mistake"] * mistake],

@@ -5,11 +5,11 @@ usage: update_worker.py FOLDER [mistake]   (FOLDER has the policy; `mistake` lea
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pretended_device import GPU, Devices, Operations, on_gpu
 from trainer_cases import initialise, make_config, make_routed_rows, make_trainer
 
@@ -33,14 +33,16 @@ torch.Tensor.cuda = lambda tensor, *_, **__: tensor.to(GPU)
 torch.nn.Module.cuda = lambda module, *_: module._apply(lambda tensor: tensor.to(GPU))
 
 
-def dense_attention(query, key, value, end, scale, queries=None):
+def dense_attention(query, key, value, end, scale, queries=None, window=0, sinks=None):
     """In the place of FlexAttention, whose mask is made too."""
-    flex_block_mask(end, queries)
+    mask = flex_block_mask(end, queries, window).mask_mod
     at = torch.arange(len(end), device=end.device)
-    mask = (at <= at[:, None]) & (at[:, None] < end)
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    seen = mask(0, 0, at[:, None], at[None, :])
+    key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+    scores = (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(key)], value)
 
 
 attention.tree_attention = dense_attention

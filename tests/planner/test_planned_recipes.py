@@ -36,6 +36,7 @@ PUBLISHED = {
 HYBRIDS = {"qwen3.5_35b_a3b": 34_660_610_688, "qwen3.5_9b": 8_953_803_264}
 """Of the language models alone. The published sizes count a vision tower and a further layer too."""
 
+GPT_OSS = {"gpt_oss_20b": 20_914_757_184, "gpt_oss_120b": 116_829_156_672}
 DENSE_27B = {
     "hidden_size": 5120,
     "intermediate_size": 17408,
@@ -59,9 +60,9 @@ def test_hybrid_models_are_configured_as_published(name):
     assert not found.faults
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_number_of_parameters_is_the_published_one(name):
-    assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == PUBLISHED[name]
+@pytest.mark.parametrize(("name", "parameters"), (PUBLISHED | GPT_OSS).items())
+def test_the_number_of_parameters_is_the_published_one(name, parameters):
+    assert ModelSize.of(PolicyModel.load(EXAMPLES / "models" / name)).parameters.all == parameters
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,12 @@ def test_the_number_of_parameters_is_the_published_one(name):
         ("Qwen3_5Moe", {}, HYBRIDS["qwen3.5_35b_a3b"]),  # the defaults of transformers
         ("Qwen3_5", {}, HYBRIDS["qwen3.5_9b"]),
         ("Qwen3_5", DENSE_27B, 26_895_998_464),
+        ("GptOss", {}, GPT_OSS["gpt_oss_120b"]),
     ],
 )
-def test_the_number_of_parameters_of_hybrid_models_is_that_of_transformers(family, fields, parameters):
-    config = getattr(transformers, f"{family}TextConfig")(**fields)
+def test_the_number_of_parameters_of_other_families_is_that_of_transformers(family, fields, parameters):
+    text = "Text" if family.startswith("Qwen3_5") else ""
+    config = getattr(transformers, f"{family}{text}Config")(**fields)
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -14,7 +14,7 @@ from spell_megatron.preflight.findings import Findings
 from spell_megatron.training.policy import PolicyModel
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
-CLASSES |= {"qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe"}
+CLASSES |= {"qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe", "gpt_oss": "GptOss"}
 
 
 def faults(family: str, **fields: object) -> list[str]:
@@ -53,6 +53,11 @@ def test_models_that_also_see_images_have_a_class_of_their_own(family):
     [
         ("qwen3", {"attention_bias": True}, "no bias on the attention's output (o_proj.bias)"),
         ("qwen3_moe", {"attention_bias": True}, "no bias on the attention's output (o_proj.bias)"),
+        ("gpt_oss", {"attention_bias": False}, "vLLM adds biases to the attention"),
+        ("gpt_oss", {"rms_norm_eps": 1e-6}, "norms add 1e-05"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "bound gates and ups by 7"),
+        ("gpt_oss", {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "windows in every other layer"),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type is 'default'"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "adds a shared expert"),
         ("qwen3_5_text", {"attention_bias": True}, "no biases in the attention"),
         ("qwen3_5_text", {"attn_output_gate": False}, "no gate on the attention's output"),
