@@ -27,7 +27,7 @@ FLOORS = (
     ("train", "leader", "director", "evaluation.evaluate", "planner", "report"),
     ("checkpoint", "preflight", "weights", "jobs", "corpus", "monitoring", "evaluation"),
     ("training", "rollout", "processes"),
-    ("selfplay", "tokenizer", "token_pieces", "byte_pairs"),
+    ("selfplay", "tokenizer", "token_pieces", "byte_pairs", "channels"),
     ("config", "files", "encodings", "folders", "hub", "parquet", "errors", "ranks"),
     ("__init__",),  # the version
 )
