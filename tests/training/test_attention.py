@@ -1,5 +1,6 @@
 """Tree attention against a dense-mask oracle."""
 
+import importlib
 import math
 import random
 
@@ -255,6 +256,30 @@ def test_flex_blocks_of_windows_lose_nothing(window, groups):
         assert all(tiles[row, c].all() for c in chosen)
     told = block_mask.mask_mod(0, 0, torch.arange(len(mask))[:, None], torch.arange(1024)[None, :])
     assert torch.equal(told, mask)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", [0, 5])
+def test_flex_attention_with_sinks_equals_dense_attention(window, monkeypatch):
+    """The GPU path's arithmetic, by torch's own definition of FlexAttention and its gradients."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # its definition runs on CPUs too
+    monkeypatch.setattr(attention_gpu, "compiled_flex_attention", lambda: flex.flex_attention)
+    end = torch.tensor(random_forest(random.Random(3), 3, longest=30, trees=3))
+    torch.manual_seed(0)
+    tensors = [torch.randn(len(end), n, 16) for n in (4, 2, 2)] + [torch.randn(4)]
+    upstream = torch.randn(len(end), 4, 16)
+
+    def ours(*leaves):
+        heads = [attention_cpu.heads_first(x) for x in leaves[:3]]
+        block_mask = attention_gpu.flex_block_mask(end, None, window)
+        return attention_gpu.attend_in_blocks(heads, block_mask, 0.25, leaves[3])[0].transpose(0, 1)
+
+    def oracle(query, key, value, sinks):
+        return dense_attention(query, key, value, end, 0.25, window, sinks)
+
+    for got, right in zip(gradients(ours, tensors, upstream), gradients(oracle, tensors, upstream)):
+        torch.testing.assert_close(got, right, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
