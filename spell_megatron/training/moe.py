@@ -145,7 +145,7 @@ class GroupedExperts(SequentialMLP):
         output = _GroupedLinear.apply(inner, ends, *fc2)
         if biases := [e.linear_fc2.own_bias() for e in self.local_experts if e.linear_fc2.bias is not None]:
             weighted = torch.stack(biases).repeat_interleave(counts, dim=0) * permuted_probs[:, None]
-            output = output + weighted.to(output.dtype)
+            output = (output + weighted).to(output.dtype)
         return output, None
 
 

@@ -36,10 +36,11 @@ def grouped(monkeypatch):
     return build
 
 
+@pytest.mark.parametrize("case", ["qwen3-moe-not-normalised", "gpt_oss"])
 @pytest.mark.parametrize("tokens", [60, 1], ids=["many", "experts-without-a-token"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_grouped_experts_equal_sequential_ones(dtype, tolerance, tokens, hf_checkpoint, grouped, monkeypatch):
-    _, folder = hf_checkpoint("qwen3-moe-not-normalised")
+def test_grouped_experts_equal_sequential_ones(case, dtype, tolerance, tokens, hf_checkpoint, grouped, monkeypatch):
+    _, folder = hf_checkpoint(case)
     one, other = load(folder, dtype), grouped(folder, dtype)
     ids = torch.randint(0, 100, (tokens,), generator=torch.Generator().manual_seed(1))
     expected = gradients(one, ids)
