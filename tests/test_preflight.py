@@ -329,6 +329,17 @@ def test_kernels_that_vllm_does_not_have_here(setup):
     assert fault.startswith("rollout.quantization: vLLM's kernels for experts in float8 on CPUs")
 
 
+def test_engines_of_biased_experts(setup, tmp_path):
+    save_policy("gpt_oss", tmp_path / "biased", seed=0)
+    config = setup(model={"path": tmp_path / "biased", "dtype": "float32"})
+    assert not inspect(config).faults
+    config.rollout.tensor_parallel = 4
+    assert "4 does not divide the model's 2 key-value heads and the width 96" in only_fault(config)
+    config = setup(model={"path": tmp_path / "biased", "dtype": "bfloat16"}, rollout={"quantization": "fp8"})
+    faults = [fault.message for fault in inspect(config).faults]
+    assert any("the model's experts have biases" in fault for fault in faults), faults
+
+
 def test_linear_layers_on_cpus(setup, tmp_path):
     save_policy("qwen3_5_text", tmp_path / "hybrid", seed=0)
     config = setup(model={"path": tmp_path / "hybrid", "dtype": "bfloat16"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spell_megatron.config.schema import Config
+from spell_megatron.config.schema import Config, RolloutConfig
 from spell_megatron.errors import UserError
 from spell_megatron.preflight.cpu_kernels import check_cpu_kernels
 from spell_megatron.preflight.engine_model import (
@@ -112,11 +112,29 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
         check_cpu_kernels(found, config, arch)
     if arch.delta_net:
         _check_linear_layers(found, config, arch.delta_net)
+    if arch.biased_experts and not rollout.urls:
+        _check_biased_experts(found, config.rollout, arch)
     found.faults += layout_faults(arch, config.training.parallel)
     if not rollout.urls and arch.heads % rollout.tensor_parallel:
         found.fault(
             "rollout.tensor_parallel model.path",
             f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
+        )
+
+
+def _check_biased_experts(found: Findings, rollout: RolloutConfig, arch: Architecture) -> None:
+    """The engines can serve experts with biases, and the attention of models that have them."""
+    if rollout.quantization != "none":
+        found.fault(
+            "rollout.quantization model.path",
+            "the model's experts have biases, which vLLM does not take into experts in float8. Set "
+            "rollout.quantization to none",
+        )
+    if arch.groups % rollout.tensor_parallel or arch.expert_ffn % rollout.tensor_parallel:
+        found.fault(
+            "rollout.tensor_parallel model.path",
+            f"{rollout.tensor_parallel} does not divide the model's {arch.groups} key-value heads and the width "
+            f"{arch.expert_ffn} of its experts, as vLLM's engine for it needs. Choose a divisor of both",
         )
 
 
