@@ -72,7 +72,6 @@ ON_TWO = {
     "pipeline-delta": layout("qwen3_5_text", "full", True, other=OFFLOADED, pipeline=2),
     "tensor-expert-delta-routed": layout("qwen3_5_moe_text", "selective", True, other=ROUTED, tensor=2, expert=2),
     "context-delta": layout("vision", "full", context=2),
-    "tensor-windows": layout("gpt_oss", distributed=True, tensor=2),
     "tensor-expert-windows-routed": layout("gpt_oss", "selective", other=ROUTED, tensor=2, expert=2),
     "expert-tensor-windows-grouped": layout("gpt_oss", other=GROUPED, tensor=2, expert_tensor=2),
     "pipeline-windows": layout("gpt_oss", "full", True, other=OFFLOADED, pipeline=2),
@@ -111,7 +110,8 @@ ON_FOUR = {
     "expert-tensor-delta": layout("qwen3_5_moe_text", tensor=2, expert_tensor=2, expert=2),
     "expert-data-delta": layout("qwen3_5_moe_text", "full", True, expert=2),
     "tensor-context-windows": layout("gpt_oss", "full", True, tensor=2, context=2, expert_tensor=2),
-    "context-gathered-windows": layout("three_sinks", tensor=1, context=4),
+    "context-gathered-windows": layout("three_sinks", context=4),
+    "tensor-data-windows": layout("gpt_oss", distributed=True, tensor=2),
     "expert-tensor-data-windows": layout("gpt_oss", distributed=True, tensor=2, expert_tensor=2, expert=2),
     "expert-everywhere-routed": layout("qwen3_moe", other=ALL_GATHER | ROUTED, tensor=2, expert=4),
 }
