@@ -1,4 +1,4 @@
-"""`spell ask`: documents, settings and prompts. That an engine answers is tested in one call of the real command."""
+"""`spell ask`: documents, settings, prompts, and real answers."""
 
 from __future__ import annotations
 
@@ -96,8 +96,21 @@ def test_questions_come_from_the_command_line_or_line_by_line(monkeypatch):
     assert list(ask._questions(["When?"])) == ["When?"]
 
 
+def test_a_running_engine_answers(engines_for, policy, spell, folder, monkeypatch):
+    engines = engines_for("dense")
+    monkeypatch.setenv("SPELL_API_KEY", engines.api_key)
+    words = ("--documents", folder, "Who is the mayor?", "--samples", 2, "--max-input", 700, "--max-output", 24)
+    settings = ("--selfplay.prompts=compact", "--model.dtype=float32", f"--rollout.urls={engines.urls}")
+    status, output, errors = spell("ask", policy("dense"), *words, *settings)
+    assert status == 0, errors
+    assert "documents: a.txt, b.md" in output and "Who is the mayor?\n(prompt of " in output
+    assert "[1] " in output and "[2] " in output and output.count("    answer: ") == 2
+    assert engines.engines[0].healthy()  # it is not ours to end
+
+
+@pytest.mark.slow
 @pytest.mark.engine
-def test_a_real_policy_answers(spell, folder, tmp_path):
+def test_an_engine_is_started_and_ended(spell, folder, tmp_path):
     policy = shutil.copytree(POLICY, tmp_path / "policy")
     settings = (
         "--selfplay.prompts=compact",
@@ -108,5 +121,4 @@ def test_a_real_policy_answers(spell, folder, tmp_path):
     words = ("--samples", 2, "--max-output", 24, *settings)
     status, output, errors = spell("ask", policy, "--documents", folder, "Who is the mayor?", *words)
     assert status == 0, errors
-    assert "documents: a.txt, b.md" in output and "Who is the mayor?\n(prompt of " in output
-    assert "[1] " in output and "[2] " in output and output.count("    answer: ") == 2
+    assert output.count("    answer: ") == 2
