@@ -13,6 +13,9 @@ from spell_megatron.config.schema import Config
 from spell_megatron.config.selfplay_sections import TASKS, Reward
 from spell_megatron.ranks import launched_processes
 
+_IN_METRICS = ("rate", "questioner", "responder", "verifier")
+"""What stands in names of metrics where the task may stand."""
+
 
 def relation_faults(config: Config) -> list[Fault]:
     """All faults between settings that are each in range."""
@@ -38,11 +41,11 @@ def task_faults(config: Config) -> Iterator[Fault]:
     """Shares of the tasks, and the tasks of the sources."""
     shares, known = config.selfplay.tasks, config.selfplay.known_tasks
     for name in config.selfplay.own_tasks:
-        if name in TASKS or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        if name in (*TASKS, *_IN_METRICS) or not re.fullmatch("[a-z][a-z0-9_]*", name):
             yield Fault.of(
                 "selfplay.own_tasks",
                 f"{name!r} cannot be the name of a task of your own. Use small letters, digits and underscores, "
-                f"and not the names of built-in tasks ({', '.join(TASKS)})",
+                f"and none of {', '.join((*TASKS, *_IN_METRICS))}, which name something else in metrics",
             )
         elif name not in shares:
             yield Fault.of(

@@ -265,6 +265,7 @@ def problems(**selfplay) -> list[str]:
         ({"tasks": "{doc_mcq: 1.0}"}, "selfplay.tasks.doc_mcq: 'doc_mcq' is not one of docmath_qa, doc_general_qa,"
          " doc_mc. Did you mean doc_mc?"),
         ({"own_tasks": "{doc_mc: m:t}"}, "'doc_mc' cannot be the name of a task of your own."),
+        ({"own_tasks": "{rate: m:t}"}, "'rate' cannot be the name of a task of your own."),
         ({"own_tasks": "{../up: m:t}"}, "'../up' cannot be the name of a task of your own."),
         ({"own_tasks": "{mine: m:t}"}, "the task mine has no share in selfplay.tasks. Give it one, or 0 if only"),
         ({"questioner.reward": "gausian"}, "'gausian' is not one of gaussian, azr, r_zero, variance, MODULE:FUNCTION."
