@@ -39,7 +39,7 @@ class OwnFunction:
         """
         try:
             return self.function(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OwnCodeError(
                 f"{self._call(arguments)} raised {type(error).__name__}: {error}{_line_of(error)}. "
                 "Correct the function: it must return a value for every input."

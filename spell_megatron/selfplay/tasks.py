@@ -133,7 +133,9 @@ class Tasks:
 
 def own_rule(play: SelfPlayConfig) -> OwnFunction | None:
     """The user's own rule check of built-in tasks; None without one."""
-    return _function("selfplay.rule", play.rule, play.code, "task, prediction, reference") if play.rule else None
+    if play.rule is None:
+        return None
+    return _function("selfplay.rule", play.rule, play.code, "task, prediction, reference")
 
 
 def own_reward(play: SelfPlayConfig) -> Callable[[float, str, str], float] | None:

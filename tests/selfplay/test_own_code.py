@@ -140,6 +140,7 @@ SOURCE = """
     def score(task, prediction, reference): return True
     def two(prediction, reference): return True
     def half(task, prediction, reference): return 0.5
+    def ends(task, prediction, reference): exit()
     def raises(task, prediction, reference): raise KeyError(task)
     async def later(task, prediction, reference): return True
     def reward(mean, question, reference): return mean
@@ -156,12 +157,14 @@ SOURCE = """
 @pytest.mark.parametrize(
     ("setting", "name", "message"),
     [
+        ("rule", "", "selfplay.rule is ''. It must be MODULE:"),
         ("rule", "NAME", "selfplay.rule is 'NAME'. It must be MODULE:"),
         ("rule", "NAME:sore", "no sore, which selfplay.rule names. Did you mean score?"),
         ("rule", "NAME:number", "NAME:number is not a function but 3. selfplay.rule needs a function of (task, predi"),
         ("rule", "NAME:two", "NAME:two takes (prediction, reference), but selfplay.rule calls it with (t"),
         ("rule", "NAME:half", "NAME:half('docmath_qa', '42', '42'), of selfplay.rule, returned 0.5. It must return Tr"),
-        ("rule", "NAME:raises", "raised KeyError: 'docmath_qa' (NAME.py, line 7). Correct the function"),
+        ("rule", "NAME:raises", "raised KeyError: 'docmath_qa' (NAME.py, line 8). Correct the function"),
+        ("rule", "NAME:ends", "of selfplay.rule, raised SystemExit"),
         ("rule", "NAME:later", "It must return True or False."),
         ("reward", "NAME:large", "'Ada Lovelace'), of selfplay.questioner.reward, returned 1.125. It must"),
         ("reward", "NAME:nothing", "returned nan. It must return a number from 0 to 1."),
