@@ -22,8 +22,8 @@ from docs_reference import reference_pages  # noqa: E402
 CONTENTS = {
     "Start": {
         "README.md": "Quick start",
-        "examples/quickstart/README.md": "What the quick start learns",
         "docs/first_run.md": "Your first real run",
+        "examples/quickstart/README.md": "What the quick start learns",
         "docs/glossary.md": "Glossary",
     },
     "Guide": {
