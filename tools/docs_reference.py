@@ -142,7 +142,7 @@ def _text(text: str, cell: bool = False) -> str:
             parts.append(_name(part, cell) or _code(part, cell))
             continue
         end = 0
-        for match in re.finditer(r"(?<![\w/.-])(?:--[a-z][\w-]*(?:\.\w+)*|[a-z]\w*(?:\.\w+)+)", part):
+        for match in re.finditer(r"(?<![\w.-])(?:--[a-z][\w-]*(?:\.\w+)*|[a-z]\w*(?:\.\w+)+)", part):
             name = _name(match[0], cell) or (_code(match[0], cell) if match[0][0] == "-" else _plain(match[0]))
             parts += [_plain(part[end : match.start()]), name]
             end = match.end()
