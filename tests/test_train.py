@@ -258,7 +258,9 @@ def test_a_run_is_not_overwritten(whole):
     assert "--resume" in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_at_start_is_explained(tmp_path):
+    """By the whole command; the message itself: tests/rollout/test_servers.py."""
     where = (f"--run.output_dir={tmp_path}", "--run.name=dead", "--rollout.extra_args=[--no-such-flag]")
     process = train("--config", "examples/quickstart.yaml", *where, *SMALL)
     assert process.returncode == 2
