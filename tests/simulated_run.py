@@ -112,6 +112,7 @@ def make_run(
                 "clusters_per_round": 12,
                 "questioner": {"new_documents": 2},
                 "verifier": {"votes": 4},
+                "gate": {"enabled": False},
             },
             "logging": {"dump": dump},
         }
@@ -208,6 +209,7 @@ def _trainer(step: int, rng: random.Random) -> dict[str, float]:
         "train/seconds": update,
         "train/tokens_per_second": 20000 * noise(),
         "time/push": 0.2 * noise(),
+        "time/hidden": 0.6 * update if step > 2 else 0.0,
         "push/bytes": 3374592,
         "push/verified": 0,
         "time/step": rollout + update,

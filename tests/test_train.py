@@ -107,9 +107,10 @@ def test_a_run_logs_what_the_report_plots(whole):
     shown = sections(["doc_general_qa", "docmath_qa"], logged)
     curves = [c for section in shown for panel in section.panels for group in panel.groups.values() for c in group]
     plotted = {metric for curve in curves for metric in curve.metrics} | {row.metric for row in table(logged)}
+    overlap = {"-time/hidden"}  # there are not enough cores for it
     mixture_of_experts = {"train/moe_load_imbalance", "train/moe_load_imbalance_max", "train/routing_changed"}
     of_gate = {metric for metric in plotted if metric.endswith("rate/gate_answers_reaching_reference")}
-    assert plotted - logged <= mixture_of_experts | of_gate
+    assert plotted - logged <= mixture_of_experts | of_gate | overlap
 
 
 def test_runs_record_what_trainer_and_engines_did(whole, resumed):

@@ -17,7 +17,10 @@ ROLE_COLOURS = ("orange", "blue", "green")
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: the sum of `metrics`, in a colour of the page's palette; `error` names its standard error."""
+    """One curve: the sum of `metrics`, in a colour of the page's palette; `error` names its standard error.
+
+    A metric whose name has a minus before it is subtracted where it was logged.
+    """
 
     label: str
     metrics: tuple[str, ...]

@@ -5,7 +5,7 @@ Everything a run logs can be plotted under "Any metric" of the page; here is wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from spell_megatron.report.outcomes import ends
@@ -25,12 +25,12 @@ from spell_megatron.report.panel import (
 from spell_megatron.selfplay.outcomes import Outcome
 
 
-def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
+def sections(tasks: Sequence[str], names: Collection[str]) -> list[Section]:
     """The page's plots.
 
     Args:
         tasks: tasks of the runs.
-        names: every metric that a run logged; only for k in pass@k.
+        names: every metric that a run logged, for k in pass@k and whether updates overlapped rollouts.
     """
     ks = sorted({int(n.removeprefix("validation/pass@")) for n in names if n.startswith("validation/pass@")})
     return [
@@ -39,7 +39,7 @@ def sections(tasks: Sequence[str], names: Iterable[str]) -> list[Section]:
         _curriculum(tasks),
         _verifier(tasks),
         _training(),
-        _speed(),
+        _speed(names),
     ]
 
 
@@ -343,7 +343,16 @@ def _experts() -> list[Panel]:
     ]
 
 
-def _speed() -> Section:
+OVERLAP = Panel(
+    "Update during the rollout",
+    "Seconds of the update that ran while the engines wrote, and of all of it.",
+    "seconds",
+    single(("during the rollout", "time/hidden"), ("the whole update", "train/seconds")),
+)
+"""Of runs whose update does not wait for the end of the rollout."""
+
+
+def _speed(names: Collection[str]) -> Section:
     return Section(
         "speed",
         "Speed",
@@ -351,17 +360,20 @@ def _speed() -> Section:
         [
             Panel(
                 "Time of a step, by stage",
-                "Seconds.",
+                "Seconds. Of the update, what was left after the rollout.",
                 "seconds",
-                single(
-                    ("rollout", "time/rollout"),
-                    ("update", "train/seconds"),
-                    ("push of weights", "time/push"),
-                    ("checkpoint", "time/checkpoint"),
-                    ("validation", "time/validation"),
-                ),
+                {
+                    "": [
+                        Series("rollout", ("time/rollout",), "blue"),
+                        Series("update", ("train/seconds", "-time/hidden"), "orange"),
+                        Series("push of weights", ("time/push",), "green"),
+                        Series("checkpoint", ("time/checkpoint",), "purple"),
+                        Series("validation", ("time/validation",), "red"),
+                    ]
+                },
                 stacked=True,
             ),
+            *([OVERLAP] if "time/hidden" in names else []),
             Panel(
                 "Tokens per second of the trainer",
                 "Prompts and responses of all rows, as if each were computed alone.",

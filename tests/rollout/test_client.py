@@ -13,6 +13,7 @@ import torch
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout import client as client_module
 from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.wire import GenerationError
 
@@ -63,6 +64,30 @@ def test_logprobs_are_those_of_the_sampled_distribution(engines_for, policy):
         expected = reference_logprobs(policy("dense"), prompt, completion.token_ids, SAMPLING.temperature)
         worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
     assert worst <= 1e-4  # 7e-6 measured
+
+
+def test_of_a_burst_of_answers_one_is_read_in_each_turn_of_the_event_loop(monkeypatch):
+    turn, read_in = 0, []
+
+    async def answered(*request):
+        return b""
+
+    def read(answer, routed_prompt):
+        read_in.append(turn)
+        return []
+
+    async def main():
+        nonlocal turn
+        client = Client(["http://127.0.0.1:1"], "key", SAMPLING, stop_token_ids=[EOS])
+        monkeypatch.setattr(client, "_try", answered)
+        requests_made = asyncio.gather(*(ask()(client) for _ in range(20)))
+        while not requests_made.done():
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(client_module, "read_answer", read)
+    asyncio.run(main())
+    assert len(read_in) == 20 and len(set(read_in)) == 20
 
 
 def test_seeds(engines_for):
