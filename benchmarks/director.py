@@ -8,7 +8,8 @@ and the dump. The engines are simulated (benchmarks/simulated_engines.py): real 
 answers have the form and the size of vLLM's and come within --seconds. So the director is as busy as it can be.
 Documents are made of sentences of examples/documents, tokenised by byte pairs as Qwen's. All clusters have prompts of
 the same length. Questions and answers without documents are as long as the answers, and judgments have 512 tokens
-(--verdict). Half of the usable questions have right and wrong answers.
+(--verdict). Half of the usable questions have right and wrong answers. There is no gate, whose answers the simulated
+engines would not tell from others.
 
 CPU seconds are those of this process, all threads together, so a busy machine changes them less than the time. Threads
 beside the event loop tokenise, and read answers that hold the routing of a prompt. The delay is how long the event loop
@@ -312,6 +313,7 @@ def main() -> None:
                 "groups": options.groups,
                 "group_size": 8,
                 "clusters_per_round": clusters,
+                "gate": {"enabled": False},
             },
             "rollout": {
                 "urls": ["http://127.0.0.1:1"],

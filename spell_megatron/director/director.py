@@ -68,7 +68,6 @@ class Director:
 
     def connect(self, urls: Sequence[str], api_key: str, revive: Callable[[], Sequence[str]] | None = None) -> None:
         """Before anything else: where the engines are, and their key. `revive`: of `Client`."""
-        gc.freeze()  # looking through what stays takes longer than the event loop may stop
         rollout = self.config.rollout
         self._client = Client(
             urls,
@@ -87,7 +86,6 @@ class Director:
         """Close the connections."""
         self._runner.run(self._client.__aexit__())
         self._runner.close()
-        gc.unfreeze()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
         """The result of work on the engines; None if it is to be given up before there is one."""
@@ -103,6 +101,7 @@ class Director:
                 task.cancel()
                 await asyncio.wait({task})
 
+        gc.disable()  # a look through all that is under way would stop the event loop for 0.2 s, and find nothing
         try:
             return self._runner.run(unless_stopped())
         except UserError:
@@ -114,6 +113,8 @@ class Director:
                 f"An engine cannot serve this run: {error}. Look into its log (of those started by the run in its "
                 "folder logs), and resume the run from its last checkpoint."
             ) from error
+        finally:
+            gc.enable()
 
     def roll_out(
         self, step: int, weight_version: str, urls: Sequence[str], on_progress: Callable[[int, int], None]
