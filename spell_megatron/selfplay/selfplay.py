@@ -30,6 +30,7 @@ class StepRollout:
 
     Attributes:
         batch: the rows of the update, with their advantages.
+        late: those of them that `on_final` did not get.
         samples: every sample of the step's clusters.
         clusters: the ids of those clusters, in the order of admission.
         metrics: flat named numbers.
@@ -37,6 +38,7 @@ class StepRollout:
 
     # Not part of the repr: the repr of an asyncio task contains its result's, and asyncio.Runner asks for it.
     batch: list[Sample] = field(repr=False)
+    late: list[Sample] = field(repr=False)
     samples: list[Sample] = field(repr=False)
     clusters: list[str]
     metrics: dict[str, float]
@@ -94,8 +96,12 @@ class SelfPlay:
         step: int,
         weight_version: str,
         on_progress: Callable[[int, int], None] = lambda mixed_groups, admitted: None,
+        on_final: Callable[[list[Sample]], None] = lambda answers: None,
     ) -> StepRollout:
         """Roll out one step, update the history and move the sampler on.
+
+        `on_final` gets the answers of a mixed group, with their advantages, as soon as the group is certain to be in
+        the batch; its order depends on timing. Questions and judgments are chosen and weighed when all have ended.
 
         Raises:
             UserError: when the engines fail for good, or most clusters end in an error.
@@ -114,7 +120,16 @@ class SelfPlay:
         )
         limit = config.max_rounds * config.clusters_per_round
         stream = Stream(self.sampler.upcoming(), roles.play, config.groups, limit, self._rate)
-        attempts = await stream.run(on_progress)
+        given: set[int] = set()
+
+        def give(attempt: Attempt) -> None:
+            if self.config.shuffle_rewards or "responder" in self.untrained:
+                return  # other rows decide about these advantages; no row is trained on
+            assign_advantages(attempt.answers, self.config.questioner.advantage_group)
+            given.update(map(id, attempt.answers))
+            on_final(attempt.answers)
+
+        attempts = await stream.run(on_progress, give)
 
         self.sampler.advance(len(attempts))
         entered = sum(self.history.admit(a.task, a.cluster.id, a.entry) for a in attempts if a.entry is not None)
@@ -122,7 +137,8 @@ class SelfPlay:
         batch = self._compose(attempts, step)
         metrics = step_metrics(attempts, len(stream.attempts), batch, config.tasks, self.history, entered)
         samples = [sample for attempt in attempts for sample in attempt.samples]
-        return StepRollout(batch, samples, [attempt.cluster.id for attempt in attempts], metrics)
+        late = [sample for sample in batch if id(sample) not in given]
+        return StepRollout(batch, late, samples, [attempt.cluster.id for attempt in attempts], metrics)
 
     def _compose(self, attempts: Sequence[Attempt], step: int) -> list[Sample]:
         """The update's rows in a fixed order, with advantages."""
