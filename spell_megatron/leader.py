@@ -23,16 +23,18 @@ from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.versions import note_versions
+from spell_megatron.overlap import EarlyRows, accumulate, why_not
 from spell_megatron.planner.engine_share import engine_settings
 from spell_megatron.preflight.resume import VALIDATED
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
-from spell_megatron.ranks import local_processes
+from spell_megatron.ranks import launched_processes, local_processes
 from spell_megatron.rollout.engines import Engines
 from spell_megatron.selfplay.outcomes import why_empty
 from spell_megatron.training.prefix_tree import Row
 from spell_megatron.training.swap import Swap
 from spell_megatron.training.trainer import Trainer
+from spell_megatron.training.waiting import Waiting
 from spell_megatron.weights.engine_weights import EngineWeights, Order
 
 Metrics = dict[str, float]
@@ -76,6 +78,9 @@ class Leader:
     def __init__(self, config: Config, folder: Path, stop: StopRequest, rendezvous: Rendezvous | None) -> None:
         self._config, self._folder, self._stop, self._rendezvous = config, folder, stop, rendezvous
         self._stack = ExitStack()
+        parallel = config.training.parallel
+        self._trainers = local_processes() or parallel.processes
+        self._replicas = (launched_processes() or parallel.processes) // parallel.dense_ranks
         self._empty = InARow(NOTHING_TO_TRAIN_ON)
         self._first_validation: Metrics = {}
         self._last_validation: Metrics = {}
@@ -109,16 +114,15 @@ class Leader:
 
     def _open_engines(self) -> Engines:
         run, training = self._config.run, self._config.training
-        trainers = local_processes() or training.parallel.processes
         elsewhere = self._config.rollout.urls or (self._rendezvous and self._rendezvous.engine_nodes)
         return Engines.open(
             self._config.model,
-            self._config.rollout if elsewhere else engine_settings(self._config, trainers),
+            self._config.rollout if elsewhere else engine_settings(self._config, self._trainers),
             self._folder / "logs",
             device=run.device,
             seed=run.seed,
             routing=training.routing_replay,
-            trainers=trainers,
+            trainers=self._trainers,
             rendezvous=self._rendezvous,
         )
 
@@ -130,6 +134,7 @@ class Leader:
             state: what `state` returned when they were saved; {} at the start of a run. A validation of these weights
                 that is due, and was not made or was interrupted, comes first.
         """
+        self._trainer = trainer
         if why := self._no_replay(trainer):
             self.progress.line(f"Routing replay is off: {why}.")
         enter = self._stack.enter_context
@@ -140,6 +145,13 @@ class Leader:
         resume_step = step if state else None
         self._log = enter(
             MetricsLogger(self._folder, self._config.logging, self._config.model_dump(mode="json"), resume_step)
+        )
+        why = why_not(self._config.rollout, self._config.training, self._engines, self._trainers)
+        self._overlap = not why
+        self.progress.line(
+            f"Updates wait for the end of their rollouts: {why}."
+            if why
+            else "Updates begin during their rollouts (training.overlap)."
         )
         metrics = self.push(step)
         with self.progress.stage("comparing engines and trainer"):
@@ -162,7 +174,8 @@ class Leader:
         return self._engines.no_routing
 
     def roll_out(self, step: int) -> tuple[Order, list[Row] | None, Metrics]:
-        """The rows of update `step`, and what is to be done with them; STOP: the rollout was given up.
+        """The rows of update `step` that are left to train on, and what is to be done with them; STOP: the rollout was
+        given up.
 
         With its return the trainer's turn begins on GPUs that it shares with the engines; with `push` theirs does.
         """
@@ -170,16 +183,22 @@ class Leader:
         self._status.update(state="running", step=step)
         self.progress.begin_step(step)
         with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
-            rollout = self._director.roll_out(step, str(step - 1), advance)
+            early = EarlyRows(Waiting(self._config.training, self._replicas), self._accumulate)
+            rollout = self._director.roll_out(step, str(step - 1), advance, early.add if self._overlap else None)
+        rows = early.rest()
         if rollout is None:
             return self._give_up()
+        rows += rollout.rows
         seconds = rollout.ended - self._started
         speed = rollout.metrics["selfplay/generated_tokens"] / seconds
         metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
-        why = "" if rollout.rows else why_empty(metrics, self._folder / "rollouts")
+        if self._overlap:
+            metrics["time/hidden"] = early.hidden(rollout.ended)
+        empty = not (early or rows)
+        why = why_empty(metrics, self._folder / "rollouts") if empty else ""
         if why:
             self.progress.line(f"step {step}: {why}")
-        self._empty.note(not rollout.rows, why=why)
+        self._empty.note(empty, why=why)
         self._why_none = why or self._why_none
         try:
             self._weights.sleep()
@@ -187,9 +206,15 @@ class Leader:
             if not self._stop.reason():
                 raise
             return self._give_up()
-        return self._weights.give_order(Order.UPDATE if rollout.rows else Order.SKIP), rollout.rows, metrics
+        return self._weights.give_order(Order.SKIP if empty else Order.UPDATE), rows, metrics
+
+    def _accumulate(self, rows: list[Row]) -> None:
+        with self.progress.span("accumulate"):
+            self._weights.give_order(Order.ACCUMULATE)
+            accumulate(self._trainer, rows)
 
     def _give_up(self) -> tuple[Order, None, Metrics]:
+        self._trainer.drop()
         with suppress(UserError):  # the end of the job has ended the engines
             self._engines.sleep()
         return self._weights.give_order(Order.STOP), None, {}
@@ -282,6 +307,7 @@ class Follower:
         self._stack.__exit__(*exception)
 
     def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
+        self._trainer = trainer
         self._weights = _engine_weights(trainer, None, self._config, self.progress, self._stop)
         self._stack.callback(self._weights.close)
         self.push(step)
@@ -289,7 +315,11 @@ class Follower:
         self._stop.can_save = True
 
     def roll_out(self, step: int) -> tuple[Order, None, Metrics]:
-        return self._weights.wait_for_order(), None, {}
+        while (order := self._weights.wait_for_order()) is Order.ACCUMULATE:
+            accumulate(self._trainer, None)
+        if order is Order.STOP:
+            self._trainer.drop()
+        return order, None, {}
 
     def push(self, step: int) -> Metrics:
         return self._weights.push(step)

@@ -23,6 +23,7 @@ from spell_megatron.hub import name_of
 from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
+from spell_megatron.overlap import finish
 from spell_megatron.preflight.resume import finished
 from spell_megatron.processes.collective import from_rank_0, lost_connection
 from spell_megatron.processes.joining import join
@@ -157,9 +158,9 @@ def load_trainer(policy: PolicyModel, config: Config) -> Trainer:
 
 
 def update(trainer: Trainer, rows: list[Row] | None, progress: Progress) -> Metrics:
-    """Update the weights once on the rows, which rank 0 has."""
+    """Update the weights once, on these rows, which rank 0 has, and on those that came during the rollout."""
     with progress.stage("update") as advance:
-        return {f"train/{name}": value for name, value in trainer.update(rows, advance).items()}
+        return {f"train/{name}": value for name, value in finish(trainer, rows, advance).items()}
 
 
 def save(saver: Saver, step: int, rank: Rank) -> Metrics:

@@ -41,7 +41,8 @@ def test_a_run_that_trained_in_one_step_is_done(leader):
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_rollout_that_is_given_up_begins_the_trainers_turn(ended, leader):
-    """On GPUs that they share, engines sleep before the trainer's state comes back to be saved, or have ended."""
+    """On GPUs that they share, engines sleep before the trainer's state comes back to be saved, or have ended. What was
+    accumulated in the rollout is dropped."""
     events = []
 
     def sleep():
@@ -49,8 +50,9 @@ def test_a_rollout_that_is_given_up_begins_the_trainers_turn(ended, leader):
         if ended:
             raise UserError("An engine has ended.")
 
+    leader._overlap, leader._trainer = True, SimpleNamespace(drop=lambda: events.append("drop"))
     leader._director = SimpleNamespace(roll_out=lambda *arguments: None)
     leader._engines = SimpleNamespace(sleep=sleep)
     leader._weights = SimpleNamespace(give_order=lambda order: events.append(order) or order)
     assert leader.roll_out(1) == (Order.STOP, None, {})
-    assert events == ["sleep", Order.STOP]
+    assert events == ["drop", "sleep", Order.STOP]

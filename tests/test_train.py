@@ -6,6 +6,7 @@ stopped and resumed in its middle, and one whose trainer is spread over two proc
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -87,6 +88,14 @@ def weights(run: Path, step: int) -> dict:
     return load_file(run / "checkpoints" / f"step_{step:06d}" / "hf" / "model.safetensors")
 
 
+def same_weights(one: dict, two: dict) -> bool:
+    """Up to rounding. Single weights may differ by more: Adam's first steps have the size of the rate however small a
+    gradient is."""
+    assert one.keys() == two.keys()
+    difference = sum((one[name] - two[name]).square().sum().item() for name in one)
+    return difference < (1e-5) ** 2 * sum(weight.square().sum().item() for weight in one.values())
+
+
 def test_run_writes_metrics_dumps_and_checkpoints(whole):
     steps = metrics(whole)
     assert sorted(steps) == [0, 1, 2, 3, 4]
@@ -160,12 +169,22 @@ def test_resume_gives_identical_batches_history_and_weights(whole, resumed):
         ]
     one, two = ((run / "checkpoints" / "step_000004" / "state.json").read_text() for run in (whole, resumed))
     assert json.loads(one) == json.loads(two)
-    first, second = weights(whole, 4), weights(resumed, 4)
-    for name in first:
-        assert (first[name] - second[name]).abs().max() < 1e-6, name
+    assert same_weights(weights(whole, 4), weights(resumed, 4))
     assert sorted(metrics(resumed)) == [0, 1, 2, 3, 4]
     for name in ("validation/pass@1", "validation/pass@4"):
         assert metrics(resumed)[4][name] == pytest.approx(metrics(whole)[4][name], abs=0.05)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="trainer and engine need a core each")
+def test_updates_begin_during_their_rollouts(whole, resumed):
+    """Batches and weights are those of updates that wait, which the test of the resume compares."""
+    assert "Updates begin during their rollouts" in (whole / "output.txt").read_text()
+    assert sum(metrics(whole)[step]["time/hidden"] for step in (1, 2, 3, 4)) > 0
+    assert "wait for the end of their rollouts: training.swap is all" in (resumed / "output.txt").read_text()
+    for step in (1, 2, 3, 4):
+        assert "time/hidden" not in metrics(resumed)[step]
+        for name in ("train/response_tokens", "train/tokens_unshared", "batch/responder/rows", "batch/questioner/rows"):
+            assert metrics(whole)[step][name] == metrics(resumed)[step][name], name
 
 
 @pytest.mark.slow
@@ -241,11 +260,7 @@ def test_a_model_cut_over_two_processes_takes_the_same_step(whole, kind):
     where = (f"--run.output_dir={whole.parent}", f"--run.name={kind}", "--run.steps=2")
     layout = ("--training.parallel.processes=2", f"--training.parallel.{kind}=2")
     finished("--config", "examples/quickstart.yaml", *where, *SMALL, *layout)
-    one, two = weights(whole, 2), weights(whole.parent / kind, 2)
-    assert one.keys() == two.keys()
-    # Single weights may differ by more: Adam's first steps have the size of the rate however small a gradient is.
-    difference = sum((one[name] - two[name]).square().sum().item() for name in one)
-    assert difference < (1e-5) ** 2 * sum(weight.square().sum().item() for weight in one.values())
+    assert same_weights(weights(whole, 2), weights(whole.parent / kind, 2))
     for step in (1, 2):
         assert metrics(whole.parent / kind)[step]["train/mismatch_abs"] < 1e-4
         for name in ("train/grad_norm", "train/response_tokens", "train/entropy"):
@@ -357,14 +372,45 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_kills_while_the_trainer_works_ahead_lose_nothing(whole):
+    """Of the engine, which is replaced in the rollout of step 2, of the process for self-play in that of step 3, and of
+    the trainer in that of step 4. A kill may come before or after rows of the step have been accumulated."""
+    folder = whole.parent / "ahead"
+    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4", "--checkpoint.every=1")
+    process = start("--config", "examples/quickstart.yaml", *where, *SMALL[:-2], "--validation.limit=10")
+    wait_for_step(process, folder, 1)
+    time.sleep(0.5)
+    (server,) = servers(process)
+    server.kill()
+    wait_for_step(process, folder, 2)
+    time.sleep(0.5)
+    children = psutil.Process(process.pid).children()
+    (selfplay,) = (child for child in children if "spell_megatron.director.process" in command(child))
+    selfplay.kill()
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 1 and "Updates begin during" in output, output[-3000:] + errors[-3000:]
+    assert "process for self-play" in errors and "killed by signal 9" in errors and "Traceback" not in errors
+    process = start("--resume", str(folder))
+    wait_for_step(process, folder, 3)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate(timeout=600)
+    finished("--resume", str(folder))
+    same_steps(whole, folder, 4)
+    assert same_weights(weights(whole, 4), weights(folder, 4))
+
+
+@pytest.mark.slow
 def test_engines_started_beforehand_take_the_same_step(whole):
-    """The run attaches to a server by its address, and leaves it running with the new weights."""
+    """The run attaches to a server by its address, and leaves it running with the new weights. Its two trainer
+    processes have the cores for themselves, as far as it knows, and begin their update during the rollout."""
     where = (f"--run.output_dir={whole.parent}", "--run.name=attached", "--run.steps=1")
+    two = "--training.parallel.processes=2"
     config = load_config(ROOT / "examples" / "quickstart.yaml", [*where, *SMALL])
     with open_engines(config, whole.parent / "attached-logs") as engines:
         (url,) = engines.urls
         finished(
-            *("--config", "examples/quickstart.yaml", *where, *SMALL, f"--rollout.urls=[{url}]"),
+            *("--config", "examples/quickstart.yaml", *where, *SMALL, two, f"--rollout.urls=[{url}]"),
             SPELL_API_KEY=engines.api_key,
         )
         assert engines.engines[0].healthy()
@@ -372,7 +418,9 @@ def test_engines_started_beforehand_take_the_same_step(whole):
     assert [(r["uid"], r["prompt"]) for r in one if r["role"] == "questioner"] == [
         (r["uid"], r["prompt"]) for r in two if r["role"] == "questioner"
     ]
-    assert metrics(whole.parent / "attached")[1]["train/mismatch_abs"] < 1e-4
+    attached = metrics(whole.parent / "attached")[1]
+    assert attached["train/mismatch_abs"] < 1e-4 and "time/hidden" in attached
+    assert attached["train/grad_norm"] == pytest.approx(metrics(whole)[1]["train/grad_norm"], rel=1e-5)
 
 
 def test_no_process_outlives_its_run(whole, resumed, spread):

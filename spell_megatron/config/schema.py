@@ -222,6 +222,10 @@ class TrainingConfig(Section):
     """What leaves the trainer's GPUs while the engines generate. none: nothing; state: gradients and optimizer; all:
     also weights. Optimizer and weights then wait in host memory. auto: all if engines share the trainer's GPUs, else
     none."""
+    overlap: Literal["auto", "off"] = "auto"
+    """Forward and backward on answers that are certain to be in the batch, while the engines write the others. Batch
+    and gradient are those of an update that waits for all, up to the rounding of sums. auto: where trainer and engines
+    share no GPUs; on CPUs where each of their threads has a core. off: an update begins when its rollout has ended."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach experts on other processes. alltoall sends each token to the processes that need it. allgather
     sends all tokens to all processes, pads rows to one length and does not work with pipelines. Neither drops

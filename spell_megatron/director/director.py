@@ -13,6 +13,7 @@ from spell_megatron.evaluation.questions import load_questions
 from spell_megatron.evaluation.validation import validate
 from spell_megatron.rollout.client import Client
 from spell_megatron.rollout.wire import GenerationError
+from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.documents import load_clusters
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.prompts import PromptSet
@@ -117,11 +118,16 @@ class Director:
             gc.enable()
 
     def roll_out(
-        self, step: int, weight_version: str, urls: Sequence[str], on_progress: Callable[[int, int], None]
+        self,
+        step: int,
+        weight_version: str,
+        urls: Sequence[str],
+        on_progress: Callable[[int, int], None],
+        on_final: Callable[[list[Sample]], None] | None = None,
     ) -> StepRollout | None:
         """One step of self-play on the engines (see `SelfPlay.roll_out`); None: given up, and nothing has changed."""
         self._client.use(urls)
-        return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress))
+        return self._run(self.selfplay.roll_out(self._client, step, weight_version, on_progress, on_final))
 
     def validate(self, urls: Sequence[str], on_progress: Callable[[int], None]) -> dict[str, float] | None:
         """Accuracy of the engines' weights on the held-out questions, if there are any; None: given up."""

@@ -32,11 +32,13 @@ class Connect(_Message):
 
 
 class RollOut(_Message):
-    """Roll out a step and write its dump. The answer is `RolledOut` or `GivenUp`, after any number of `Progress`."""
+    """Roll out a step and write its dump. The answer is `RolledOut` or `GivenUp`, after any number of `Progress` and,
+    if rows are wanted `early`, of `Certain`."""
 
     step: int
     weight_version: str
     urls: list[str]
+    early: bool
 
 
 class Validate(_Message):
@@ -90,8 +92,15 @@ class PackedRow(msgspec.Struct, array_like=True):
     routed: bool
 
 
+class Certain(_Message):
+    """Rows of a group that is certain to be in the batch."""
+
+    rows: list[PackedRow]
+
+
 class RolledOut(_Message):
-    """A step: its rows, its metrics, and the end of the rollout by this machine's monotonic clock."""
+    """A step: those of its rows that have not come yet, its metrics, and the end of the rollout by this machine's
+    monotonic clock."""
 
     rows: list[PackedRow]
     metrics: dict[str, float]
@@ -127,7 +136,7 @@ class Log(_Message):
     silent: bool
 
 
-FromDirector = Ready | Connected | Progress | Revive | RolledOut | GivenUp | Validated | State | Failed | Log
+FromDirector = Ready | Connected | Progress | Revive | Certain | RolledOut | GivenUp | Validated | State | Failed | Log
 
 
 def pack_rows(

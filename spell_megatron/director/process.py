@@ -30,6 +30,7 @@ from spell_megatron.monitoring.run_log import SILENT, Level, logged_by
 from spell_megatron.processes.channel import Channel
 from spell_megatron.processes.lifetime import end_with_parent
 from spell_megatron.processes.signals import REQUESTS
+from spell_megatron.selfplay.batch import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +112,26 @@ class Service:
         raise ValueError(f"{task} is no task")
 
     def _rolled_out(self, task: messages.RollOut) -> tuple[messages.FromDirector, list[np.ndarray]]:
+        weights = self._config.training.role_weights
+
+        def send_certain(answers: list[Sample]) -> None:
+            rows, arrays = messages.pack_rows(answers, weights)
+            self._channel.send(messages.Certain(rows), arrays)
+            for answer in answers:
+                answer.routing = None  # it is large
+
         rollout = self._director.roll_out(
-            task.step, task.weight_version, task.urls, lambda mixed, _: self._progress(mixed)
+            task.step,
+            task.weight_version,
+            task.urls,
+            lambda mixed, _: self._progress(mixed),
+            send_certain if task.early else None,
         )
         ended = time.monotonic()
         if rollout is None:
             return messages.GivenUp(), []
         write_dump(rollout.samples, self._dumps, task.step, self._config.logging.dump)
-        rows, arrays = messages.pack_rows(rollout.batch, self._config.training.role_weights)
+        rows, arrays = messages.pack_rows(rollout.late, weights)
         return messages.RolledOut(rows, rollout.metrics, ended), arrays
 
     def _progress(self, done: int) -> None:

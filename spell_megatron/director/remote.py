@@ -34,7 +34,8 @@ _END_SECONDS = 3.0
 
 @dataclass
 class Rollout:
-    """A step's rows for the trainer, its metrics, and when the rollout ended, by `time.monotonic`."""
+    """A step's rows for the trainer, but for those that came early, its metrics, and when the rollout ended, by
+    `time.monotonic`."""
 
     rows: list[Row]
     metrics: dict[str, float]
@@ -102,17 +103,35 @@ class RemoteDirector:
         self._send(messages.Connect(engines.urls, engines.api_key, state))
         self._answer(messages.Connected)
 
-    def roll_out(self, step: int, weight_version: str, on_progress: Callable[[int], None]) -> Rollout | None:
+    def roll_out(
+        self,
+        step: int,
+        weight_version: str,
+        on_progress: Callable[[int], None],
+        on_certain: Callable[[list[Row]], None] | None = None,
+    ) -> Rollout | None:
         """One step of self-play on the engines, and its dump; None: given up, and nothing has changed.
 
-        `on_progress` gets the number of mixed groups.
+        Args:
+            on_progress: gets the number of mixed groups.
+            on_certain: gets the answers of groups that are certain to be in the batch, all that have come since it
+                was called last. Meanwhile the rollout goes on.
         """
-        done = self._work(messages.RollOut(step, weight_version, self._engines.urls), on_progress)
+        certain: list[Row] = []
+
+        def hand_over() -> None:
+            if certain and on_certain:
+                on_certain(certain.copy())
+                certain.clear()
+
+        task = messages.RollOut(step, weight_version, self._engines.urls, on_certain is not None)
+        done = self._work(task, on_progress, certain.extend, hand_over)
         if done is None:
             return None
         rolled_out, arrays = done
         assert isinstance(rolled_out, messages.RolledOut)
-        return Rollout(messages.unpack_rows(rolled_out.rows, arrays), rolled_out.metrics, rolled_out.ended)
+        rows = certain + messages.unpack_rows(rolled_out.rows, arrays)
+        return Rollout(rows, rolled_out.metrics, rolled_out.ended)
 
     def validate(self, on_progress: Callable[[int], None]) -> dict[str, float]:
         """Accuracy of the engines' weights on the held-out questions; {} when there are none, or it was given up."""
@@ -130,9 +149,13 @@ class RemoteDirector:
         return self._answer(messages.State).state
 
     def _work(
-        self, task: messages.ToDirector, on_progress: Callable[[int], None]
+        self,
+        task: messages.ToDirector,
+        on_progress: Callable[[int], None],
+        on_certain: Callable[[list[Row]], None] = lambda rows: None,
+        when_idle: Callable[[], None] = lambda: None,
     ) -> tuple[messages.FromDirector, list[np.ndarray]] | None:
-        """The answer to a task on the engines; None: given up."""
+        """The answer to a task on the engines; None: given up. `when_idle` is called when no message waits."""
         self._send(task)
         given_up, looked, fault = False, 0.0, None
         while True:
@@ -141,12 +164,16 @@ class RemoteDirector:
                 if self._stop():
                     self._send(messages.GiveUp())
                     given_up = True
+            if not given_up and self._inbox.empty():
+                when_idle()
             answer = self._next(_STOP_SECONDS)
-            match answer and answer[0]:
-                case None:
-                    continue
+            if answer is None:
+                continue
+            match answer[0]:
                 case messages.Progress(done):
                     on_progress(done)
+                case messages.Certain(rows):
+                    on_certain(messages.unpack_rows(rows, answer[1]))
                 case messages.Revive():
                     fault = self._answer_revive(given_up)
                 case messages.GivenUp():

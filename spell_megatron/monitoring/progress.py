@@ -29,6 +29,7 @@ SHOWN = (
     ("train/grad_norm", "grad norm {:.3f}"),
     ("time/rollout", "rollout {:.1f}s"),
     ("train/seconds", "update {:.1f}s"),
+    ("time/hidden", "of it in the rollout {:.1f}s"),
     ("time/push", "push {:.1f}s"),
     ("time/checkpoint", "checkpoint {:.1f}s"),
 )

@@ -96,7 +96,7 @@ class SelfPlay:
         step: int,
         weight_version: str,
         on_progress: Callable[[int, int], None] = lambda mixed_groups, admitted: None,
-        on_final: Callable[[list[Sample]], None] = lambda answers: None,
+        on_final: Callable[[list[Sample]], None] | None = None,
     ) -> StepRollout:
         """Roll out one step, update the history and move the sampler on.
 
@@ -123,7 +123,7 @@ class SelfPlay:
         given: set[int] = set()
 
         def give(attempt: Attempt) -> None:
-            if self.config.shuffle_rewards or "responder" in self.untrained:
+            if on_final is None or self.config.shuffle_rewards or "responder" in self.untrained:
                 return  # other rows decide about these advantages; no row is trained on
             assign_advantages(attempt.answers, self.config.questioner.advantage_group)
             given.update(map(id, attempt.answers))

@@ -115,6 +115,11 @@ class Trainer:
         self.accumulate(rows, progress)
         return self.finish(progress)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._under_way is not None
+
     def begin(self) -> None:
         """Begin an update that gets its rows in pieces."""
         self.drop()

@@ -26,8 +26,10 @@ from spell_megatron.weights.reshard import Export
 class Order(Enum):
     """What rank 0 tells the other ranks to do next."""
 
+    ACCUMULATE = auto()
+    """Forward and backward on rows that are certain to be in the batch, and wait for the next order."""
     UPDATE = auto()
-    """Train on the batch, then push."""
+    """Train on the batch, or on what is left of it, then push."""
     SKIP = auto()
     """Push without an update: the step has nothing to train on."""
     STOP = auto()
@@ -234,8 +236,8 @@ class EngineWeights:
         return self._obey(order)
 
     def _obey(self, order: Order) -> Order:
-        """Begins the trainer's turn, unless the run is at its end."""
-        if order is not Order.END:
+        """Begins the trainer's turn, unless the run is at its end, or engines and trainer work at the same time."""
+        if order not in (Order.END, Order.ACCUMULATE):
             self._swap.come_back()
         return order
 

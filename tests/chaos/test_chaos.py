@@ -28,7 +28,8 @@ def parts(process: psutil.Process) -> dict[str, list[psutil.Process]]:
     engines = [p for p in everything if "--port" in command(p)]
     return {
         "launcher": [process],
-        "trainer": [p for p in process.children() if "train" in command(p)],  # rank 0 is the director too
+        "trainer": [p for p in process.children() if "train" in command(p)],
+        "self-play": [p for p in everything if "spell_megatron.director.process" in command(p)],
         "engine server": engines,
         "engine core": [p for engine in engines for p in engine.children() if "EngineCore" in p.name()],
     }
@@ -36,8 +37,8 @@ def parts(process: psutil.Process) -> dict[str, list[psutil.Process]]:
 
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills(tmp_path, seed):
-    """Of the launcher, either trainer process, the engine's server or its core; a run that has ended is resumed, as
-    the script of a job does. Batches and updates are those of a run that nothing disturbs."""
+    """Of the launcher, either trainer process, the process for self-play, the engine's server or its core; a run that
+    has ended is resumed, as the script of a job does. Batches and updates are those of a run that nothing disturbs."""
     two = ("--training.parallel.processes=2", f"--run.steps={STEPS}", "--checkpoint.every=1")
     base = ("--config", "examples/quickstart.yaml", f"--run.output_dir={tmp_path}", *SMALL, *two)
     finished(*base, "--run.name=calm")
