@@ -25,6 +25,7 @@ CASES = {
     "some-dense": ("qwen3_moe", {"num_hidden_layers": 3, "decoder_sparse_step": 2}),
     "hybrid": ("qwen3_5_moe_text", {}),
 }
+CASES_OF_TRANSFORMER_ENGINE = CASES | {"biased-experts": ("gpt_oss", {})}
 # case of an optimizer: settings
 OPTIMIZERS = {
     "whole": {"training__optimizer__distributed": False},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import CASES, OPTIMIZERS, config_of, describe, entries_of, same
+from checkpoint_cases import CASES_OF_TRANSFORMER_ENGINE, OPTIMIZERS, config_of, describe, entries_of, same
 from torch.distributed.checkpoint import FileSystemReader
 from trainer_cases import initialise, make_policy, make_rows, make_trainer, save
 
@@ -32,7 +32,7 @@ def folder(contract_sources, tmp_path_factory) -> Path:
     """Runs and conversions of plain layers, and what transformer-engine made of them."""
     path = [contract_sources("transformer-engine"), TESTS.parent, TESTS]
     folder = tmp_path_factory.mktemp("checkpoints")
-    for case, (family, fields) in CASES.items():
+    for case, (family, fields) in CASES_OF_TRANSFORMER_ENGINE.items():
         make_policy(family, folder / case, **fields)
         for optimizer in OPTIMIZERS:
             config = config_of(folder / case, optimizer)
@@ -56,7 +56,7 @@ def folder(contract_sources, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES_OF_TRANSFORMER_ENGINE)
 def test_weights_and_optimizer_go_there_and_back(case, optimizer, folder):
     """There, transformer-engine's trainer holds them bit by bit. Back, the next updates are those of a run that never
     left the plain layers."""
@@ -76,7 +76,7 @@ def test_weights_and_optimizer_go_there_and_back(case, optimizer, folder):
         backend.shutdown()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES_OF_TRANSFORMER_ENGINE)
 def test_names_shapes_and_stored_pieces_are_the_same(case, folder):
     plain, theirs = describe(folder / case), torch.load(folder / f"{case}_te.pt")
     assert plain.keys() == theirs.keys()
@@ -84,7 +84,7 @@ def test_names_shapes_and_stored_pieces_are_the_same(case, folder):
         assert plain[rank] == theirs[rank], rank
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES_OF_TRANSFORMER_ENGINE)
 def test_conversions_are_the_same(case, folder):
     """What the worker has converted is read here; it has read what plain layers have converted."""
     plain, theirs = folder / f"{case}_megatron", folder / f"{case}_te_megatron"

@@ -12,7 +12,7 @@ import transformer_engine_stub  # before Megatron-Core
 
 def main(folder: Path) -> None:
     import torch
-    from checkpoint_cases import CASES, OPTIMIZERS, config_of, describe, entries_of
+    from checkpoint_cases import CASES_OF_TRANSFORMER_ENGINE, OPTIMIZERS, config_of, describe, entries_of
     from trainer_cases import initialise, make_trainer, save
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear
     from transformer_engine.pytorch.optimizers import FusedAdam
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     transformer_engine_stub.pretend_a_gpu()
     model._has_transformer_engine = lambda: True
     layers._wants_grouped_experts = lambda use_te: False
-    for case in CASES:
+    for case in CASES_OF_TRANSFORMER_ENGINE:
         for optimizer in OPTIMIZERS:
             run = folder / f"{case}_{optimizer}"
             config = config_of(folder / case, optimizer)
