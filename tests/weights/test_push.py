@@ -397,20 +397,21 @@ def differences_from_transformers(folder: Path, answers: list) -> tuple[float, f
 @pytest.mark.parametrize(
     ("family", "workers"),
     [
-        ("qwen3_5_text", 1),
+        ("vision", 1),
         pytest.param("qwen3_5_moe_text", 1, marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe_text", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_hybrid_takes_pushes(family, workers, engines_for, policy):
     """What is pushed is read back from the kernels bit by bit, and the answers are as near to those of transformers as
-    rounding allows; those to the same weights are the same.
+    rounding allows; those to the same weights are the same. Of a model that also sees images it is the language model.
     """
     engines = engines_for(family, dtype="bfloat16", tensor_parallel=workers)
     pusher = WeightPusher(engines, bucket_bytes=1 << 14)
     given = []
     for version, seed in enumerate((1, 0, 1)):
         pushed = {name: tensor.bfloat16() for name, tensor in weights(policy(family, seed)).items()}
+        pushed = {name: tensor for name, tensor in pushed.items() if not name.startswith("model.visual.")}
         assert pusher.push(together(pushed).items(), str(version), verify=True).tensors == len(together(pushed))
         answers, versions = ask(engines.engines[0])
         given.append(answers)
