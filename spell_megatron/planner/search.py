@@ -43,8 +43,7 @@ def _fitting(
     model: ModelSize, config: Config, gpus: int, colocated: bool, gpu: Gpu, assume: Assumptions
 ) -> Iterator[Plan]:
     """Plans that fit."""
-    trainers = [gpus] if colocated else [2**i for i in range(gpus.bit_length()) if 2**i < gpus]
-    for processes in trainers:
+    for processes in [gpus] if colocated else _splits(gpus):
         engines = gpus if colocated else gpus - processes
         sizes = _engine_sizes(model.arch, engines, assume)
 
@@ -62,6 +61,12 @@ def _fitting(
         fitting = [plan for plan in plans if plan.trainer_fits]
         for found in sorted(fitting, key=lambda plan: plan.times.update + plan.times.swap)[:TRAINERS]:
             yield from (other for size in sizes if (other := plan(found.config.training, size)).fits)
+
+
+def _splits(gpus: int) -> list[int]:
+    """Numbers of GPUs for the trainer, of which the engines get the rest: powers of two, and eighths of all."""
+    powers = [2**i for i in range(gpus.bit_length())]
+    return sorted({count for count in (*powers, *(gpus * i // 8 for i in range(1, 8))) if 0 < count < gpus})
 
 
 def _trainings(

@@ -72,9 +72,10 @@ def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[
 
 
 def _describe(plan: Plan) -> str:
+    rest = "" if plan.config.rollout.colocated else f" on the other {plan.gpus - plan.processes}"
     return (
         f"step {duration(plan.times.step)}: {describe_trainer(plan)} on {plan.processes} GPUs "
-        f"({plan.fullest.total / GIB:.1f} GiB), {describe_engines(plan)}"
+        f"({plan.fullest.total / GIB:.1f} GiB), {describe_engines(plan)}{rest}"
     )
 
 
@@ -158,11 +159,17 @@ def _host_lines(plan: Plan) -> Iterator[str]:
 
 def _step_line(times: StepTimes) -> str:
     swap = f", weights and optimizer to the host and back {duration(times.swap)}" if times.swap else ""
+    hidden = ""
+    if times.hidden:
+        hidden = (
+            f"; up to {duration(times.hidden)} of the update run during the rollout, without it a step takes "
+            f"{duration(times.waiting)} (training.overlap: off)"
+        )
     return (
-        f"step      about {duration(times.step)}: rollout {duration(times.prefill + times.decode)} "
+        f"step      about {duration(times.step)}: rollout {duration(times.rollout)} "
         f"(prefill {duration(times.prefill)}, decoding {duration(times.decode)}), update {duration(times.update)} "
         f"(computing {duration(times.compute)}, communication {duration(times.communication)}, pipeline bubbles "
-        f"{duration(times.bubble)}), weights to the engines {duration(times.push)}{swap}"
+        f"{duration(times.bubble)}), weights to the engines {duration(times.push)}{swap}{hidden}"
     )
 
 
@@ -171,6 +178,7 @@ def _assumptions_line(plan: Plan) -> str:
     lengths = assumed_lengths(plan.config, assume)
     to_host = plan.config.training.offload or plan.times.swap
     host = f", {assume.host / 1e9:.0f} GB/s to the host" if to_host else ""
+    overlap = "the update overlaps the rollout, nothing else overlaps" if plan.times.hidden else "nothing overlaps"
     return (
         f"assumed   prompts of {lengths.prompt:,.0f} tokens, {lengths.asked:,.0f} of the questioner, responses of "
         f"{lengths.response:,.0f}, judgments of "
@@ -178,7 +186,7 @@ def _assumptions_line(plan: Plan) -> str:
         f"{assume.matrix_efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, {assume.memory_efficiency:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s in decoding, {assume.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in "
         f"nodes of {assume.gpus_per_node} and {assume.network / 1e9:.0f} GB/s between them{host}; "
-        f"{1e3 * assume.push_tensor:g} ms per tensor of a push; nothing overlaps"
+        f"{1e3 * assume.push_tensor:g} ms per tensor of a push; {overlap}"
     )
 
 

@@ -32,6 +32,8 @@ class StepTimes:
     """Weights go to the engines."""
     swap: float
     """Weights and optimizer state go to host memory and come back."""
+    hidden: float
+    """Of the update, while engines generate: at best all of it on answers, of which most are certain before the end."""
 
     @property
     def update(self) -> float:
@@ -39,9 +41,19 @@ class StepTimes:
         return self.compute + self.communication + self.bubble
 
     @property
-    def step(self) -> float:
+    def rollout(self) -> float:
+        """Seconds of the engines' part."""
+        return self.prefill + self.decode
+
+    @property
+    def waiting(self) -> float:
         """Seconds of everything, one after the other."""
-        return self.update + self.prefill + self.decode + self.push + self.swap
+        return self.update + self.rollout + self.push + self.swap
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return self.waiting - self.hidden
 
 
 def step_times(
@@ -53,7 +65,7 @@ def step_times(
     """
     arch, training, parallel = model.arch, config.training, config.training.parallel
     replicas = processes // parallel.dense_ranks
-    update, tokens = _update_work(config, model.cost, assume)
+    update, tokens, answers = _update_work(config, model.cost, assume)
     again = {"none": 0.0, "selective": _feed_forward_share(arch, model.cost) / 3, "full": 1 / 3}[training.recompute]
     compute = update * (1 + again) / (processes * gpu.flops * assume.matrix_efficiency)
     compute *= slowest_stage(arch, parallel.pipeline, training.tokens_per_microbatch)
@@ -62,7 +74,15 @@ def step_times(
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
     prefill, decode = _rollout_times(model, config, gpu, assume, engine)
     push = _push_time(model, config, processes, gpu, assume)
-    return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * to_host / assume.host)
+    hidden = min(answers / update * (compute + communication + bubble), prefill + decode) if overlaps(config) else 0.0
+    return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * to_host / assume.host, hidden)
+
+
+def overlaps(config: Config) -> bool:
+    """Whether the trainer works on answers while the engines still generate others."""
+    training = config.training
+    alone = not config.rollout.colocated and training.swap in ("auto", "none")
+    return training.overlap == "auto" and alone and not training.moe_aux_loss
 
 
 def _push_time(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> float:
@@ -122,8 +142,8 @@ def _tree(cost: Cost, prompt: float, response: float, count: int) -> tuple[float
     return cost.token * tokens + cost.pair * pairs + cost.source * count * response, tokens
 
 
-def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float, float]:
-    """(FLOPs, tokens) of the rows of an update, as `selfplay.batch.compose` puts it together."""
+def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float, float, float]:
+    """(FLOPs, tokens, FLOPs of the answers) of the rows of an update, as `selfplay.batch.compose` puts it together."""
     play, lengths = config.selfplay, assumed_lengths(config, assume)
     questions = play.groups * (1 + play.negatives_per_positive)
     judged_answers = play.groups * play.group_size * play.verifier.share / play.votes
@@ -132,7 +152,8 @@ def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float
         (questions, _tree(cost, lengths.asked, lengths.response, 1)),
         (judged_answers, _tree(cost, lengths.judged, lengths.verdict, play.votes)),
     ]
-    return sum(n * flops for n, (flops, _) in parts), sum(n * tokens for n, (_, tokens) in parts)
+    work = [n * flops for n, (flops, _) in parts]
+    return sum(work), sum(n * tokens for n, (_, tokens) in parts), work[0]
 
 
 def _feed_forward_share(arch: Architecture, cost: Cost) -> float:

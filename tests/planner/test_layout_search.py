@@ -13,8 +13,8 @@ from spell_megatron.planner.memory import counted_memory, estimate
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.numbers import plan_numbers
 from spell_megatron.planner.plan import make_plan
-from spell_megatron.planner.search import fastest, fewest
-from spell_megatron.planner.text import proposal_text
+from spell_megatron.planner.search import _splits, fastest, fewest
+from spell_megatron.planner.text import duration, plan_text, proposal_text
 from spell_megatron.training.policy import PolicyModel
 
 GPU = GPUS["H100-80G"]
@@ -37,6 +37,40 @@ def test_the_proposal_is_the_fastest_that_fits(moe, colocated):
     slower = config.model_copy(update={"rollout": rollout})
     assert best.times.step < make_plan(model, slower, best.processes, GPU, Assumptions()).times.step
     assert best.config.training.recompute == "none"
+
+
+def test_trainers_with_gpus_of_their_own_work_on_answers_during_the_rollout(moe):
+    model, config = moe
+    plan = make_plan(model, config, 1, GPU, Assumptions(), estimate)
+    times, lines = plan.times, "\n".join(plan_text(model, plan))
+    assert 0 < times.hidden < times.update and times.hidden <= times.rollout
+    assert times.step == pytest.approx(times.waiting - times.hidden) and times.waiting > times.update + times.rollout
+    assert f"without it a step takes {duration(times.waiting)} (training.overlap: off)" in lines
+    assert "the update overlaps the rollout" in lines
+    for change in (
+        {"training.overlap": "off"},
+        {"rollout.colocated": True},
+        {"training.swap": "all"},
+        {"training.moe_aux_loss": 0.01},
+    ):
+        other = config.model_copy(deep=True)
+        for name, value in change.items():
+            section, field = name.split(".")
+            setattr(getattr(other, section), field, value)
+        waits = make_plan(model, other, 1, GPU, Assumptions(), estimate)
+        assert waits.times.hidden == 0 and waits.times.step == waits.times.waiting
+        assert "nothing overlaps" in "\n".join(plan_text(model, waits))
+
+
+def test_gpus_are_split_finely_between_trainer_and_engines(moe):
+    """The split that balances them is found, also if it is no power of two."""
+    assert _splits(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56] and _splits(2) == [1] and _splits(6) == [1, 2, 3, 4, 5]
+    model, config = moe
+    best = fastest(model, config, 24, False, GPU, Assumptions())
+    slow = make_plan(model, best.config, best.processes, replace(GPU, flops=GPU.flops / 2), Assumptions(), estimate)
+    assert best.gpus == 24 and best.processes not in (1, 2, 4, 8, 16)
+    assert f", engines {best.config.rollout.replicas} x" in (line := next(proposal_text(slow, {"separate": best}, {})))
+    assert f" on the other {24 - best.processes}, " in line
 
 
 def test_nothing_is_proposed_where_nothing_fits(moe):
