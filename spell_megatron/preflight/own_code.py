@@ -6,6 +6,7 @@ It is tried in a process like the one of self-play, without torch; what it does 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,8 @@ def main() -> None:
     """Try the code of the settings on the standard input, and write what was found to the file of the first word."""
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None  # as in the process of self-play
+    if sys.path[0] == os.getcwd():  # by `python -m`; a run that is resumed elsewhere or in a job has another one
+        del sys.path[0]
     said = try_own_code(SelfPlayConfig.model_validate_json(sys.stdin.read()))
     Path(sys.argv[1]).write_text(json.dumps(said), encoding="utf-8")
 

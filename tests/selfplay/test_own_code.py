@@ -219,6 +219,16 @@ def test_all_faults_of_own_code_come_at_once(module, faults):
     ]
 
 
+def test_a_module_in_the_current_folder_needs_to_be_told(module, tmp_path, monkeypatch):
+    """A resumed run and a job start in other folders."""
+    monkeypatch.chdir(tmp_path)
+    name = module("def score(task, prediction, reference): return True")
+    found = Findings()
+    assert check_own_code(found, SelfPlayConfig(rule=f"{name}:score")) is None
+    assert f"set selfplay.code to the folder that holds {name}." in str(found.faults[0])
+    assert check_own_code(Findings(), SelfPlayConfig(rule=f"{name}:score", code=tmp_path)) == {}
+
+
 def test_preflight_tries_own_code_in_a_process_without_torch(module, tmp_path, monkeypatch):
     def check(name: str) -> str:
         found = Findings()
