@@ -153,7 +153,6 @@ def simulated(
 
 def recipe(ends: Sequence[float]) -> dict[str, float]:
     """The recipe of 100,000 tokens: the planner's times in minutes, and what would be hidden."""
-    from spell_megatron.planner import times
     from spell_megatron.planner.gpus import Assumptions, find_gpu
     from spell_megatron.planner.model_size import ModelSize
     from spell_megatron.planner.plan import make_plan
@@ -163,13 +162,8 @@ def recipe(ends: Sequence[float]) -> dict[str, float]:
     model = ModelSize.of(PolicyModel.load(config.model.path, config.model.dtype))
     parallel = config.training.parallel
     plan = make_plan(model, config, parallel.processes, find_gpu("H100-80G"), assume).times
-    rollout, update = plan.prefill + plan.decode, plan.update
-    whole, lengths, play = (
-        times._update_work(config, model.cost, assume)[0],
-        times.assumed_lengths(config, assume),
-        config.selfplay,
-    )
-    early = play.groups * times._tree(model.cost, lengths.prompt, lengths.response, play.group_size)[0] / whole
+    rollout, update = plan.rollout, plan.update
+    early = plan.hidden / update  # of the answers
     ranks = parallel.processes // parallel.dense_ranks
     hidden = simulated(ends, config, ranks, rollout, update, early)
     return {
@@ -177,8 +171,8 @@ def recipe(ends: Sequence[float]) -> dict[str, float]:
         "update_minutes": update / 60,
         "early_share": early,
         "hidden": hidden,
-        "step_minutes": (plan.step - hidden * min(rollout, update)) / 60,
-        "waiting_step_minutes": plan.step / 60,
+        "step_minutes": (plan.waiting - hidden * min(rollout, update)) / 60,
+        "waiting_step_minutes": plan.waiting / 60,
     }
 
 
