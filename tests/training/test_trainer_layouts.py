@@ -61,8 +61,6 @@ ON_TWO = {
     "tensor-expert-delta-routed": layout("qwen3_5_moe_text", "selective", True, other=ROUTED, tensor=2, expert=2),
     "context-delta": layout("vision", "full", context=2),
     "tensor-expert-windows-routed": layout("gpt_oss", "selective", other=ROUTED, tensor=2, expert=2),
-    "expert-tensor-windows-grouped": layout("gpt_oss", other=GROUPED, tensor=2, expert_tensor=2),
-    "pipeline-windows": layout("gpt_oss", "full", True, other=OFFLOADED, pipeline=2),
     "context-expert-windows": layout("gpt_oss", context=2, expert=2),
 }
 # Each of these is made of what one or two of the others have: second proofs.
@@ -79,6 +77,8 @@ MORE_ON_TWO = {
     "context-expert": layout("qwen3_moe", context=2, expert=2),
     "expert-balanced": layout("qwen3_moe", "full", other=BALANCED, expert=2),
     "tensor-expert-routed": layout("qwen3_moe", "selective", other=ROUTED, tensor=2, expert=2),
+    "expert-tensor-windows-grouped": layout("gpt_oss", other=GROUPED, tensor=2, expert_tensor=2),
+    "pipeline-windows": layout("gpt_oss", "full", True, other=OFFLOADED, pipeline=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
