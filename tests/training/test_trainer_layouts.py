@@ -79,6 +79,7 @@ MORE_ON_TWO = {
     "tensor-expert-routed": layout("qwen3_moe", "selective", other=ROUTED, tensor=2, expert=2),
     "expert-tensor-windows-grouped": layout("gpt_oss", other=GROUPED, tensor=2, expert_tensor=2),
     "pipeline-windows": layout("gpt_oss", "full", True, other=OFFLOADED, pipeline=2),
+    "tensor-windows": layout("gpt_oss", distributed=True, tensor=2),
 }
 ON_FOUR = {
     "tensor-data": layout("qwen3", distributed=True, tensor=2),
@@ -112,10 +113,6 @@ ON_FOUR = {
     "context-expert-delta-routed": layout("qwen3_5_moe_text", "selective", other=ROUTED, context=2, expert=2),
     "expert-tensor-delta": layout("qwen3_5_moe_text", tensor=2, expert_tensor=2, expert=2),
     "expert-data-delta": layout("qwen3_5_moe_text", "full", True, expert=2),
-    "tensor-context-windows": layout("gpt_oss", "full", True, tensor=2, context=2, expert_tensor=2),
-    "context-gathered-windows": layout("three_sinks", context=4),
-    "tensor-data-windows": layout("gpt_oss", distributed=True, tensor=2),
-    "expert-tensor-data-windows": layout("gpt_oss", distributed=True, tensor=2, expert_tensor=2, expert=2),
     "expert-everywhere-routed": layout("qwen3_moe", other=ALL_GATHER | ROUTED, tensor=2, expert=4),
 }
 ON_EIGHT = {

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import engine_config, open_engines
+from hf_models import apart
 from safetensors.torch import load_file
 from torchrun import torchrun
+from transformers import AutoModelForCausalLM
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
@@ -221,6 +223,22 @@ def test_an_engine_that_refuses_a_tensor_does_not_hang_the_push(engines_for, pol
 def test_a_pushed_moe_engine_equals_a_fresh_one(engines_for, policy, fresh):
     # 0.0 measured
     check_pushes(engines_for("moe"), policy("moe", 0), policy("moe", 1), fresh(policy("moe", 1)))
+
+
+@pytest.mark.slow
+def test_a_pushed_gpt_oss_engine_computes_what_transformers_does(engines_for, policy):
+    """Sinks, biases and experts by turns arrive: the engine has them, and samples with their log-probabilities."""
+    engines, new = engines_for("gpt_oss"), policy("gpt_oss", 1)
+    pusher, pushed = WeightPusher(engines, bucket_bytes=1 << 14), apart(weights(new))
+    assert pusher.push(pushed.items(), "one", verify=True).tensors == len(pushed)
+    assert compare(pushed.items(), engines.engines) == (len(pushed), [])
+    pusher.close()
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    for prompt, (tokens, logprobs) in zip(PROMPTS, ask(engines.engines[0])[0]):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / SEEDED["temperature"]).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-5)
 
 
 def test_running_requests_end_before_or_are_aborted(engines_for, policy):
