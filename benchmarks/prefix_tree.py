@@ -334,7 +334,7 @@ def linear_layer(options: argparse.Namespace) -> dict[int, float]:
         def work(hidden: torch.Tensor = hidden, end: np.ndarray = tree.end) -> None:
             layer(hidden, torch.from_numpy(end.copy()))[0].sum().backward()
 
-        least = min(clock(work)[0] for _ in range(3))
+        least = min(float(clock(work)[0]) for _ in range(3))
         seconds[len(tree.tokens)] = least / len(tree.tokens)
         print(f"  {prompt:6,} {prompt // 25:5,} {1e6 * seconds[len(tree.tokens)]:8.1f}", flush=True)
     return seconds
