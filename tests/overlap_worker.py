@@ -11,6 +11,7 @@ import torch.distributed as dist
 from trainer_cases import difference, initialise, make_config, make_rows, make_trainer, weights
 
 from spell_megatron.leader import Follower, Leader
+from spell_megatron.monitoring.progress import Progress
 from spell_megatron.overlap import finish
 from spell_megatron.training import backend
 from spell_megatron.training.swap import Swap
@@ -25,6 +26,7 @@ def main(folder: Path) -> None:
     stop = SimpleNamespace(reason=lambda: None)
     rank = Leader(config, folder, stop, None) if first else Follower(config, stop)
     rank._trainer, rank._engines = trainer, SimpleNamespace(sleep=lambda: None)
+    rank.progress = Progress(enabled=False)
     swap = Swap(trainer.model, trainer.optimizer, "none")
     rank._weights = EngineWeights(trainer.model, None, swap, verify=False, say=print, stop=stop.reason)
 

@@ -54,12 +54,13 @@ from spell_megatron.selfplay.parsing import parse_answer
 from spell_megatron.selfplay.scoring import rule_score
 
 
-def self_play(documents: str = "all", gate: bool = False, **settings: object) -> list[str]:
-    """Settings of an arm: what the history shows (`off`: there is no history), the gate, and others by their keys."""
+def self_play(documents: str = "all", gate: bool = False, names: bool = False, **settings: object) -> list[str]:
+    """Settings of an arm: what the history shows (`off`: there is no history), the two checks, others by their keys."""
     history = ["history=0"] if documents == "off" else ["history=3", f"history_documents={documents}"]
     return [
         *(f"--selfplay.questioner.{setting}" for setting in history),
         f"--selfplay.gate.enabled={str(gate).lower()}",
+        f"--selfplay.questioner.known_names={str(names).lower()}",
         *(f"--{key.replace('__', '.')}={value}" for key, value in settings.items()),
     ]
 
@@ -73,7 +74,7 @@ ARMS = {
     "gate_new_documents": self_play("new", gate=True),
     "gate_solved_only": self_play("none", gate=True),
     "gate_no_history": self_play("off", gate=True),
-    "gate_and_names": self_play("off", gate=True, selfplay__questioner__known_names="true"),
+    "gate_and_names": self_play("off", gate=True, names=True),
     "rlvr": self_play(selfplay__questioner__enabled="false", selfplay__verifier__enabled="false"),
     "fixed_questioner": self_play(training__role_weights="{questioner: 0}"),
     "fixed_verifier": self_play(training__role_weights="{verifier: 0}"),

@@ -37,12 +37,12 @@ function extent(values) {
 }
 
 /** A metric at each step of a run; with a minus before its name, its opposite; undefined if it was not logged. */
-const signed = (run, name) =>
+const ofMetric = (run, name) =>
   name[0] === "-" ? run.metrics[name.slice(1)]?.map((value) => (value === null ? null : -value)) : run.metrics[name];
 
 /** Sum of a curve's metrics at each step of a run; null where none was logged; undefined without any of them. */
 function column(run, metrics) {
-  const columns = metrics.map((name) => signed(run, name)).filter(Boolean);
+  const columns = metrics.map((name) => ofMetric(run, name)).filter(Boolean);
   if (columns.length <= 1) return columns[0];
   return run.steps.map((_, i) =>
     columns.reduce((sum, values) => (values[i] === null ? sum : (sum ?? 0) + values[i]), null),
