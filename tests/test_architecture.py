@@ -307,6 +307,14 @@ def is_elif(node: ast.AST, child: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name, and without packages two of a name cannot be collected together."""
+    files = defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        files[path.name].append(str(path.relative_to(ROOT)))
+    assert [same for same in files.values() if len(same) > 1] == []
+
+
 def test_nothing_is_too_long():
     files, functions = {}, {}
     for file, tree in sources().items():
