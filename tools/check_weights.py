@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("urls", nargs="*", metavar="URL", help="address of a running engine")
+    parser.add_argument("urls", nargs="*", default=[], metavar="URL", help="address of a running engine")
     parser.add_argument("--start", action="store_true", help="start an engine here and push the weights into it")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="of the engine of --start")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="of the engine of --start")

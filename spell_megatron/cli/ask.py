@@ -46,7 +46,13 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help="step of a run (RUN/checkpoints/step_000012), checkpoint's folder, or ORG/NAME of the hub",
     )
-    add("questions", nargs="*", metavar="QUESTION", help="a question; several are answered one after the other")
+    add(
+        "questions",
+        nargs="*",
+        default=[],  # or argparse would name them among the arguments that are missing
+        metavar="QUESTION",
+        help="a question; several are answered one after the other",
+    )
     add(
         "--documents",
         type=Path,

@@ -16,12 +16,12 @@ _HEAD = re.compile(
     re.IGNORECASE,
 )
 # A letter is one on its own: not part of a word, a name or an abbreviation.
-_LETTER = re.compile(r"([A-Ha-h])(?![\w'+#]|-\w|\.\w)")
+_LETTER = re.compile(r"([A-Ha-h])(?![\w+#]|['.-]\w)")
 _CLOSES = re.compile(r"[*_`\"')}\]$]*")
 # After a letter: another one, so that the text names several.
 _SEVERAL = re.compile(
     r"[*_`\"')}\]$]*\s*(?:(?P<comma>[,;])|/|&|\+|,?\s*\(?(?:and|or)\b)\s*\(?(?:(?:both|also|maybe|perhaps|possibly)\s+)?"
-    r"(?:(?:option|choice)\s+)?[*_`\"'({\[$]*[A-H](?![\w'+#]|-\w|\.\w)(?(comma)(?!\s+(?:is|was|has|does|cannot)\b))"
+    r"(?:(?:option|choice)\s+)?[*_`\"'({\[$]*[A-H](?![\w+#]|['.-]\w)(?(comma)(?!\s+(?:is|was|has|does|cannot)\b))"
 )
 _SEVERAL_AHEAD = re.compile(r"(?:both|either|neither|none|all|any|not|no|unknown|cannot)\b", re.IGNORECASE)
 # A capital A before an ordinary word is an article, but for the words that go on after a letter.

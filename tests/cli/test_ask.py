@@ -56,6 +56,12 @@ def test_documents_that_are_not_there(tmp_path, name, message):
         ask._documents([tmp_path / name], None)
 
 
+def test_a_question_is_not_among_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        command_parser().parse_known_args(["ask"])
+    assert "required: MODEL, --documents" in capsys.readouterr().err
+
+
 def test_what_is_no_text_and_no_model(folder, tmp_path):
     table = tmp_path / "texts" / "rows.jsonl"
     table.write_text('{"question": "Who?"}\n')

@@ -124,6 +124,8 @@ def test_lone_surrogates_and_control_characters_are_cleaned_from_questions():
         ("docmath_qa", "the answer is many", None),
         ("doc_mc", "The correct answer is (B).", "B"),
         ("doc_mc", "The correct answer is b", "B"),
+        ("doc_mc", "The correct answer is 'C'", "C"),
+        ("doc_mc", "The correct answer is ‘C’.", "C"),
         ("doc_mc", r"the correct answer is (A), but \boxed{B}", "B"),
     ],
 )
