@@ -25,6 +25,7 @@ from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.versions import note_versions
 from spell_megatron.overlap import EarlyRows, accumulate, why_not
 from spell_megatron.planner.engine_share import engine_settings
+from spell_megatron.plural import counted
 from spell_megatron.preflight.resume import VALIDATED
 from spell_megatron.processes.collective import from_rank_0
 from spell_megatron.processes.rendezvous import Rendezvous
@@ -62,7 +63,7 @@ class InARow:
 
 NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
 
-NOTHING_TRAINED = "{folder}: nothing was trained in {steps} steps, and the weights are those of the start. {why}"
+NOTHING_TRAINED = "{folder}: nothing was trained in {steps}, and the weights are those of the start. {why}"
 
 
 class Leader:
@@ -277,14 +278,16 @@ class Leader:
         steps, stopped = self._config.run.steps, None
         if 0 < steps <= step and not updates:
             from_rank_0(None)
-            raise UserError(NOTHING_TRAINED.format(folder=self._folder, steps=steps, why=self._why_none))
+            raise UserError(
+                NOTHING_TRAINED.format(folder=self._folder, steps=counted(steps, "step"), why=self._why_none)
+            )
         if step < steps or self._unvalidated:
             stopped = self._stop.reason() or Reason.STOP
             missing = " before its validation" if self._unvalidated else ""
             line = f"stopped after step {step} of {steps}{missing} ({stopped}); go on with --resume"
         else:
             left_out = f", {self._without_update} of them without an update" if self._without_update else ""
-            line = f"done after {steps} steps{left_out}{gain(self._first_validation, self._last_validation)}"
+            line = f"done after {counted(steps, 'step')}{left_out}{gain(self._first_validation, self._last_validation)}"
         self.progress.line(f"{self._folder}: {line}")
         self._status.update(state="stopped" if stopped else "finished")
         return from_rank_0(stopped)

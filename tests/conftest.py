@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share. This file also puts `tests/` on the import path."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from tiers import LONG, markers_of
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+
+# Processes that tests start import the package of this checkout, whatever is installed.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 # A shell ignores SIGINT in what it starts in the background. Processes that tests start must not inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -28,7 +28,7 @@ FLOORS = (
     ("checkpoint", "preflight", "weights", "jobs", "corpus", "monitoring", "evaluation"),
     ("training", "rollout", "processes"),
     ("selfplay", "tokenizer", "token_pieces", "byte_pairs", "channels"),
-    ("config", "files", "encodings", "folders", "hub", "parquet", "errors", "ranks"),
+    ("config", "files", "encodings", "folders", "hub", "parquet", "plural", "errors", "ranks"),
     ("__init__",),  # the version
 )
 

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from small_run import ROOT
 
+import spell_megatron
+
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "spell_megatron", "examples")
 BUILD = "import setuptools.build_meta as b; b.build_wheel('..'); b.build_sdist('..')"
 
@@ -49,7 +51,20 @@ def test_the_wheel_brings_the_quick_start(built, tmp_path):
 
     spell("init", "--example", "quickstart")
     printed = spell("train", "quickstart/run.yaml", "--dry-run")
-    assert "# documents    15938 in 2000 clusters" in printed and str(ROOT) + "/" not in printed.replace(sys.prefix, "")
+    assert "# documents    15,938 in 2,000 clusters" in printed and str(ROOT) + "/" not in printed.replace(
+        sys.prefix, ""
+    )
+
+
+def test_the_version_is_that_of_the_changelog():
+    newest = re.search(r"^## \[([\d.]+)\] – (\w+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert spell_megatron.__version__ == newest[1] + (".dev0" if newest[2] == "unreleased" else "")
+
+
+def test_processes_of_tests_run_this_checkout(tmp_path):
+    code = "import spell_megatron; print(spell_megatron.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert Path(done.stdout).is_relative_to(ROOT)
 
 
 def test_the_description_has_no_dead_links_and_the_licence_is_named(built):

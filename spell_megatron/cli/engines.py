@@ -27,7 +27,8 @@ def add_parser(commands: Any) -> None:
         help="start engines for a run that names them in rollout.urls",
         usage="spell engines --config FILE [--SECTION.KEY=VALUE ...]",
         description="Start the rollout.replicas engines of a run on this machine, print their addresses for "
-        "rollout.urls, and serve until this process is ended. The environment variable SPELL_API_KEY (setting "
+        "rollout.urls, and serve until this process is ended. Their logs are in a folder beside the run's, with "
+        "-engines behind its name. The environment variable SPELL_API_KEY (setting "
         "rollout.api_key_env) holds their key. With --rendezvous it is one node's share of the engines of a Slurm job: "
         "`spell launch` writes that command.",
         takes_settings=True,
@@ -59,7 +60,7 @@ def _serve_here(arguments: argparse.Namespace) -> int:
         engines = Engines.open(
             config.model,
             config.rollout,
-            config.run.output_dir / config.run.name / "logs",
+            config.run.output_dir / f"{config.run.name}-engines",  # a run of this name makes its own folder
             device=config.run.device,
             seed=config.run.seed,
             routing=config.training.routing_replay,

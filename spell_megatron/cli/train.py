@@ -31,6 +31,7 @@ from spell_megatron.config.schema import Config
 from spell_megatron.errors import ExitStatus, UserError
 from spell_megatron.hub import fetch_model, name_of
 from spell_megatron.monitoring.run_log import Level
+from spell_megatron.plural import counted
 from spell_megatron.processes.launch import launch_processes
 from spell_megatron.processes.signals import expect_requests
 from spell_megatron.ranks import ONE_QUEUE, child_of_torchrun, launched_processes, local_processes, rank, slurm_restarts
@@ -253,11 +254,11 @@ def _overview(config: Config, resume: Resume | None, warnings: Sequence[str]) ->
         f"policy       {policy.hf_config.model_type}, {arch.layers} layers, hidden {arch.hidden}{experts}, "
         f"vocabulary {arch.vocabulary}, {config.model.dtype}",
         *kept,
-        f"documents    {sum(len(c.documents) for c in clusters)} in {len(clusters)} clusters",
+        f"documents    {sum(len(c.documents) for c in clusters):,} in {counted(len(clusters), 'cluster')}",
         f"trainer      {'CPU' if transport.on_cpus else 'CUDA'}, {processes} process(es), {replicas} data-parallel",
         f"updates      {config.run.steps}, each of {play.groups} groups x {play.group_size} answers = "
         f"{play.groups * play.group_size} responder rows, plus questions and judgments",
-        f"checkpoints  every {config.checkpoint.every} updates, "
+        f"checkpoints  every {counted(config.checkpoint.every, 'update')}, "
         f"{each / 1e9:.2f} GB each, the last {config.checkpoint.keep} kept",
     ]
     if rollout.urls:

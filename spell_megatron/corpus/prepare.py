@@ -36,6 +36,7 @@ from spell_megatron.corpus.write import write
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, check_writable
 from spell_megatron.monitoring.progress import PatientConsole, Progress
+from spell_megatron.plural import counted
 from spell_megatron.tokenizer import PolicyTokenizer
 
 
@@ -141,8 +142,8 @@ def _fingerprint(files: Sequence[File], sets: Sequence[Path], options: Options) 
 
 
 def _nothing_usable(inputs: Sequence[Path], counts: Counts) -> str:
-    reasons = [f"{count} documents {reason}" for reason, count in counts.skipped.items()]
-    reasons += [f"{count} files {reason}" for reason, count in counts.skipped_files.items()]
+    reasons = [f"{counted(count, 'document')} {reason}" for reason, count in counts.skipped.items()]
+    reasons += [f"{counted(count, 'file')} {reason}" for reason, count in counts.skipped_files.items()]
     named = f" ({'; '.join(note.rstrip('.') for note in counts.notes[:MAX_FAULTS])})" if counts.notes else ""
     return (
         f"No usable documents in {', '.join(map(str, inputs))}: {'; '.join(reasons) or 'there are no files'}{named}. "

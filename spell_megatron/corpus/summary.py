@@ -13,6 +13,7 @@ import numpy as np
 from spell_megatron import __version__
 from spell_megatron.corpus.options import Options
 from spell_megatron.corpus.reading import Counts
+from spell_megatron.plural import counted
 
 
 @dataclass
@@ -44,7 +45,9 @@ class Summary:
 
     def __str__(self) -> str:
         counts = self.counts
-        lines = [f"{self.out}: {self.clusters:,} clusters of {sum(self.cluster_documents):,} documents"]
+        lines = [
+            f"{self.out}: {counted(self.clusters, 'cluster')} of {counted(sum(self.cluster_documents), 'document')}"
+        ]
         for name, sizes in self._sizes.items():
             if sizes:
                 lines.append(f"  {name} per cluster: {min(sizes):,} to {max(sizes):,}, median {np.median(sizes):,.0f}")
@@ -54,7 +57,7 @@ class Summary:
             shown = [f"{count:,} {task}" for task, count in sorted(self.tasks.items())]
             lines.append(f"  tasks: {', '.join(shown)}")
         lines.append(
-            f"  read: {counts.documents:,} documents in {counts.files:,} files"
+            f"  read: {counted(counts.documents, 'document')} in {counted(counts.files, 'file')}"
             + (f"; {counts.pieces:,} more by cutting long ones" if counts.pieces else "")
         )
         for title, reasons in (
@@ -70,7 +73,7 @@ class Summary:
                 lines.append(f"  {title} left out: {reasons.total():,} ({', '.join(shown)})")
         lines += [f"  note: {note}" for note in counts.notes[:10]]
         if len(counts.notes) > 10:
-            lines.append(f"  ... and {len(counts.notes) - 10:,} more notes")
+            lines.append(f"  ... and {counted(len(counts.notes) - 10, 'more note')}")
         return "\n".join(lines)
 
     def statistics(self, inputs: Sequence[Path], options: Options) -> dict[str, Any]:

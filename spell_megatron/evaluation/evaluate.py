@@ -27,6 +27,7 @@ from spell_megatron.evaluation.policies import Policy, engine_policy, server_pol
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.hub import name_of
 from spell_megatron.monitoring.progress import Progress
+from spell_megatron.plural import counted
 from spell_megatron.preflight.evaluation import check_evaluation
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.rollout.engines import Engines
@@ -141,7 +142,7 @@ def _questions(evaluation: Evaluation, progress: Progress) -> dict[str, list[Ben
             questions[name] = load_benchmark(name, path, evaluation.limit)
             if not evaluation.aliases:
                 questions[name] = [replace(question, aliases=()) for question in questions[name]]
-        progress.line(f"{name}: {len(questions[name]):,} questions")
+        progress.line(f"{name}: {counted(len(questions[name]), 'question')}")
     return questions
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spell_megatron.evaluation.results import COLUMNS
+from spell_megatron.plural import counted
 
 
 def _cell(estimate: Mapping[str, float] | None) -> str:
@@ -28,7 +29,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         (
             f"Input limit {settings['max_input']:,} tokens, output {settings['max_output']:,}, temperature "
-            f"{settings['temperature']:g}, top-p {settings['top_p']:g}, {settings['samples']} samples a question. "
+            f"{settings['temperature']:g}, top-p {settings['top_p']:g}, "
+            f"{counted(settings['samples'], 'sample')} a question. "
             if "max_input" in settings
             else ""
         )

@@ -15,6 +15,7 @@ from spell_megatron.monitoring.glossary import LEGEND
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.unread import silence
+from spell_megatron.plural import counted
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _held_out(metrics: Mapping[str, float]) -> list[str]:
     if shown and "validation/standard_error" in metrics:
         shown[0] += f" (± {metrics['validation/standard_error']:.1%})"
     if shown and "validation/questions" in metrics:
-        shown.append(f"of {metrics['validation/questions']:,.0f} questions")
+        shown.append(f"of {counted(round(metrics['validation/questions']), 'question')}")
     return shown
 
 

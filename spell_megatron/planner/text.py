@@ -9,6 +9,7 @@ from spell_megatron.planner.activations import row_tokens
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.plan import Plan
 from spell_megatron.planner.times import StepTimes, assumed_lengths
+from spell_megatron.plural import counted
 
 GIB = 2**30
 
@@ -60,7 +61,7 @@ def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[
     for where, best in proposals.items():
         label = f"{'proposal' if where == next(iter(proposals)) else '':10}{where:10}"
         if best is None:
-            yield f"{label}nothing fits {plan.gpus} GPUs"
+            yield f"{label}nothing fits {counted(plan.gpus, 'GPU')}"
         elif plan.fits and best.times.step > 0.99 * plan.times.step:
             yield f"{label}nothing that fits is faster"
         else:
@@ -68,13 +69,14 @@ def proposal_text(plan: Plan, proposals: dict[str, Plan | None], smallest: dict[
             yield f"{label}{_describe(best)}{faster}"
     for where, least in smallest.items():
         label = f"{'fewest' if where == next(iter(smallest)) else '':10}{where:10}"
-        yield f"{label}{f'{least.gpus} GPUs: {_describe(least)}' if least else 'no number of GPUs is enough'}"
+        found = f"{counted(least.gpus, 'GPU')}: {_describe(least)}" if least else "no number of GPUs is enough"
+        yield label + found
 
 
 def _describe(plan: Plan) -> str:
     rest = "" if plan.config.rollout.colocated else f" on the other {plan.gpus - plan.processes}"
     return (
-        f"step {duration(plan.times.step)}: {describe_trainer(plan)} on {plan.processes} GPUs "
+        f"step {duration(plan.times.step)}: {describe_trainer(plan)} on {counted(plan.processes, 'GPU')} "
         f"({plan.fullest.total / GIB:.1f} GiB), {describe_engines(plan)}{rest}"
     )
 

@@ -10,6 +10,7 @@ from spell_megatron.config.faults import Fault
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.metrics import read_records
+from spell_megatron.plural import counted
 
 VALIDATED = "validation/pass@1"
 """A metric of each validation."""
@@ -25,15 +26,15 @@ def steps_fault(config: Config, checkpoint: Path | None, new: bool = False) -> F
     if made == steps > 0 and not new and not meta["updates"]:
         return Fault.of(
             "run.steps",
-            f"the run has made its {steps} steps, and none of them changed the weights. The lines about its steps, and "
-            "logs/train.log in its folder, say why. Correct that, and start a new run",
+            f"the run has made its {counted(steps, 'step')}, and none of them changed the weights. The lines about "
+            "its steps, and logs/train.log in its folder, say why. Correct that, and start a new run",
         )
     if made < steps or (made == steps and not new):
         return None
     return Fault.of(
         "run.steps",
-        f"the run has made {made} steps already, and this is {steps}. Give it more than {made} to train on, or begin a "
-        "new run at an earlier step with --resume RUN_FOLDER@STEP",
+        f"the run has made {counted(made, 'step')} already, and this is {steps}. Give it more than {made} to train "
+        "on, or begin a new run at an earlier step with --resume RUN_FOLDER@STEP",
     )
 
 
@@ -48,8 +49,8 @@ def finished(config: Config) -> str:
     if made != steps or (config.validation.due(steps, steps) and not _validated(folder / "metrics.jsonl", steps)):
         return ""
     return (
-        f"{folder}: this run has made all its {steps} steps, so there is nothing to do. To train longer, give it more: "
-        f"spell train --resume {folder} --run.steps={max(1, 2 * steps)}"
+        f"{folder}: this run has made its {counted(steps, 'step')}, so there is nothing to do. To train longer, give "
+        f"it more: spell train --resume {folder} --run.steps={max(1, 2 * steps)}"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from spell_megatron.config.schema import OptimizerConfig, SamplingConfig
 from spell_megatron.monitoring import status
+from spell_megatron.plural import counted
 from spell_megatron.report.runs import Run
 from spell_megatron.report.timing import duration
 from spell_megatron.report.verdict import verdict
@@ -125,7 +126,7 @@ def _untrained(run: Run) -> tuple[str, str] | None:
     """No step made an update, or each update had a learning rate or a gradient of 0."""
     known = [was for was in run.made if was is not None]
     if known and not any(known):
-        text = f"None of {len(known)} steps made an update: the weights are those of the start."
+        text = f"None of {counted(len(known), 'step')} made an update: the weights are those of the start."
         if any(run.column("train/skipped")):
             return f"{text} The gradients were not finite.", FINITE
         return f"{text} There was nothing to train on.", _commonest(run, "selfplay/").remedy.format(dumps="rollouts/")
@@ -135,7 +136,10 @@ def _untrained(run: Run) -> tuple[str, str] | None:
     ):
         values = [value for value, was in zip(run.column(name), run.made, strict=True) if was and value is not None]
         if values and not any(values):
-            return f"The {what} was 0 in each of {len(values)} updates: the weights are those of the start.", remedy
+            return (
+                f"The {what} was 0 in each of {counted(len(values), 'update')}: the weights are those of the start.",
+                remedy,
+            )
     return None
 
 
@@ -146,7 +150,10 @@ def _skipped(run: Run, share: float = 0.01) -> tuple[str, str] | None:
     updates = sum(value is not None for value in run.column("train/skipped"))
     if not left_out or len(left_out) <= share * updates or not any(run.made):
         return None
-    return f"{len(left_out)} of {updates} updates had a gradient that was not finite ({some(left_out)}).", FINITE
+    return (
+        f"{len(left_out)} of {counted(updates, 'update')} had a gradient that was not finite ({some(left_out)}).",
+        FINITE,
+    )
 
 
 @condition("Numbers were not finite", "training", grave=True)
@@ -165,7 +172,7 @@ def _empty(run: Run, share: float = 0.1) -> tuple[str, str] | None:
     steps = sum(step > 0 for step in run.steps)
     if len(empty) <= share * steps or not any(run.made):
         return None
-    text = f"{len(empty)} of {steps} steps found no question with right and wrong answers ({some(empty)})."
+    text = f"{len(empty)} of {counted(steps, 'step')} found no question with right and wrong answers ({some(empty)})."
     return text, _commonest(run, "selfplay/").remedy.format(dumps="rollouts/")
 
 
@@ -255,8 +262,8 @@ def _clipped(run: Run, share: float = 0.95, updates: int = 3) -> tuple[str, str]
     if len(norms) < updates or len(over) < share * len(norms):
         return None
     text = (
-        f"{len(over)} of {len(norms)} updates had a gradient longer than training.optimizer.clip_grad = {limit:g} "
-        f"(median {sorted(over)[len(over) // 2]:.3g}), so all steps have the same length."
+        f"{len(over)} of {counted(len(norms), 'update')} had a gradient longer than training.optimizer.clip_grad "
+        f"= {limit:g} (median {sorted(over)[len(over) // 2]:.3g}), so all steps have the same length."
     )
     return text, "Raise clip_grad to about the usual norm, and lower lr if the accuracy falls."
 
@@ -309,5 +316,6 @@ def _restarts(run: Run) -> tuple[str, str] | None:
     if not restarts:
         return None
     total = round(sum(value for _, value in restarts))
-    text = f"{total} time(s), in {some([step for step, _ in restarts])}. What was being written then was written again."
+    steps = some([step for step, _ in restarts])
+    text = f"{counted(total, 'time')}, in {steps}. What was being written then was written again."
     return text, "The engines' logs in the folder logs/ say why they ended or hung."

@@ -9,6 +9,7 @@ from typing import Any
 
 from spell_megatron.errors import UserError
 from spell_megatron.files import check_writable, write_text
+from spell_megatron.plural import counted
 from spell_megatron.report.evaluations import is_evaluation, read_evaluation
 from spell_megatron.report.health import findings
 from spell_megatron.report.render import render
@@ -54,10 +55,10 @@ def write_report(
     page = render(runs, evaluations, questions, text_chars)
     write_text(out, page)
     steps = sum(len(run.steps) for run in runs)
-    line = f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} run(s), {steps} steps, "
-    line += f"{len(questions)} questions with transcripts"
+    line = f"{out}: {len(page) / 1e6:.1f} MB, {counted(len(runs), 'run')}, {counted(steps, 'step')}, "
+    line += f"{counted(len(questions), 'question')} with transcripts"
     if evaluations:
-        line += f", {len(evaluations)} evaluation(s)"
+        line += f", {counted(len(evaluations), 'evaluation')}"
     faults = [(run.name, f"{found.title}: {found.text} {found.remedy}") for run in runs for found in findings(run)]
     notes = [(run.name, note) for run in runs for note in run.notes]
     return "\n".join([line, *(f"  {name}: {text}" for name, text in (*faults, *notes))])

@@ -15,6 +15,7 @@ import yaml
 from spell_megatron.errors import UserError
 from spell_megatron.files import parse_json_lines
 from spell_megatron.monitoring import status
+from spell_megatron.plural import counted
 from spell_megatron.report.evaluations import is_evaluation
 from spell_megatron.report.timeline import Span, read_timeline
 
@@ -126,7 +127,7 @@ def _records(log: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
         records[step], newest = record, step
     # The last line has no line break while it is being written.
     if (count := len(unreadable) - (line in unreadable and not content.endswith(b"\n"))) > 0:
-        notes.append(f"{count} unreadable line(s) of metrics.jsonl left out")
+        notes.append(f"{counted(count, 'unreadable line')} of metrics.jsonl left out")
     return records
 
 

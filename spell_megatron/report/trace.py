@@ -10,6 +10,7 @@ from typing import Any
 from spell_megatron.errors import UserError
 from spell_megatron.files import check_writable, write_text
 from spell_megatron.monitoring.timeline import ENGINES, TRAINER
+from spell_megatron.plural import counted
 from spell_megatron.report.report import short_names
 from spell_megatron.report.timeline import Span, read_timeline, steps_of
 
@@ -35,7 +36,7 @@ def write_trace(folders: Sequence[Path], out: Path) -> str:
         events += _events(number, name, spans)
         count += len(spans)
     write_text(out, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-    return f"{out}: {count} spans of {len(folders)} run(s); open it in https://ui.perfetto.dev or chrome://tracing"
+    return f"{out}: {counted(count, 'span')} of {counted(len(folders), 'run')}; open it in https://ui.perfetto.dev or chrome://tracing"
 
 
 def _events(number: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:

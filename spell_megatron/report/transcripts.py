@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from spell_megatron.files import json_lines
+from spell_megatron.plural import counted
 from spell_megatron.report.runs import Run, number
 
 MAX_JUDGMENT_SHARE = 4
@@ -42,7 +43,7 @@ def choose_dumps(run: Run, transcripts: int) -> list[tuple[Path, int]]:
     chosen = [steps[i] for i in _spread(len(steps), wanted)]
     shares = [transcripts * (i + 1) // wanted - transcripts * i // wanted for i in range(wanted)]
     if chosen and len(chosen) < len(steps):
-        run.notes.append(f"transcripts of {len(chosen)} of its {len(steps)} steps; --transcripts N for more")
+        run.notes.append(f"transcripts of {len(chosen)} of its {counted(len(steps), 'step')}; --transcripts N for more")
     return [(files[step], share) for step, share in zip(chosen, shares, strict=True)]
 
 

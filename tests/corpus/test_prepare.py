@@ -335,8 +335,8 @@ def test_names_that_are_not_utf_8(tmp_path):
     ("name", "content", "message"),
     [
         ("a.parquet", b"not parquet", "a.parquet: not a readable parquet file"),
-        ("a.txt", b"", "1 documents empty"),
-        ("a.pdf", b"%PDF", r"1 files \.pdf"),
+        ("a.txt", b"", "1 document empty"),
+        ("a.pdf", b"%PDF", r"1 file \.pdf"),
         ("a.jsonl", b"{\n[\n", "2 documents not a JSON object"),
         ("a.jsonl", b'{"cluster_id": "a", "documents": [""]}', "document 1 is empty"),
     ],

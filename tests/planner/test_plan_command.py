@@ -18,7 +18,7 @@ def test_the_command(checkpoints, tmp_path, capsys):
     printed = capsys.readouterr().out
     for part in ("active per token", "gpu_memory_utilization 0.85 (the default)", "a node of 2 trainer ranks"):
         assert part in printed
-    for line in ("  update", "  push", "  checkpoint", "limits", "proposal  colocated", "fewest    colocated 1 GPUs"):
+    for line in ("  update", "  push", "  checkpoint", "limits", "proposal  colocated", "fewest    colocated 1 GPU:"):
         assert f"\n{line}" in printed
     config = json.loads((checkpoints / "moe" / "config.json").read_text())
     short = tmp_path / "short"

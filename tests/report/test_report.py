@@ -227,7 +227,7 @@ def test_evaluations_stand_beside_runs(simulated, tmp_path):
     whole = make_evaluation(tmp_path / "whole", 0.5, judge="gpt-oss-120b")
     some = make_evaluation(tmp_path / "some", 0.3, ("docmath", "hotpotqa", "mine"), samples=6)
     out = tmp_path / "report.html"
-    assert write_report([simulated, whole, some], out, transcripts=0).endswith("transcripts, 2 evaluation(s)")
+    assert write_report([simulated, whole, some], out, transcripts=0).endswith("transcripts, 2 evaluations")
     data = embedded(out.read_text(), "data")
     assert [run["name"] for run in data["runs"]] == ["hostile"]
     assert [evaluation["name"] for evaluation in data["evaluations"]] == ["whole", "some"]
@@ -260,8 +260,8 @@ def test_a_folder_may_be_a_run_and_an_evaluation_or_an_evaluation_alone(simulate
     shutil.copy(alone / "scores.json", both)
     out = tmp_path / "report.html"
     message = write_report([both, alone], out, transcripts=0)
-    assert "1 run(s)" in message and "2 evaluation(s)" in message
-    assert "0 run(s), 0 steps" in write_report([alone], out)
+    assert "1 run," in message and "2 evaluations" in message
+    assert "0 runs, 0 steps" in write_report([alone], out)
     assert embedded(out.read_text(), "data")["runs"] == []
 
 

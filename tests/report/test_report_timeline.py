@@ -106,7 +106,7 @@ def test_the_page_of_a_run_with_and_without_a_timeline(tmp_path):
 def test_a_trace_has_a_process_for_each_run_and_a_thread_for_each_lane(tmp_path, capsys):
     folders = [write(tmp_path / name, two_steps()) for name in ("a", "b")]
     assert main(["report", *map(str, folders), "--trace", str(tmp_path / "trace.json")]) == 0
-    assert "16 spans of 2 run(s)" in capsys.readouterr().out
+    assert "16 spans of 2 runs" in capsys.readouterr().out
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["a", "b"]
     lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}

@@ -29,8 +29,8 @@ def test_the_line_that_is_being_written_is_left_out(tmp_path):
     run = read_run(tmp_path / "run", "run")
     with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 1e999}\n\xff\xfe\n')
-    assert read_run(tmp_path / "run", "run").notes == ["4 unreadable line(s) of metrics.jsonl left out"]
-    assert run.steps == [3, 4] and run.notes == ["2 unreadable line(s) of metrics.jsonl left out"]
+    assert read_run(tmp_path / "run", "run").notes == ["4 unreadable lines of metrics.jsonl left out"]
+    assert run.steps == [3, 4] and run.notes == ["2 unreadable lines of metrics.jsonl left out"]
 
 
 def test_what_a_resumed_run_did_again_counts(tmp_path):
@@ -54,7 +54,7 @@ def test_steps_that_are_none(step, tmp_path):
     lines = [record(1, a=1), f'{{"step": {step}, "a": 2}}', record(2, a=3), ""]
     run = read_run(write_run(tmp_path / "run", *lines), "run")
     assert run.steps == [1, 2] and run.metrics == {"a": [1, 3]}
-    assert run.notes == ["1 unreadable line(s) of metrics.jsonl left out"]
+    assert run.notes == ["1 unreadable line of metrics.jsonl left out"]
 
 
 def test_a_validation_that_was_made_after_a_resume_is_added_to_its_step(tmp_path):
