@@ -114,11 +114,11 @@ class Service:
     def _rolled_out(self, task: messages.RollOut) -> tuple[messages.FromDirector, list[np.ndarray]]:
         weights = self._config.training.role_weights
 
-        def send_certain(answers: list[Sample]) -> None:
-            rows, arrays = messages.pack_rows(answers, weights)
+        def send_certain(samples: list[Sample]) -> None:
+            rows, arrays = messages.pack_rows(samples, weights)
             self._channel.send(messages.Certain(rows), arrays)
-            for answer in answers:
-                answer.routing = None  # it is large
+            for sample in samples:
+                sample.routing = None  # it is large
 
         rollout = self._director.roll_out(
             task.step,

@@ -114,8 +114,8 @@ class RemoteDirector:
 
         Args:
             on_progress: gets the number of mixed groups.
-            on_certain: gets the answers of groups that are certain to be in the batch, all that have come since it
-                was called last. Meanwhile the rollout goes on.
+            on_certain: gets rows that are certain to be in the batch, all that have come since it was called last.
+                Meanwhile the rollout goes on.
         """
         certain: list[Row] = []
 

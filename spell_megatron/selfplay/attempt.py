@@ -25,7 +25,7 @@ class Attempt:
         outcome: how it ended; None while it is under way.
         context: indices of the documents that the questioner was shown.
         judgments: the judgments of each answer that was judged.
-        trainable_judgments: the same, of those answers whose judgments may be trained on.
+        trainable_judgments: the same, of those answers whose judgments may be trained on, by the answer's number.
         entry: what the history shall remember of it.
         remembered: number of questions on its cluster in the history.
         counts: what `metrics` makes rates of.
@@ -40,7 +40,7 @@ class Attempt:
     context: Sequence[int] = ()
     answers: list[Sample] = field(default_factory=list)
     judgments: list[list[Sample]] = field(default_factory=list)
-    trainable_judgments: list[list[Sample]] = field(default_factory=list)
+    trainable_judgments: dict[int, list[Sample]] = field(default_factory=dict)
     entry: Entry | None = None
     remembered: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,6 @@ class Attempt:
         self.outcome = outcome
         # Answers are judged in any order; what the step returns must not depend on it.
         self.judgments.sort(key=lambda rows: rows[0].group)
-        self.trainable_judgments.sort(key=lambda rows: rows[0].group)
         for sample in self.samples:
             sample.outcome = outcome
 

@@ -75,16 +75,18 @@ def compose(
     """Put an update batch together.
 
     It holds the answers of the first N groups and their questions; as many negatives, which are questions without a
-    positive reward (times `negatives_per_positive`), drawn task by task; and groups of judgments, drawn
-    at random, until they make up `verifier.share` of the answers' rows or there are no more.
+    positive reward (times `negatives_per_positive`), drawn task by task; and the first groups of judgments.
     """
     groups = groups[: config.groups]
     answers = [answer for group in groups for answer in group.answers]
     questions = [group.question for group in groups if group.question]
-    wanted = int(len(answers) * config.verifier.share / config.votes)
-    chosen = rng.sample(range(len(verifier_groups)), min(wanted, len(verifier_groups)))
-    judgments = [row for i in sorted(chosen) for row in verifier_groups[i]]
+    judgments = [row for rows in verifier_groups[: judgment_groups(len(answers), config)] for row in rows]
     return [*answers, *questions, *_draw_negatives(questions, negatives, config, rng), *judgments]
+
+
+def judgment_groups(answers: int, config: SelfPlayConfig) -> int:
+    """How many groups of judgments are trained on beside so many answers, if there are enough."""
+    return int(answers * config.verifier.share / config.votes)
 
 
 def _draw_negatives(

@@ -239,5 +239,5 @@ class Roles:
         attempt.judgments.append(rows)
         attempt.counts.update(vote_counts(votes, verdict, rule))
         if trainable(votes, verdict, rule, self._config.verifier):
-            attempt.trainable_judgments.append(rows)
+            attempt.trainable_judgments[index] = rows
         return verdict

@@ -12,8 +12,10 @@ from spell_megatron.config.selfplay_sections import SelfPlayConfig
 from spell_megatron.selfplay.advantages import assign_advantages, shuffle_advantages
 from spell_megatron.selfplay.attempt import Attempt
 from spell_megatron.selfplay.batch import Group, Role, Sample, compose
+from spell_megatron.selfplay.final_rows import FinalRows
 from spell_megatron.selfplay.history import History
 from spell_megatron.selfplay.interfaces import Client, Tokenizer
+from spell_megatron.selfplay.judgments import JudgmentDraw
 from spell_megatron.selfplay.metrics import step_metrics
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.selfplay.roles import Roles
@@ -100,8 +102,7 @@ class SelfPlay:
     ) -> StepRollout:
         """Roll out one step, update the history and move the sampler on.
 
-        `on_final` gets the answers of a mixed group, with their advantages, as soon as the group is certain to be in
-        the batch; its order depends on timing. Questions and judgments are chosen and weighed when all have ended.
+        `on_final` gets the rows of a group as soon as they are final (see `FinalRows`); its order depends on timing.
 
         Raises:
             UserError: when the engines fail for good, or most clusters end in an error.
@@ -120,34 +121,31 @@ class SelfPlay:
         )
         limit = config.max_rounds * config.clusters_per_round
         stream = Stream(self.sampler.upcoming(), roles.play, config.groups, limit, self._rate)
-        given: set[int] = set()
+        draw = JudgmentDraw(config, self.seed, step)
+        final = FinalRows(config, draw, self.untrained, on_final) if on_final else None
 
-        def give(attempt: Attempt) -> None:
-            if on_final is None or self.config.shuffle_rewards or "responder" in self.untrained:
-                return  # other rows decide about these advantages; no row is trained on
-            assign_advantages(attempt.answers, self.config.questioner.advantage_group)
-            given.update(map(id, attempt.answers))
-            on_final(attempt.answers)
+        def progress() -> None:
+            if final is not None:
+                final.look(stream.certain(), stream.possible())
+            on_progress(stream.mixed, len(stream.attempts))
 
-        attempts = await stream.run(on_progress, give)
+        attempts = await stream.run(progress)
 
         self.sampler.advance(len(attempts))
         entered = sum(self.history.admit(a.task, a.cluster.id, a.entry) for a in attempts if a.entry is not None)
         self._rate.forget()
-        batch = self._compose(attempts, step)
+        batch = self._compose(attempts, step, draw)
         metrics = step_metrics(attempts, len(stream.attempts), batch, config.tasks, self.history, entered)
         samples = [sample for attempt in attempts for sample in attempt.samples]
-        late = [sample for sample in batch if id(sample) not in given]
+        late = [sample for sample in batch if final is None or sample not in final]
         return StepRollout(batch, late, samples, [attempt.cluster.id for attempt in attempts], metrics)
 
-    def _compose(self, attempts: Sequence[Attempt], step: int) -> list[Sample]:
+    def _compose(self, attempts: Sequence[Attempt], step: int, draw: JudgmentDraw) -> list[Sample]:
         """The update's rows in a fixed order, with advantages."""
         groups = [Group(a.answers[0].uid, a.task, a.question, a.answers) for a in attempts if a.mixed]
         negatives = [a.question for a in attempts if a.question and a.outcome and a.outcome.negative]
-        answered = [a for a in attempts if a.outcome and a.outcome.answered]
-        verifier_groups = [rows for a in answered for rows in a.trainable_judgments]
         rng = random.Random(derive_seed(self.seed, step, "batch"))
-        batch = compose(groups, negatives, verifier_groups, self.config, rng)
+        batch = compose(groups, negatives, draw.in_order(attempts), self.config, rng)
         assign_advantages(batch, self.config.questioner.advantage_group)
         if self.config.shuffle_rewards:
             shuffle_advantages(batch, rng)

@@ -4,8 +4,8 @@ Every cluster advances alone, without a barrier between roles. What the step use
 clusters are a prefix of the stream, in the order of admission. Clusters beyond the prefix were speculation. They are
 cancelled, and a later step plays them again.
 
-A mixed group is certain to be used as soon as fewer than N groups before it are mixed or may still be. Most are, long
-before the last one ends.
+A cluster that has ended is certain to be used as soon as fewer than N clusters before it are mixed or may still be.
+Most are, long before the last one ends.
 """
 
 from __future__ import annotations
@@ -86,15 +86,11 @@ class Stream:
         self._asked = 0  # length of the prefix whose questions have passed or failed
         self._used = 0  # length of the prefix that the step uses: ended, and with at most N mixed groups
         self._mixed = 0  # mixed groups in it
-        self._told: set[int] = set()  # indices of the attempts of which `on_certain` was told
 
-    async def run(
-        self, on_progress: Callable[[int, int], None], on_certain: Callable[[Attempt], None]
-    ) -> list[Attempt]:
+    async def run(self, on_progress: Callable[[], None]) -> list[Attempt]:
         """Play clusters until enough of them are mixed, or the limit is reached; the attempts to use.
 
-        `on_progress` gets the number of mixed groups, and of admitted clusters. `on_certain` gets each mixed attempt
-        of those to use once, as soon as nothing can push it out any more.
+        `on_progress` is called whenever some have ended.
 
         Raises:
             UserError: the engines failed for good, or most clusters end in an error.
@@ -109,14 +105,39 @@ class Stream:
                     del self._running[task]
                     task.result()  # engine failures and programming errors end the step
                 self._advance()
-                self._tell(on_certain)
                 self._refuse_broken()
-                on_progress(min(_mixed(self.attempts), self._wanted), len(self.attempts))
+                on_progress()
         finally:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
         return self.attempts[: self._used]
+
+    @property
+    def mixed(self) -> int:
+        """How many of the wanted groups there are."""
+        return min(_mixed(self.attempts), self._wanted)
+
+    def certain(self) -> list[Attempt]:
+        """The attempts that have ended and that the step uses for sure."""
+        found: list[Attempt] = []
+        before = 0  # attempts before this one that are mixed, or may still be
+        for attempt in self.attempts:
+            if before == self._wanted:
+                break
+            if attempt.ended:
+                found.append(attempt)
+            before += attempt.mixed or not attempt.ended
+        return found
+
+    def possible(self) -> list[Attempt]:
+        """All attempts that the step may use; none as long as it may use some that have not been admitted."""
+        mixed = 0
+        for attempt in self.attempts:
+            mixed += attempt.mixed
+            if mixed == self._wanted:
+                return self.attempts[: attempt.index + 1]
+        return []
 
     def _admit(self) -> None:
         """Start as many clusters as are expected to be needed."""
@@ -142,17 +163,6 @@ class Stream:
                 self._rate.record("answers", attempt.mixed)
             self._mixed += attempt.mixed
             self._used += 1
-
-    def _tell(self, on_certain: Callable[[Attempt], None]) -> None:
-        """Tell of the mixed attempts that have become certain."""
-        before = 0  # attempts before this one that are mixed, or may still be
-        for attempt in self.attempts:
-            if before == self._wanted:
-                break
-            if attempt.mixed and attempt.index not in self._told:
-                self._told.add(attempt.index)
-                on_certain(attempt)
-            before += attempt.mixed or not attempt.ended
 
     def _refuse_broken(self) -> None:
         errors = sum(attempt.outcome is Outcome.ERROR for attempt in self.attempts)

@@ -76,17 +76,9 @@ def test_batch_takes_what_there_is():
     assert compose([], [], judged(3), SelfPlayConfig(), random.Random(0)) == []
 
 
-def test_verifier_groups_stay_whole_and_the_draw_depends_on_the_seed_alone():
-    groups, judgments = groups_of({"doc_mc": 16}), judged(40)
-    config = SelfPlayConfig(groups=16)
-
-    def drawn(seed):
-        rows = compose(groups, [], judgments, config, random.Random(seed))
-        return Counter(row.uid for row in rows if row.role == "verifier")
-
-    assert set(drawn(1).values()) == {8} and len(drawn(1)) == 2
-    assert drawn(1) == drawn(1)
-    assert len({tuple(drawn(seed)) for seed in range(10)}) > 1
+def test_verifier_groups_stay_whole_and_the_first_ones_are_taken():
+    batch = compose(groups_of({"doc_mc": 16}), [], judged(40), SelfPlayConfig(groups=16), random.Random(0))
+    assert Counter(row.uid for row in batch if row.role == "verifier") == {"v0": 8, "v1": 8}
 
 
 def test_negatives_can_be_switched_off_or_halved():
