@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -30,9 +30,10 @@ SMALL = (
 )
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, program: Sequence[str] = ("-m", "spell_megatron"), **environment: str) -> subprocess.Popen:
+    """Start `spell train`; `program`: what Python runs, such as torchrun with the module."""
     return subprocess.Popen(
-        [sys.executable, "-m", "spell_megatron", "train", *arguments],
+        [sys.executable, *program, "train", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "SPELL_TEST": MARK} | environment,
         stdout=subprocess.PIPE,
@@ -93,6 +94,21 @@ def metrics(run: Path) -> dict[int, dict]:
 
 def dump(run: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
+
+
+def weights(run: Path, step: int) -> dict:
+    """The tensors of a checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    return load_file(run / "checkpoints" / f"step_{step:06d}" / "hf" / "model.safetensors")
+
+
+def same_weights(one: dict, two: dict) -> bool:
+    """Up to rounding. Single weights may differ by more: Adam's first steps have the size of the rate however small a
+    gradient is."""
+    assert one.keys() == two.keys()
+    difference = sum((one[name] - two[name]).square().sum().item() for name in one)
+    return difference < (1e-5) ** 2 * sum(weight.square().sum().item() for weight in one.values())
 
 
 def same_steps(one: Path, two: Path, steps: int) -> None:

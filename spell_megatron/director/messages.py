@@ -128,11 +128,12 @@ class Failed(_Message):
 
 
 class Log(_Message):
-    """Something for the run's log; silent: not for the screen."""
+    """Something for the run's log. trace: of an error, "" without one; silent: not for the screen."""
 
     name: str
     level: int
     text: str
+    trace: str
     silent: bool
 
 

@@ -34,6 +34,8 @@ from spell_megatron.selfplay.batch import Sample
 
 logger = logging.getLogger(__name__)
 
+_TRACES = logging.Formatter()
+
 
 class _ToRank0(logging.Handler):
     """Has rank 0 log what is logged here."""
@@ -44,8 +46,9 @@ class _ToRank0(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # rank 0 is gone
+            trace = _TRACES.formatException(record.exc_info) if record.exc_info else ""
             silent = getattr(record, "silent", False)
-            self._channel.send(messages.Log(record.name, record.levelno, self.format(record), silent))
+            self._channel.send(messages.Log(record.name, record.levelno, record.getMessage(), trace, silent))
 
 
 class Service:

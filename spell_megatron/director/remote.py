@@ -228,9 +228,7 @@ class RemoteDirector:
             while True:
                 message, arrays = self._channel.receive()
                 if isinstance(message, messages.Log):
-                    logging.getLogger(message.name).log(
-                        message.level, "%s", message.text, extra={"silent": message.silent}
-                    )
+                    _log(message)
                 else:
                     self._inbox.put((message, arrays))
         except EOFError:
@@ -243,6 +241,14 @@ class RemoteDirector:
             f"The run's process for self-play ({self.process.pid}) {how}. What it said last is above, or in "
             f"{self._log}. If the system has killed it, memory was short. Resume the run from its last checkpoint."
         )
+
+
+def _log(said: messages.Log) -> None:
+    """Log what the process has logged, with its stack trace, which is for the file."""
+    logger, extra = logging.getLogger(said.name), {"silent": said.silent}
+    record = logger.makeRecord(said.name, said.level, "", 0, said.text, (), None, extra=extra)
+    record.exc_text = said.trace or None
+    logger.handle(record)
 
 
 def _error(failed: messages.Failed) -> UserError | OSError:

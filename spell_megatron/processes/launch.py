@@ -13,17 +13,23 @@ from spell_megatron.processes.signals import answering
 
 _MODULE = "spell_megatron"
 
+_KILLED = (
+    "spell: Process {rank} of the trainer ({pid}) was killed by signal {number}. If the system has killed it, memory "
+    "was short. Resume the run from its last checkpoint."
+)
+"""Of one that could not say so itself. The others may be ended before they have noticed it."""
+
 
 def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
     """Run this command line in the trainer's processes on this machine.
 
     Requests to stop are theirs: they get those that reach this process, and take the time that they need.
 
-    Returns the exit status of the first process that fails, or 0.
+    Returns the exit status of the first process that fails, or 0. One that is killed is told here.
     """
     import logging
 
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -39,6 +45,7 @@ def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
         run_id=f"spell-{os.getpid()}",
         max_restarts=0,
         local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # it would leave a folder for each start
         # Of the others it would make an end within 30 seconds, also of SIGHUP where nohup ignores that.
         signals_to_handle="SIGQUIT",
     )
@@ -46,8 +53,12 @@ def launch_processes(training: TrainingConfig, argv: Sequence[str]) -> int:
         with answering(_pass_on):
             elastic_launch(launch, sys.executable)("-m", _MODULE, *argv)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # negative: a signal's number
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        number = -first.exitcode
+        print(_KILLED.format(rank=rank, pid=first.pid, number=number), file=sys.stderr)
+        return 128 + number
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -16,7 +16,7 @@ import aiohttp
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
-from spell_megatron.rollout.wire import Body, Completion, GenerationError, PromptJson, read_answer
+from spell_megatron.rollout.wire import Aborted, Body, Completion, GenerationError, PromptJson, read_answer
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Client:
         while True:
             revived = self._revived
             try:
-                answer = await self._try(body, affinity)
+                return await self._try(body, affinity, routed_prompt)
             except _NoEngine as error:
                 if revived != self._revived:
                     continue
@@ -199,24 +199,17 @@ class Client:
                 log.warning("%s", error)
                 self.use(self._revive())
                 self._revived += 1
-                continue
-            if len(answer) > _LARGE_BYTES:
-                return await asyncio.to_thread(read_answer, answer, routed_prompt)
-            # Many answers come at a time. After each, the event loop looks at its sockets.
-            async with self._reading:
-                completions = read_answer(answer, routed_prompt)
-                await asyncio.sleep(0)
-            return completions
 
-    async def _try(self, body: Body, affinity: str) -> bytes:
+    async def _try(self, body: Body, affinity: str, routed_prompt: int) -> list[Completion]:
         """Posts a request to the replica of its affinity, or to another one while that is down."""
         for delay in (0.0, *_RETRY_SECONDS):
             await asyncio.sleep(delay)
             replica = self._choose(affinity)
             try:
                 async with replica.slots:
-                    return await self._watched(replica, body)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault, _Hangs) as error:
+                    answer = await self._watched(replica, body)
+                return await self._read(answer, routed_prompt)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault, Aborted, _Hangs) as error:
                 fault = error
                 if replica.resting_until <= time.monotonic():
                     log.warning("the engine at %s fails: %s", replica.url, error or type(error).__name__)
@@ -225,7 +218,7 @@ class Client:
                     replica.resting_until = math.inf
                 if all(other.resting_until == math.inf for other in self._replicas):
                     break
-        if isinstance(fault, _ServerFault) and await self._responds(replica):
+        if isinstance(fault, _ServerFault | Aborted) and await self._responds(replica):
             raise GenerationError(f"every attempt at a request failed; the last: {replica.url}: {fault}")
         urls = ", ".join(replica.url for replica in self._replicas)
         raise _NoEngine(
@@ -233,6 +226,15 @@ class Client:
             f"{len(_RETRY_SECONDS)} more attempts at all replicas ({urls}). Look into their logs; start "
             "them again, or correct rollout.urls, and resume the run from its last checkpoint."
         )
+
+    async def _read(self, answer: bytes, routed_prompt: int) -> list[Completion]:
+        if len(answer) > _LARGE_BYTES:
+            return await asyncio.to_thread(read_answer, answer, routed_prompt)
+        # Many answers come at a time. After each, the event loop looks at its sockets.
+        async with self._reading:
+            completions = read_answer(answer, routed_prompt)
+            await asyncio.sleep(0)
+        return completions
 
     def _choose(self, affinity: str) -> _Replica:
         """Rendezvous hashing over the replicas that did not just fail (over all if all did)."""

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -190,11 +192,13 @@ def start_command(settings: ServerSettings, transport: Transport) -> str:
 
 
 # Ends the process group $2 when the process $1 has ended, however that came about, also after Slurm has signalled all
-# three. (A server that gets a SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.)
+# three. (A server that gets a SIGTERM while it starts may wait for its engine for ever, so SIGKILL follows.) Then the
+# group's temporary files, in the folder $3, go.
 _GUARD = """
 trap "" INT TERM USR1
 while kill -0 "$1" && kill -0 "-$2"; do sleep 1; done 2>/dev/null
 kill -TERM "-$2" && sleep 10 && kill -KILL "-$2"
+rm -rf "$3"
 """
 
 
@@ -215,16 +219,19 @@ class Server:
             output.write(f"----- started {now} at {url} on {socket.gethostname()}{job}\n".encode())
             output.flush()
             self._log_start = output.tell()
+            # vLLM leaves its sockets and a file of torch's where temporary files are. What torch compiles is kept.
+            compiled = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+            self._temporary = tempfile.mkdtemp(prefix="spell-")
             self.process = subprocess.Popen(
                 command,
-                env=environment,
+                env={"TORCHINDUCTOR_CACHE_DIR": str(compiled), **environment, "TMPDIR": self._temporary},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         self._guard = subprocess.Popen(
-            ["sh", "-c", _GUARD, "sh", str(os.getpid()), str(self.process.pid)],
+            ["sh", "-c", _GUARD, "sh", str(os.getpid()), str(self.process.pid), self._temporary],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -244,6 +251,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def last_words(log: Path, start: int = 0) -> str:

@@ -28,6 +28,10 @@ class GenerationError(RuntimeError):
     """An engine refused or broke a request, and trying it again would not help."""
 
 
+class Aborted(GenerationError):
+    """An engine has answered a request before its end, as one does that is told to stop. Another one may finish it."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt.
@@ -133,7 +137,8 @@ def read_answer(answer: bytes, routed_prompt: int) -> list[Completion]:
         routed_prompt: number of the prompt's tokens whose routing was asked for.
 
     Raises:
-        GenerationError: it is no answer of vLLM's route, was aborted, or has tokens of more than one weight version.
+        Aborted: the engine has not ended a completion.
+        GenerationError: it is no answer of vLLM's route, or has tokens of more than one weight version.
     """
     try:
         choices = _ANSWER.decode(answer).choices
@@ -144,8 +149,10 @@ def read_answer(answer: bytes, routed_prompt: int) -> list[Completion]:
 
 def _completion(choice: _Choice, routed_prompt: int) -> Completion:
     reason = choice.finish_reason
+    if reason == "abort":
+        raise Aborted("it has aborted a request, as an engine does that is told to stop")
     if reason not in ("stop", "length"):
-        raise GenerationError(f"the engine ended a completion with {reason!r}; was it aborted?")
+        raise GenerationError(f"the engine ended a completion with {reason!r}, not at its end or its limit")
     versions = sorted({span.version for span in choice.weight_versions or ()})
     if len(versions) != 1 or versions[0].startswith(UPDATING):
         raise GenerationError(

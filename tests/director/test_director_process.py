@@ -14,8 +14,12 @@ import pytest
 from small_run import ROOT
 
 from spell_megatron.config.reading import load_config
-from spell_megatron.director.remote import RemoteDirector
+from spell_megatron.director.messages import FromDirector
+from spell_megatron.director.process import _ToRank0
+from spell_megatron.director.remote import RemoteDirector, _log
 from spell_megatron.errors import ProcessLost, UserError
+from spell_megatron.monitoring.run_log import log_file, logged_by, run_log
+from spell_megatron.processes.channel import Channel
 from spell_megatron.processes.signals import REQUESTS
 
 
@@ -69,6 +73,24 @@ def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tm
         with pytest.raises(ProcessLost, match=r"killed by signal 9.*train\.log.*Resume"):
             director.roll_out(1, "0", lambda mixed: None)
     assert director.process.returncode == -signal.SIGKILL
+
+
+def test_stack_traces_of_it_are_in_the_log_and_not_on_the_screen(tmp_path, capsys):
+    ours, theirs = socket.socketpair()
+    logger = logging.getLogger("spell_megatron.selfplay.roles")
+    with ours, theirs, logged_by(_ToRank0(Channel(theirs, FromDirector)), "info"):
+        try:
+            raise KeyError("its cause")
+        except KeyError:
+            logger.exception("cluster %s failed", "c-1")
+        message, _ = Channel(ours, FromDirector).receive()
+    with run_log(tmp_path, 0, "info"):
+        _log(message)
+    log = log_file(tmp_path, 0).read_text()
+    assert (
+        "ERROR spell_megatron.selfplay.roles: cluster c-1 failed\nTraceback" in log and "KeyError: 'its cause'" in log
+    )
+    assert capsys.readouterr().err == "spell_megatron.selfplay.roles: cluster c-1 failed (logs/train.log has more)\n"
 
 
 @pytest.mark.parametrize(

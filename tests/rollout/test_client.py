@@ -79,7 +79,7 @@ def test_of_a_burst_of_answers_one_is_read_in_each_turn_of_the_event_loop(monkey
     async def main():
         nonlocal turn
         client = Client(["http://127.0.0.1:1"], "key", SAMPLING, stop_token_ids=[EOS])
-        monkeypatch.setattr(client, "_try", answered)
+        monkeypatch.setattr(client, "_watched", answered)
         requests_made = asyncio.gather(*(ask()(client) for _ in range(20)))
         while not requests_made.done():
             turn += 1

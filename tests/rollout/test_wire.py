@@ -128,8 +128,8 @@ def test_answers_are_read_in_their_order_as_arrays():
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (answer_of(choice(finish_reason="abort")), "'abort'; was it aborted"),
-        (answer_of(choice(finish_reason=None)), "None; was it aborted"),
+        (answer_of(choice(finish_reason="repetition")), "ended a completion with 'repetition'"),
+        (answer_of(choice(finish_reason=None)), "ended a completion with None"),
         (answer_of(choice(weight_versions=None)), r"weight versions \[\]"),
         (answer_of(choice(weight_versions=[{"version": "3"}, {"version": "4"}])), r"weight versions \['3', '4'\]"),
         (answer_of(choice(weight_versions=[{"version": "updating to 4"}])), "weight versions"),
@@ -145,6 +145,14 @@ def test_answers_that_cannot_be_used(answer, reason):
     with pytest.raises(GenerationError, match=reason):
         call = {"prompt_ids": [1], "n": 1, "seed": 1, "max_tokens": 1, "affinity": ""}
         generate(call, answer=lambda body: answer)
+
+
+def test_a_request_that_an_engine_aborts_is_made_again():
+    """As one that is told to stop does: none of its work is lost, and no cluster is left out for it."""
+    answers = [answer_of(choice(), choice([5], index=1, finish_reason="abort")), answer_of(choice(), choice(index=1))]
+    call = {"prompt_ids": [1], "n": 2, "seed": 1, "max_tokens": 2, "affinity": ""}
+    (made,), bodies = generate(call, answer=lambda body: answers.pop(0))
+    assert [len(one.token_ids) for one in made] == [2, 2] and bodies[0] == bodies[1]
 
 
 def vllm_answer(routing: np.ndarray) -> bytes:
