@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ def run_log(folder: Path, rank: int, level: Level) -> Iterator[None]:
     """
     path = log_file(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
     ours = logging.getLogger(_PACKAGE)
     shown = logging.StreamHandler(sys.stderr)  # an error of ours is told on the screen too, without its stack trace
@@ -87,6 +87,18 @@ def logged_by(handler: logging.Handler, level: Level) -> Iterator[None]:
         root.removeHandler(handler)
         root.setLevel(before[0])
         ours.setLevel(before[1])
+
+
+class _File(logging.FileHandler):
+    """On a full disk what is logged is lost, or written later; a run that ends for it says why by itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (a name of logging)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _Short(logging.Formatter):

@@ -54,3 +54,13 @@ def test_afterwards_everything_is_as_before(tmp_path):
     with run_log(tmp_path, 0, "debug"):
         pass
     assert before == (root.level, list(root.handlers), list(library.handlers), library.propagate, warnings.showwarning)
+
+
+def test_a_full_disk_takes_neither_the_screen_nor_the_error(tmp_path, capsys):
+    log = log_file(tmp_path, 0)
+    log.parent.mkdir()
+    log.symlink_to("/dev/full")  # no byte can be written to it
+    with pytest.raises(UserError, match="the disk is full"), run_log(tmp_path, 0, "info"):
+        logging.getLogger("spell_megatron.train").info("step 1")
+        raise UserError("the disk is full")
+    assert capsys.readouterr().err == ""
