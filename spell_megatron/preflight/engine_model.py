@@ -78,7 +78,7 @@ LENGTH_FIELDS = (
 
 def check_engine_model(found: Findings, folder: Path, policy: PolicyModel) -> None:
     """vLLM serves this model, and computes what the trainer does."""
-    for message in (*_class_faults(policy), *_option_faults(policy), *_rotary_faults(policy.hf_config)):
+    for message in (*_class_faults(policy), *_option_faults(policy), *_rotary_faults(policy)):
         found.fault("model.path", f"{folder / 'config.json'}: {message}")
 
 
@@ -154,18 +154,34 @@ def _option_faults(policy: PolicyModel) -> Iterator[str]:
         )
 
 
-def _rotary_faults(hf_config: Any) -> Iterator[str]:
-    parameters = hf_config.rope_parameters
+def _rotary_faults(policy: PolicyModel) -> Iterator[str]:
+    hf_config, parameters = policy.hf_config, policy.hf_config.rope_parameters
     # The sections of Qwen3.5 are those of the places of images; of text all have the same.
     known = ("mrope_section",) if hf_config.model_type in _QWEN3_5 else ()
     if alone := [name for name in ROTARY_OPTIONS if parameters.get(name) and name not in known]:
         yield f"vLLM changes the rotary embedding by {alone[0]}, unlike the trainer. Remove {alone[0]}"
+    elif (sections := parameters.get("mrope_section")) is not None:
+        yield from _section_faults(sections, parameters["rope_type"], policy.arch.rotary_dim // 2)
     if parameters.get("rope_type") != "yarn":
         return
     numbers = ("factor", "beta_fast", "beta_slow")
     if empty := [name for name in numbers if name in parameters and not parameters[name]]:
         remedy = "Write the factor" if empty[0] == "factor" else f"Remove {empty[0]}"
         yield f"the rope scaling has {empty[0]} {parameters[empty[0]]!r}, with which vLLM does not start. {remedy}"
+
+
+def _section_faults(sections: Any, kind: str, pairs: int) -> Iterator[str]:
+    """Sections of positions with which vLLM does not start, or ends at the first request."""
+    fit = isinstance(sections, list) and len(sections) == 3 and all(type(x) is int and x >= 0 for x in sections)
+    if not fit or sum(sections) != pairs:
+        yield (
+            f"mrope_section is {sections!r}; vLLM wants three whole numbers with the sum {pairs}, half the dimensions "
+            "of a head that rotary embeddings turn. Remove mrope_section, which does not matter for text"
+        )
+    elif kind not in ("default", "yarn"):
+        yield (
+            f"vLLM has no mrope_section with rope_type {kind!r}. Remove mrope_section, which does not matter for text"
+        )
 
 
 def quantization_fault(folder: Path, policy: PolicyModel, plain: bool) -> str:

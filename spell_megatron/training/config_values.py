@@ -41,11 +41,22 @@ def given_faults(family: Family, given: Mapping[str, Any], aliases: Mapping[str,
     needed += [family.windows] if family.windows else []
     for field in (*needed, *optional):
         name = field if field in given else aliases.get(field, field)
-        value, least = given.get(name), 0 if experts and field == experts.count else 1
+        value, least = given.get(name), 0 if experts and field == experts.count and experts.dense_layers else 1
         if name not in given and field in needed:
             yield f"{field} is missing"
         elif (type(value) is not int or value < least) and not (value is None and field in optional):
             yield f"{name} is {value!r}; it must be a whole number of {least} or more"
+    if family.delta_nets and given.get("layer_types") is None:
+        yield from _interval(given.get("full_attention_interval", 4), given.get("num_hidden_layers"))
+
+
+def _interval(interval: Any, layers: Any) -> Iterator[str]:
+    """What is wrong with the number from which transformers makes the kinds of the layers."""
+    if type(layers) is int and layers > 0 and not (type(interval) is int and 0 < interval <= layers):
+        yield (
+            f"full_attention_interval is {interval!r} and there are no layer_types; it must be a whole number from 1 "
+            f"to num_hidden_layers, {layers}"
+        )
 
 
 def value_faults(family: Family, hf_config: Any) -> Iterator[str]:
@@ -73,7 +84,7 @@ def _heads(hf_config: Any) -> Iterator[str]:
     elif (dimensions := head_dim or hidden // heads) % 2:
         yield f"head_dim is {dimensions}; it must be even, because rotary embeddings turn pairs of dimensions"
     elif (part := hf_config.rope_parameters.get("partial_rotary_factor")) is not None:
-        turned = int(dimensions * part)
+        turned = int(dimensions * part) if isinstance(part, int | float) and math.isfinite(part) else 0
         if turned % 2 or not 0 < turned <= dimensions:
             yield (
                 f"partial_rotary_factor is {part!r}: of {dimensions} dimensions rotary embeddings turn {turned}, which "

@@ -32,12 +32,26 @@ def test_released_models_have_no_fault(family):
 
 
 def test_sections_of_positions_do_not_matter_for_text():
-    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
     options = {"attn_output_gate": True, "output_gate_type": "silu", "norm_topk_prob": True}
     assert faults("qwen3_5_moe_text", rope_parameters=rope, **options) == []
     assert faults("qwen3_5_moe_text", output_gate_type="swish") == []
     (fault,) = faults("qwen3_5_moe_text", output_gate_type="sigmoid")
     assert "have another gate" in fault
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "default", "mrope_section": [11, 11, 11]}, "with the sum 4, half the dimensions"),
+        ({"rope_type": "default", "mrope_section": [2, 2]}, "three whole numbers"),
+        ({"rope_type": "linear", "factor": 2.0, "mrope_section": [2, 1, 1]}, "with rope_type 'linear'"),
+    ],
+)
+def test_sections_that_vllm_has_not_are_refused(rope, message):
+    common = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    (fault,) = faults("qwen3_5_text", rope_parameters=common | rope)
+    assert message in fault and "Remove mrope_section" in fault
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])

@@ -152,7 +152,10 @@ LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
         ("gpt_oss", "sliding_window", ..., "sliding_window is missing"),
         ("gpt_oss", "swiglu_limit", 0.0, "swiglu_limit is 0.0; it must be a number above 0"),
         ("gpt_oss", "swiglu_alpha", 1.5, "swiglu_alpha is 1.5; it must be 1.702"),
+        ("qwen3_5_text", "layer_types", ..., "full_attention_interval is 4 and .* from 1 to num_hidden_layers, 3"),
         ("qwen3_5_text", "rope_parameters", PARTLY | {"partial_rotary_factor": 0.1}, "turn 3, which must be an even"),
+        ("llama", "rope_parameters", PARTLY | {"partial_rotary_factor": "0.5"}, "partial_rotary_factor is '0.5'"),
+        ("qwen3_5_moe_text", "num_experts", 0, "num_experts is 0; it must be a whole number of 1 or more"),
         ("qwen3_5_moe_text", "shared_expert_intermediate_size", -1, "shared_expert_intermediate_size is -1"),
         ("llama", "rope_parameters", {"full_attention": YARN_ROPE}, "not a set for each kind of layer"),
         ("llama", "rope_parameters", YARN_ROPE | {"factor": "4"}, "rope_parameters .* give no rotary embedding"),
@@ -168,6 +171,15 @@ LLAMA3 = LLAMA3_ROPE | {"original_max_position_embeddings": 32}
 def test_values_that_no_model_can_have_are_named(tmp_path, family, field, value, said):
     folder = write_config(tmp_path, family, field, value)
     with pytest.raises(UserError, match=f"(?s)config.json cannot be (used|read).*{said}"):
+        PolicyModel.load(folder)
+
+
+@pytest.mark.parametrize("interval", [0, -2, 4, "2", None])
+def test_an_interval_that_makes_no_attention_is_named(tmp_path, interval):
+    folder = write_config(tmp_path, "qwen3_5_text", "layer_types", ...)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"full_attention_interval": interval}))
+    with pytest.raises(UserError, match=f"full_attention_interval is {interval!r} and there are no layer_types"):
         PolicyModel.load(folder)
 
 

@@ -113,6 +113,8 @@ ON_FOUR = {
     "context-expert-delta-routed": layout("qwen3_5_moe_text", "selective", other=ROUTED, context=2, expert=2),
     "expert-tensor-delta": layout("qwen3_5_moe_text", tensor=2, expert_tensor=2, expert=2),
     "expert-data-delta": layout("qwen3_5_moe_text", "full", True, expert=2),
+    "tensor-pipeline-windows": layout("gpt_oss", "full", True, tensor=2, pipeline=2),
+    "expert-data-windows": layout("gpt_oss", "selective", True, expert=2),
     "expert-everywhere-routed": layout("qwen3_moe", other=ALL_GATHER | ROUTED, tensor=2, expert=4),
 }
 ON_EIGHT = {
