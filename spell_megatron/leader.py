@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.ahead import Batch, check_gpus
 from spell_megatron.checkpoint.folder import note_score
 from spell_megatron.config.reading import as_recorded, to_yaml
 from spell_megatron.config.schema import Config
 from spell_megatron.director.remote import RemoteDirector
 from spell_megatron.errors import UserError
 from spell_megatron.files import write_text
+from spell_megatron.monitoring.in_a_row import InARow
 from spell_megatron.monitoring.metrics import MetricsLogger
 from spell_megatron.monitoring.progress import Progress, gain
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.monitoring.timeline import Timeline
 from spell_megatron.monitoring.versions import note_versions
-from spell_megatron.overlap import EarlyRows, accumulate, why_not
+from spell_megatron.overlap import EarlyRows, accumulate, when
 from spell_megatron.planner.engine_share import engine_settings
 from spell_megatron.plural import counted
 from spell_megatron.preflight.resume import VALIDATED
@@ -39,27 +42,6 @@ from spell_megatron.training.waiting import Waiting
 from spell_megatron.weights.engine_weights import EngineWeights, Order
 
 Metrics = dict[str, float]
-
-
-class InARow:
-    """Counts the consecutive steps in which something happened, and ends the run when they are too many."""
-
-    LIMIT = 5
-
-    def __init__(self, message: str) -> None:
-        """message: of the error, a format with {count} and what `note` is given."""
-        self._message, self._count = message, 0
-
-    def note(self, happened: bool, **details: object) -> None:
-        """Count a step in which it happened; any other step sets the count back to 0.
-
-        Raises:
-            UserError: it has happened in `LIMIT` steps in a row.
-        """
-        self._count = self._count + 1 if happened else 0
-        if self._count >= self.LIMIT:
-            raise UserError(self._message.format(count=self._count, **details))
-
 
 NOTHING_TO_TRAIN_ON = "{count} steps in a row had nothing to train on, so the run stops; the last: {why}"
 
@@ -86,6 +68,7 @@ class Leader:
         self._first_validation: Metrics = {}
         self._last_validation: Metrics = {}
         self._unvalidated = False
+        self._ready: Batch | None = None  # of the next update, if it is written already
         self._restarts = self._without_update = 0
         self._why_none = ""
 
@@ -101,6 +84,7 @@ class Leader:
             self._director = stack.enter_context(RemoteDirector(self._config, self._folder, self._stop.reason))
             with self.progress.stage("starting engines"):
                 self._engines = stack.enter_context(self._open_engines())
+                check_gpus(self._config.training.staleness, self._engines.transport)
                 self._engines.sleep()  # the trainer's turn on GPUs that they share
             self._status.watch(self._engines.health)
             from_rank_0("the engines are ready")
@@ -127,14 +111,17 @@ class Leader:
             rendezvous=self._rendezvous,
         )
 
-    def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
+    def begin(self, trainer: Trainer, step: int, state: dict[str, Any], rows: list[Row] | None) -> None:
         """Connect trainer and engines, and give the engines the trainer's weights.
 
         Args:
             trainer: with the weights after `step` updates.
             state: what `state` returned when they were saved; {} at the start of a run. A validation of these weights
                 that is due, and was not made or was interrupted, comes first.
+            rows: what was in `rows` then.
         """
+        if rows is not None:
+            self._ready = Batch.restored(state["ready"], rows)
         self._trainer = trainer
         if why := self._no_replay(trainer):
             self.progress.line(f"Routing replay is off: {why}.")
@@ -147,13 +134,8 @@ class Leader:
         self._log = enter(
             MetricsLogger(self._folder, self._config.logging, self._config.model_dump(mode="json"), resume_step)
         )
-        why = why_not(self._config.rollout, self._config.training, self._engines, self._trainers)
-        self._overlap = not why
-        self.progress.line(
-            f"Updates wait for the end of their rollouts: {why}."
-            if why
-            else "Updates begin during their rollouts (training.overlap)."
-        )
+        self._overlap, line = when(self._config.rollout, self._config.training, self._engines, self._trainers)
+        self.progress.line(line)
         metrics = self.push(step)
         with self.progress.stage("comparing engines and trainer"):
             _probe(self._weights, trainer, self._config)
@@ -183,31 +165,55 @@ class Leader:
         self._started = time.monotonic()
         self._status.update(state="running", step=step)
         self.progress.begin_step(step)
-        with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
-            early = EarlyRows(Waiting(self._config.training, self._replicas), self._accumulate)
-            rollout = self._director.roll_out(step, str(step - 1), advance, early.add if self._overlap else None)
-        rows = early.rest()
-        if rollout is None:
+        early = EarlyRows(Waiting(self._config.training, self._replicas), self._accumulate)
+        batch = self._ready or self._write(step, step - 1, early)
+        if batch is None:
             return self._give_up()
-        rows += rollout.rows
-        seconds = rollout.ended - self._started
-        speed = rollout.metrics["selfplay/generated_tokens"] / seconds
-        metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
-        if self._overlap:
-            metrics["time/hidden"] = early.hidden(rollout.ended)
-        empty = not (early or rows)
-        why = why_empty(metrics, self._folder / "rollouts") if empty else ""
-        if why:
-            self.progress.line(f"step {step}: {why}")
-        self._empty.note(empty, why=why)
-        self._why_none = why or self._why_none
+        following = None
+        if self._config.training.staleness and step < self._config.run.steps:
+            self._ready = batch  # a checkpoint holds it if the next rollout is given up
+            following = self._write(step + 1, step - 1, early, batch)
+            if following is None:
+                return self._give_up()
         try:
             self._weights.sleep()
         except UserError:
             if not self._stop.reason():
                 raise
             return self._give_up()
-        return self._weights.give_order(Order.SKIP if empty else Order.UPDATE), rows, metrics
+        self._ready, rows = following, [] if following else batch.rows
+        metrics = batch.metrics | {"train/staleness": float(step - 1 - batch.version)}
+        return self._weights.give_order(Order.SKIP if batch.empty else Order.UPDATE), rows, metrics
+
+    def _write(self, step: int, version: int, early: EarlyRows, before: Batch | None = None) -> Batch | None:
+        """Roll out the batch of `step` on the engines, whose weights have had `version` updates; None: given up.
+
+        Meanwhile the trainer works on its `early` rows, or on all rows of the batch `before`.
+        """
+        started = time.monotonic()
+        with self.progress.stage("rollout", self._config.selfplay.groups) as advance:
+            if before is None:
+                certain = early.add if self._overlap else None
+                rollout = self._director.roll_out(step, str(version), advance, certain)
+            else:
+                work = partial(early.accumulate, before.rows) if before.rows else None
+                rollout = self._director.roll_out(step, str(version), advance, None, work)
+        rows = early.rest()
+        if rollout is None:
+            return None
+        rows += rollout.rows
+        seconds = rollout.ended - started
+        speed = rollout.metrics["selfplay/generated_tokens"] / seconds
+        metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
+        if before or self._overlap:
+            (before.metrics if before else metrics)["time/hidden"] = early.hidden(rollout.ended)
+        empty = not rows and (before is not None or not early)
+        why = why_empty(metrics, self._folder / "rollouts") if empty else ""
+        if why:
+            self.progress.line(f"step {step}: {why}")
+        self._empty.note(empty, why=why)
+        self._why_none = why or self._why_none
+        return Batch(step, version, rows, metrics, empty)
 
     def _accumulate(self, rows: list[Row]) -> None:
         with self.progress.span("accumulate"):
@@ -232,8 +238,14 @@ class Leader:
             raise
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` holds besides the trainer."""
-        return {"step": step, "selfplay": self._director.state_dict()}
+        """What a checkpoint of `step` holds besides the trainer and `rows`."""
+        ready = {"ready": self._ready.record()} if self._ready else {}
+        return {"step": step, "selfplay": self._director.state_dict(), **ready}
+
+    @property
+    def rows(self) -> list[Row] | None:
+        """Those of the next update, if they are written already."""
+        return self._ready.rows if self._ready else None
 
     def end_step(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of update `step`, and validate where it is due."""
@@ -309,7 +321,7 @@ class Follower:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def begin(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
+    def begin(self, trainer: Trainer, step: int, state: dict[str, Any], rows: list[Row] | None) -> None:
         self._trainer = trainer
         self._weights = _engine_weights(trainer, None, self._config, self.progress, self._stop)
         self._stack.callback(self._weights.close)
@@ -329,6 +341,8 @@ class Follower:
 
     def state(self, step: int) -> dict[str, Any]:
         return {}
+
+    rows = None
 
     def end_step(self, step: int, metrics: Metrics) -> None:
         pass

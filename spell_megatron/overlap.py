@@ -41,6 +41,15 @@ def why_not(rollout: RolloutConfig, training: TrainingConfig, engines: Engines, 
     return f"{threads} threads of trainer and engines share {cores} cores" if threads > cores else ""
 
 
+def when(rollout: RolloutConfig, training: TrainingConfig, engines: Engines, trainers: int) -> tuple[bool, str]:
+    """Whether an update begins during its own rollout (see `why_not`), and when it runs, for the user."""
+    if training.staleness:
+        return False, "Updates run during the next rollouts, on rows that are one update old (training.staleness)."
+    if why := why_not(rollout, training, engines, trainers):
+        return False, f"Updates wait for the end of their rollouts: {why}."
+    return True, "Updates begin during their rollouts (training.overlap)."
+
+
 def accumulate(trainer: Trainer, rows: Sequence[Row] | None) -> None:
     """Forward and backward on rows of the next update, which rank 0 has; all ranks call it."""
     if not trainer.under_way:
@@ -71,9 +80,13 @@ class EarlyRows:
     def add(self, rows: list[Row]) -> None:
         """Add the rows of a group, and have those that wait accumulated if they are enough."""
         if ready := self._waiting.add(rows):
-            started = time.monotonic()
-            self._work(ready)
-            self._spans.append((started, time.monotonic()))
+            self.accumulate(ready)
+
+    def accumulate(self, rows: list[Row]) -> None:
+        """Have these rows accumulated at once."""
+        started = time.monotonic()
+        self._work(rows)
+        self._spans.append((started, time.monotonic()))
 
     def rest(self) -> list[Row]:
         """Those that still wait."""

@@ -20,7 +20,8 @@ from spell_megatron.config.reading import as_recorded
 from spell_megatron.config.schema import Config
 from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.hub import name_of
-from spell_megatron.leader import Follower, InARow, Leader, Metrics, Rank
+from spell_megatron.leader import Follower, Leader, Metrics, Rank
+from spell_megatron.monitoring.in_a_row import InARow
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.stopping import Reason, Stopped, StopRequest
 from spell_megatron.overlap import finish
@@ -102,13 +103,13 @@ def _run(config: Config, resume: bool, rendezvous: Rendezvous | None, stop: Stop
         stack.enter_context(rank)
         with rank.progress.stage("loading the policy"):
             trainer = load_trainer(policy, config)
-            step, state = restore(folder, trainer) if resume else (0, {})
+            step, state, rows = restore(folder, trainer) if resume else (0, {}, None)
         settings = as_recorded(config).model_dump_json(indent=2)
         saver = Saver(folder, trainer, config.checkpoint, config.model.path, settings)
         stack.enter_context(saver)
         if saver.untrained:
             rank.progress.line(f"{saver.untrained} are not trained; they go into every checkpoint as they are.")
-        rank.begin(trainer, step, state)
+        rank.begin(trainer, step, state, rows)
 
         skipped, saved, stopped = InARow(NOT_FINITE), step if resume else None, None
         while step < steps and not stopped:
@@ -167,5 +168,5 @@ def save(saver: Saver, step: int, rank: Rank) -> Metrics:
     """Save a checkpoint of `step`."""
     started = time.monotonic()
     with rank.progress.stage("checkpoint"):
-        saver.save(step, rank.state(step))
+        saver.save(step, rank.state(step), rank.rows)
     return {"time/checkpoint": time.monotonic() - started}

@@ -24,7 +24,7 @@ MAP = ROOT / "docs" / "architecture.md"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("train", "leader", "overlap", "director", "evaluation.evaluate", "planner", "report"),
+    ("train", "leader", "ahead", "overlap", "director", "evaluation.evaluate", "planner", "report"),
     ("checkpoint", "preflight", "weights", "jobs", "corpus", "monitoring", "evaluation"),
     ("training", "rollout", "processes"),
     ("selfplay", "tokenizer", "token_pieces", "byte_pairs", "channels"),

@@ -4,15 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_fixtures import save_byte_tokenizer
+from safetensors.numpy import save_file
 from trainer_cases import (
     Settings,
     difference,
     initialise,
     make_config,
     make_policy,
+    make_routed_rows,
     make_rows,
     make_trainer,
     save,
@@ -23,6 +26,8 @@ from spell_megatron.checkpoint.folder import latest, note_score
 from spell_megatron.checkpoint.restore import load, restore
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.rows_file import read_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def saved(policy, tmp_path_factory) -> Path:
     trainer = make_trainer(config)
     for step in (1, 2):
         trainer.update(make_rows(step))
-        save(run, step, trainer, config, {"step": step})
+        save(run, step, trainer, config, {"step": step}, make_routed_rows(step) if step == 2 else None)
     return run
 
 
@@ -148,6 +153,7 @@ def cut(path: Path) -> None:
             "rng/rank_00000.pt",
             "hf/config.json",
             "hf/tokenizer.json",
+            "rows.safetensors",
             "trainer/metadata.json",
         ),
         *("trainer/.metadata", "trainer/common.pt", "trainer/__0_0.distcp"),
@@ -166,6 +172,34 @@ def test_a_damaged_file_is_named_with_the_command_that_goes_back(policy, run, fi
     command = f"echo step_000001 > '{newest.parent / 'latest'}'"
     assert f"To resume from step_000001, which loses the updates after it, run `{command}`" in message
     assert "emove" not in message
+
+
+def same(one: Row, two: Row) -> bool:
+    arrays = ("tokens", "weights", "rollout_logprobs", "routing")
+    return one.prompt_length == two.prompt_length and all(
+        np.array_equal(getattr(one, name), getattr(two, name)) for name in arrays
+    )
+
+
+def test_rows_of_the_next_update_come_back(policy, saved, run, tmp_path):
+    step, _, rows = restore(run, make_trainer(make_config(policy)))
+    expected = make_routed_rows(2)
+    assert step == 2 and rows is not None and all(map(same, rows, expected)) and len(rows) == len(expected)
+    (run / "checkpoints" / "latest").write_text("step_000001")
+    assert restore(run, make_trainer(make_config(policy)))[2] is None
+    write_rows(tmp_path / "none", [])
+    assert read_rows(tmp_path / "none") == []
+
+
+def test_rows_of_another_number_or_format_are_refused(policy, run):
+    file = run / "checkpoints" / "step_000002" / "rows.safetensors"
+    write_rows(file, make_rows(0)[:3])
+    (run / "checkpoints" / "latest").write_text("step_000002")
+    with pytest.raises(UserError, match="has 3 rows, and meta.json there says .*To resume from step_000001"):
+        restore(run, make_trainer(make_config(policy)))
+    save_file({"prompts": np.zeros(3)}, file, {"format": "2"})
+    with pytest.raises(UserError, match="its format is 2, and .* reads format 1.*To resume from step_000001"):
+        restore(run, make_trainer(make_config(policy)))
 
 
 def test_the_command_that_goes_back(policy, run):

@@ -8,8 +8,10 @@ import pytest
 from torchrun import torchrun
 from trainer_cases import make_policy
 
+from spell_megatron.ahead import check_gpus
 from spell_megatron.config.schema import RolloutConfig, TrainingConfig
-from spell_megatron.overlap import EarlyRows, why_not
+from spell_megatron.errors import UserError
+from spell_megatron.overlap import EarlyRows, when, why_not
 from spell_megatron.rollout.engines import RunningEngines
 from spell_megatron.rollout.servers import Servers
 from spell_megatron.rollout.transports.gloo import GLOO
@@ -41,6 +43,16 @@ def test_updates_begin_early_where_nobody_is_in_the_way(transport, cores, source
     assert bool(why) == bool(reason) and reason in why
 
 
+def test_one_step_off_needs_gpus_for_both():
+    check_gpus(0, IPC)
+    check_gpus(1, NCCL)
+    check_gpus(1, GLOO)
+    with pytest.raises(UserError, match="share GPUs.*Set training.staleness to 0"):
+        check_gpus(1, IPC)
+    engines = SimpleNamespace(transport=NCCL)
+    assert when(RolloutConfig(), TrainingConfig(staleness=1), engines, 1)[0] is False
+
+
 def test_only_work_before_the_end_of_the_rollout_is_hidden(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("spell_megatron.overlap.time.monotonic", lambda: now[0])
@@ -59,6 +71,7 @@ def test_only_work_before_the_end_of_the_rollout_is_hidden(monkeypatch):
 
 
 def test_all_ranks_work_during_a_rollout(tmp_path):
-    """On rows that come in pieces, with the weights of one update; what a rollout that is given up has left is gone."""
+    """On rows that come in pieces, with the weights of one update; what a rollout that is given up has left is gone.
+    With training.staleness, on the batch before, also after a resume."""
     make_policy("qwen3", tmp_path / "qwen3")
     torchrun(2, Path(__file__).with_name("overlap_worker.py"), tmp_path / "qwen3", timeout=300)

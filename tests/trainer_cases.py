@@ -179,10 +179,10 @@ def saver(run: Path, trainer: Trainer, config: Settings) -> Saver:
     return Saver(run, trainer, config.checkpoint, config.model.path, config.model_dump_json())
 
 
-def save(run: Path, step: int, trainer: Trainer, config: Settings, state: dict) -> Path:
+def save(run: Path, step: int, trainer: Trainer, config: Settings, state: dict, rows: list[Row] | None = None) -> Path:
     """Write one checkpoint and wait until it is complete; returns its folder."""
     with saver(run, trainer, config) as saving:
-        saving.save(step, state)
+        saving.save(step, state, rows)
         saving.finish()
     return run / "checkpoints" / f"step_{step:06d}"
 

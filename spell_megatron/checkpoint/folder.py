@@ -5,6 +5,7 @@
     trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
     hf/            the weights as a Hugging Face checkpoint
     state.json     what the caller gave: step, history, sampler, ...
+    rows.safetensors   of the next update, if the engines have written them already (training.staleness)
     rng/           random states of each rank
     config.json    the configuration that the run had
     meta.json      step, optimizer steps, ranks, versions; its presence marks a complete checkpoint
@@ -23,6 +24,9 @@ from typing import Any
 
 from spell_megatron.errors import UserError
 from spell_megatron.files import when_there, write_text
+
+ROWS = "rows.safetensors"
+"""File of a checkpoint with the rows of the next update; meta.json says how many there are."""
 
 
 def latest(run_folder: Path) -> Path | None:

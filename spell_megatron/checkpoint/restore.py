@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.checkpoint.folder import (
+    ROWS,
     best,
     go_on_without,
     latest,
@@ -25,21 +26,27 @@ from spell_megatron.checkpoint.folder import (
 from spell_megatron.checkpoint.same_model import check_same_model
 from spell_megatron.errors import UserError
 from spell_megatron.processes.collective import from_all, from_rank_0
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.rows_file import read_rows
 from spell_megatron.training.state import load_trainer, set_random_states
 from spell_megatron.training.trainer import Trainer
 
 Result = TypeVar("Result")
 
 
-def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
-    """Load the newest checkpoint of a run (see `load`); returns its step and the state saved with it.
+def restore(run_folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any], list[Row] | None]:
+    """Load the newest checkpoint of a run (see `load`).
+
+    Returns:
+        Its step, the state saved with it, and, on rank 0, the rows saved with it.
 
     Raises:
         UserError: there is none, or it does not load.
     """
     newest = _newest(run_folder)
+    rows = _together(lambda: _rows(newest) if dist.get_rank() == 0 else None)
     state = load(newest, trainer)
-    return read_meta(newest)["step"], state
+    return read_meta(newest)["step"], state, rows
 
 
 def _newest(run_folder: Path) -> Path:
@@ -97,6 +104,19 @@ def _small_files(folder: Path, trainer: Trainer) -> tuple[int, dict[str, Any] | 
     if rank == 0:
         check_same_model(folder, trainer.policy)
     return meta["updates"], random, state
+
+
+def _rows(folder: Path) -> list[Row] | None:
+    """The rows of the next update that a checkpoint holds; None: it holds none."""
+    count = read_meta(folder).get("rows")
+    if count is None:
+        return None
+    rows = _read(folder / ROWS, read_rows, folder)
+    if len(rows) != count:
+        raise UserError(
+            f"{folder / ROWS} has {len(rows)} rows, and meta.json there says {count}. {go_on_without(folder)}."
+        )
+    return rows
 
 
 def _read(path: Path, read: Callable[[Path], Result], folder: Path) -> Result:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from inspect import signature
 from multiprocessing.managers import SyncManager
@@ -27,12 +27,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spell_megatron.checkpoint.folder import best, wait_until_seen
+from spell_megatron.checkpoint.folder import ROWS, best, wait_until_seen
 from spell_megatron.config.schema import CheckpointConfig
 from spell_megatron.errors import ProcessLost, UserError, explain
 from spell_megatron.files import write_text
 from spell_megatron.processes.collective import from_all, from_rank_0
 from spell_megatron.processes.lifetime import end_with_parent
+from spell_megatron.training.prefix_tree import Row
+from spell_megatron.training.rows_file import write_rows
 from spell_megatron.training.state import random_states, sharded_state
 from spell_megatron.training.trainer import Trainer
 from spell_megatron.weights.huggingface import write_checkpoint
@@ -88,16 +90,16 @@ class Saver:
         """Which tensors are not trained, and go into every checkpoint as they are; "": none, or not rank 0."""
         return str(self._untrained) if self._untrained and self._untrained.names else ""
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], rows: Sequence[Row] | None = None) -> None:
         """Write the checkpoint of `step` and delete all but the newest `checkpoint.keep`.
 
-        state: anything that JSON holds; rank 0's is written. UserError, on all ranks, if the disk is full or
-        cannot be written; the checkpoints before stay as they are.
+        state: anything that JSON holds; rows: of the next update, if it has them already; rank 0's are written.
+        UserError, on all ranks, if the disk is full or cannot be written; the checkpoints before stay as they are.
         """
         self.finish()
         trainer, asynchronous = self._trainer, self._settings.asynchronous
         final = self.root / f"step_{step:06d}"
-        pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer))
+        pending = _Pending(final, final.with_name(final.name + ".tmp"), _meta(step, trainer, rows))
         partial = pending.partial
         more = self._untrained.nbytes if self._untrained else 0
         _on_rank_0(lambda: _prepare(self.root, partial, trainer, more), self.root)
@@ -113,6 +115,8 @@ class Saver:
             if dist.get_rank() == 0:
                 write_text(partial / "state.json", json.dumps(state), sync=True)
                 write_text(partial / "config.json", self._configuration, sync=True)
+                if rows is not None:
+                    write_rows(partial / ROWS, rows)
 
         self._attempt(pending, write)
         if not asynchronous:
@@ -220,9 +224,10 @@ def _prepare(root: Path, partial: Path, trainer: Trainer, more: int) -> None:
         )
 
 
-def _meta(step: int, trainer: Trainer) -> dict[str, Any]:
+def _meta(step: int, trainer: Trainer, rows: Sequence[Row] | None) -> dict[str, Any]:
     return {
         "step": step,
+        **({} if rows is None else {"rows": len(rows)}),
         "updates": trainer.scheduler.num_steps,
         "ranks": dist.get_world_size(),
         "vocabulary": trainer.policy.arch.vocabulary,

@@ -190,6 +190,37 @@ def loss_faults(config: Config) -> Iterator[Fault]:
         )
 
 
+def staleness_faults(config: Config) -> Iterator[Fault]:
+    """Whether the trainer can work during the next rollout, on rows that older weights wrote."""
+    training = config.training
+    if not training.staleness:
+        return
+    if training.importance_sampling != "token":
+        yield Fault.of(
+            "training.staleness training.importance_sampling",
+            "rows that are one update old need a weight for each token. Set training.importance_sampling to token, or "
+            "training.staleness to 0",
+        )
+    if config.rollout.colocated:
+        yield Fault.of(
+            "training.staleness rollout.colocated",
+            "trainer and engines would work at the same time, but on shared GPUs each has its turn. Set "
+            "training.staleness to 0, or rollout.colocated to false",
+        )
+    if training.swap in ("state", "all"):
+        yield Fault.of(
+            "training.staleness training.swap",
+            f"the trainer works during rollouts, but swap: {training.swap} takes its state off the GPUs then. Set "
+            "training.swap to none, or training.staleness to 0",
+        )
+    if training.moe_aux_loss:
+        yield Fault.of(
+            "training.staleness training.moe_aux_loss",
+            "with an auxiliary loss the whole update waits for the end of the rollout, so nothing would be gained. Set "
+            "training.moe_aux_loss to 0, or training.staleness to 0",
+        )
+
+
 def training_faults(config: Config) -> Iterator[Fault]:
     """What the trainer keeps in memory, and how its processes are divided into groups."""
     training, parallel = config.training, config.training.parallel
@@ -252,6 +283,7 @@ SUBJECTS = (
     verifier_faults,
     optimizer_faults,
     loss_faults,
+    staleness_faults,
     training_faults,
     rollout_faults,
     validation_faults,

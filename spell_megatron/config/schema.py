@@ -226,6 +226,10 @@ class TrainingConfig(Section):
     """Forward and backward on answers that are certain to be in the batch, while the engines write the others. Batch
     and gradient are those of an update that waits for all, up to the rounding of sums. auto: where trainer and engines
     share no GPUs; on CPUs where each of their threads has a core. off: an update begins when its rollout has ended."""
+    staleness: Literal[0, 1] = 0
+    """Updates that the weights which write a batch are behind those that learn from it. 1: the engines write the next
+    batch while the trainer works on the one before, so that a step takes the longer of the two, but its gradient is no
+    longer exactly on-policy. Needs `importance_sampling: token`, and engines with GPUs of their own."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach experts on other processes. alltoall sends each token to the processes that need it. allgather
     sends all tokens to all processes, pads rows to one length and does not work with pipelines. Neither drops

@@ -109,6 +109,7 @@ class RemoteDirector:
         weight_version: str,
         on_progress: Callable[[int], None],
         on_certain: Callable[[list[Row]], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Rollout | None:
         """One step of self-play on the engines, and its dump; None: given up, and nothing has changed.
 
@@ -116,18 +117,24 @@ class RemoteDirector:
             on_progress: gets the number of mixed groups.
             on_certain: gets rows that are certain to be in the batch, all that have come since it was called last.
                 Meanwhile the rollout goes on.
+            meanwhile: called once, while the rollout goes on, unless it is given up before.
         """
         certain: list[Row] = []
+        work = [meanwhile] if meanwhile else []
 
-        def hand_over() -> None:
+        def when_idle() -> None:
+            if work:
+                work.pop()()
             if certain and on_certain:
                 on_certain(certain.copy())
                 certain.clear()
 
         task = messages.RollOut(step, weight_version, self._engines.urls, on_certain is not None)
-        done = self._work(task, on_progress, certain.extend, hand_over)
+        done = self._work(task, on_progress, certain.extend, when_idle)
         if done is None:
             return None
+        if work:  # no message was waited for
+            work.pop()()
         rolled_out, arrays = done
         assert isinstance(rolled_out, messages.RolledOut)
         rows = certain + messages.unpack_rows(rolled_out.rows, arrays)

@@ -22,7 +22,8 @@ def write_dump(
 ) -> Path | None:
     """Write the samples of a step to `folder/step_000012.jsonl` (or .parquet), one row each.
 
-    The file appears when it is complete and replaces an earlier one of the same step. Token ids and
+    `weight_version` wrote the row, and the update of `trained_version` learns from it. The file appears when it is
+    complete and replaces an earlier one of the same step. Token ids and
     log-probabilities are left out; their numbers are there. Returns the file, None for format `none`.
     """
     if format == "none":
@@ -62,6 +63,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "response_tokens": len(sample.response_ids),
         "truncated": sample.truncated,
         "weight_version": sample.weight_version,
+        "trained_version": str(step - 1),
     }
 
 

@@ -30,5 +30,10 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         },
         "phases": {phase.name: phase._asdict() | {"total": phase.total} for phase in plan.phases},
         "host": {**plan.host._asdict(), "memory": int(plan.host_memory)},
-        "seconds": {**asdict(plan.times), "waiting": plan.times.waiting, "step": plan.times.step},
+        "seconds": {
+            **asdict(plan.times),
+            "waiting": plan.times.waiting,
+            "one_off": plan.times.one_off,
+            "step": plan.times.step,
+        },
     }

@@ -28,7 +28,7 @@ def plan_text(model: ModelSize, plan: Plan) -> Iterator[str]:
     yield f"memory    of the fullest {'GPU' if rollout.colocated else 'GPU of the trainer'} at the peak of each phase"
     yield from _phase_lines(plan)
     yield from _host_lines(plan)
-    yield _step_line(plan.times)
+    yield _step_line(plan.times, plan.config.training.staleness)
     yield _assumptions_line(plan)
     yield f"limits    {limits_text(plan)}"
 
@@ -159,13 +159,19 @@ def _host_lines(plan: Plan) -> Iterator[str]:
     yield _gib("host", host.total, f"of {limit:,.0f} on a node of {node} trainer ranks ({listed}): {verdict}")
 
 
-def _step_line(times: StepTimes) -> str:
+def _step_line(times: StepTimes, staleness: int) -> str:
     swap = f", weights and optimizer to the host and back {duration(times.swap)}" if times.swap else ""
     hidden = ""
-    if times.hidden:
+    if staleness and times.hidden:
+        hidden = (
+            f"; {duration(times.hidden)} of the update run during the next rollout, one after the other a step takes "
+            f"{duration(times.waiting)} (training.staleness: 0, training.overlap: off)"
+        )
+    elif times.hidden:
         hidden = (
             f"; up to {duration(times.hidden)} of the update run during the rollout, without it a step takes "
-            f"{duration(times.waiting)} (training.overlap: off)"
+            f"{duration(times.waiting)} (training.overlap: off), and on batches that are one update old "
+            f"{duration(times.one_off)} (training.staleness: 1)"
         )
     return (
         f"step      about {duration(times.step)}: rollout {duration(times.rollout)} "

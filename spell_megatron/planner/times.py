@@ -33,7 +33,8 @@ class StepTimes:
     swap: float
     """Weights and optimizer state go to host memory and come back."""
     hidden: float
-    """Of the update, while engines generate: at best all of it on answers, of which most are certain before the end."""
+    """Of the update, while engines generate: at best all of it on answers, of which most are certain before the end;
+    with training.staleness on all rows."""
 
     @property
     def update(self) -> float:
@@ -55,6 +56,11 @@ class StepTimes:
         """Seconds of a step."""
         return self.waiting - self.hidden
 
+    @property
+    def one_off(self) -> float:
+        """Seconds of a step with training.staleness: 1."""
+        return self.waiting - min(self.update, self.rollout)
+
 
 def step_times(
     model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions, engine: EngineMemory, to_host: int
@@ -74,15 +80,16 @@ def step_times(
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
     prefill, decode = _rollout_times(model, config, gpu, assume, engine)
     push = _push_time(model, config, processes, gpu, assume)
-    hidden = min(answers / update * (compute + communication + bubble), prefill + decode) if overlaps(config) else 0.0
+    share = (1.0 if training.staleness else answers / update) if overlaps(config) else 0.0
+    hidden = min(share * (compute + communication + bubble), prefill + decode)
     return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * to_host / assume.host, hidden)
 
 
 def overlaps(config: Config) -> bool:
-    """Whether the trainer works on answers while the engines still generate others."""
+    """Whether the trainer works while the engines generate."""
     training = config.training
     alone = not config.rollout.colocated and training.swap in ("auto", "none")
-    return training.overlap == "auto" and alone and not training.moe_aux_loss
+    return (training.overlap == "auto" or training.staleness > 0) and alone and not training.moe_aux_loss
 
 
 def _push_time(model: ModelSize, config: Config, processes: int, gpu: Gpu, assume: Assumptions) -> float:

@@ -238,8 +238,11 @@ def _verifier(run: Run, apart: float = 0.1, invalid: float = 0.5) -> tuple[str, 
 def _mismatch(run: Run, most: float = 0.05, share: float = 0.1) -> tuple[str, str] | None:
     """|d| of the log-probabilities is larger, on average lately or in more than this share of the steps.
 
-    With top_p below 1 the engine's log-probabilities are higher by up to -log(top_p).
+    With top_p below 1 the engine's log-probabilities are higher by up to -log(top_p). With training.staleness they are
+    of other weights.
     """
+    if setting(run, "training.staleness", 0):
+        return None
     top_p = setting(run, "rollout.sampling.top_p", SamplingConfig.model_fields["top_p"].default)
     limit = most - math.log(min(max(top_p, 0.01), 1.0))
     values = [value for value in run.column("train/mismatch_abs") if value is not None]

@@ -30,6 +30,13 @@ from spell_megatron.config.reading import load_config
         ),
         ({"training": {"clip_low": 1.0}}, "training.clip_low"),
         ({"training": {"importance_sampling": "sequence"}}, "training.importance_sampling"),
+        ({"training": {"staleness": 1}}, "training.staleness"),
+        ({"training": {"staleness": 1, "importance_sampling": "token", "swap": "all"}}, "training.staleness"),
+        ({"training": {"staleness": 1, "importance_sampling": "token", "moe_aux_loss": 0.1}}, "training.staleness"),
+        (
+            {"training": {"staleness": 1, "importance_sampling": "token"}, "rollout": {"colocated": True}},
+            "training.staleness",
+        ),
         ({"training": {"role_weights": {"verifier": -1}}}, "training.role_weights"),
         (
             {"training": {"role_weights": {"questioner": 0, "responder": 0, "verifier": 0}}},

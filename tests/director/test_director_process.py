@@ -55,7 +55,9 @@ def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tm
         for number in REQUESTS:  # of Slurm, to every process of a step
             os.kill(director.process.pid, number)
         stopped.append("stop")
-        assert director.roll_out(1, "0", lambda mixed: None) is None
+        worked = []
+        assert director.roll_out(1, "0", lambda mixed: None, meanwhile=lambda: worked.append(1)) is None
+        assert not worked  # nothing begins in a rollout that is given up at once
         assert director.validate(lambda done: None) == {}
         assert director.state_dict() == before
         assert not (tmp_path / "rollouts").exists()

@@ -23,7 +23,7 @@ def main() -> None:
         trainer = make_trainer(config)
         trainer.update(make_rows())
         save(Path(folder, "run"), 1, trainer, config, {"step": 1})
-        step, _ = restore(Path(folder, "run"), make_trainer(config))
+        step, *_ = restore(Path(folder, "run"), make_trainer(config))
     print(f"RESULT resumed after step {step}")
 
 

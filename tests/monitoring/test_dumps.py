@@ -41,7 +41,7 @@ def test_rows_hold_what_the_samples_held(tmp_path, format):
         "kind": "good", "reward": 1.0, "advantage": 0.5, "reference": "Ada", "prediction": "Ada",
         "rule_score": 1.0, "verdict": 1.0, "output": "Ada", "prompt": "Who?", "cluster_id": "c1",
         "document_ids": ["d1", "d2"], "prompt_tokens": 3, "response_tokens": 2, "truncated": False,
-        "weight_version": "2", "outcome": "all_0", "gate": None,
+        "weight_version": "2", "trained_version": "11", "outcome": "all_0", "gate": None,
     }  # fmt: skip
     assert question_row == answer_row | unknown | {"role": "questioner", "reward": -1.0, "kind": "zero_variance"}
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left

@@ -47,6 +47,13 @@ def test_trainers_with_gpus_of_their_own_work_on_answers_during_the_rollout(moe)
     assert times.step == pytest.approx(times.waiting - times.hidden) and times.waiting > times.update + times.rollout
     assert f"without it a step takes {duration(times.waiting)} (training.overlap: off)" in lines
     assert "the update overlaps the rollout" in lines
+    assert times.one_off == times.waiting - min(times.update, times.rollout) < times.step
+    assert f"one update old {duration(times.one_off)} (training.staleness: 1)" in lines
+    stale = config.model_copy(deep=True)
+    stale.training.staleness = 1
+    ahead = make_plan(model, stale, 1, GPU, Assumptions(), estimate)
+    assert ahead.times.step == times.one_off
+    assert "during the next rollout" in "\n".join(plan_text(model, ahead))
     for change in (
         {"training.overlap": "off"},
         {"rollout.colocated": True},

@@ -139,6 +139,8 @@ def test_thresholds_follow_the_settings(tmp_path):
     assert (
         findings(write_run(tmp_path / "run", settings=settings, train__mismatch_abs=0.7, train__grad_norm=30.0)) == []
     )
+    settings = "{run: {steps: 4}, training: {staleness: 1, importance_sampling: token}}"
+    assert findings(write_run(tmp_path / "stale", settings=settings, train__mismatch_abs=0.7)) == []
     settings = "{run: {steps: 4}, training: {optimizer: {clip_grad: 0}}}"
     assert findings(write_run(tmp_path / "unclipped", settings=settings, train__grad_norm=30.0)) == []
 
