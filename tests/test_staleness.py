@@ -23,7 +23,7 @@ from small_run import (
 
 from spell_megatron.report.timeline import common, read_timeline, seconds, steps_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 STALE = ("--training.staleness=1", "--training.importance_sampling=token", "--run.steps=4")
 
@@ -69,7 +69,6 @@ def test_a_checkpoint_holds_the_next_batch_unless_it_is_the_last(whole):
         assert not there or (state["ready"]["step"], state["ready"]["version"]) == (3, 1)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_and_stopped_goes_on_with_the_same_batches(whole):
     """The engine is killed in step 2, and another one gets the weights that it had. In the rollout of step 3 the run is
     asked to stop: what it has written for step 3 is in the checkpoint. In the same rollout of the resumed run all is
