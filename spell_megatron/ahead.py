@@ -51,7 +51,7 @@ def check_gpus(staleness: int, transport: Transport) -> None:
     """
     if staleness and transport.colocated:
         raise UserError(
-            f"training.staleness is {staleness}: trainer and engines would work at the same time. But here they share "
+            "training.staleness is 1: trainer and engines would work at the same time. But here they share "
             "GPUs, which each of them has in its turn. Set training.staleness to 0, or give the engines GPUs of their "
             "own."
         )
