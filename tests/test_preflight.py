@@ -28,6 +28,7 @@ from spell_megatron.preflight.cpu_kernels import HEAD_SIZES
 from spell_megatron.preflight.engines import check_kernels
 from spell_megatron.preflight.findings import Findings
 from spell_megatron.preflight.inspect import inspect
+from spell_megatron.preflight.machine import check_trainer
 from spell_megatron.processes import folder_lock
 from spell_megatron.processes.folder_lock import FolderLock
 from spell_megatron.selfplay.documents import load_clusters
@@ -286,6 +287,21 @@ def test_settings_that_this_machine_or_model_cannot_serve(setup, sections, key, 
         pytest.skip("there is a GPU")
     fault = only_fault(setup(**sections))
     assert fault.startswith(key) and message in fault
+
+
+def test_one_step_off_needs_gpus_for_both(setup, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def keys(gpus: int, **sections: dict) -> list[tuple[str, ...]]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        stale = {"staleness": 1, "importance_sampling": "token"}
+        found = Findings()
+        check_trainer(found, setup(run={"device": "auto"}, training=stale, **sections))
+        return [fault.keys for fault in found.faults]
+
+    assert keys(1) == [("training.staleness", "training.parallel.processes")]
+    assert keys(2) == keys(1, rollout={"urls": ["http://a:1"]}) == []
 
 
 def test_a_head_size_that_engines_on_cpus_lack(setup, dense, tmp_path):

@@ -116,8 +116,22 @@ def _placement_faults(site: Site, config: Config) -> Iterator[Fault]:
             yield from _colocation_faults(site, config)
         yield from _trainer_node_faults(site, config)
         yield from _engine_node_faults(site, config)
+    if config.training.staleness and _share_gpus(site, config):
+        yield Fault.of(
+            "training.staleness colocated",
+            "trainer and engines would work at the same time, but here they share all GPUs, which each of them has in "
+            "its turn. Set training.staleness to 0, or give the engines GPUs of their own",
+        )
     if site.trainer_nodes > 0:
         yield from _gpu_request_faults(site, config)
+
+
+def _share_gpus(site: Site, config: Config) -> bool:
+    """Whether trainer and engines have the same GPUs."""
+    rollout, gpus = config.rollout, _gpus_per_node(site, config)
+    if site.colocated or site.engine_nodes or rollout.urls:
+        return site.colocated and gpus > 0
+    return config.training.parallel.processes == rollout.replicas * rollout.tensor_parallel == gpus
 
 
 def _gpu_request_faults(site: Site, config: Config) -> Iterator[Fault]:

@@ -59,6 +59,12 @@ def check_trainer(found: Findings, config: Config) -> None:
                 f"{processes} trainer processes need a GPU each, and this machine shows {visible}. Lower it, or start "
                 "the processes on several machines with srun or torchrun",
             )
+        elif config.training.staleness and not config.rollout.urls and shares_all_gpus(config, processes):
+            found.fault(
+                "training.staleness training.parallel.processes",
+                "trainer and engines would work at the same time, but here they share all GPUs, which each of them has "
+                "in its turn. Set training.staleness to 0, or give either of them fewer GPUs",
+            )
     if launched not in (None, processes):
         found.warn(
             f"training.parallel.processes = {processes} is not used: {launched} processes were started from outside"
@@ -130,6 +136,14 @@ def uses_gpus(config: Config) -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def shares_all_gpus(config: Config, trainers: int) -> bool:
+    """Whether engines that the run starts here get the trainer's GPUs."""
+    from spell_megatron.rollout.placement import shares_gpus
+
+    rollout = config.rollout
+    return shares_gpus(rollout.replicas * rollout.tensor_parallel, config.run.device, trainers, rollout.colocated)
 
 
 def capability(config: Config) -> tuple[int, int] | None:

@@ -22,13 +22,15 @@ EXAMPLE = ROOT / "slurm" / "cluster.example.yaml"
 QUICKSTART = ("--config", "examples/quickstart.yaml")
 
 
-def run_config(processes: int = 16, replicas: int = 2, tensor: int = 4, colocated: bool = False, **run) -> Config:
+def run_config(
+    processes: int = 16, replicas: int = 2, tensor: int = 4, colocated: bool = False, staleness: int = 0, **run
+) -> Config:
     return Config(
         model={"path": "/x/policy"},
         data={"documents": "/x/documents.parquet"},
         run={"output_dir": "/x/runs", **run},
         rollout={"replicas": replicas, "tensor_parallel": tensor, "colocated": colocated},
-        training={"parallel": {"processes": processes}},
+        training={"parallel": {"processes": processes}, "staleness": staleness, "importance_sampling": "token"},
     )
 
 
@@ -79,6 +81,18 @@ def test_a_run_is_spread_over_the_nodes():
         ({"nodes": 1}, {}, "engine_nodes", "leave none for the trainer"),
         ({}, {"colocated": True}, "rollout.colocated", "nodes of their own cannot share"),
         ({"engine_nodes": 0}, {}, "nodes", "of which none runs engines"),
+        (
+            {"engine_nodes": 0, "nodes": 1},
+            {"processes": 8, "staleness": 1},
+            "training.staleness",
+            "share all GPUs",
+        ),
+        (
+            {"engine_nodes": 0, "nodes": 1, "colocated": True},
+            {"processes": 8, "staleness": 1},
+            "training.staleness",
+            "share all GPUs",
+        ),
         ({"engine_nodes": 0, "nodes": 1}, {}, "gpus_per_node", "16 trainer process.* and 8"),
         ({}, {"processes": 15}, "training.parallel.processes", "spread evenly over 2 nodes"),
         ({}, {"processes": 32}, "training.parallel.processes", "2 node.* 16. Raise nodes"),
