@@ -47,7 +47,7 @@ def http_session(api_key: str | None, timeout: aiohttp.ClientTimeout) -> aiohttp
     return aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=timeout,
-        # Servers close connections that were idle for 5 seconds; reusing one at that moment fails.
+        # Servers of others may close connections that were idle for 5 seconds; reusing one at that moment fails.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
     )
 

@@ -159,6 +159,8 @@ def server_environment(transport: Transport, rollout: RolloutConfig, gpus: Seque
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # By default a server closes connections that were idle for 5 seconds, also those that a busy client just uses.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
         "HF_HUB_OFFLINE": "1",
     }
     environment = {**inherited, **common, **transport.environment, **kernel_variables(rollout)}

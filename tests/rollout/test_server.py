@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import vllm.envs
 from engine_fixtures import engine_config
 from families import hf_config
 
@@ -57,6 +58,8 @@ def test_a_server_gets_what_its_transport_implies(policy):
     assert "--enforce-eager" in command(GLOO) and "--gpu-memory-utilization" not in command(GLOO)
     on_cpus = server_environment(GLOO, RolloutConfig(threads=3), [], "secret")
     assert (on_cpus["VLLM_API_KEY"], on_cpus["OMP_NUM_THREADS"]) == ("secret", "3")
+    idle = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"  # much longer than the client keeps a connection that is not used
+    assert int(on_cpus[idle]) == 60 and idle in vllm.envs.environment_variables
     pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"
     assert [pickles in server_environment(t, RolloutConfig(), ["0"], "secret") for t in (GLOO, NCCL, IPC)] == [
         False,
