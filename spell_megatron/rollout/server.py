@@ -204,6 +204,10 @@ rm -rf "$3"
 """
 
 
+_LONGEST = 107 - len("/spell-12345678") - len("/12345678-1234-1234-1234-123456789012")
+"""Length of a folder's path in which the folder of a server can hold sockets: their paths may have 107 letters."""
+
+
 class Server:
     """A server process. It ends, with all its own processes, when this process does.
 
@@ -222,8 +226,9 @@ class Server:
             output.flush()
             self._log_start = output.tell()
             # vLLM leaves its sockets and a file of torch's where temporary files are. What torch compiles is kept.
-            compiled = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-            self._temporary = tempfile.mkdtemp(prefix="spell-")
+            usual = tempfile.gettempdir()
+            compiled = Path(usual, f"torchinductor_{os.getuid()}")
+            self._temporary = tempfile.mkdtemp(prefix="spell-", dir=usual if len(usual) <= _LONGEST else "/tmp")
             self.process = subprocess.Popen(
                 command,
                 env={"TORCHINDUCTOR_CACHE_DIR": str(compiled), **environment, "TMPDIR": self._temporary},

@@ -314,6 +314,8 @@ def run(config, resume, rendezvous):
         raise UserError("The engine died. Look at its log.")
     if behaviour == "preempted" and rank == 1:
         sys.exit(75)
+    if behaviour == "killed" and rank == 1:
+        os.kill(os.getpid(), 9)
     if behaviour != "success":
         time.sleep(120)
 module.run = run
@@ -356,6 +358,7 @@ def launch(inputs, tmp_path):
         pytest.param("success", 0, "", marks=pytest.mark.slow),
         ("user error", 2, "spell (process 0): The engine died. Look at its log.\n"),
         pytest.param("preempted", 75, "", marks=pytest.mark.slow),
+        pytest.param("killed", 137, "Resume the run from its last checkpoint.\n", marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_are_started_and_their_status_comes_back(launch, behaviour, status, message):
@@ -363,6 +366,7 @@ def test_several_processes_are_started_and_their_status_comes_back(launch, behav
     _, errors = process.communicate(timeout=600)
     assert process.returncode == status
     assert "Traceback" not in errors and errors.endswith(message)
+    assert ("Process 1 of the trainer" in errors and "killed by signal 9" in errors) == (behaviour == "killed")
     if behaviour == "success":
         assert [(work / f"rank_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 

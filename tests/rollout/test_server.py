@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -148,6 +149,28 @@ def test_a_start_adds_to_the_log_of_the_one_before(tmp_path: Path):
         fast.url,
     ]
     assert "ValueError: late" in lines and fast.last_words() == "two" and "ValueError: late" in slow.last_words()
+
+
+@pytest.mark.parametrize("length", [30, 55, 56, 200])
+@pytest.mark.parametrize("end", ["stopped", "died"])
+def test_a_server_leaves_no_temporary_files(length, end, monkeypatch):
+    """Wherever the machine has them: the path of a socket has a limit."""
+    with tempfile.TemporaryDirectory(prefix="t") as short:
+        usual = Path(short.ljust(length - 2, "x"), "y")
+        usual.mkdir(parents=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(usual))
+        code = """if True:
+            import os, socket, uuid
+            socket.socket(socket.AF_UNIX).bind(f"{os.environ['TMPDIR']}/{uuid.uuid4()}")"""
+        server = Server("http://one", [sys.executable, "-c", code], {"PATH": os.environ["PATH"]}, Path(short, "log"))
+        assert server.process.wait(30) == 0, server.last_words()
+        folder = Path(server._temporary)
+        assert (folder.parent == usual) == (length < 56)
+        if end == "died":  # its guard sees to it
+            server._guard.wait(30)
+            assert not folder.exists()
+        server.stop(time.monotonic())
+        assert not folder.exists() and not list(usual.iterdir())
 
 
 _STARTER = """
