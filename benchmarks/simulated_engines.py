@@ -48,7 +48,7 @@ class Engine:
     def answer(self, body: bytes) -> tuple[list[bytes], float]:
         """The parts of an answer, and seconds until it comes."""
         end = body.index(b"]")
-        params = json.loads(body[body.index(b"{", end) : -1])
+        params = json.loads(b"{" + body[end + 2 :])["sampling_params"]
         rng = random.Random(params["seed"])
         kind = self.kind(body, end, params)
         parts = [b'{"request_id":"generate-tokens-0","model":"policy","created":1,"usage":null,"choices":[']

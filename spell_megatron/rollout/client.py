@@ -16,6 +16,7 @@ import aiohttp
 
 from spell_megatron.config.schema import SamplingConfig
 from spell_megatron.errors import UserError
+from spell_megatron.rollout.slots import Slots
 from spell_megatron.rollout.wire import Aborted, Body, Completion, GenerationError, PromptJson, read_answer
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class _Hangs(Exception):
 @dataclass
 class _Replica:
     url: str
-    slots: asyncio.Semaphore
+    slots: Slots
     resting_until: float = 0.0
     probe: asyncio.Task[bool] | None = None
 
@@ -107,14 +108,18 @@ class Client:
         self.use(urls)
 
     def use(self, urls: Sequence[str]) -> None:
-        """From now on send requests to these engines."""
+        """From now on send requests to these engines. What comes first is now served first (see `affinity`)."""
         if not urls:
             raise ValueError("Client needs the address of at least one engine")
-        self._replicas = [_Replica(url.rstrip("/"), asyncio.Semaphore(self._concurrency)) for url in urls]
+        self._places: dict[str, int] = {}
+        self._find(urls)
+
+    def _find(self, urls: Sequence[str]) -> None:
+        self._replicas = [_Replica(url.rstrip("/"), Slots(self._concurrency)) for url in urls]
 
     async def __aenter__(self) -> Client:
         _allow_files(self._concurrency * len(self._replicas))
-        # The semaphores bound the sockets, so the connector need not; a request that waited for
+        # The slots bound the sockets, so the connector need not; a request that waited for
         # a slot of the connector would have its timeout running.
         self._session = http_session(self._api_key, self._timeout)
         return self
@@ -147,7 +152,8 @@ class Client:
             seed: any integer.
             max_tokens: longest completion, in tokens.
             affinity: requests with equal affinity go to the same replica, so that they meet the
-                same prefix cache, as long as it is alive.
+                same prefix cache, as long as it is alive. An affinity has the priority of its first request: what
+                was begun first ends first, where engines have more requests than they can serve at a time.
             greedy: take the likeliest token every time instead of sampling.
             prompt_routing: have the routing of the prompt returned too. It is long, and the same for all
                 completions of a prompt that the engine has in its prefix cache.
@@ -160,8 +166,10 @@ class Client:
         """
         routed = len(prompt_ids) if prompt_routing else 0
         wanted = self._params(len(prompt_ids), 1 if greedy else n, seed, max_tokens, greedy, prompt_routing)
+        priority = self._places.setdefault(affinity, len(self._places))
         with self._prompt_json.of(prompt_ids) as prompt:
-            answers = await asyncio.gather(*(self._send(Body(prompt, params), affinity, routed) for params in wanted))
+            bodies = [Body(prompt, params, priority) for params in wanted]
+            answers = await asyncio.gather(*(self._send(body, affinity, routed) for body in bodies))
         completions = [completion for answer in answers for completion in answer]
         return completions * n if greedy else completions
 
@@ -197,7 +205,7 @@ class Client:
                 if self._revive is None:
                     raise UserError(str(error)) from error
                 log.warning("%s", error)
-                self.use(self._revive())
+                self._find(self._revive())
                 self._revived += 1
 
     async def _try(self, body: Body, affinity: str, routed_prompt: int) -> list[Completion]:
@@ -206,7 +214,7 @@ class Client:
             await asyncio.sleep(delay)
             replica = self._choose(affinity)
             try:
-                async with replica.slots:
+                async with replica.slots.one(body.priority):
                     answer = await self._watched(replica, body)
                 return await self._read(answer, routed_prompt)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, _ServerFault, Aborted, _Hangs) as error:

@@ -65,6 +65,7 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
         "--max-model-len": str(rollout.sampling.longest_sequence),
         "--max-num-seqs": str(rollout.concurrency),
         "--tensor-parallel-size": str(rollout.tensor_parallel),
+        "--scheduling-policy": "priority",
         "--logprobs-mode": "processed_logprobs",
         "--weight-transfer-config": json.dumps({"backend": transport.name}),
         "--worker-extension-cls": "spell_megatron.rollout.worker.WorkerExtension",

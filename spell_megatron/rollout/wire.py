@@ -80,15 +80,19 @@ class PromptJson:
 
 
 class Body(Payload):
-    """The body of a request. It holds no copy of the prompt's JSON, because thousands of requests wait at a time."""
+    """The body of a request. It holds no copy of the prompt's JSON, because thousands of requests wait at a time.
 
-    def __init__(self, prompt_json: bytes, sampling_params: Mapping[str, Any]) -> None:
+    priority: the engine serves lower ones first.
+    """
+
+    def __init__(self, prompt_json: bytes, sampling_params: Mapping[str, Any], priority: int = 0) -> None:
+        self.priority = priority
         self._parts = (
             b'{"token_ids":',
             prompt_json,
             b',"sampling_params":',
             msgspec.json.encode(sampling_params),
-            b"}",
+            b',"priority":%d}' % priority if priority else b"}",
         )
         super().__init__(self._parts, content_type="application/json")
         self._size = sum(map(len, self._parts))

@@ -87,6 +87,20 @@ def test_a_request_as_the_server_gets_it(ids):
     assert bodies == [{"token_ids": [40, 150_000, 42], "sampling_params": common | greedy}]
 
 
+def test_what_was_begun_first_is_served_first():
+    """A later request of a cluster overtakes those of clusters that came after it, here and in the engine."""
+    arrived = []
+
+    def note(body):
+        arrived.append((body.get("priority", 0), body["token_ids"][0]))
+        return answer_of(choice())
+
+    order = [("a", 0), ("b", 1), ("c", 2), ("b", 3), ("a", 4)]
+    calls = [{"prompt_ids": [i], "n": 1, "seed": i, "max_tokens": 1, "affinity": name} for name, i in order]
+    generate(*calls, concurrency=1, answer=note)
+    assert arrived == [(0, 0), (0, 4), (1, 1), (1, 3), (2, 2)]
+
+
 def test_a_long_prompt_arrives_whole():
     ids = array("i", range(300_000))
     _, bodies = generate(*({"prompt_ids": ids, "n": 1, "seed": s, "max_tokens": 1, "affinity": ""} for s in range(3)))

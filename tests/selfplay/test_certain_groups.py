@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedPolicy, make_selfplay, summary
 
+from spell_megatron.director.messages import pack_rows, unpack_rows
 from spell_megatron.selfplay.documents import Cluster
 from spell_megatron.selfplay.outcomes import Outcome
 from spell_megatron.selfplay.stream import MixedRate, Stream
@@ -71,11 +73,12 @@ def test_rows_given_early_are_rows_of_the_batch(prompts, settings):
     """With their advantages, in whatever order groups end; the batch is that of a step that waits for everything."""
     expected = None
     for jitter in (0, 1, 2, 3):
-        early, ended = [], []
+        early, pieces, ended = [], [], []
 
-        def final(rows, early=early):
+        def final(rows, early=early, pieces=pieces):
             assert len({(row.role, row.group) for row in rows}) == 1
             early.append([(row.uid, row.role, row.response, row.advantage) for row in rows])
+            pieces.append(unpack_rows(*pack_rows(rows, {})))
 
         selfplay = make_selfplay(prompts, **settings)
         work = selfplay.roll_out(ScriptedPolicy(jitter=jitter), 1, "1", lambda *_: ended.append(len(early)), final)
@@ -86,6 +89,19 @@ def test_rows_given_early_are_rows_of_the_batch(prompts, settings):
         assert [s for s in rollout.batch if s.role == "questioner"] == rollout.late
         expected = expected or summary(rollout)
         assert summary(rollout) == expected
+        pieces.append(unpack_rows(*pack_rows(rollout.late, {})))
+        whole = [unpack_rows(*pack_rows(rollout.batch, {}))]
+        np.testing.assert_allclose(gradient(pieces), gradient(whole), rtol=1e-12, atol=1e-12)
+
+
+def gradient(pieces):
+    """Of a policy with one logit for each token, whatever came before, which is 0: each piece adds its part."""
+    total = np.zeros(256)
+    for rows in pieces:
+        for row in rows:
+            np.add.at(total, row.tokens[row.prompt_length :], row.weights.astype(np.float64))
+            total -= row.weights.astype(np.float64).sum() / 256
+    return total
 
 
 @pytest.mark.parametrize("untrained", ["responder", "verifier"])
