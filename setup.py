@@ -27,6 +27,7 @@ setup(
     long_description=description(),
     long_description_content_type="text/markdown",
     author="The spell_megatron authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2509.23863"},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["reinforcement learning", "self-play", "long context", "Megatron-Core", "vLLM", "SPELL"],
