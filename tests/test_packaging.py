@@ -72,6 +72,7 @@ def test_the_description_has_no_dead_links_and_the_licence_is_named(built):
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Author"]
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2509.23863"]
     assert "](docs/" not in metadata.get_payload() and "# spell_megatron" in metadata.get_payload()
 
 
