@@ -19,7 +19,7 @@ from spell_megatron.weights.huggingface import save_checkpoint
 from spell_megatron.weights.megatron import MegatronCheckpoint, OnProgress, write_megatron
 from spell_megatron.weights.side_files import read_side_files, write_side_files
 from spell_megatron.weights.untrained import FILE as UNTRAINED_FILE
-from spell_megatron.weights.untrained import Untrained
+from spell_megatron.weights.untrained import Untrained, note
 
 
 def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progress: OnProgress | None = None) -> str:
@@ -45,6 +45,7 @@ def hf_to_megatron(hf: Path, megatron: Path, parallel: ParallelConfig, on_progre
         untrained = stack.enter_context(Untrained(Path(hf), policy))
         _check_room(partial, source.nbytes() + untrained.nbytes)
         dtype = write_megatron(partial, source, policy, parallel, on_progress)
+        note(untrained.names, partial)
         if untrained.names:
             untrained.write(partial / UNTRAINED_FILE)
         write_side_files(side_files, partial, dtype)

@@ -178,7 +178,6 @@ def write_megatron(
         raise
     writer.finish(metadata, results)
     save_config(FORMAT, str(folder))
-    torch.save({}, folder / "common.pt")
     if noted := {
         name: str(dtype).removeprefix("torch.") for name, dtype in types.items() if dtype != stored[keys[name]]
     }:

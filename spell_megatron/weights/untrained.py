@@ -7,11 +7,14 @@ its files, a Megatron checkpoint in a file of its own.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from spell_megatron.errors import UserError
 from spell_megatron.training.policy import PolicyModel
@@ -19,6 +22,8 @@ from spell_megatron.weights.weight_files import INDEX, SINGLE, read_header, read
 
 FILE = "untrained.safetensors"
 """Name of their file in a Megatron checkpoint."""
+COMMON, KEY = "common.pt", "untrained"
+"""Where a Megatron checkpoint that was converted lists their names."""
 _BLOCK = 16 << 20
 
 
@@ -48,7 +53,7 @@ class Untrained:
         self._stack, self._folder = ExitStack(), folder
         self._files: dict[str, tuple[BinaryIO, float]] = {}
         self._places: dict[str, _Place] = {}
-        index = read_index(folder) if policy.untrained and (folder / INDEX).is_file() else {}
+        index = _listed(folder) if policy.untrained else {}
         for file in _files(folder, index) if policy.untrained else ():
             header, start = read_header(folder / file)
             for name, about in header.items():
@@ -57,8 +62,7 @@ class Untrained:
                     self._places[name] = _Place(file, about["dtype"], tuple(about["shape"]), start + begin, end - begin)
         if lost := [name for name in index if name.startswith(policy.untrained) and name not in self._places]:
             raise UserError(
-                f"{folder / INDEX} places {lost[0]} in {index[lost[0]]}, but it is not there. Copy the whole "
-                "checkpoint."
+                f"{lost[0]} belongs in {folder / index[lost[0]]}, but it is not there. Copy the whole checkpoint."
             )
         for file in sorted({place.file for place in self._places.values()}):
             opened = self._stack.enter_context((folder / file).open("rb"))
@@ -124,6 +128,24 @@ class Untrained:
             yield block
 
 
+def note(names: list[str], folder: Path) -> None:
+    """Say in a Megatron checkpoint, beside Megatron's own, which of these tensors belong to it."""
+    torch.save({KEY: names} if names else {}, folder / COMMON)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The files of the tensors that the index of a checkpoint lists, or of those that `note` has named."""
+    if (folder / INDEX).is_file():
+        return read_index(folder)
+    try:
+        common = torch.load(folder / COMMON, weights_only=True) if (folder / COMMON).is_file() else {}
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder / COMMON} is damaged ({error}). Copy the whole checkpoint.") from error
+    return dict.fromkeys(common.get(KEY, ()), FILE)
+
+
 def _files(folder: Path, index: Mapping[str, str]) -> list[str]:
     """Names of the files of a checkpoint, which may hold tensors that its index does not list."""
-    return sorted(set(index.values())) or [file for file in (SINGLE, FILE) if (folder / file).is_file()][:1]
+    if index.keys() and set(index.values()) != {FILE}:
+        return sorted(set(index.values()))
+    return [file for file in (SINGLE, FILE) if (folder / file).is_file()][:1]

@@ -99,6 +99,11 @@ def test_conversion_carries_all_through(family, whole, tmp_path, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(UserError, match="differs between"):
         compare(out, source)
+    damaged.unlink()
+    capsys.readouterr()
+    assert main(["convert", "megatron-to-hf", "--hf", str(tmp_path / "lost"), "--megatron", str(out)]) == 2
+    assert f"belongs in {damaged}, but it is not there. Copy the whole checkpoint." in capsys.readouterr().err
+    assert not (tmp_path / "lost").exists()
 
 
 @in_a_group
@@ -190,7 +195,7 @@ def test_an_index_with_a_tensor_that_is_not_there_is_refused(whole, tmp_path):
     (source / "model.safetensors").rename(source / "model-1.safetensors")
     index = dict.fromkeys([*load_file(source / "model-1.safetensors"), "model.visual.lost"], "model-1.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    with pytest.raises(UserError, match=r"places model.visual.lost in model-1.safetensors, but it is not there"):
+    with pytest.raises(UserError, match=r"model.visual.lost belongs in .*model-1.safetensors, but it is not there"):
         Untrained(source, PolicyModel.load(source))
 
 
