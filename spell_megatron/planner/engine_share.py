@@ -50,7 +50,7 @@ def share_on(memory: int, config: Config) -> float:
     share = engine_share(config, trainer_memory(model, config, processes, assume, estimate), memory)
     engine = engine_memory(model, config, share, memory, assume)
     if engine.sequences < 1:
-        longest = engine.kv_per_token * rollout.sampling.longest_sequence
+        longest = engine.kv_per_token * rollout.sampling.longest_sequence + engine.kv_per_sequence
         raise UserError(
             f"On GPUs of {memory / GIB:.1f} GiB the trainer leaves {share * memory / GIB:.1f} GiB to the engines. Of "
             f"each GPU they need {engine.weights / GIB:.1f} GiB for weights, {assume.engine_workspace / GIB:.1f} GiB "

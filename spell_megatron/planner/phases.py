@@ -22,6 +22,8 @@ from spell_megatron.training.swap import Left, left
 
 MOST = 0.92
 """Largest share of a shared GPU that the plan gives to an engine. It is vLLM's own default."""
+BLOCK = 16
+"""Tokens of a block of vLLM's KV cache. A window begins and ends within blocks."""
 
 
 class Phase(NamedTuple):
@@ -44,6 +46,8 @@ class EngineMemory:
     """Of the GPU's memory, that the engine may use (vLLM's --gpu-memory-utilization)."""
     weights: int
     kv_per_token: int
+    kv_per_sequence: int
+    """Besides: states of gated delta nets, and windows of attention."""
     kv_cache: int
     sequences: float
     """Number of sequences of the longest length that fit the KV cache."""
@@ -100,11 +104,14 @@ def engine_memory(
     if config.rollout.quantization == "fp8":
         vocabulary = (1 if arch.tied else 2) * arch.vocabulary * arch.hidden  # stays as it is
         weights -= (size - 1) * (model.parameters.all - vocabulary) // tensor
-    attending = arch.layers - sum(arch.delta_layers)
-    per_token = int(2 * attending * max(arch.groups / tensor, 1) * arch.head_dim * size)
+    windowed = sum(arch.window_layers)
+    layer = 2 * max(arch.groups / tensor, 1) * arch.head_dim * size
+    per_token = int(layer * (arch.layers - sum(arch.delta_layers) - windowed))
+    longest = config.rollout.sampling.longest_sequence
+    per_sequence = int(layer * windowed * min(arch.window + BLOCK, longest)) + _state_bytes(arch, size) // tensor
     cache = int(gpu_memory * share - weights - assume.engine_workspace)
-    longest = per_token * config.rollout.sampling.longest_sequence + _state_bytes(arch, size) // tensor
-    return EngineMemory(share, weights, per_token, cache, max(cache, 0) / longest)
+    sequences = max(cache, 0) / (per_token * longest + per_sequence)
+    return EngineMemory(share, weights, per_token, per_sequence, cache, sequences)
 
 
 def _state_bytes(arch: Architecture, size: int) -> int:

@@ -129,11 +129,12 @@ def _engine_lines(plan: Plan) -> Iterator[str]:
     yield f"  gpu_memory_utilization {engine.share:.2f} ({why})"
     yield _gib("weights", engine.weights, "per GPU")
     verdict = "" if engine.sequences >= 1 else ": TOO SMALL"
+    besides = f", {engine.kv_per_sequence / 2**20:.1f} MiB per sequence" if engine.kv_per_sequence else ""
     yield _gib(
         "KV cache",
         engine.kv_cache,
-        f"{engine.kv_per_token / 1024:.1f} KiB per token and GPU: {engine.sequences:.1f} sequences of the longest "
-        f"length, more where prompts are shared{verdict}",
+        f"{engine.kv_per_token / 1024:.1f} KiB per token{besides} and GPU: {engine.sequences:.1f} sequences of the "
+        f"longest length, more where prompts are shared{verdict}",
     )
 
 

@@ -267,10 +267,11 @@ def _rollout_times(
     )
     seconds = 0.0
     for tokens, kept, read in kinds:
-        sequences = min(rollout.concurrency, max(engine.kv_cache, 0) / (engine.kv_per_token * kept))
+        each = engine.kv_per_token * kept + engine.kv_per_sequence
+        sequences = min(rollout.concurrency, max(engine.kv_cache, 0) / each)
         if sequences < 1:
             return prefill, math.inf
-        nbytes = engine.weights + sequences * engine.kv_per_token * read
+        nbytes = engine.weights + sequences * (engine.kv_per_token * read + engine.kv_per_sequence)
         per_second = sequences * gpu.bandwidth * assume.memory_efficiency / nbytes
         seconds += questions * tokens / (per_second * rollout.replicas)
     return prefill, seconds

@@ -19,7 +19,7 @@ from spell_megatron.preflight.machine import is_installed, uses_gpus
 
 if TYPE_CHECKING:
     from spell_megatron.tokenizer import PolicyTokenizer
-    from spell_megatron.training.policy import Architecture, DeltaNet, PolicyModel
+    from spell_megatron.training.policy import Architecture, PolicyModel
 
 
 def check_model_folder(found: Findings, path: Path, dtype: str) -> tuple[PolicyModel | None, PolicyTokenizer | None]:
@@ -111,45 +111,46 @@ def check_heads(found: Findings, config: Config, arch: Architecture) -> None:
     if not uses_gpus(config):
         check_cpu_kernels(found, config, arch)
     if arch.delta_net:
-        _check_linear_layers(found, config, arch.delta_net)
+        _check_linear_layers(found, config)
     if arch.biased_experts and not rollout.urls:
-        _check_biased_experts(found, config.rollout, arch)
+        _check_biased_experts(found, config.rollout)
     found.faults += layout_faults(arch, config.training.parallel)
-    if not rollout.urls and arch.heads % rollout.tensor_parallel:
+    if not rollout.urls:
+        _check_cuts(found, rollout.tensor_parallel, arch)
+
+
+def _check_cuts(found: Findings, tensor: int, arch: Architecture) -> None:
+    """The workers of an engine can cut every layer."""
+    cut = {"attention heads": arch.heads}
+    if arch.groups % tensor and (arch.biased_experts or tensor % arch.groups):  # workers of others may share one
+        cut["key-value heads"] = arch.groups
+    if arch.delta_net:
+        cut["key heads of linear layers"] = arch.delta_net.key_heads
+    if not all(arch.moe_layers):
+        cut["rows of a feed-forward"] = arch.ffn
+    cut |= {"rows of an expert": arch.expert_ffn, "rows of the shared expert": arch.shared_ffn}
+    if wrong := [f"{number} {what}" for what, number in cut.items() if number % tensor]:
         found.fault(
             "rollout.tensor_parallel model.path",
-            f"{rollout.tensor_parallel} does not divide the model's {arch.heads} attention heads. Choose a divisor",
+            f"{tensor} does not divide the model's {' and '.join(wrong)}. Choose a divisor",
         )
 
 
-def _check_biased_experts(found: Findings, rollout: RolloutConfig, arch: Architecture) -> None:
-    """The engines can serve experts with biases, and the attention of models that have them."""
+def _check_biased_experts(found: Findings, rollout: RolloutConfig) -> None:
+    """The engines can serve experts with biases."""
     if rollout.quantization != "none":
         found.fault(
             "rollout.quantization model.path",
             "the model's experts have biases, which vLLM does not take into experts in float8. Set "
             "rollout.quantization to none",
         )
-    if arch.groups % rollout.tensor_parallel or arch.expert_ffn % rollout.tensor_parallel:
-        found.fault(
-            "rollout.tensor_parallel model.path",
-            f"{rollout.tensor_parallel} does not divide the model's {arch.groups} key-value heads and the width "
-            f"{arch.expert_ffn} of its experts, as vLLM's engine for it needs. Choose a divisor of both",
-        )
 
 
-def _check_linear_layers(found: Findings, config: Config, sizes: DeltaNet) -> None:
-    """Trainer and engines can compute and divide the model's linear layers."""
-    rollout = config.rollout
+def _check_linear_layers(found: Findings, config: Config) -> None:
+    """The trainer can compute the model's linear layers."""
     if uses_gpus(config) and not is_installed("fla"):
         found.fault(
             "model.path",
             "the trainer computes the model's linear-attention layers with the kernels of flash-linear-attention, and "
             "they are not installed. Install fla-core in the version that the extra gpu of setup.py names",
-        )
-    if not rollout.urls and sizes.key_heads % rollout.tensor_parallel:
-        found.fault(
-            "rollout.tensor_parallel model.path",
-            f"{rollout.tensor_parallel} does not divide the {sizes.key_heads} key heads of the model's linear layers. "
-            "Choose a divisor",
         )

@@ -33,6 +33,11 @@ ALONE = 0.85
 QUANTIZATION = "fp8_per_channel"
 """vLLM's name of what `rollout.quantization: fp8` means. Of its online kinds of float8 it is the finest that pads no
 experts: the parts of padded ones (fp8_per_block) never add up to a whole in vLLM's count of a push."""
+ROUTERS = ("*.mlp.gate",)
+"""Layers that vLLM would quantise too."""
+RATES = ("*.linear_attn.in_proj_b", "*.linear_attn.in_proj_a")
+"""The same in linear attention: what its states decay by, and change by. Qwen's own checkpoints in float8 leave them.
+They have a row for each head, and a number of rows that 16 does not divide ends the engine when it loads them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ def server_command(settings: ServerSettings, transport: Transport, port: int, ho
     }
     if rollout.quantization == "fp8":
         flags["--quantization"] = QUANTIZATION
+        if layers := [*ROUTERS * _has_experts(model.path), *RATES * _has_linear_layers(model.path)]:
+            flags["--quantization-config"] = json.dumps({"ignore": layers})
     if _has_linear_layers(model.path):
         # As the trainer's. Without a word of config.json on it, vLLM would keep states in the type of the weights.
         flags["--mamba-ssm-cache-dtype"] = "float32"
@@ -116,8 +123,8 @@ def _gpu_flags(settings: ServerSettings, transport: Transport) -> list[str]:
             flags.append("--enable-return-routed-experts")
         if settings.rollout.quantization == "fp8":
             # Each push makes new kernel objects. Those of Triton hold no tensors of their own, which CUDA graphs would
-            # go on reading. Without the second flag vLLM would quantise the routers too.
-            flags += ["--moe-backend", "triton", "--quantization-config", json.dumps({"ignore": ["*.mlp.gate"]})]
+            # go on reading.
+            flags += ["--moe-backend", "triton"]
     return flags
 
 

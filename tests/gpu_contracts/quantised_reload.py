@@ -12,8 +12,11 @@ is made of plain torch. Prints one JSON line of what the model then holds.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
+
+os.environ["VLLM_DISABLE_SHARED_EXPERTS_STREAM"] = "1"  # it would need a driver
 
 import pretended_gpus  # noqa: F401
 import torch
@@ -35,6 +38,20 @@ def to_float8(weight: torch.Tensor, scale: None, use_per_token_if_dynamic: bool)
 
 _custom_ops.scaled_fp8_quant = to_float8
 
+from vllm.triton_utils import triton
+
+
+class Config:  # of Triton, which vLLM's linear attention looks at when it is imported
+    def __init__(self, kwargs: dict, num_warps: int = 4, num_stages: int = 3) -> None:
+        self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
+
+
+triton.Config = Config
+torch.cuda.current_device = lambda: torch.device("cpu")
+compiled = torch.library.Library("_C", "FRAGMENT")
+if not hasattr(torch.ops._C, "silu_and_mul"):
+    compiled.define("silu_and_mul(Tensor(a!) result, Tensor input) -> ()")
+
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -51,6 +68,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from spell_megatron.rollout.server import RATES, ROUTERS
 from spell_megatron.rollout.worker import WorkerExtension
 
 
@@ -98,7 +116,7 @@ config = AsyncEngineArgs(
     model=old,
     dtype="bfloat16",
     quantization="fp8_per_channel",
-    quantization_config={"ignore": ["*.mlp.gate"]},
+    quantization_config={"ignore": [*ROUTERS, *RATES]},
     moe_backend="triton",
     skip_tokenizer_init=True,
     max_model_len=64,

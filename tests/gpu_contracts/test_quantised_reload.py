@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_push_fills_layers_of_float8_as_a_fresh_start_does(with_vllm, policy):
+
+@pytest.mark.parametrize(("kind", "received"), [("moe", 25), ("qwen3_5_moe_text", 36)])
+def test_a_push_fills_layers_of_float8_as_a_fresh_start_does(kind, received, with_vllm, policy):
     """Every weight and scale, in the memory that CUDA graphs know; nothing of the stream stays unused."""
     script = Path(__file__).with_name("quantised_reload.py")
     done = subprocess.run(
-        [sys.executable, script, policy("moe"), policy("moe", 1)],
+        [sys.executable, script, policy(kind), policy(kind, 1)],
         env=with_vllm | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -24,7 +27,7 @@ def test_a_push_fills_layers_of_float8_as_a_fresh_start_does(with_vllm, policy):
     assert found.pop("changed") > 15  # the two checkpoints are different ones
     assert found == {
         "types": ["torch.bfloat16", "torch.float32", "torch.float8_e4m3fn"],
-        "received": 25,
+        "received": received,
         "missing": [],
         "unused": [],
         "moved": [],

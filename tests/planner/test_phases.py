@@ -161,3 +161,15 @@ def test_a_push_counts_calls_as_well_as_bytes(size):
     fast = make_plan(size, configured(), 8, GPU, Assumptions(push_tensor=0), estimate)
     assert slow.times.push - fast.times.push == pytest.approx(0.531)
     assert fast.times.push > 2 * size.parameters.all / 50e9
+
+
+def test_windows_take_no_more_of_the_cache_than_they_see():
+    """gpt-oss-20b: half of its 24 layers keep all tokens, the others a window of 128 and what else is in its blocks."""
+    model = ModelSize.of(PolicyModel.load(EXAMPLES / "models" / "gpt_oss_20b", "bfloat16"))
+    engine = planned(model, rollout={"tensor_parallel": 2}).engine
+    of_a_layer = 2 * 4 * 64 * 2  # keys and values of 4 heads on a GPU, in bfloat16
+    assert engine.kv_per_token == 12 * of_a_layer
+    assert engine.kv_per_sequence == 12 * (128 + 16) * of_a_layer
+    longest = configured().rollout.sampling.longest_sequence
+    held = engine.kv_per_token * longest + engine.kv_per_sequence
+    assert engine.sequences == engine.kv_cache / held

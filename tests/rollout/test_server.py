@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -96,6 +97,9 @@ def test_a_server_gets_the_kernels_that_are_asked_for(policy):
 
     assert all("--quantization fp8_per_channel" in command(t, "dense") for t in (GLOO, NCCL, IPC))
     assert "--moe-backend triton" in command(IPC, "moe") and "--moe-backend" not in command(IPC, "dense")
+    ignored = {"dense": [], "moe": ["*.mlp.gate"], "vision": ["*.linear_attn.in_proj_b", "*.linear_attn.in_proj_a"]}
+    for kind, layers in ignored.items():
+        assert (json.dumps({"ignore": layers}) in command(IPC, kind)) == bool(layers)
     variable = "VLLM_BATCH_INVARIANT"
     assert variable not in server_environment(NCCL, RolloutConfig(), ["0"], "secret")
     rollout = RolloutConfig(batch_invariant=True)
