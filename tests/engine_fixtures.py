@@ -29,7 +29,7 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 # kind: (family, fields of config.json); the name of a family is a kind too
 KINDS = {"dense": ("qwen3", {}), "tied": ("qwen3", {"tie_word_embeddings": True}), "moe": ("qwen3_moe", {})}
-KINDS["vision"] = ("qwen3_5_text", {"vision": True})
+KINDS |= {"vision": ("qwen3_5_text", {"vision": True}), "vision_moe": ("qwen3_5_moe_text", {"vision": True})}
 
 
 def save_policy(kind: str, folder: Path, seed: int) -> None:

@@ -35,7 +35,7 @@ QUANTIZATION = "fp8_per_channel"
 experts: the parts of padded ones (fp8_per_block) never add up to a whole in vLLM's count of a push."""
 ROUTERS = ("*.mlp.gate",)
 """Layers that vLLM would quantise too."""
-RATES = ("*.linear_attn.in_proj_b", "*.linear_attn.in_proj_a")
+RATES = ("*.linear_attn.in_proj_ba",)
 """The same in linear attention: what its states decay by, and change by. Qwen's own checkpoints in float8 leave them.
 They have a row for each head, and a number of rows that 16 does not divide ends the engine when it loads them."""
 

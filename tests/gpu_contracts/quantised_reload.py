@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["VLLM_DISABLE_SHARED_EXPERTS_STREAM"] = "1"  # it would need a driver
@@ -73,7 +74,9 @@ from spell_megatron.rollout.worker import WorkerExtension
 
 
 def tensors(folder: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.bfloat16() for name, tensor in load_file(f"{folder}/model.safetensors").items()}
+    """Of the language model."""
+    held = load_file(f"{folder}/model.safetensors")
+    return {name: tensor.bfloat16() for name, tensor in held.items() if not name.startswith("model.visual.")}
 
 
 def loaded(folder: str) -> torch.nn.Module:
@@ -98,8 +101,7 @@ def pushed(model: torch.nn.Module, folder: str) -> dict:
     initialize_layerwise_reload(model)
     worker.spell_watch_update("no")
     stream = {name: tensor for name, tensor in tensors(folder).items() if ".experts." not in name}
-    for layer in range(config.model_config.hf_text_config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
+    for prefix in {name[: name.index(".experts.")] + ".experts" for name in tensors(folder).keys() - stream.keys()}:
         gate, up, down = (
             torch.stack([tensors(folder)[f"{prefix}.{e}.{name}_proj.weight"] for e in range(experts)])
             for name in ("gate", "up", "down")
@@ -114,6 +116,7 @@ def pushed(model: torch.nn.Module, folder: str) -> dict:
 old, new = sys.argv[1:]
 config = AsyncEngineArgs(
     model=old,
+    language_model_only="text_config" in json.loads(Path(old, "config.json").read_text()),
     dtype="bfloat16",
     quantization="fp8_per_channel",
     quantization_config={"ignore": [*ROUTERS, *RATES]},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("kind", "received"), [("moe", 25), ("qwen3_5_moe_text", 36)])
+@pytest.mark.parametrize(("kind", "received"), [("moe", 25), ("vision_moe", 36)])
 def test_a_push_fills_layers_of_float8_as_a_fresh_start_does(kind, received, with_vllm, policy):
     """Every weight and scale, in the memory that CUDA graphs know; nothing of the stream stays unused."""
     script = Path(__file__).with_name("quantised_reload.py")
