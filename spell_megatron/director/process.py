@@ -48,7 +48,13 @@ class _ToRank0(logging.Handler):
         with suppress(OSError):  # rank 0 is gone
             trace = _TRACES.formatException(record.exc_info) if record.exc_info else ""
             silent = getattr(record, "silent", False)
-            self._channel.send(messages.Log(record.name, record.levelno, record.getMessage(), trace, silent))
+            text, trace = (_utf8(text) for text in (record.getMessage(), trace))
+            self._channel.send(messages.Log(record.name, record.levelno, text, trace, silent))
+
+
+def _utf8(text: str) -> str:
+    """What a policy has written can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Service:

@@ -38,7 +38,7 @@ def run_log(folder: Path, rank: int, level: Level) -> Iterator[None]:
     """
     path = log_file(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _File(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FORMAT))
     ours = logging.getLogger(_PACKAGE)
     shown = logging.StreamHandler(sys.stderr)  # an error of ours is told on the screen too, without its stack trace

@@ -82,16 +82,14 @@ def test_stack_traces_of_it_are_in_the_log_and_not_on_the_screen(tmp_path, capsy
     logger = logging.getLogger("spell_megatron.selfplay.roles")
     with ours, theirs, logged_by(_ToRank0(Channel(theirs, FromDirector)), "info"):
         try:
-            raise KeyError("its cause")
-        except KeyError:
+            raise ValueError("its cause, \ud83d")  # half a surrogate pair, as JSON of a policy can hold
+        except ValueError:
             logger.exception("cluster %s failed", "c-1")
         message, _ = Channel(ours, FromDirector).receive()
     with run_log(tmp_path, 0, "info"):
         _log(message)
     log = log_file(tmp_path, 0).read_text()
-    assert (
-        "ERROR spell_megatron.selfplay.roles: cluster c-1 failed\nTraceback" in log and "KeyError: 'its cause'" in log
-    )
+    assert "ERROR spell_megatron.selfplay.roles: cluster c-1 failed\nTraceback" in log and r"its cause, \ud83d" in log
     assert capsys.readouterr().err == "spell_megatron.selfplay.roles: cluster c-1 failed (logs/train.log has more)\n"
 
 

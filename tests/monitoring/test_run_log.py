@@ -21,10 +21,15 @@ def test_what_is_said_is_logged_with_times_and_levels(tmp_path, capsys):
         logging.getLogger("megatron.core").info("a library talks")
         warnings.warn("this will change", DeprecationWarning, stacklevel=1)
         logging.getLogger("spell_megatron.selfplay").error("a cluster failed")
+        logging.getLogger("spell_megatron.selfplay").info("of \ud83d")  # half a surrogate pair
     text = (tmp_path / "logs" / "train.log").read_text()
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO spell_megatron.*: step 1/2$", text, re.MULTILINE)
     assert "WARNING megatron.core: a library warns" in text and "a library talks" not in text
-    assert "this will change" in text and "ERROR spell_megatron.selfplay: a cluster failed" in text
+    assert (
+        r"of \ud83d" in text
+        and "this will change" in text
+        and "ERROR spell_megatron.selfplay: a cluster failed" in text
+    )
     assert console.file.getvalue() == "step 1/2\n"
     screen = capsys.readouterr()
     assert screen.out == "" and screen.err == "spell_megatron.selfplay: a cluster failed (logs/train.log has more)\n"
