@@ -37,15 +37,18 @@ def save_policy(kind: str, folder: Path, seed: int) -> None:
     from families import hf_model
 
     family, fields = KINDS.get(kind, (kind, {}))
-    hf_model(
+    model = hf_model(
         family,
         seed,
         vocab_size=VOCABULARY,
         num_hidden_layers=2,
-        intermediate_size=96,
         initializer_range=0.2,
-        **fields | engine_sizes(family),
-    ).save_pretrained(folder)
+        **{"intermediate_size": 96} | fields | engine_sizes(family),
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # engines in bfloat16 keep it in float32, and pushes round it
+            parameter.data = parameter.data.bfloat16().float()
+    model.save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 

@@ -10,7 +10,8 @@ read back from where their kernels take the weights, so it does not matter how t
 
 With --start an engine is started on this machine with random weights, those of the checkpoint are pushed into it as
 training pushes them, and the result is compared: a test of weight transfer on this machine. The engine computes in
-float32, or in bfloat16 if the checkpoint does.
+float32, or in bfloat16 if the checkpoint does, or if vLLM has no kernels in float32 on CPUs (linear attention). Weights
+in another type are rounded to that, as in training.
 
 Exit status: 0 all tensors agree, 1 some differ, 2 no comparison was possible.
 """
@@ -21,6 +22,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,11 +72,14 @@ def _check(options: argparse.Namespace) -> int:
     progress = Progress()
     with ExitStack() as stack:
         if options.start:
-            engines = _pushed(options, folder, stack, progress)
+            dtype = _engine_type(options, policy)
+            engines = _pushed(options, folder, dtype, stack, progress)
+            weights = _rounded(options.checkpoint, dtype)
         else:
             engines = [Engine(url, os.environ.get(KEY, "")) for url in options.urls]
+            weights = read_checkpoint(options.checkpoint)
         with progress.stage("comparing", len(hf_shapes(policy))) as advance:
-            count, differences = compare(read_checkpoint(options.checkpoint), engines, advance)
+            count, differences = compare(weights, engines, advance)
     for engine in engines:
         wrong = [difference for difference in differences if difference.engine == engine.url]
         print(f"{engine.url}: {count - len(wrong)} of {count} tensors agree")
@@ -85,11 +90,22 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progress: Progress) -> list[Engine]:
-    """An engine that was started with random weights and got those of the checkpoint by a push."""
+def _engine_type(options: argparse.Namespace, policy: PolicyModel) -> torch.dtype:
+    """Engines have the types of training. Every float16 value is a float32 value too."""
     _, first = next(read_checkpoint(options.checkpoint))
-    # Engines have the types of training. Every float16 value is a float32 value too.
-    dtype = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float32
+    on_cpus = options.device == "cpu" or not torch.cuda.is_available()
+    narrow = first.dtype == torch.bfloat16 or (on_cpus and policy.arch.delta_net)
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _rounded(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, tensor.to(dtype)) for name, tensor in read_checkpoint(checkpoint))
+
+
+def _pushed(
+    options: argparse.Namespace, folder: Path, dtype: torch.dtype, stack: ExitStack, progress: Progress
+) -> list[Engine]:
+    """An engine that was started with random weights and got those of the checkpoint by a push."""
     model = ModelConfig(path=folder, dtype=str(dtype).removeprefix("torch."))
     rollout = RolloutConfig(
         tensor_parallel=options.tensor_parallel,
@@ -106,8 +122,7 @@ def _pushed(options: argparse.Namespace, folder: Path, stack: ExitStack, progres
     pusher = WeightPusher(engines)
     stack.callback(pusher.close)
     with progress.stage("pushing"):
-        weights = ((name, tensor.to(dtype)) for name, tensor in read_checkpoint(options.checkpoint))
-        done = pusher.push(weights, "checkpoint", verify=True)
+        done = pusher.push(_rounded(options.checkpoint, dtype), "checkpoint", verify=True)
     size, way = f"{done.bytes / 1e9:.2f} GB", engines.transport.name
     print(f"pushed {done.tensors} tensors, {size}, in {done.seconds:.1f} s ({way})")
     return engines.engines

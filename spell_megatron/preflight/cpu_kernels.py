@@ -16,6 +16,9 @@ LINEAR_HEAD_SIZES = (64, 128)
 """Dimensions of the heads of linear-attention layers; keys and values must have the same."""
 CONVOLUTION = 4
 """Tokens that the convolution of a linear-attention layer sees."""
+EXPERT_BLOCK = 32
+"""What divides the hidden size of a mixture of experts and, where experts have biases, a worker's share of their
+width."""
 
 
 def check_cpu_kernels(found: Findings, config: Config, arch: Architecture) -> None:
@@ -30,6 +33,24 @@ def check_cpu_kernels(found: Findings, config: Config, arch: Architecture) -> No
         )
     if arch.delta_net:
         _check_linear_layers(found, config.model.dtype, arch.delta_net)
+    if arch.experts:
+        _check_experts(found, config.rollout.tensor_parallel, arch)
+
+
+def _check_experts(found: Findings, workers: int, arch: Architecture) -> None:
+    if arch.hidden % EXPERT_BLOCK:
+        found.fault(
+            "model.path",
+            f"the model has experts and a hidden size of {arch.hidden}; vLLM's engines on CPUs serve only multiples of "
+            f"{EXPERT_BLOCK}. Use another model, or a GPU",
+        )
+    share = arch.expert_ffn // workers
+    if arch.biased_experts and share % EXPERT_BLOCK:
+        found.fault(
+            "rollout.tensor_parallel model.path",
+            f"of the {arch.expert_ffn} rows of an expert each of {workers} workers has {share}; vLLM's engines on CPUs "
+            f"serve only multiples of {EXPERT_BLOCK}. Choose another number, or use a GPU",
+        )
 
 
 def _check_linear_layers(found: Findings, dtype: str, sizes: DeltaNet) -> None:

@@ -86,3 +86,19 @@ def test_a_started_engine_gets_the_weights(tensor_parallel, dtype, policy, run, 
     count = len(weights)
     assert status == 0
     assert output.startswith(f"pushed {count} tensors") and f"{count} of {count} tensors agree" in output
+
+
+@pytest.mark.slow
+def test_a_started_engine_gets_a_hybrid(policy, run, tmp_path):
+    """As Qwen3.5 is published: beside a vision tower, in bfloat16 with some tensors of linear layers in float32."""
+    folder = shutil.copytree(policy("vision"), tmp_path / "policy")
+    wide = ("A_log", "linear_attn.norm.weight")
+    weights = {
+        name: tensor if name.endswith(wide) else tensor.bfloat16()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    status, output, errors = run(None, folder, "--start", "--device", "cpu")
+    count = sum(not name.startswith("model.visual.") for name in weights)
+    assert (status, errors) == (0, "")
+    assert output.startswith(f"pushed {count} tensors") and f"{count} of {count} tensors agree" in output

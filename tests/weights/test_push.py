@@ -115,6 +115,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def language(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the language model, in bfloat16."""
+    return {name: tensor.bfloat16() for name, tensor in tensors.items() if not name.startswith("model.visual.")}
+
+
 def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors with the experts of a layer in two, as `Export` streams them."""
     stored: dict[str, list[list[torch.Tensor]]] = {}
@@ -373,7 +378,7 @@ def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypa
 def test_an_engine_in_float8_takes_pushes(engines_for, policy):
     """Back at the old weights it answers as at its start; what was pushed in between, it used."""
     engines = engines_for("dense", dtype="bfloat16", quantization="fp8")
-    old, new = ({name: t.bfloat16() for name, t in weights(policy("dense", seed)).items()} for seed in (0, 1))
+    old, new = (language(weights(policy("dense", seed))) for seed in (0, 1))
     first, _ = ask(engines.engines[0])
     pusher = WeightPusher(engines)
     pusher.push(new.items(), "one", verify=True)
@@ -412,17 +417,24 @@ def differences_from_transformers(folder: Path, answers: list) -> tuple[float, f
     return tuple(float((x - in_bfloat16).abs().mean()) for x in (engine, in_float32))
 
 
-@pytest.mark.parametrize("family", ["vision", pytest.param("qwen3_5_moe_text", marks=pytest.mark.slow)])
-def test_a_hybrid_takes_pushes(family, engines_for, policy):
+@pytest.mark.parametrize(
+    ("family", "workers"),
+    [
+        ("vision", 1),
+        pytest.param("vision", 2, marks=pytest.mark.slow),
+        pytest.param("vision_moe", 1, marks=pytest.mark.slow),
+        pytest.param("vision_moe", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_hybrid_takes_pushes(family, workers, engines_for, policy):
     """What is pushed is read back from the kernels bit by bit, and the answers are as near to those of transformers as
     rounding allows; those to the same weights are the same. Of a model that also sees images it is the language model.
     """
-    engines = engines_for(family, dtype="bfloat16")
+    engines = engines_for(family, dtype="bfloat16", tensor_parallel=workers)
     pusher = WeightPusher(engines, bucket_bytes=1 << 14)
     given = []
     for version, seed in enumerate((1, 0, 1)):
-        pushed = {name: tensor.bfloat16() for name, tensor in weights(policy(family, seed)).items()}
-        pushed = {name: tensor for name, tensor in pushed.items() if not name.startswith("model.visual.")}
+        pushed = language(weights(policy(family, seed)))
         assert pusher.push(together(pushed).items(), str(version), verify=True).tensors == len(together(pushed))
         answers, versions = ask(engines.engines[0])
         given.append(answers)
