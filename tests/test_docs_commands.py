@@ -1,101 +1,229 @@
-"""The commands of README and docs as they are written.
+"""Every command of README, CONTRIBUTING, docs and examples is run as it is written, or named with the reason why not.
 
-`spell` takes their words, their settings exist, and so do the files that they name, or an earlier command makes them.
+The reasons are in `commands_not_run.py`. Sizes are smaller in two places: in the reader's examples/quickstart.yaml, and
+behind the README's `spell init run.yaml`.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import re
-import shlex
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_run import ROOT
+from commands_not_run import NOT_RUN, reason, to_run
+from hub_server import serve_hub
+from page_commands import PAGES, Block, Command, blocks, commands, files, fragment, mentions, name_of
+from page_reader import Reader
+from small_run import ROOT, SMALL
 
 from spell_megatron.cli import command_parser
-from spell_megatron.cli.arguments import files_of, loose_words, overrides_of
+from spell_megatron.cli.arguments import overrides_of
 from spell_megatron.config.reading import read_section
 from spell_megatron.config.schema import Config
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+QUICK = ("CONTRIBUTING.md", "docs/documents.md", "docs/extending.md")
+"""Pages whose commands take seconds. Each is read in a clone of its own."""
 
-OF_THE_READER = {
-    "documents.md": ("ultra_fineweb/", "evaluation_sets/", "models/", "docmath_train.parquet", "docmath_testmini.jsonl")
-    + ("web/", "reports/", "articles/", "docstrings", "/usr/share/common-licenses"),
-    "evaluation.md": ("downloads/", "answers.jsonl", "runs/my_run"),
-    "first_run.md": ("my_documents", "heldout.jsonl"),
-    "recipes.md": ("corpus.parquet",),
-    "report.md": ("eval/",),
-    "running.md": ("run.yaml",),
-    "cluster.md": ("cluster.yaml",),
+LONG = {
+    "README.md": (),
+    "docs/evaluation.md": (),
+    "docs/running.md": ("README.md",),
+    "examples/quickstart/README.md": ("README.md",),
+    "docs/report.md": ("README.md", "docs/evaluation.md", "examples/quickstart/README.md"),
+    "examples/extend/README.md": (),
+    "docs/parallel.md": (),
+    "docs/long_context.md": (),
+    "docs/recipes.md": (),
 }
-"""What a page's reader has by another page, or by data of their own, which the page says."""
+"""Pages whose commands train, start engines or plan at length, each with those whose runs and files it uses. One reader
+reads them all."""
 
-RUNS = ("qwen3-0.6b", "quickstart", "seed0", "seed1", "shuffled", "attached", "evaluation")
-"""Folders under runs/ that commands of README, docs and examples make."""
+BY_OTHER_TESTS = {"docs/cluster.md": "tests/jobs/test_cluster_page.py", "docs/first_run.md": "tests/test_first_run.py"}
+"""Pages that need a cluster, or another model in the place of theirs."""
 
-MAKES = ("--out", "-o", "--megatron", "--hf", "--run.name")
+REPEATING = {"examples/documents/README.md": "docs/documents.md"}
+"""Pages all of whose commands another page has too."""
+
+COPIES = {"runs/seed0": "runs/quickstart", "runs/recipe1": "runs/shuffled"}
+"""Runs of examples/quickstart/README.md that are not made, and those that stand for them."""
+
+PRINTED = ("spell prepare examples/documents", "spell evaluate --answers")
+"""Commands that print on every machine what their page shows."""
+
+NO_COMMANDS = {
+    "README.md": ["held-out after step 0:"],
+    "docs/algorithm.md": ["loss = ", "c · Σ_microbatches"],
+    "docs/architecture.md": ["documents\n", "cli\n"],
+    "docs/documents.md": [],
+    "docs/evaluation.md": ['{"id": "7", "task"'],
+    "docs/long_context.md": ['"max_position_embeddings"'],
+    "docs/report.md": ["report.html: 0.2 MB"],
+    "examples/evidence/rich/README.md": ["Nansiniad appeared"],
+}
+"""Blocks of code that are no commands, by their beginnings."""
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of each `spell` command in a page's blocks of code, continued lines joined."""
-    blocks = re.findall(r"(?:^    .*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = []
-    for line in lines:
-        for part in line.removeprefix("$ ").split(" && "):
-            bare = re.sub(r"^(?:[A-Z_]+=\S+ )*(?:\.venv-slurm/bin/)?", "", part.partition(" > ")[0]).removesuffix(" &")
-            if bare.startswith("spell ") and "…" not in bare and "..." not in bare:
-                found.append(shlex.split(bare)[1:])
+def test_every_command_is_run_or_named_with_the_reason():
+    """A page with commands that are to be run is one of those that a test reads."""
+    read = [*QUICK, *LONG, *BY_OTHER_TESTS, *REPEATING]
+    assert len(read) == len(set(read))
+    left = {name_of(page): to_run(name_of(page)) for page in PAGES}
+    assert {page for page, found in left.items() if found} == set(read)
+    for page, other in REPEATING.items():
+        assert {command.text for command in left[page]} <= {command.text for command in left[other]}
+
+
+def test_what_is_named_exists():
+    for page, named in NOT_RUN.items():
+        texts = [command.text for command in commands(ROOT / page)]
+        assert [start for start in named if not any(text.startswith(start) for text in texts)] == [], page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_of_code_is_commands_or_a_text_that_is_known(page):
+    texts = [block.text for block in blocks(page) if block.text]
+    known = NO_COMMANDS.get(name_of(page), [])
+    assert len(texts) == len(known) and all(map(str.startswith, texts, known)), texts
+
+
+def test_commands_are_told_from_what_they_print(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text, `spell report runs/a`.\n\n"
+        "    # run.yaml\n    model: {path: x}\n\n"
+        "    $ spell train run.yaml \\\n        --dry-run && spell status runs/a > told\n    done after 1 step\n"
+        "    $ OMP_NUM_THREADS=1 vllm serve x\n\n"
+        "More.\n\n    tools/a.py --help\n    spell evaluate … --chat\n\nAnd.\n\n    loss = 1\n"
+    )
+    one, two, three = blocks(page)
+    assert one.files == {"run.yaml": "model: {path: x}\n"}
+    assert one.commands == (
+        Command("spell train run.yaml --dry-run && spell status runs/a > told", "done after 1 step"),
+        Command("OMP_NUM_THREADS=1 vllm serve x", stays=True),
+    )
+    assert one.commands[0].spell == [["train", "run.yaml", "--dry-run"], ["status", "runs/a"]]
+    assert [command.text for command in two.commands] == ["tools/a.py --help", "spell evaluate … --chat"]
+    assert three == Block((), {}, "loss = 1") and mentions(page) == ["spell report runs/a"]
+
+
+def read(reader: Reader, page: str) -> None:
+    """Run a page's commands one after the other."""
+    for name, text in files(ROOT / page).items():
+        if not name.startswith("my_package"):  # a part of examples/extend, in short
+            (reader.folder / name).write_text(text, encoding="utf-8")
+    for command in to_run(page):
+        printed = reader.run(command)
+        if command.text.startswith(PRINTED):
+            shown = [line for line in command.shows.splitlines() if line != "…"]
+            assert [line for line in shown if line not in printed.splitlines()] == [], command.text
+    reader.end()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("page", QUICK)
+def test_a_page_of_quick_commands(page, tmp_path):
+    if page == "docs/documents.md" and not Path("/usr/share/common-licenses").exists():
+        pytest.skip("no Debian")
+    with Reader(tmp_path) as reader:
+        read(reader, page)
+
+
+@pytest.fixture(scope="module")
+def follow(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
+    """follow(page): reads a page of LONG, and before it those that it needs, once; returns the reader's folder.
+
+    The reader's hub has Qwen3-0.6B, without weights and with the quick start's tokenizer.
+    """
+    folder = tmp_path_factory.mktemp("reader")
+    done = set()
+
+    def follow(page: str) -> Path:
+        if page not in done:
+            done.add(page)
+            for needed in LONG[page]:
+                follow(needed)
+            for copy, made in COPIES.items():
+                if (folder / made).exists() and not (folder / copy).exists():
+                    shutil.copytree(folder / made, folder / copy)
+            read(reader, page)
+        return folder
+
+    model = (ROOT / "examples" / "models" / "qwen3_0.6b" / "config.json").read_bytes()
+    with serve_hub() as hub:
+        hub.add_folder("Qwen/Qwen3-0.6B", ROOT / "examples" / "quickstart" / "policy", {"config.json": model})
+        small = [*(word for word in SMALL if not word.startswith("--checkpoint")), "--selfplay.groups=2"]
+        more = {"spell init run.yaml --model examples/quickstart/policy": small}
+        with Reader(folder, hub.environment(folder / "hub"), small, more) as reader:
+            yield follow
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.parametrize("page", LONG)
+def test_a_page(page, follow):
+    follow(page)
+
+
+def test_eight_commands_of_the_readme_are_enough():
+    """From documents to a trained step, an evaluation and a report."""
+    words = [command.text.split()[1] for command in to_run("README.md")]
+    way = words[words.index("prepare") :]
+    assert way == ["prepare", "init", "train", "train", "evaluate", "report"]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_what_the_readme_leads_to(follow):
+    folder = follow("README.md")
+    run = folder / "runs" / "run"
+    assert "step 2/2" in (run / "logs" / "train.log").read_text() and (run / "checkpoints" / "step_000002").is_dir()
+    assert (folder / "report.html").stat().st_size > 100_000 and (folder / "evaluation" / "scores.md").is_file()
+    log = (folder / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == 10
+
+
+@functools.cache
+def options_of(command: str) -> set[str]:
+    """The options of a command of `spell`, with those of its own commands."""
+    parsers = [next(iter(command_parser()._subparsers._group_actions)).choices.get(command)]
+    found: set[str] = set()
+    while parsers:
+        parser = parsers.pop()
+        assert parser is not None, f"spell has no command {command}"
+        found |= parser._option_string_actions.keys()
+        own = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers += [one for choices in own for one in choices.values()]
     return found
 
 
-ALL = [(page, words) for page in PAGES for words in commands(page)]
+NOT_EXECUTED = {
+    f"{name_of(page)}: {words[:70]}": words
+    for page in PAGES
+    for words in (
+        *(c.text for b in blocks(page) for c in b.commands if fragment(c) or reason(name_of(page), c)),
+        *mentions(page),
+    )
+}
 
 
-def test_there_are_commands():
-    assert len(ALL) > 40
-
-
-@pytest.mark.parametrize(
-    ("page", "words"), ALL, ids=[f"{page.relative_to(ROOT).as_posix()}: {' '.join(words)[:60]}" for page, words in ALL]
-)
-def test_a_command_is_understood(page, words, capsys):
-    if "--help" in words:
-        return
-    try:
-        arguments, rest = command_parser().parse_known_args(words)
-    except SystemExit:
-        pytest.fail(capsys.readouterr().err)
-    if not arguments.takes_settings:
-        assert not rest
-        return
-    _, rest = files_of(rest)
-    loose, settings = loose_words(rest)
-    if words[0] == "launch":
-        loose = [word for word in loose if not word.startswith(("cluster.", "run.executor."))]
-    assert not loose or words[0] in ("ask", "init")
-    reading = read_section(Config, None, overrides_of(settings))
-    assert not [fault for fault in reading.faults if not fault.message.startswith("is missing")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_files_that_commands_name_are_there(page):
-    made = set(OF_THE_READER.get(page.name, ())) | {f"runs/{name}" for name in RUNS}
-    missing = []
-    for words in commands(page):
-        own = {words[i + 1] for i, word in enumerate(words[:-1]) if word in MAKES} | set(
-            words[1:2] * (words[0] == "init")
-        )
-        own |= {f"runs/{Path(words[1]).stem}"} if words[0] == "init" else set()
-        own |= {f"runs/{word.partition('=')[2]}" for word in words if word.startswith("--run.name=")}
-        for word in words[1:]:
-            path = word.rpartition("=")[2]
-            looks_so = "/" in path or path.endswith((".parquet", ".jsonl", ".yaml", ".html"))
-            if not looks_so or path in own or re.match(r"[a-z]+://|openai/|\[|[A-Z_]+$|[A-Z]\w+/\w", path):
-                continue
-            known = (ROOT / path.partition("@")[0]).exists() or any(path.startswith(name) for name in made)
-            if not known:
-                missing.append(f"{path} in: spell {' '.join(words)}")
-        made |= own
-    assert not missing, "\n".join(missing)
+@pytest.mark.parametrize("text", NOT_EXECUTED.values(), ids=NOT_EXECUTED)
+def test_what_is_not_run_is_spelled_as_the_programs_know_it(text):
+    """Options and settings of `spell`, targets of make, files of Python, names of modules."""
+    program, *words = re.sub(r"^(?:[A-Z_]+=\S+ )*", "", text).split()
+    if program == "make":
+        assert re.search(rf"^{re.escape(words[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    if program == "python" and not words[0].startswith("-"):
+        assert (ROOT / words[0]).is_file() or words[0] in ("dump_docstrings.py",)
+    for spell in Command(text.replace("…", "")).spell:
+        options = options_of(spell[0])
+        settings = [word for word in spell[1:] if re.match(r"--\w+\.\w", word)]
+        known = [word for word in spell[1:] if word.startswith("--") and word not in settings]
+        assert [word for word in known if word.partition("=")[0] not in options] == []
+        complete = [word for word in settings if "=" in word]
+        reading = read_section(Config, None, overrides_of(complete))
+        assert not [fault for fault in reading.faults if not fault.message.startswith("is missing")]

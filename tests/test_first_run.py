@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands_not_run import to_run
 from hub_server import serve_hub
 from small_run import ROOT
-from test_docs_commands import commands
 
-PAGE = ROOT / "docs" / "first_run.md"
 QUICKSTART = ROOT / "examples" / "quickstart"
 NAME = "Qwen/Qwen3-0.6B"
 RUN = "runs/qwen3-0.6b"
@@ -47,6 +46,11 @@ SMALL = {
 }
 
 
+def commands() -> list[list[str]]:
+    """The words behind `spell` of all commands of the page."""
+    return [words for command in to_run("docs/first_run.md") for words in command.spell]
+
+
 def smaller(words: list[str]) -> list[str]:
     """A command of the page for the tiny policy."""
     words = [word.replace("step_000060", "step_000003").replace("=60", "=3") for word in words]
@@ -54,7 +58,8 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def test_the_page_goes_all_the_way():
-    names = [words[0] for words in commands(PAGE)]
+    names = [words[0] for words in commands()]
+    assert len(names) == len(to_run("docs/first_run.md"))
     expected = ["prepare", "plan", "evaluate", "train", "train", "status", "train", "evaluate", "report", "ask", "init"]
     assert names == expected
 
@@ -71,8 +76,8 @@ def test_the_commands_of_the_page(tmp_path):
     (tmp_path / "heldout.jsonl").symlink_to(QUICKSTART / "heldout.jsonl")
     with serve_hub() as hub:
         commit = hub.add_folder(NAME, QUICKSTART / "policy")
-        environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        for words in map(smaller, commands(PAGE)):
+        environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+        for words in map(smaller, commands()):
             command = [sys.executable, "-m", "spell_megatron", *words]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"

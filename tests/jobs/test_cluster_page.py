@@ -11,19 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands_not_run import to_run
 from small_run import MARK, ROOT, SMALL
 
 from spell_megatron.config.reading import load_config, to_yaml
 
-PAGE = ROOT / "docs" / "cluster.md"
-INSTALLS = ("python3.11 -m venv", ".venv-slurm/bin/pip")
-"""Beginnings of commands that make the environments, which are here already."""
-
 
 def commands() -> list[str]:
-    """The page's blocks of code, line by line, but for what installs."""
-    lines = re.findall(r"^    (\S.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    return [line for line in lines if not line.startswith(INSTALLS)]
+    """The page's commands but for those that make the environments, which are here already."""
+    return [command.text for command in to_run("docs/cluster.md")]
 
 
 @pytest.fixture
