@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands_not_run import NOT_RUN, reason, to_run
 from hub_server import serve_hub
@@ -185,6 +186,29 @@ def test_what_the_readme_leads_to(follow):
     assert (folder / "report.html").stat().st_size > 100_000 and (folder / "evaluation" / "scores.md").is_file()
     log = (folder / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["step"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_step_with_code_of_ones_own(follow, monkeypatch):
+    """The rewards of its questions are those of examples/extend, and its rule check judged the answers."""
+    run = follow("examples/extend/README.md") / "runs" / "extend"
+    monkeypatch.syspath_prepend(ROOT / "examples" / "extend")
+    from my_package.rewards import short_questions
+    from my_package.rules import score
+
+    rows = [json.loads(line) for line in (run / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    assert "names" in {row["task"] for row in rows}
+    answers = [row for row in rows if row["role"] == "responder" and row["task"] != "names"]
+    told = [row for row in answers if row["prediction"] is not None]
+    assert told and all(row["rule_score"] == score(row["task"], row["prediction"], row["reference"]) for row in told)
+    asked = [row for row in rows if (row["role"], row["outcome"]) == ("questioner", "mixed")]
+    assert len(asked) == 2
+    for row in asked:
+        mean = np.mean(
+            [answer["reward"] for answer in rows if (answer["uid"], answer["role"]) == (row["uid"], "responder")]
+        )
+        assert row["reward"] == pytest.approx(short_questions(mean, row["prediction"], row["reference"]))
 
 
 @functools.cache
