@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from spell_megatron.config.section import Section
 from spell_megatron.config.selfplay_sections import SelfPlayConfig
@@ -241,6 +241,12 @@ class TrainingConfig(Section):
     """Number of threads of each trainer process on CPUs."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        """YAML takes a plain `off` for false."""
+        return "off" if value is False else value
 
 
 class CheckpointConfig(Section):

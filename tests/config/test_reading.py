@@ -123,3 +123,10 @@ def test_of_several_files_the_one_with_the_fault_is_named(tmp_path):
 def test_what_is_written_reads_back_the_same(write):
     config = load_config(write(MINIMAL), ["data.sources={a: [doc_mc]}", "selfplay.shuffle_rewards=true"])
     assert load_config(write(to_yaml(config))) == config
+
+
+def test_off_is_a_word(write):
+    """For YAML it is false, unless it is quoted."""
+    assert load_config(write(MINIMAL + "training: {overlap: off}")).training.overlap == "off"
+    config = load_config(write(MINIMAL), ["--training.overlap=off"])
+    assert config.training.overlap == "off" and "overlap: 'off'" in to_yaml(config)
