@@ -190,6 +190,14 @@ def test_what_the_readme_leads_to(follow):
 
 @pytest.mark.slow
 @pytest.mark.engine
+def test_engines_by_themselves_make_no_folder_of_a_run(follow):
+    runs = follow("docs/parallel.md") / "runs"
+    assert [path.name for path in (runs / "quickstart-engines").iterdir()] == ["engine-0.log"]
+    assert not (runs / "quickstart").exists() or (runs / "quickstart" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
 def test_a_step_with_code_of_ones_own(follow, monkeypatch):
     """The rewards of its questions are those of examples/extend, and its rule check judged the answers."""
     run = follow("examples/extend/README.md") / "runs" / "extend"
