@@ -29,6 +29,7 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 # kind: (family, fields of config.json); the name of a family is a kind too
 KINDS = {"dense": ("qwen3", {}), "tied": ("qwen3", {"tie_word_embeddings": True}), "moe": ("qwen3_moe", {})}
+KINDS["wide_experts"] = ("gpt_oss", {"intermediate_size": 128})
 KINDS |= {"vision": ("qwen3_5_text", {"vision": True}), "vision_moe": ("qwen3_5_moe_text", {"vision": True})}
 
 

@@ -231,9 +231,10 @@ def test_a_pushed_moe_engine_equals_a_fresh_one(engines_for, policy, fresh):
 
 
 @pytest.mark.slow
-def test_a_pushed_gpt_oss_engine_computes_what_transformers_does(engines_for, policy):
+@pytest.mark.parametrize(("kind", "workers"), [("gpt_oss", 1), ("wide_experts", 2)])
+def test_a_pushed_gpt_oss_engine_computes_what_transformers_does(kind, workers, engines_for, policy):
     """Sinks, biases and experts by turns arrive: the engine has them, and samples with their log-probabilities."""
-    engines, new = engines_for("gpt_oss"), policy("gpt_oss", 1)
+    engines, new = engines_for(kind, tensor_parallel=workers), policy(kind, 1)
     pusher, pushed = WeightPusher(engines, bucket_bytes=1 << 14), apart(weights(new))
     assert pusher.push(pushed.items(), "one", verify=True).tensors == len(pushed)
     assert compare(pushed.items(), engines.engines) == (len(pushed), [])
@@ -375,10 +376,11 @@ def test_a_trainer_of_two_processes(kind, layouts, engines_for, policy, monkeypa
 
 
 @pytest.mark.slow
-def test_an_engine_in_float8_takes_pushes(engines_for, policy):
+@pytest.mark.parametrize("kind", ["dense", "vision"])
+def test_an_engine_in_float8_takes_pushes(kind, engines_for, policy):
     """Back at the old weights it answers as at its start; what was pushed in between, it used."""
-    engines = engines_for("dense", dtype="bfloat16", quantization="fp8")
-    old, new = (language(weights(policy("dense", seed))) for seed in (0, 1))
+    engines = engines_for(kind, dtype="bfloat16", quantization="fp8")
+    old, new = (language(weights(policy(kind, seed))) for seed in (0, 1))
     first, _ = ask(engines.engines[0])
     pusher = WeightPusher(engines)
     pusher.push(new.items(), "one", verify=True)
