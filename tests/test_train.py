@@ -360,35 +360,6 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_while_the_trainer_works_ahead_lose_nothing(whole):
-    """Of the engine, which is replaced in the rollout of step 2, of the process for self-play in that of step 3, and of
-    the trainer in that of step 4. A kill may come before or after rows of the step have been accumulated."""
-    folder = whole.parent / "ahead"
-    where = (f"--run.output_dir={folder.parent}", f"--run.name={folder.name}", "--run.steps=4", "--checkpoint.every=1")
-    process = start("--config", "examples/quickstart.yaml", *where, *SMALL[:-2], "--validation.limit=10")
-    wait_for_step(process, folder, 1)
-    time.sleep(0.5)
-    (server,) = servers(process)
-    server.kill()
-    wait_for_step(process, folder, 2)
-    time.sleep(0.5)
-    children = psutil.Process(process.pid).children()
-    (selfplay,) = (child for child in children if "spell_megatron.director.process" in command(child))
-    selfplay.kill()
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 1 and "Updates begin during" in output, output[-3000:] + errors[-3000:]
-    assert "process for self-play" in errors and "killed by signal 9" in errors and "Traceback" not in errors
-    process = start("--resume", str(folder))
-    wait_for_step(process, folder, 3)
-    time.sleep(0.5)
-    process.kill()
-    process.communicate(timeout=600)
-    finished("--resume", str(folder))
-    same_steps(whole, folder, 4)
-    assert same_weights(weights(whole, 4), weights(folder, 4))
-
-
-@pytest.mark.slow
 def test_engines_started_beforehand_take_the_same_step(whole):
     """The run attaches to a server by its address, and leaves it running with the new weights. Its two trainer
     processes have the cores for themselves, as far as it knows, and begin their update during the rollout."""

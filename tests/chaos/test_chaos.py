@@ -13,7 +13,7 @@ from small_run import SMALL, command, finished, left_over, metrics, same_steps, 
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
-KILLS, STEPS = 20, 60
+KILLS, STEPS = 10, 30
 SOAK_STEPS = 200
 
 
@@ -36,7 +36,7 @@ def parts(process: psutil.Process) -> dict[str, list[psutil.Process]]:
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_twenty_kills(tmp_path, seed):
+def test_ten_kills(tmp_path, seed):
     """Of the launcher, either trainer process, the process for self-play, the engine's server or its core; a run that
     has ended is resumed, as the script of a job does. Batches and updates are those of a run that nothing disturbs."""
     two = ("--training.parallel.processes=2", f"--run.steps={STEPS}", "--checkpoint.every=1")
