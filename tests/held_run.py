@@ -53,9 +53,12 @@ class HeldRun:
     @contextlib.contextmanager
     def held(self, step: int, moment: str) -> Iterator[None]:
         """Rank 0 is held at this moment during the block."""
+        rank_0 = None
         while True:
-            if self.moment() == (step, moment):
-                rank_0 = self.ranks()[0]
+            now = self.moment()
+            if now[1] in MOMENTS:
+                rank_0 = rank_0 or self.ranks()[0]
+            if rank_0 and now == (step, moment):
                 rank_0.suspend()
                 try:
                     if self.moment() == (step, moment):
@@ -65,8 +68,8 @@ class HeldRun:
                 finally:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         rank_0.resume()
-            status, now = self.process.poll(), self.moment()[0]
-            assert status is None and now <= step, (status, now, self.process.communicate())
+            status = self.process.poll()
+            assert status is None and now[0] <= step, (status, now, self.process.communicate())
             time.sleep(0.005)
 
     def everything(self) -> list[psutil.Process]:

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 STEPS = 4
 TINY = (*SMALL[:-2], f"--run.steps={STEPS}", "--checkpoint.every=1", "--validation.limit=4", "--validation.samples=1")
-TWO = "--training.parallel.processes=2"
+TWO = ("--training.parallel.processes=2", "--training.tokens_per_microbatch=256")  # rows are soon enough for both
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spell_megatron")
 
 
@@ -115,12 +115,12 @@ def test_a_run_is_killed_and_stopped_while_it_accumulates(begin, calm):
 
 def test_ranks_and_launchers_are_killed_while_they_accumulate(begin, calm):
     """Of a trainer of two processes, which torchrun has started, or the run itself."""
-    run = begin(program=TORCHRUN)
+    run = begin(TWO[1], program=TORCHRUN)
     with run.held(2, "accumulation"):
         run.ranks()[1].kill()
     status, said = run.ended()
     assert status == 1 and "connection to another process of the trainer is lost" in said, said
-    run = begin(TWO)
+    run = begin(*TWO)
     with run.held(2, "accumulation"):
         run.ranks()[1].kill()
     status, said = run.ended()
