@@ -65,7 +65,7 @@ class RemoteDirector:
             )
         self._channel: Channel[messages.FromDirector] = Channel(ours, messages.FromDirector)
         self._socket = ours
-        self._inbox: queue.SimpleQueue[tuple[messages.FromDirector, list[np.ndarray]] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[messages.FromDirector, list[np.ndarray]] | Exception] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._receive, name="director", daemon=True)
         self._reader.start()
         self._send(messages.Start(config.model_dump(mode="json"), str(folder)))
@@ -219,8 +219,10 @@ class RemoteDirector:
             got = self._inbox.get(timeout=seconds)
         except queue.Empty:
             return None
-        if got is None:
-            raise self._lost()
+        if isinstance(got, EOFError):
+            raise self._lost() from None
+        if isinstance(got, Exception):
+            raise got
         return got
 
     def _send(self, message: messages.ToDirector) -> None:
@@ -238,8 +240,8 @@ class RemoteDirector:
                     _log(message)
                 else:
                     self._inbox.put((message, arrays))
-        except EOFError:
-            self._inbox.put(None)
+        except Exception as error:  # the main thread waits for it
+            self._inbox.put(error)
 
     def _lost(self) -> ProcessLost:
         status = self.process.wait()

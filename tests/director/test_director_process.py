@@ -77,6 +77,18 @@ def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tm
     assert director.process.returncode == -signal.SIGKILL
 
 
+def test_what_ends_the_thread_that_reads_is_told(config, engines, tmp_path, monkeypatch):
+    def receive(channel):
+        raise MemoryError("no room for a message")
+
+    monkeypatch.setattr(Channel, "receive", receive)
+    with (
+        RemoteDirector(config, tmp_path, lambda: None) as director,
+        pytest.raises(MemoryError, match="no room for a message"),
+    ):
+        director.connect(engines, list, None)
+
+
 def test_stack_traces_of_it_are_in_the_log_and_not_on_the_screen(tmp_path, capsys):
     ours, theirs = socket.socketpair()
     logger = logging.getLogger("spell_megatron.selfplay.roles")
