@@ -9,6 +9,9 @@ from spell_megatron.training.prefix_tree import Row, pack
 
 MICROBATCHES = 4
 """Microbatches of a call for each pipeline stage: a pipeline of p stages then idles less than a fifth of the time."""
+LEAST = 1 / 16
+"""Of a microbatch's tokens, for each of these: a call of fewer, such as the judgments of one answer, takes longer for
+what every call takes than for its rows."""
 
 
 class Waiting:
@@ -31,7 +34,9 @@ class Waiting:
     def add(self, rows: Sequence[Row]) -> list[Row]:
         """Add a group of rows with a common prompt. Returns all rows that wait if they are enough, otherwise none."""
         self._rows += rows
-        return self.take() if len(pack(self._rows, self._max_tokens)) >= self._trees else []
+        trees = pack(self._rows, self._max_tokens)
+        enough = sum(len(tree.tokens) for tree in trees) >= LEAST * self._max_tokens * self._trees
+        return self.take() if enough and len(trees) >= self._trees else []
 
     def take(self) -> list[Row]:
         """All rows that wait."""

@@ -32,3 +32,10 @@ def test_a_call_fills_all_ranks_and_stages(ranks, stages, trees):
     assert [row for call in [*calls, rest] for row in call] == given
     assert len(pack(rest, 100)) < trees if rest else not 70 % trees
     assert not waiting.take()
+
+
+def test_a_few_tokens_wait_for_more():
+    waiting = Waiting(TrainingConfig(tokens_per_microbatch=1000), 1)
+    judgments, answers = next(groups(1, prompt=10, response=1)), next(groups(1, prompt=50, response=5))
+    assert not waiting.add(judgments) and waiting.add(answers) == judgments + answers
+    assert not waiting.add(judgments) and waiting.take() == judgments
