@@ -142,8 +142,10 @@ def measured(folder: Path, early: float) -> dict[str, Any]:
     }
     hidden = sum(row["time/hidden"] for row in overlapping) / sum(hideable)
     step = statistics.median(map(work, overlapping)) / statistics.median(map(work, waiting))
-    best = early * sum(row["train/seconds"] for row in overlapping) / sum(hideable)
-    return figures | {"hidden": round(hidden, 3), "hidden_at_best": round(min(best, 1.0), 3), "step": round(step, 3)}
+    best = min(1.0, early * sum(row["train/seconds"] for row in overlapping) / sum(hideable))
+    step_at_best = 1 - best * min(figures["waiting_rollout"], figures["waiting_update"]) / figures["waiting_step"]
+    shares = {"hidden": hidden, "hidden_at_best": best, "step": step, "step_at_best": step_at_best}
+    return figures | {name: round(share, 3) for name, share in shares.items()}
 
 
 def hidden_seconds(times: Sequence[float], end: float, ranks: int, cost: float) -> float:
@@ -218,7 +220,8 @@ def run(quick: bool, steps: int) -> dict[str, Any]:
         print(f"{kind:<12} {parts}")
     print(
         f"hidden {figures['hidden']:.0%} of the hideable time, at best {figures['hidden_at_best']:.0%}; "
-        f"a step takes {figures['step']:.2f} of waiting"
+        f"a step takes {figures['step']:.2f} of waiting, "
+        f"at best {figures['step_at_best']:.2f}"
     )
     return figures
 
