@@ -37,6 +37,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker("fast")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escape half surrogate pairs in what a test logged or printed: xdist cannot send them."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def signal_mask():
     """`spell train` blocks signals for good: what later tests start must not inherit that."""
