@@ -235,11 +235,13 @@ class Server:
             self._log_start = output.tell()
             # vLLM leaves its sockets and a file of torch's where temporary files are. What torch compiles is kept.
             usual = tempfile.gettempdir()
-            compiled = Path(usual, f"torchinductor_{os.getuid()}")
+            kept = "TORCHINDUCTOR_CACHE_DIR"
+            compiled = environment.get(kept, str(Path(usual, f"torchinductor_{os.getuid()}")))
             self._temporary = tempfile.mkdtemp(prefix="spell-", dir=usual if len(usual) <= _LONGEST else "/tmp")
             self.process = subprocess.Popen(
                 command,
-                env={"TORCHINDUCTOR_CACHE_DIR": str(compiled), **environment, "TMPDIR": self._temporary},
+                # What a process changes later must not come first: vLLM could not name its processes then.
+                env={**environment, "TMPDIR": self._temporary, kept: compiled},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

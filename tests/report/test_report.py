@@ -294,9 +294,7 @@ def test_an_evaluation_that_has_not_ended(tmp_path):
 def test_the_command(simulated, tmp_path, capsys):
     out = tmp_path / "pages" / "report.html"
     assert main(["report", str(simulated), "-o", str(out), "--transcripts", "3"]) == 0
-    assert re.search(
-        r"report\.html: 0\.\d MB, 1 run\(s\), 8 steps, 3 questions with transcripts", capsys.readouterr().out
-    )
+    assert re.search(r"report\.html: 0\.\d MB, 1 run, 8 steps, 3 questions with transcripts", capsys.readouterr().out)
     assert [file.name for file in out.parent.iterdir()] == ["report.html"]
     for words, message in (
         ([str(simulated), "--transcripts=-1"], "--transcripts is -1"),
