@@ -119,7 +119,7 @@ class WeightPusher:
                 empty on ranks other than 0, unless `everywhere`. Tensors must not be overwritten while the
                 stream goes on. Of tied weights one name is enough, as in checkpoints.
             version: the version that completions carry from now on.
-            running: wait for requests that are in the engines, or abort them.
+            running: wait for requests that are in the engines, or abort them; a client makes these again.
             verify: compare a checksum of each tensor on both sides.
 
         Returns:

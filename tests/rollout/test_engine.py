@@ -42,15 +42,18 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections
 
     def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self.answer(b"")
 
     def do_POST(self) -> None:
         self.server.posts += 1
         content = json.dumps({"results": [{"workers": 1}]}).encode()
+        self.answer(content)
+
+    def answer(self, content: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:  # as it was asked to; uvicorn says so too
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
 

@@ -252,7 +252,7 @@ def test_running_requests_end_before_or_are_aborted(engines_for, policy):
     pusher = WeightPusher(engines)
     new = weights(policy("moe", 1))
 
-    def push_while_running(running: str, version: str) -> list[Completion] | BaseException:
+    def push_while_running(running: str, version: str) -> list[Completion]:
         async def main():
             sampling = SamplingConfig(temperature=0.8, top_p=1.0)
             async with Client(engines.urls, engines.api_key, sampling, stop_token_ids=[]) as client:
@@ -261,7 +261,7 @@ def test_running_requests_end_before_or_are_aborted(engines_for, policy):
                 await asyncio.sleep(0.3)
                 assert not task.done()
                 await asyncio.to_thread(pusher.push, new.items(), version, running=running)
-                return (await asyncio.gather(task, return_exceptions=True))[0]
+                return await task
 
         return asyncio.run(main())
 
@@ -269,8 +269,8 @@ def test_running_requests_end_before_or_are_aborted(engines_for, policy):
     completions = push_while_running("wait", "b")
     assert {c.weight_version for c in completions} == {"a"}
     assert max(len(c.token_ids) for c in completions) == 200
-    assert isinstance(push_while_running("abort", "c"), GenerationError)
-    assert ask(engines.engines[0])[1] == {"c"}
+    again = push_while_running("abort", "c")  # whoever waits for an aborted request makes it again
+    assert {c.weight_version for c in again} == {"c"} and len(again) == 8
     pusher.close()
 
 
