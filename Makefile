@@ -21,8 +21,8 @@ help:
 	@echo "make check              format, lint, types and structure of the code (10 seconds)"
 	@echo "make format             format the code, and correct what the linter can correct"
 	@echo "make test-fast          the tests that start no processes, engines, browser or Slurm (2 minutes)"
-	@echo "make test               all tests but the slow ones (up to 31 minutes)"
-	@echo "make test-slow          the slow tests (about an hour)"
+	@echo "make test               all tests but the slow ones (20 to 30 minutes)"
+	@echo "make test-slow          the slow tests (more than an hour)"
 	@echo "make test-312           tests of the trainer on Python 3.12 with its newer Megatron-Core, in .venv312 (up to 19 minutes)"
 	@echo "make test-contracts     tests of the code for GPUs with the Python files of packages that need one (up to 15 minutes)"
 	@echo
