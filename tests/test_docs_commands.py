@@ -185,7 +185,7 @@ def test_what_the_readme_leads_to(follow):
     assert "step 2/2" in (run / "logs" / "train.log").read_text() and (run / "checkpoints" / "step_000002").is_dir()
     assert (folder / "report.html").stat().st_size > 100_000 and (folder / "evaluation" / "scores.md").is_file()
     log = (folder / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == 10
+    assert 10 in [json.loads(line)["step"] for line in log]  # docs/running.md makes two more
 
 
 @pytest.mark.slow
