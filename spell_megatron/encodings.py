@@ -27,6 +27,14 @@ _PACKED = {
 }
 
 
+def printable(text: object) -> str:
+    """Text, or the name of a file, in UTF-8: what it cannot hold is escaped.
+
+    JSON that a model wrote can hold half a surrogate pair, and the bytes of a name need not be UTF-8.
+    """
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def utf8(data: bytes) -> bytes:
     """The content of a text file as UTF-8 if its byte order mark says that it is UTF-16 or UTF-32, or else as it is."""
     for mark, encoding in _WIDE.items():

@@ -19,12 +19,13 @@ from spell_megatron.corpus.evaluation_sets import EvaluationSets
 from spell_megatron.corpus.input_tables import LacksColumn, UnusableFile, holds_clusters
 from spell_megatron.corpus.options import Options
 from spell_megatron.corpus.pieces import PieceWriter
-from spell_megatron.corpus.reading import Counts, Document, File, printable
+from spell_megatron.corpus.reading import Counts, Document, File
 from spell_megatron.corpus.table import row_of, write_table
 from spell_megatron.corpus.texts import clean, split_text, words
 from spell_megatron.corpus.web_text import web_fault
 from spell_megatron.corpus.word_sequences import word_hashes
 from spell_megatron.corpus.workers import ordered_map
+from spell_megatron.encodings import printable
 from spell_megatron.errors import UserError
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.selfplay.documents import Cluster, load_clusters, read_clusters

@@ -33,6 +33,7 @@ from spell_megatron.corpus.summary import Summary, statistics_path
 from spell_megatron.corpus.vectors import write_vectors
 from spell_megatron.corpus.work_folder import WorkFolder
 from spell_megatron.corpus.write import write
+from spell_megatron.encodings import printable
 from spell_megatron.errors import UserError
 from spell_megatron.files import MAX_FAULTS, check_writable
 from spell_megatron.monitoring.progress import PatientConsole, Progress
@@ -117,8 +118,8 @@ def _check(inputs: Sequence[Path], out: Path, options: Options) -> list[Path]:
         faults.append(f"the output {out} must end in .parquet or .jsonl")
     elif os.path.isdir(out):
         faults.append(f"the output {out} is a folder")
-    elif reading.printable(out) != str(out):
-        faults.append(f"the name of the output, {reading.printable(out)}, must be UTF-8")
+    elif printable(out) != str(out):
+        faults.append(f"the name of the output, {printable(out)}, must be UTF-8")
     sets, faults_of_sets = find_evaluation_files(options.decontaminate)
     faults += faults_of_sets
     if options.tokenizer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spell_megatron.corpus.input_tables import table_rows
-from spell_megatron.encodings import packed, utf8
+from spell_megatron.encodings import packed, printable, utf8
 from spell_megatron.folders import walk
 from spell_megatron.selfplay.references import shown
 
@@ -199,11 +199,6 @@ def _number(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return None if math.isnan(number) else number
-
-
-def printable(path: object) -> str:
-    """The name of a file, whose bytes need not be UTF-8, as valid text."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _extension(path: Path) -> str:

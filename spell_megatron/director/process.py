@@ -24,6 +24,7 @@ import numpy as np
 from spell_megatron.config.schema import Config
 from spell_megatron.director import messages
 from spell_megatron.director.director import Director
+from spell_megatron.encodings import printable
 from spell_megatron.errors import UserError, explain
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.monitoring.run_log import SILENT, Level, logged_by
@@ -48,13 +49,8 @@ class _ToRank0(logging.Handler):
         with suppress(OSError):  # rank 0 is gone
             trace = _TRACES.formatException(record.exc_info) if record.exc_info else ""
             silent = getattr(record, "silent", False)
-            text, trace = (_utf8(text) for text in (record.getMessage(), trace))
+            text, trace = printable(record.getMessage()), printable(trace)
             self._channel.send(messages.Log(record.name, record.levelno, text, trace, silent))
-
-
-def _utf8(text: str) -> str:
-    """What a policy has written can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Service:

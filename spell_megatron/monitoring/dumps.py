@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from spell_megatron.encodings import printable
 from spell_megatron.files import appearing_file
 from spell_megatron.selfplay.batch import Sample
 from spell_megatron.selfplay.outcomes import Outcome
@@ -77,10 +78,7 @@ def _kind(sample: Sample) -> str:
 
 
 def _text(text: str | None) -> str | None:
-    """JSON that a model wrote can hold half a surrogate pair, which UTF-8 cannot: show it escaped."""
-    if text is None or text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if text is None or text.isascii() else printable(text)
 
 
 @lru_cache(maxsize=2)  # answers that follow one another have the same

@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from spell_megatron.encodings import printable
 from spell_megatron.monitoring.status import silent
 from spell_megatron.report.comparison import table
 from spell_megatron.report.evaluations import columns
@@ -176,7 +177,7 @@ def _text(value: Any, limit: int = 400) -> str:
         words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, TypeError):  # YAML can hold a list in itself, and keys of any kind
         words = str(value)
-    return shorten(words.encode("utf-8", "backslashreplace").decode(), limit)
+    return shorten(printable(words), limit)
 
 
 def _digest(text: str) -> str:

@@ -36,7 +36,8 @@ def write_trace(folders: Sequence[Path], out: Path) -> str:
         events += _events(number, name, spans)
         count += len(spans)
     write_text(out, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-    return f"{out}: {counted(count, 'span')} of {counted(len(folders), 'run')}; open it in https://ui.perfetto.dev or chrome://tracing"
+    what = f"{counted(count, 'span')} of {counted(len(folders), 'run')}"
+    return f"{out}: {what}; open it in https://ui.perfetto.dev or chrome://tracing"
 
 
 def _events(number: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:

@@ -146,6 +146,6 @@ def _listed(folder: Path) -> dict[str, str]:
 
 def _files(folder: Path, index: Mapping[str, str]) -> list[str]:
     """Names of the files of a checkpoint, which may hold tensors that its index does not list."""
-    if index.keys() and set(index.values()) != {FILE}:
+    if index and set(index.values()) != {FILE}:
         return sorted(set(index.values()))
     return [file for file in (SINGLE, FILE) if (folder / file).is_file()][:1]
