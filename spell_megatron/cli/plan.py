@@ -75,8 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"The run will not start: {fault.message}.")
     proposals: dict[str, Plan | None] = {}
     smallest: dict[str, Plan | None] = {}
-    with Progress(enabled=not arguments.json).stage("other layouts", 4) as advance:
-        for colocated, where in ((True, "colocated"), (False, "separate")):
+    ways = {"colocated": True, "separate": False}
+    if config.training.staleness:
+        del ways["colocated"]  # trainer and engines work at the same time
+    with Progress(enabled=not arguments.json).stage("other layouts", 2 * len(ways)) as advance:
+        for where, colocated in ways.items():
             proposals[where] = fastest(model, config, plan.gpus, colocated, gpu, assume)
             advance(2 * len(proposals) - 1)
             smallest[where] = fewest(model, config, colocated, gpu, assume)

@@ -188,7 +188,10 @@ def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, 
     is `fixed`.
     """
     model, assume = ModelSize.of(policy), Assumptions(hardware.per_node, hardware.host_memory)
-    ways = (True, False) if hardware.gpus > 1 else (True,)
+    if config.training.staleness:
+        ways: tuple[bool, ...] = (False,)  # trainer and engines work at the same time
+    else:
+        ways = (True, False) if hardware.gpus > 1 else (True,)
     sampling = config.rollout.sampling
     shortest = sampling.max_prompt_tokens + sampling.max_response_tokens
     for tokens in (config.training.tokens_per_microbatch, *(() if fixed else (shortest,))):
@@ -197,7 +200,7 @@ def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, 
         plans = [plan for way in ways if (plan := fastest(model, config, hardware.gpus, way, gpu, assume))]
         if plans:
             return min(plans, key=lambda plan: plan.times.step)
-    least = fewest(model, config, True, gpu, assume)
+    least = fewest(model, config, ways[0], gpu, assume)
     enough = f"{least.gpus} would do" if least else "no number of them would do"
     raise UserError(
         f"The run does not fit {hardware}: {enough}. Take more or larger GPUs, a smaller model, shorter clusters "

@@ -42,3 +42,13 @@ def test_a_plan_that_does_not_fit_gets_a_proposal_that_does(capsys):
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed and "limits    GPU memory (update lacks " in printed
     assert "proposal  " in printed and "times as fast" not in printed and "fewest    " in printed
+
+
+@pytest.mark.measures
+def test_nothing_colocated_is_proposed_where_trainer_and_engines_work_at_the_same_time(checkpoints, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: {checkpoints / 'moe'}}}\ndata: {{documents: none}}\n")
+    ahead = ["--training.staleness=1", "--training.importance_sampling=token"]
+    assert main(["plan", "--config", str(path), "--gpu", "h100", "--training.parallel.processes=2", *ahead]) == 0
+    printed = capsys.readouterr().out
+    assert "proposal  separate " in printed and "fewest    separate " in printed and "colocated " not in printed
