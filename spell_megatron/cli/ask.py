@@ -196,8 +196,7 @@ def _config(arguments: argparse.Namespace, settings: Sequence[str]) -> Config:
         *overrides_of(settings),
     ]
     reading = read_config(files, overrides)
-    needed = ("model", "rollout", "run", "selfplay")  # what only training needs may be missing
-    reading.faults = [fault for fault in reading.faults if fault.keys[0].partition(".")[0] in needed]
+    reading.need("model", "rollout", "run", "selfplay")  # what only training needs may be missing
     config = reading.checked()
     if config.model.prompt_date is None and of_run:
         config.model.prompt_date = noted_prompt_date(of_run)

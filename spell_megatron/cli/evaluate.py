@@ -156,9 +156,7 @@ def _evaluation_config(arguments: argparse.Namespace, overrides: list[str]) -> C
         "rollout.sampling.max_no_context_tokens=null",
     ]
     reading = read_config(arguments.config, overrides)
-    # what only training needs may be missing
-    needed = ("model", "rollout", "run", "selfplay")
-    reading.faults = [fault for fault in reading.faults if fault.keys[0].partition(".")[0] in needed]
+    reading.need("model", "rollout", "run", "selfplay")  # what only training needs may be missing
     config = reading.checked()
     if config.model.prompt_date is None and of_run:
         config.model.prompt_date = noted_prompt_date(of_run)

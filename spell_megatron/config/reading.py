@@ -50,6 +50,17 @@ class Reading(Generic[Schema]):
         raise_faults(faults, " and ".join(map(str, self.files)) or "the command line")
         return self.settings
 
+    def need(self, *sections: str) -> None:
+        """Forget faults of other sections, whose settings are not used here.
+
+        Settings of them that were given on the command line keep theirs, and so does what is no section at all.
+        """
+        self.faults = [fault for fault in self.faults if self._counts(fault.keys[0], sections)]
+
+    def _counts(self, key: str, sections: Sequence[str]) -> bool:
+        section = key.partition(".")[0]
+        return section in sections or key in self.overridden or section not in type(self.settings).model_fields
+
     def holder(self, key: str) -> Path | None:
         """The last of the files that sets a dotted key."""
         return next((file for file in reversed(self.files) if _sets(self.files[file], key.split("."))), None)

@@ -72,6 +72,11 @@ def test_what_is_no_text_and_no_model(folder, tmp_path):
         config_of(tmp_path)
 
 
+def test_settings_that_do_not_exist_are_told():
+    with pytest.raises(UserError, match=r"temperature: unknown key. Did you mean rollout.sampling.temperature\?"):
+        config_of(POLICY, "--temperature=0.5")
+
+
 def test_a_step_of_a_run_brings_the_runs_settings(tmp_path, monkeypatch):
     step = tmp_path / "checkpoints" / "step_000012"
     step.mkdir(parents=True)

@@ -358,6 +358,8 @@ def test_a_journal_has_whole_lines(tmp_path):
         (["--judge-prompt", __file__], "must have the placeholders"),
         (["--rollout.concurency=3"], "rollout.concurency"),
         (["--rollout.sampling.temperature=9"], "rollout.sampling.temperature"),
+        (["--temperature", "0.6"], "temperature: unknown key. Did you mean rollout.sampling.temperature?"),
+        (["--training.optimizer.rate=1"], "training.optimizer.rate: unknown key"),
         (["--selfplay.prompts=none"], "prompt set"),
     ],
 )
