@@ -30,7 +30,11 @@ NOT_RUN = {
         "spell evaluate --model runs/my_run/checkpoints/step_000070": GPUS,
         "vllm serve openai/gpt-oss-120b": GPUS,
     },
-    "docs/evidence.md": {'pip install -e ".[bench]"': INSTALLS, "python examples/evidence/run.py": HOURS},
+    "docs/evidence.md": {
+        'pip install -e ".[bench]"': INSTALLS,
+        "python examples/evidence/run.py": HOURS,
+        "python examples/evidence/signals.py": MINUTES,
+    },
     "docs/parallel.md": {
         "spell convert hf-to-megatron --hf openai/gpt-oss-20b": HUB,
         "spell convert megatron-to-hf --megatron gpt-oss-20b-megatron": HUB,
