@@ -19,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from run import interval, right_answers, spread  # noqa: E402
+from run import estimate, right_answers, spread  # noqa: E402
 
 Row = Mapping[str, Any]
 
@@ -33,7 +33,7 @@ def stands(question: Row) -> bool:
     return reference in read
 
 
-def of_update(rows: Iterable[Row]) -> dict[str, str]:
+def of_update(rows: Sequence[Row]) -> dict[str, str]:
     """What the table says of an update; rows as in `rollouts/step_*.jsonl` of a run."""
     asked, answers, votes = ([row for row in rows if row["role"] == role] for role in ROLES)
     read = [row for row in asked if row["prediction"] is not None]
@@ -74,15 +74,12 @@ def table(run: Path) -> str:
 
 def difference(before: Path, after: Path) -> str:
     """How many more answers are right, question by question, with a 95 % bootstrap interval over questions."""
-    scores = [json.loads((folder / "scores.json").read_text())["settings"]["samples"] for folder in (before, after)]
-    shares = [
-        right_answers(folder, HERE / "heldout.jsonl")[None] / samples
-        for folder, samples in zip((before, after), scores, strict=True)
-    ]
-    change = shares[1] - shares[0]
-    low, high = interval(change)
-    of = {"mean": float(change.mean()), "low": low, "high": high}
-    return f"pass@1 {100 * shares[0].mean():.1f} → {100 * shares[1].mean():.1f} %, {spread(of, '+')} points"
+    shares = []
+    for folder in (before, after):
+        samples = json.loads((folder / "scores.json").read_text())["settings"]["samples"]
+        shares.append(right_answers(folder, HERE / "heldout.jsonl") / samples)
+    change = estimate((shares[1] - shares[0])[None])
+    return f"pass@1 {100 * shares[0].mean():.1f} → {100 * shares[1].mean():.1f} %, {spread(change, '+')} points"
 
 
 def main() -> None:
