@@ -153,8 +153,9 @@ def test_trainer_processes_meet(slurm, shared):
     folder.mkdir()
     (folder / NODES).write_text(slurm.run("scontrol", "-o", "show", "node"))
     nodes = ("n1", "n2", "n3")
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"}
     ranks = [
-        on(slurm, node, JOIN, shared / "meeting", RANK=str(rank), WORLD_SIZE="3", SLURMD_NODENAME=node)
+        on(slurm, node, JOIN, shared / "meeting", SLURM_PROCID=str(rank), SLURMD_NODENAME=node, **step)
         for rank, node in enumerate(nodes)
     ]
     ends = [process.communicate() for process in ranks]
