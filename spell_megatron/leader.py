@@ -169,9 +169,11 @@ class Leader:
         batch = self._ready or self._write(step, step - 1, early)
         if batch is None:
             return self._give_up()
+        # A checkpoint holds it if the step is given up after this: self-play has moved on. That does not happen where
+        # rows came early, which the batch lacks: engines with GPUs of their own do not sleep.
+        self._ready = batch
         following = None
         if self._config.training.staleness and step < self._config.run.steps:
-            self._ready = batch  # a checkpoint holds it if the next rollout is given up
             following = self._write(step + 1, step - 1, early, batch)
             if following is None:
                 return self._give_up()

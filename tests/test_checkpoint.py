@@ -37,6 +37,7 @@ from spell_megatron.checkpoint.folder import best, latest, note_score
 from spell_megatron.checkpoint.restore import load
 from spell_megatron.errors import UserError
 from spell_megatron.training import backend
+from spell_megatron.training.prefix_tree import Row
 
 
 @pytest.fixture(scope="module")
@@ -313,18 +314,22 @@ def test_leftovers_of_an_interrupted_save_are_removed(policy, tmp_path):
     assert load(latest(tmp_path), trainer) == {"n": 2}
 
 
-def test_full_disk(saved, policy):
-    """A limit on file sizes makes real writes fail as a full disk does: nothing is half-written."""
+@pytest.mark.parametrize(
+    ("limit", "rows", "reason"),
+    [(100_000, 0, ".*Raise the limit .ulimit -f.*"), (8_000_000, 3_000_000, "SafetensorError: .*File too large.*")],
+)
+def test_full_disk(limit, rows, reason, saved, policy):
+    """A limit on file sizes makes real writes fail as a full disk does: nothing is half-written. `rows` tokens of the
+    next update are written too."""
     run, trainer, config = saved
     before = names(run)
+    none = np.zeros(0, np.float32)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(
-            UserError, match="Writing a checkpoint to .* failed: .*Raise the limit .ulimit -f.*untouched"
-        ):
-            save(run, 4, trainer, config, {})
+        with pytest.raises(UserError, match=f"Writing a checkpoint to .* failed: {reason}untouched"):
+            save(run, 4, trainer, config, {}, [Row(np.arange(rows), rows, none, none)] if rows else None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)

@@ -1,13 +1,16 @@
 """How rank 0 ends a run; the rest of it is tested with engines in tests/test_train.py."""
 
 import io
+import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from small_run import ROOT
 
+from spell_megatron.ahead import Batch
 from spell_megatron.config.reading import load_config
+from spell_megatron.director.remote import Rollout
 from spell_megatron.errors import UserError
 from spell_megatron.leader import Leader
 from spell_megatron.monitoring.progress import Progress
@@ -56,3 +59,28 @@ def test_a_rollout_that_is_given_up_begins_the_trainers_turn(ended, leader):
     leader._weights = SimpleNamespace(give_order=lambda order: events.append(order) or order)
     assert leader.roll_out(1) == (Order.STOP, None, {})
     assert events == ["drop", "sleep", Order.STOP]
+
+
+def test_a_batch_whose_update_does_not_begin_is_in_the_checkpoint(leader):
+    """The job ends, and the engines with it, when the rollout has ended and they are to free the GPUs for the update.
+    Self-play has moved on: the resumed run learns from this batch first."""
+
+    def ended():
+        raise UserError("An engine has ended.")
+
+    rows, metrics = [object()], {"selfplay/generated_tokens": 1.0}
+    leader._overlap, leader._trainer = False, SimpleNamespace(drop=lambda: None)
+    leader._director = SimpleNamespace(
+        roll_out=lambda *arguments: Rollout(rows, metrics, time.monotonic()), state_dict=lambda: {"round": 1}
+    )
+    leader._engines = SimpleNamespace(sleep=ended)
+    leader._weights = SimpleNamespace(sleep=ended, give_order=lambda order: order, restarts=0)
+    leader._stop = SimpleNamespace(reason=lambda: "terminate")
+    assert leader.roll_out(1) == (Order.STOP, None, {})
+    state = leader.state(0)
+    assert state["selfplay"] == {"round": 1} and leader.rows == rows
+    leader._ready = Batch.restored(state["ready"], rows)
+    leader._director, leader._weights.sleep = None, lambda: None  # nothing is rolled out
+    order, found, found_metrics = leader.roll_out(1)
+    assert order is Order.UPDATE and found == rows and found_metrics["train/staleness"] == 0
+    assert leader.rows is None and "ready" not in found_metrics

@@ -5,7 +5,7 @@
     trainer/       weights, optimizer and schedule (Megatron's torch_dist format, loads in any layout)
     hf/            the weights as a Hugging Face checkpoint
     state.json     what the caller gave: step, history, sampler, ...
-    rows.safetensors   of the next update, if the engines have written them already (training.staleness)
+    rows.safetensors   of the next update, if the engines have written them already
     rng/           random states of each rank
     config.json    the configuration that the run had
     meta.json      step, optimizer steps, ranks, versions; its presence marks a complete checkpoint

@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spell_megatron.checkpoint.folder import ROWS, best, wait_until_seen
@@ -151,7 +152,7 @@ class Saver:
             failure = _write_failed(self.root, "; ".join(reasons))
         except (EOFError, ConnectionError) as error:  # of the pipe to the manager: the disk has no part in it
             failure = _writer_lost(self.root, f"{type(error).__name__}: {error}")
-        except (OSError, RuntimeError, CheckpointingException) as error:
+        except (OSError, RuntimeError, CheckpointingException, SafetensorError) as error:
             failure = _write_failed(self.root, _reason(error, self.root))
         failures = list(filter(None, from_all(failure)))
         if failures:
