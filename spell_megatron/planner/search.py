@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 
@@ -43,7 +44,7 @@ def _fitting(
     model: ModelSize, config: Config, gpus: int, colocated: bool, gpu: Gpu, assume: Assumptions
 ) -> Iterator[Plan]:
     """Plans that fit."""
-    for processes in [gpus] if colocated else _splits(gpus):
+    for processes in [gpus] if colocated else _splits(gpus, assume.gpus_per_node):
         engines = gpus if colocated else gpus - processes
         sizes = _engine_sizes(model.arch, engines, assume)
 
@@ -63,10 +64,16 @@ def _fitting(
             yield from (other for size in sizes if (other := plan(found.config.training, size)).fits)
 
 
-def _splits(gpus: int) -> list[int]:
-    """Numbers of GPUs for the trainer, of which the engines get the rest: powers of two, and eighths of all."""
-    powers = [2**i for i in range(gpus.bit_length())]
-    return sorted({count for count in (*powers, *(gpus * i // 8 for i in range(1, 8))) if 0 < count < gpus})
+def _splits(gpus: int, per_node: int) -> list[int]:
+    """Numbers of GPUs for the trainer, of which the engines get the rest: powers of two, and eighths of all.
+
+    On several nodes these are numbers of nodes: a job divides its nodes between trainer and engines.
+    """
+    unit = per_node if gpus > per_node else 1
+    whole = -(-gpus // unit)
+    powers = [2**i for i in range(whole.bit_length())]
+    counts = {count for count in (*powers, *(whole * i // 8 for i in range(1, 8))) if 0 < count < whole}
+    return [unit * count for count in sorted(counts)]
 
 
 def _trainings(
@@ -87,7 +94,8 @@ def _trainings(
 def _engine_sizes(arch: Architecture, gpus: int, assume: Assumptions) -> list[int]:
     """Powers of two into which engines can divide the model and the GPUs; an engine does not span nodes."""
     powers = [2**i for i in range(assume.gpus_per_node.bit_length())]
-    return [size for size in powers if size <= gpus and gpus % size == 0 and arch.heads % size == 0]
+    node = math.gcd(gpus, assume.gpus_per_node) if gpus > assume.gpus_per_node else gpus
+    return [size for size in powers if node % size == 0 and arch.heads % size == 0]
 
 
 def _layouts(arch: Architecture, processes: int, assume: Assumptions) -> Iterator[ParallelConfig]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.planner_memory import make_config
+from spell_megatron.jobs.site import Site
+from spell_megatron.jobs.site_faults import site_faults
 from spell_megatron.planner.gpus import GPUS, Assumptions
 from spell_megatron.planner.memory import counted_memory, estimate
 from spell_megatron.planner.model_size import ModelSize
@@ -71,13 +73,32 @@ def test_trainers_with_gpus_of_their_own_work_on_answers_during_the_rollout(moe)
 
 def test_gpus_are_split_finely_between_trainer_and_engines(moe):
     """The split that balances them is found, also if it is no power of two."""
-    assert _splits(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56] and _splits(2) == [1] and _splits(6) == [1, 2, 3, 4, 5]
+    assert _splits(64, 64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56]
+    assert _splits(2, 8) == [1] and _splits(6, 8) == [1, 2, 3, 4, 5]
     model, config = moe
-    best = fastest(model, config, 24, False, GPU, Assumptions())
-    slow = make_plan(model, best.config, best.processes, replace(GPU, flops=GPU.flops / 2), Assumptions(), estimate)
+    node = Assumptions(gpus_per_node=24)
+    best = fastest(model, config, 24, False, GPU, node)
+    slow = make_plan(model, best.config, best.processes, replace(GPU, flops=GPU.flops / 2), node, estimate)
     assert best.gpus == 24 and best.processes not in (1, 2, 4, 8, 16)
     assert f", engines {best.config.rollout.replicas} x" in (line := next(proposal_text(slow, {"separate": best}, {})))
     assert f" on the other {24 - best.processes}, " in line
+
+
+@pytest.mark.parametrize(("gpus", "per_node"), [(16, 8), (24, 8), (40, 8), (12, 6), (8, 8), (6, 6)])
+@pytest.mark.parametrize("colocated", [True, False])
+def test_a_job_on_as_many_nodes_takes_what_is_proposed(moe, gpus, per_node, colocated):
+    """Engines span no nodes, and a job has nodes for the trainer and nodes for engines, unless they share all GPUs."""
+    model, config = moe
+    if not colocated:
+        assert _splits(gpus, per_node) == [
+            count for count in range(1, gpus) if gpus == per_node or not count % per_node
+        ]
+    best = fastest(model, config, gpus, colocated, GPU, Assumptions(per_node))
+    assert best and best.gpus == gpus
+    nodes = gpus // per_node
+    engines = 0 if colocated or nodes == 1 else (gpus - best.processes) // per_node
+    site = Site(nodes=nodes, engine_nodes=engines, colocated=colocated and nodes > 1, gpus_per_node=per_node)
+    assert list(map(str, site_faults(site, best.config))) == []
 
 
 def test_nothing_is_proposed_where_nothing_fits(moe):
