@@ -17,6 +17,7 @@ from spell_megatron.planner.gpus import GPUS, Assumptions, Gpu
 from spell_megatron.planner.model_size import ModelSize
 from spell_megatron.planner.plan import Plan
 from spell_megatron.planner.search import fastest, fewest
+from spell_megatron.planner.text import duration
 from spell_megatron.preflight.engine_model import position_limit
 from spell_megatron.preflight.prompt_lengths import PromptLengths
 from spell_megatron.preflight.token_counts import document_tokens
@@ -98,8 +99,8 @@ def draft(model: Path, documents: Path, hardware: Hardware, overrides: Sequence[
         settings |= _of_plan(plan)
         memory, used = plan.gpu.memory / 2**30, plan.fullest.total / 2**30
         remarks.append(
-            f"By `spell plan` a step takes about {plan.times.step:,.0f} s, and a GPU's memory is used up to {used:.1f} "
-            f"of {memory:.1f} GiB. This was not measured."
+            f"By `spell plan` a step takes about {duration(plan.times.step)}, and a GPU's memory is used up to "
+            f"{used:.1f} of {memory:.1f} GiB. This was not measured."
         )
     chosen = _config(settings, overrides)
     settings["model.path"] = name_of(model.absolute())
@@ -202,9 +203,11 @@ def _fastest(policy: PolicyModel, config: Config, hardware: Hardware, gpu: Gpu, 
             return min(plans, key=lambda plan: plan.times.step)
     least = fewest(model, config, ways[0], gpu, assume)
     enough = f"{least.gpus} would do" if least else "no number of them would do"
+    sharing = " With training.staleness: 0 trainer and engines can share GPUs." if config.training.staleness else ""
     raise UserError(
         f"The run does not fit {hardware}: {enough}. Take more or larger GPUs, a smaller model, shorter clusters "
         "(spell prepare … --max-cluster-tokens), or a machine with more memory; `spell plan` says what is short."
+        f"{sharing}"
     )
 
 

@@ -82,11 +82,18 @@ def test_the_layout_is_the_planners(spell, tmp_path):
     used = config.training.parallel.processes
     if not config.rollout.colocated:
         used += config.rollout.replicas * config.rollout.tensor_parallel
-    assert used == 2
+    assert used == 2 and "a step takes about 0." in output
     assert (
         "settings of a run on 2 x H100-80G" in output
         and "This was not measured." in (tmp_path / "gpu.yaml").read_text()
     )
+
+
+def test_one_gpu_is_too_few_where_trainer_and_engines_work_at_the_same_time(spell, tmp_path):
+    ahead = ["--training.staleness=1", "--training.importance_sampling=token"]
+    words = [*words_for(corpus(tmp_path, 10)), "--gpu", "h100", "--gpus", "1"]
+    status, _, errors = spell("init", "gpu.yaml", *words, *ahead)
+    assert status == 2 and "2 would do" in errors and "With training.staleness: 0" in errors, errors
 
 
 @pytest.mark.parametrize(
