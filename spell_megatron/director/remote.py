@@ -65,6 +65,7 @@ class RemoteDirector:
             )
         self._channel: Channel[messages.FromDirector] = Channel(ours, messages.FromDirector)
         self._socket = ours
+        self._on_progress: Callable[[int], None] = lambda done: None
         self._inbox: queue.SimpleQueue[tuple[messages.FromDirector, list[np.ndarray]] | Exception] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._receive, name="director", daemon=True)
         self._reader.start()
@@ -114,7 +115,7 @@ class RemoteDirector:
         """One step of self-play on the engines, and its dump; None: given up, and nothing has changed.
 
         Args:
-            on_progress: gets the number of mixed groups.
+            on_progress: gets the number of mixed groups, in another thread: this one may be in an update.
             on_certain: gets rows that are certain to be in the batch, all that have come since it was called last.
                 Meanwhile the rollout goes on.
             meanwhile: called once, while the rollout goes on, unless it is given up before.
@@ -163,6 +164,7 @@ class RemoteDirector:
         when_idle: Callable[[], None] = lambda: None,
     ) -> tuple[messages.FromDirector, list[np.ndarray]] | None:
         """The answer to a task on the engines; None: given up. `when_idle` is called when no message waits."""
+        self._on_progress = on_progress
         self._send(task)
         given_up, looked, fault = False, 0.0, None
         while True:
@@ -177,8 +179,6 @@ class RemoteDirector:
             if answer is None:
                 continue
             match answer[0]:
-                case messages.Progress(done):
-                    on_progress(done)
                 case messages.Certain(rows):
                     on_certain(messages.unpack_rows(rows, answer[1]))
                 case messages.Revive():
@@ -238,6 +238,8 @@ class RemoteDirector:
                 message, arrays = self._channel.receive()
                 if isinstance(message, messages.Log):
                     _log(message)
+                elif isinstance(message, messages.Progress):
+                    self._on_progress(message.done)
                 else:
                     self._inbox.put((message, arrays))
         except Exception as error:  # the main thread waits for it

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from small_run import ROOT
 
 from spell_megatron.config.reading import load_config
-from spell_megatron.director.messages import FromDirector
+from spell_megatron.director import remote
+from spell_megatron.director.messages import FromDirector, Progress, RolledOut, ToDirector
 from spell_megatron.director.process import _ToRank0
 from spell_megatron.director.remote import RemoteDirector, _log
 from spell_megatron.errors import ProcessLost, UserError
@@ -75,6 +77,22 @@ def test_work_is_given_up_and_the_end_of_the_process_is_told(config, engines, tm
         with pytest.raises(ProcessLost, match=r"killed by signal 9.*train\.log.*Resume"):
             director.roll_out(1, "0", lambda mixed: None)
     assert director.process.returncode == -signal.SIGKILL
+
+
+def test_the_progress_of_a_rollout_shows_while_the_trainer_works(config, engines, tmp_path, monkeypatch):
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(remote.socket, "socketpair", lambda: (ours, theirs.dup()))
+    monkeypatch.setattr(remote.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda timeout: 0))
+    channel, shown = Channel(theirs, ToDirector), queue.SimpleQueue()
+
+    def update():
+        channel.send(Progress(3))
+        assert shown.get(timeout=60) == 3
+        channel.send(RolledOut([], {}, 0.0))
+
+    with RemoteDirector(config, tmp_path) as director, theirs:
+        director._engines = engines
+        assert director.roll_out(1, "0", shown.put, meanwhile=update).rows == []
 
 
 def test_what_ends_the_thread_that_reads_is_told(config, engines, tmp_path, monkeypatch):
