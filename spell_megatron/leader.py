@@ -162,7 +162,7 @@ class Leader:
 
         With its return the trainer's turn begins on GPUs that it shares with the engines; with `push` theirs does.
         """
-        self._started = time.monotonic()
+        self._started, self._rollout_seconds = time.monotonic(), 0.0
         self._status.update(state="running", step=step)
         self.progress.begin_step(step)
         early = EarlyRows(Waiting(self._config.training, self._replicas), self._accumulate)
@@ -184,7 +184,10 @@ class Leader:
                 raise
             return self._give_up()
         self._ready, rows = following, [] if following else batch.rows
-        metrics = batch.metrics | {"train/staleness": float(step - 1 - batch.version)}
+        metrics = batch.metrics | {
+            "train/staleness": float(step - 1 - batch.version),
+            "time/rollout": self._rollout_seconds,
+        }
         return self._weights.give_order(Order.SKIP if batch.empty else Order.UPDATE), rows, metrics
 
     def _write(self, step: int, version: int, early: EarlyRows, before: Batch | None = None) -> Batch | None:
@@ -200,13 +203,16 @@ class Leader:
             else:
                 work = partial(early.accumulate, before.rows) if before.rows else None
                 rollout = self._director.roll_out(step, str(version), advance, None, work)
+            if rollout:
+                self.progress.ended(rollout.ended)  # the trainer may have worked on
         rows = early.rest()
         if rollout is None:
             return None
         rows += rollout.rows
         seconds = rollout.ended - started
+        self._rollout_seconds += seconds
         speed = rollout.metrics["selfplay/generated_tokens"] / seconds
-        metrics = rollout.metrics | {"time/rollout": seconds, "rollout/tokens_per_second": speed}
+        metrics = rollout.metrics | {"rollout/tokens_per_second": speed}
         if before or self._overlap:
             (before.metrics if before else metrics)["time/hidden"] = early.hidden(rollout.ended)
         empty = not rows and (before is not None or not early)

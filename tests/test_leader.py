@@ -16,6 +16,8 @@ from spell_megatron.leader import Leader
 from spell_megatron.monitoring.progress import Progress
 from spell_megatron.monitoring.status import Status
 from spell_megatron.monitoring.stopping import StopRequest
+from spell_megatron.monitoring.timeline import Timeline
+from spell_megatron.report.timeline import common, read_timeline, seconds, steps_of
 from spell_megatron.weights.engine_weights import Order
 
 
@@ -84,3 +86,41 @@ def test_a_batch_whose_update_does_not_begin_is_in_the_checkpoint(leader):
     order, found, found_metrics = leader.roll_out(1)
     assert order is Order.UPDATE and found == rows and found_metrics["train/staleness"] == 0
     assert leader.rows is None and "ready" not in found_metrics
+
+
+def test_an_update_that_outlasts_the_next_rollout_does_not_lengthen_it(leader, tmp_path):
+    """With training.staleness the seconds of rollouts, and of what they hide, are those of the step: in the metrics as
+    in the timeline."""
+    leader._config.training.staleness, leader._config.run.steps = 1, 3
+    leader.progress = Progress(console=Console(file=io.StringIO()), timeline=Timeline(tmp_path))
+    leader._overlap = False
+    leader._accumulate = lambda rows: leader._trainer.work()
+    row = SimpleNamespace()
+
+    class Trainer:
+        under_way = False
+
+        def work(self):
+            with leader.progress.span("accumulate"):
+                time.sleep(0.2)
+
+    def roll_out(step, version, on_progress, on_certain, meanwhile=None):
+        time.sleep(0.1)
+        ended = time.monotonic()
+        if meanwhile:
+            meanwhile()
+            ended += 0.05  # the engines wrote on for a while
+        return Rollout([row], {"selfplay/generated_tokens": 10.0}, ended)
+
+    leader._trainer, leader._director = Trainer(), SimpleNamespace(roll_out=roll_out)
+    leader._weights = SimpleNamespace(give_order=lambda order: order, sleep=lambda: None)
+    found = {step: leader.roll_out(step)[2] for step in (1, 2, 3)}
+    steps = steps_of(read_timeline(tmp_path))
+    assert [step.step for step in steps] == [1, 2]  # the last batch is written already
+    for step, rollout in zip(steps, (0.25, 0.15), strict=True):
+        shown, rolled_out = found[step.step], step.when("rollout")
+        assert rollout <= shown["time/rollout"] == pytest.approx(seconds(rolled_out), abs=0.05)
+        hidden = common(rolled_out, step.when("accumulate"))
+        assert 0 < shown["time/hidden"] <= 0.05 and shown["time/hidden"] == pytest.approx(seconds(hidden), abs=0.04)
+    assert found[3]["time/rollout"] == 0 and "time/hidden" not in found[3]
+    assert found[3]["rollout/tokens_per_second"] > 0  # of the batch

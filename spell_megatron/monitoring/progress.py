@@ -101,6 +101,11 @@ class Progress:
         """Work within a stage, such as a piece of the update during the rollout: only the timeline shows it."""
         return self._timeline.span(name) if self._timeline else nullcontext()
 
+    def ended(self, at: float) -> None:
+        """The work of this stage ended at this time, by `time.monotonic`: only the timeline shows it."""
+        if self._timeline:
+            self._timeline.ended(at)
+
     @contextmanager
     def _shown(self, name: str, total: int | None) -> Iterator[Callable[..., None]]:
         if not self.console.is_terminal or self.console.quiet:

@@ -33,19 +33,28 @@ class Timeline:
         self._path = folder / "timeline.jsonl"
         self._zero = time.time() - time.monotonic()  # a clock that is set while the run goes does not move its spans
         self.step: int | None = None
+        self._ended: float | None = None  # when the work of the open span ended, by `time.monotonic`
         self._append("\n")  # ends a line that a crash has cut
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Record the block as work of this name, also where it fails."""
-        start = time.monotonic()
+        start, self._ended = time.monotonic(), None
         try:
             yield
         finally:
-            first, last = (round(self._zero + seconds, 4) for seconds in (start, time.monotonic()))
+            end, self._ended = self._ended or time.monotonic(), None
+            first, last = (round(self._zero + seconds, 4) for seconds in (start, end))
             lanes = LANES.get(name, (TRAINER,))
             record = {"step": self.step, "name": name, "lanes": lanes, "start": first, "end": last}
             self._append(json.dumps(record) + "\n")
+
+    def ended(self, at: float) -> None:
+        """The work of the open span, in which no other is open, ended at this time, before its block.
+
+        at: by `time.monotonic`.
+        """
+        self._ended = at
 
     def _append(self, text: str) -> None:
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # no run ends for want of a timeline

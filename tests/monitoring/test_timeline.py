@@ -40,6 +40,20 @@ def test_stages_and_pieces_of_work_are_recorded_with_their_step_and_lanes(tmp_pa
     assert before - 0.01 <= rollout["start"] and rollout["end"] <= time.time() + 0.01
 
 
+def test_work_that_ended_before_its_stage_is_recorded_as_long_as_it_took(tmp_path):
+    shown = progress(tmp_path)
+    with shown.stage("rollout"):
+        with shown.span("accumulate"):
+            pass
+        ended = time.monotonic()
+        time.sleep(0.05)
+        shown.ended(ended)
+    with shown.stage("update"):
+        time.sleep(0.05)
+    piece, rollout, update = spans(tmp_path)
+    assert piece["end"] <= rollout["end"] <= update["start"] - 0.04 and update["end"] - update["start"] > 0.04
+
+
 def test_a_stage_that_fails_is_recorded(tmp_path):
     with pytest.raises(RuntimeError), progress(tmp_path).stage("update"):
         raise RuntimeError
