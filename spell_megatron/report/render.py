@@ -130,7 +130,7 @@ def _about(run: Run) -> dict[str, Any]:
         "pauses": took.pauses,
         "set_back": took.set_back,
         "axes": _axes(run, took.seconds),
-        "timeline": timeline(run.spans),
+        "timeline": timeline(run.spans, set(run.steps)),
         "made": run.made,
         "verdict": asdict(verdict(run)),
         "question_set": _question_set(run),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +13,13 @@ from spell_megatron.monitoring.timeline import ENGINES, TRAINER
 
 WORDS = {
     "rollout": "blue",
-    "validation": "purple",
+    "validation": "red",
     "accumulate": "teal",
-    "update": "green",
-    "push": "orange",
-    "checkpoint": "brown",
+    "update": "orange",
+    "push": "green",
+    "checkpoint": "purple",
 }
-"""Names of spans in the order of the legend, with their colours; any other is grey."""
+"""Names of spans in the order of the legend, with their colours, those of the panel above; any other is grey."""
 
 MOST_STEPS = 200
 """Steps of a run that a page holds, spread evenly."""
@@ -131,15 +131,16 @@ def common(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interv
     return found
 
 
-def timeline(spans: Sequence[Span]) -> dict[str, Any] | None:
-    """What the page shows of a run's timeline; None: the run has none.
+def timeline(spans: Sequence[Span], made: Collection[int]) -> dict[str, Any] | None:
+    """What the page shows of a run's timeline; None: it has none.
 
+    Only steps that the run has `made` count: of one that is under way, or was given up, spans are missing.
     `steps` are those to draw: the spans of a lane are [number of the name, seconds since the step's start, seconds],
     `work` are the seconds at work in each lane.
     The other numbers are seconds over all steps: of each name, at work in each lane, of work on the update while
     the engines wrote (`hidden`), and in all.
     """
-    steps = steps_of(spans)
+    steps = [step for step in steps_of(spans) if step.step in made]
     if not steps:
         return None
     names = list(dict.fromkeys([*WORDS, *(span.name for step in steps for span in step.spans)]))

@@ -43,14 +43,16 @@ def write_trace(folders: Sequence[Path], out: Path) -> str:
 def _events(number: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
     """A run is a process, a lane is a thread; microseconds since the run began."""
     yield {"ph": "M", "pid": number, "name": "process_name", "args": {"name": name}}
-    for thread, lane in enumerate(LANES):
+    # Perfetto takes thread 0 for the idle one, and one with the number of its process for the main one.
+    threads = {lane: 10 * number + place for place, lane in enumerate(LANES)}
+    for lane, thread in threads.items():
         yield {"ph": "M", "pid": number, "tid": thread, "name": "thread_name", "args": {"name": lane}}
         yield {"ph": "M", "pid": number, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}}
     zero = min(span.start for span in spans)
 
     def event(name: str, lane: str, start: float, end: float, step: int | None) -> dict[str, Any]:
         times = {"ts": round((start - zero) * 1e6), "dur": round((end - start) * 1e6)}
-        return {"ph": "X", "pid": number, "tid": LANES.index(lane), "name": name, **times, "args": {"step": step}}
+        return {"ph": "X", "pid": number, "tid": threads[lane], "name": name, **times, "args": {"step": step}}
 
     for step in steps_of(spans):
         yield event(f"step {step.step}", "steps", step.start, step.end, step.step)

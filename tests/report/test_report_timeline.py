@@ -10,7 +10,8 @@ from report_data import data_of, record, write_run
 
 from spell_megatron.cli import main
 from spell_megatron.errors import UserError
-from spell_megatron.report.timeline import Span, common, read_timeline, steps_of, timeline, union
+from spell_megatron.report.panels import sections
+from spell_megatron.report.timeline import WORDS, Span, common, read_timeline, steps_of, timeline, union
 from spell_megatron.report.trace import write_trace
 
 BEFORE = Span(None, "starting engines", ("engines",), 0.0, 5.0)
@@ -62,7 +63,7 @@ def test_times_are_joined_and_compared():
 
 
 def test_what_the_page_gets():
-    shown = timeline(two_steps())
+    shown = timeline(two_steps(), {1, 2})
     assert shown["count"] == 2 and shown["seconds"] == 20
     assert {name: seconds for name, _, seconds in shown["names"] if seconds} == {
         "rollout": 11, "accumulate": 3, "update": 4, "push": 4
@@ -74,7 +75,20 @@ def test_what_the_page_gets():
         ("accumulate", 1, 3), ("update", 6, 1), ("push", 7, 3)
     ]  # fmt: skip
     assert second["work"] == [7, 9]
-    assert timeline([]) is None and timeline([BEFORE]) is None
+    assert timeline([], {1}) is None and timeline([BEFORE], {1}) is None
+
+
+def test_work_has_one_colour_in_the_section():
+    (stages,) = (panel for panel in sections([], [])[-1].panels if panel.stacked)
+    drawn = {series.label.removesuffix(" of weights"): series.colour for series in stages.groups[""]}
+    assert drawn == {name: colour for name, colour in WORDS.items() if name != "accumulate"}
+
+
+def test_a_step_that_is_under_way_or_was_given_up_is_left_out():
+    """Its rollout has no span yet, and the engines would look idle."""
+    shown = timeline([*two_steps(), span(3, "accumulate", 31, 35)], {0, 1, 2})
+    assert shown["count"] == 2 and shown["seconds"] == 21 and shown["steps"][-1]["step"] == 2
+    assert timeline([BEFORE, span(1, "accumulate", 11, 12)], {0}) is None
 
 
 def test_a_long_run_with_many_pieces_is_thinned():
@@ -82,7 +96,7 @@ def test_a_long_run_with_many_pieces_is_thinned():
     for step in range(1, 1001):
         pieces = [span(step, "accumulate", step * 100 + i * 0.9, step * 100 + i * 0.9 + 0.8) for i in range(100)]
         spans += [*pieces, span(step, "rollout", step * 100, step * 100 + 95)]
-    shown = timeline(spans)
+    shown = timeline(spans, range(1, 1001))
     assert len(shown["steps"]) == 200 and shown["count"] == 1000
     assert [shown["steps"][place]["step"] for place in (0, -1)] == [1, 1000]
     assert all(len(step["trainer"]) == 1 for step in shown["steps"])
@@ -97,7 +111,7 @@ def test_lines_that_are_no_spans_are_left_out(tmp_path):
 
 
 def test_the_page_of_a_run_with_and_without_a_timeline(tmp_path):
-    run = write_run(tmp_path / "run", record(1, time__step=1.0))
+    run = write_run(tmp_path / "run", record(1, time__step=1.0), record(2, time__step=1.0))
     assert data_of(run, tmp_path / "without.html")["runs"][0]["timeline"] is None
     write(run, two_steps())
     assert data_of(run, tmp_path / "with.html")["runs"][0]["timeline"]["count"] == 2
@@ -110,7 +124,8 @@ def test_a_trace_has_a_process_for_each_run_and_a_thread_for_each_lane(tmp_path,
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["a", "b"]
     lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert list(lanes.values()) == ["steps", "trainer", "engines"]
+    assert list(lanes.values()) == 2 * ["steps", "trainer", "engines"]
+    assert not lanes.keys() & {0, 1, 2}  # Perfetto takes 0 for the idle thread, and a process's number for its main one
     drawn = [(lanes[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["pid"] == 1]
     assert ("engines", "starting engines", 0, 5_000_000) in drawn
     assert ("trainer", "accumulate", 21_000_000, 3_000_000) in drawn

@@ -91,7 +91,8 @@ function timelineLegend({ names, seconds }) {
 function timelineText({ work, seconds, count, hidden, names }) {
   const idle = (lane) => format(1 - work[lane] / seconds, "share", 0);
   const update = names.filter(([name]) => name === "update" || name === "accumulate").reduce((sum, one) => sum + one[2], 0);
-  const overlap = hidden && update ? ` ${format(hidden / update, "share", 0)} of the update ran while the engines wrote.` : "";
+  const overlap =
+    hidden && update ? ` ${format(hidden / update, "share", 0)} of the update ran while the engines wrote (accumulate).` : "";
   return (
     `What trainer and engines did. Grey: idle. Of all ${times(count, "step")}, the trainer was idle for ` +
     `${idle("trainer")} of the time, the engines for ${idle("engines")}.${overlap} The legend has each kind's share.`
