@@ -80,7 +80,8 @@ def step_times(
     communication = _communication(model, config, processes, tokens / replicas, gpu, assume)
     prefill, decode = _rollout_times(model, config, gpu, assume, engine)
     push = _push_time(model, config, processes, gpu, assume)
-    share = (1.0 if training.staleness else answers / update) if overlaps(config) else 0.0
+    early = 1.0 if training.staleness else answers / max(update, 1.0)
+    share = early if overlaps(config) else 0.0
     hidden = min(share * (compute + communication + bubble), prefill + decode)
     return StepTimes(compute, communication, bubble, prefill, decode, push, 2 * to_host / assume.host, hidden)
 
@@ -152,12 +153,16 @@ def _tree(cost: Cost, prompt: float, response: float, count: int) -> tuple[float
 def _update_work(config: Config, cost: Cost, assume: Assumptions) -> tuple[float, float, float]:
     """(FLOPs, tokens, FLOPs of the answers) of the rows of an update, as `selfplay.batch.compose` puts it together."""
     play, lengths = config.selfplay, assumed_lengths(config, assume)
-    questions = play.groups * (1 + play.negatives_per_positive)
-    judged_answers = play.groups * play.group_size * play.verifier.share / play.votes
+    weights = config.training.role_weights
+    answered = play.groups * (weights.get("responder", 1) > 0)
+    asked = play.groups * (1 + play.negatives_per_positive) * play.questioner.enabled
+    asked *= weights.get("questioner", 1) > 0
+    judged = play.groups * play.group_size * play.verifier.share / play.votes * play.verifier.enabled
+    judged *= weights.get("verifier", 1) > 0
     parts = [
-        (play.groups, _tree(cost, lengths.prompt, lengths.response, play.group_size)),
-        (questions, _tree(cost, lengths.asked, lengths.response, 1)),
-        (judged_answers, _tree(cost, lengths.judged, lengths.verdict, play.votes)),
+        (answered, _tree(cost, lengths.prompt, lengths.response, play.group_size)),
+        (asked, _tree(cost, lengths.asked, lengths.response, 1)),
+        (judged, _tree(cost, lengths.judged, lengths.verdict, play.votes)),
     ]
     work = [n * flops for n, (flops, _) in parts]
     return sum(work), sum(n * tokens for n, (_, tokens) in parts), work[0]
@@ -251,9 +256,11 @@ def _rollout_times(
     """(seconds of prefill, seconds of decoding) of the engines."""
     play, rollout = config.selfplay, config.rollout
     prompt, asked, checked, response, judged, verdict = assumed_lengths(config, assume)
-    questions = play.groups / assume.mixed
-    checks = play.gate.answers if play.gate.enabled and play.questioner.enabled else 0
-    prompts = [(1, prompt), (1, asked), (play.group_size, judged)]
+    questions, asks = play.groups / assume.mixed, play.questioner.enabled
+    checks = play.gate.answers if play.gate.enabled and asks else 0
+    grounding = play.grounding.samples if play.grounding.enabled and asks else 0
+    judgments = play.group_size * play.votes * play.verifier.enabled
+    prompts = [(1, prompt), (asks, asked), (play.group_size * play.verifier.enabled, judged)]
     prompts.append((checks if play.gate.shuffle else min(checks, 1), checked))
     forward = sum(count * _tree(model.cost, length, 0, 0)[0] for count, length in prompts)
     gpus = rollout.replicas * rollout.tensor_parallel
@@ -261,9 +268,9 @@ def _rollout_times(
     # Answers to one question share the prompt's cache, but each of them reads it. Judgments see no documents.
     kinds = (
         (play.group_size * response, prompt / play.group_size + response, prompt + response / 2),
-        (response, asked + response, asked + response / 2),
+        (asks * response, asked + response, asked + response / 2),
         (checks * response, checked + response, checked + response / 2),
-        (response + play.group_size * play.votes * verdict, judged + verdict, judged + verdict / 2),
+        (grounding * response + judgments * verdict, judged + verdict, judged + verdict / 2),
     )
     seconds = 0.0
     for tokens, kept, read in kinds:

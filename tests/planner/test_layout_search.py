@@ -71,6 +71,27 @@ def test_trainers_with_gpus_of_their_own_work_on_answers_during_the_rollout(moe)
         assert "nothing overlaps" in "\n".join(plan_text(model, waits))
 
 
+def test_roles_that_are_off_take_no_time(moe):
+    """Questions from a file are not asked, and rows of weight 0 are not in the update."""
+    model, config = moe
+
+    def times(**change):
+        other = config.model_copy(deep=True)
+        for name, value in change.items():
+            section, field = name.split("__")
+            setattr(getattr(other.selfplay, section, other.training), field, value)
+        return make_plan(model, other, 1, GPU, Assumptions(), estimate).times
+
+    whole, ungated, given = times(), times(gate__enabled=False), times(questioner__enabled=False)
+    unjudged = times(questioner__enabled=False, verifier__enabled=False)
+    assert unjudged.update < given.update < ungated.update == whole.update
+    assert unjudged.rollout < given.rollout < ungated.rollout < whole.rollout
+    assert unjudged.hidden == pytest.approx(min(unjudged.update, unjudged.rollout))
+    assert times(training__role_weights={"questioner": 0.0}).update == pytest.approx(given.update)
+    nothing = times(training__role_weights=dict.fromkeys(("questioner", "responder", "verifier"), 0.0))
+    assert nothing.compute == nothing.hidden == 0
+
+
 def test_gpus_are_split_finely_between_trainer_and_engines(moe):
     """The split that balances them is found, also if it is no power of two."""
     assert _splits(64, 64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56]
