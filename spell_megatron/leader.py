@@ -184,10 +184,9 @@ class Leader:
                 raise
             return self._give_up()
         self._ready, rows = following, [] if following else batch.rows
-        metrics = batch.metrics | {
-            "train/staleness": float(step - 1 - batch.version),
-            "time/rollout": self._rollout_seconds,
-        }
+        metrics = {"time/hidden": 0.0} if self._config.training.staleness else {}  # of the last: no rollout follows
+        metrics |= batch.metrics
+        metrics |= {"train/staleness": float(step - 1 - batch.version), "time/rollout": self._rollout_seconds}
         return self._weights.give_order(Order.SKIP if batch.empty else Order.UPDATE), rows, metrics
 
     def _write(self, step: int, version: int, early: EarlyRows, before: Batch | None = None) -> Batch | None:

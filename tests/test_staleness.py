@@ -54,11 +54,12 @@ def test_the_trainer_works_during_the_next_rollout(whole):
     assert "Updates run during the next rollouts" in (whole / "output.txt").read_text()
     for step in steps_of(read_timeline(whole)):
         update, rollout = step.when("accumulate", "update"), step.when("rollout")
-        hidden = metrics(whole)[step.step].get("time/hidden")
+        hidden, rolled_out = (metrics(whole)[step.step][f"time/{name}"] for name in ("hidden", "rollout"))
         if step.step == 4:  # the last one: no rollout follows
-            assert hidden is None and not rollout
+            assert hidden == rolled_out == 0 and not rollout
         else:
             assert 0 < hidden == pytest.approx(seconds(common(update, rollout)), abs=0.1)
+            assert rolled_out == pytest.approx(seconds(rollout), abs=0.1)
 
 
 def test_a_checkpoint_holds_the_next_batch_unless_it_is_the_last(whole):
