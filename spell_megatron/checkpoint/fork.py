@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from spell_megatron.checkpoint.folder import check_complete
+from spell_megatron.checkpoint.folder import check_complete, read_state
 from spell_megatron.errors import UserError, explain
 from spell_megatron.files import appearing_folder, write_text
 
@@ -24,19 +24,25 @@ def kept_step(run: Path, step: int) -> Path:
 
 
 def fork(checkpoint: Path, run: Path) -> None:
-    """Make `run` a run whose newest checkpoint is this one of another run, with the metrics up to it.
+    """Make `run` a run whose newest checkpoint is this one of another run, with the metrics up to it, and the dump of
+    the next batch if the checkpoint holds that.
 
     Files are linked where that is possible, so that no second copy of the weights is made. The checkpoint may be
     deleted in one of the two runs; it then stays in the other one.
 
     Raises:
-        UserError: the disk is full or the place cannot be written to.
+        UserError: the disk is full or the place cannot be written to; or the checkpoint is damaged.
     """
-    new = run / "checkpoints" / checkpoint.name
+    old, new = checkpoint.parents[1], run / "checkpoints" / checkpoint.name
+    ready = read_state(checkpoint).get("ready")
     with appearing_folder(new) as partial:
         shutil.copytree(checkpoint, partial, copy_function=_link, dirs_exist_ok=True)
-    metrics = checkpoint.parents[1] / "metrics.jsonl"
+    metrics = old / "metrics.jsonl"
     try:
+        if ready:
+            (run / "rollouts").mkdir(exist_ok=True)
+            for dump in (old / "rollouts").glob(f"step_{ready['step']:06d}.*"):
+                _link(str(dump), str(run / "rollouts" / dump.name))
         if metrics.is_file():
             shutil.copyfile(metrics, run / metrics.name)  # what comes after the step is removed at the resume
         write_text(new.parent / "latest", new.name, sync=True)

@@ -227,6 +227,18 @@ def test_a_new_run_begins_with_a_kept_step_of_another(spell, old, trained, input
     assert (old.with_name("third") / "checkpoints" / "step_000002").is_dir()
 
 
+def test_a_new_run_has_the_dump_of_a_batch_that_is_written_already(spell, old, trained):
+    """With training.staleness a checkpoint holds the next batch."""
+    (old / "checkpoints" / "step_000002" / "state.json").write_text('{"ready": {"step": 3}}')
+    (old / "rollouts").mkdir()
+    for step in (2, 3, 4):
+        (old / "rollouts" / f"step_{step:06d}.jsonl").write_text(f"{step}")
+    before = files(old)
+    assert spell("train", "--resume", f"{old}@2", "--run.steps=3")[0] == 0
+    dumps = old.with_name("old-from-2") / "rollouts"
+    assert files(dumps) == {"step_000003.jsonl": b"3"} and files(old) == before
+
+
 @pytest.mark.parametrize(
     ("step", "more", "message"),
     [
