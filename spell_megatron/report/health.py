@@ -16,7 +16,7 @@ from spell_megatron.plural import counted
 from spell_megatron.report.runs import Run
 from spell_megatron.report.timing import duration
 from spell_megatron.report.verdict import verdict
-from spell_megatron.selfplay.outcomes import Outcome
+from spell_megatron.selfplay.outcomes import CANNOT_JUDGE, YES_APART, Outcome, remedy_for
 
 RESUME = "Correct that, then continue the run with --resume."
 FINITE = (
@@ -129,7 +129,7 @@ def _untrained(run: Run) -> tuple[str, str] | None:
         text = f"None of {counted(len(known), 'step')} made an update: the weights are those of the start."
         if any(run.column("train/skipped")):
             return f"{text} The gradients were not finite.", FINITE
-        return f"{text} There was nothing to train on.", _commonest(run, "selfplay/").remedy.format(dumps="rollouts/")
+        return f"{text} There was nothing to train on.", _remedy(run)
     for name, what, remedy in (
         ("train/lr", "learning rate", "Set training.optimizer.lr."),
         ("train/grad_norm", "gradient", "See that the roles have a weight in training.role_weights."),
@@ -173,7 +173,7 @@ def _empty(run: Run, share: float = 0.1) -> tuple[str, str] | None:
     if len(empty) <= share * steps or not any(run.made):
         return None
     text = f"{len(empty)} of {counted(steps, 'step')} found no question with right and wrong answers ({some(empty)})."
-    return text, _commonest(run, "selfplay/").remedy.format(dumps="rollouts/")
+    return text, _remedy(run)
 
 
 @condition("Few questions teach", "outcomes")
@@ -184,7 +184,7 @@ def _few_mixed(run: Run, share: float = 0.05) -> tuple[str, str] | None:
         return None
     return (
         f"Lately {mixed:.1%} of the attempts had right and wrong answers; {_ends(run, 'selfplay/')}.",
-        _commonest(run, "selfplay/").remedy.format(dumps="rollouts/"),
+        _remedy(run),
     )
 
 
@@ -206,10 +206,12 @@ def _unusable(run: Run, share: float = 0.5) -> tuple[str, str] | None:
     return None
 
 
-def _commonest(run: Run, prefix: str) -> Outcome:
-    """How attempts mostly end that are not mixed."""
-    ends = [outcome for outcome in Outcome if outcome is not Outcome.MIXED]
-    return max(ends, key=lambda outcome: recent(run, f"{prefix}rate/{outcome}") or 0.0)
+def _remedy(run: Run) -> str:
+    """What to do so that more questions teach."""
+    prefix = "selfplay/rate/"
+    names = [name.removeprefix(prefix) for name in run.metrics if name.startswith(prefix)]
+    rates = {name: rate for name in names if (rate := recent(run, prefix + name)) is not None}
+    return remedy_for({name: rate for name, rate in rates.items() if name != Outcome.MIXED}, "rollouts/")
 
 
 def _ends(run: Run, prefix: str) -> str:
@@ -219,9 +221,9 @@ def _ends(run: Run, prefix: str) -> str:
 
 
 @condition("The verifier does not judge", "verifier", grave=True)
-def _verifier(run: Run, apart: float = 0.1, invalid: float = 0.5) -> tuple[str, str] | None:
+def _verifier(run: Run, apart: float = YES_APART, invalid: float = 0.5) -> tuple[str, str] | None:
     """It says YES to wrong answers nearly as often as to right ones, or most of its votes are invalid."""
-    remedy = "Read its judgments below. A model that cannot judge needs selfplay.verifier.enabled: false."
+    remedy = f"Read its judgments below. {CANNOT_JUDGE}"
     lost = recent(run, "selfplay/rate/invalid_votes")
     if lost is not None and lost > invalid:
         return f"Lately {lost:.0%} of its votes were invalid.", remedy

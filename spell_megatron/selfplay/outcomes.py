@@ -133,6 +133,41 @@ class Outcome(StrEnum):
         return self is not Outcome.MIXED and not self.negative
 
 
+YES_APART = 0.1
+"""A verifier that judges says YES to right answers more often than to wrong ones, by at least this share."""
+
+CANNOT_JUDGE = (
+    "A model that cannot judge needs selfplay.verifier.enabled: false. One that could at first needs an earlier "
+    "checkpoint, and verifier: 0 in training.role_weights, so that judging is not trained."
+)
+"""What to do about a verifier that says the same of right and wrong answers."""
+
+
+def remedy_for(rates: Mapping[str, float], dumps: Path | str) -> str:
+    """What to do when too few attempts end mixed, or none.
+
+    Args:
+        rates: values of the metrics `selfplay/rate/...`, by what follows.
+        dumps: the folder of the rollout dumps.
+    """
+    if _all_right_by_verdict(rates):
+        return (
+            f"The verifier says YES to {rates['yes_on_wrong']:.0%} of the answers that the rule check finds wrong, so "
+            f"nearly all answers count as right. {CANNOT_JUDGE}"
+        )
+    return max(Outcome, key=lambda outcome: rates.get(outcome, 0.0)).remedy.format(dumps=dumps)
+
+
+def _all_right_by_verdict(rates: Mapping[str, float]) -> bool:
+    """Whether groups are all right because of a verifier that says YES to right and wrong answers alike.
+
+    Then hardly any group can be mixed, whatever becomes of most attempts before.
+    """
+    apart = rates.get("yes_on_right", 1.0) - rates.get("yes_on_wrong", 0.0)
+    more_right = rates.get(Outcome.ALL_1, 0.0) > rates.get(Outcome.ALL_0, 0.0)
+    return more_right and apart < YES_APART and rates.get("right_by_verdict_only", 0.0) > 0.1
+
+
 def why_empty(metrics: Mapping[str, float], dumps: Path) -> str:
     """Why a step has nothing to train on, and what to do about it.
 
@@ -140,10 +175,11 @@ def why_empty(metrics: Mapping[str, float], dumps: Path) -> str:
         metrics: of the step, as `StepRollout.metrics` holds them.
         dumps: the folder of the rollout dumps.
     """
-    rates = {outcome: metrics.get(f"selfplay/rate/{outcome}", 0.0) for outcome in Outcome}
-    ends = sorted((outcome for outcome in Outcome if rates[outcome]), key=lambda outcome: -rates[outcome])
+    prefix = "selfplay/rate/"
+    rates = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    ends = sorted((outcome for outcome in Outcome if rates.get(outcome)), key=lambda outcome: -rates[outcome])
     text = "no question had both right and wrong answers: nothing to train on, the update is left out"
     if not ends:
         return f"{text}."
     shares = ", ".join(f"{rates[outcome]:.0%} {outcome.meaning}" for outcome in ends[:3])
-    return f"{text} ({metrics['selfplay/clusters']:.0f} tried: {shares}). {ends[0].remedy.format(dumps=dumps)}"
+    return f"{text} ({metrics['selfplay/clusters']:.0f} tried: {shares}). {remedy_for(rates, dumps)}"

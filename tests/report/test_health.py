@@ -15,6 +15,7 @@ from spell_megatron.report import health
 from spell_megatron.report.health import CONDITIONS, findings
 from spell_megatron.report.runs import read_run
 from spell_megatron.report.verdict import verdict
+from spell_megatron.selfplay import outcomes
 
 HEALTHY = {
     "train/skipped": 0.0,
@@ -105,6 +106,20 @@ def test_what_went_wrong_is_told_with_its_remedy(title, words, changes, tmp_path
     assert len(found[0].remedy) > 20 and "{" not in found[0].remedy
 
 
+def test_a_verifier_that_says_yes_to_everything_is_the_one_cause_of_few_mixed_groups(tmp_path):
+    """No finding says that the questions are too easy, or that the gate is too strict."""
+    rates = {"mixed": 0, "unconfirmed": 0.6, "all_0": 0, "all_1": 0.4, "yes_on_right": 0.98, "yes_on_wrong": 0.97}
+    changes = {f"rate__{name}": rate for name, rate in (rates | {"right_by_verdict_only": 0.5}).items()}
+    found = {finding.title: finding for finding in findings(write_run(tmp_path / "run", **changes))}
+    assert list(found) == ["The verifier does not judge", "Few questions teach", "Most questions cannot be used"]
+    for title in ("The verifier does not judge", "Few questions teach"):
+        assert "selfplay.verifier.enabled: false" in found[title].remedy
+        assert "training.role_weights" in found[title].remedy
+    assert found["Few questions teach"].remedy.startswith("The verifier says YES to 97% of the answers")
+    empty = findings(write_run(tmp_path / "empty", train__empty=1.0, train__skipped="absent", **changes))
+    assert "The verifier says YES" in next(f for f in empty if f.title == "The policy was not trained").remedy
+
+
 @pytest.mark.parametrize(
     ("title", "words", "status"),
     [
@@ -186,7 +201,8 @@ def test_what_the_policy_learned(kind, words, changes, tmp_path):
 
 def test_remedies_name_settings_that_exist():
     sections = "|".join(name for name in Config.model_fields if name != "run")  # `run` is an object there
-    named = set(re.findall(rf"(?<![.\w])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*", Path(health.__file__).read_text()))
+    sources = "".join(Path(module.__file__).read_text() for module in (health, outcomes))
+    named = set(re.findall(rf"(?<![.\w])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*", sources))
     named -= {name for name in named if name.endswith(".py")}
     assert len(named) > 5
     for name in named:
