@@ -94,20 +94,24 @@ def test_the_best_checkpoint_is_kept(policy, tmp_path):
     assert names(tmp_path) == ["best.json", "latest", "step_000002", "step_000004"]
 
 
-def test_the_helper_of_a_trainer_that_is_killed_ends():
+def test_the_helper_of_a_trainer_that_is_killed_ends(tmp_path):
+    """And leaves no file."""
     code = (
         "import time; from megatron.core.dist_checkpointing.strategies import filesystem_async as megatron\n"
         "from spell_megatron.checkpoint.saver import _start_manager\n"
         "if __name__ == '__main__':\n"
         "    _start_manager()\n"
+        "    megatron._results_queue.put('is there')\n"
         "    print(megatron._results_queue._manager._process.pid, flush=True)\n"
         "    time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
         helper = psutil.Process(int(process.stdout.readline()))
         assert helper.is_running()
         process.kill()
     helper.wait(30)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_checkpoint_yet(tmp_path):

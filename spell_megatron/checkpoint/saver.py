@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from inspect import signature
@@ -238,9 +239,14 @@ def _meta(step: int, trainer: Trainer, rows: Sequence[Row] | None) -> dict[str, 
 
 
 def _start_manager() -> None:
-    """Start the process by which Megatron's writers report. Megatron's own would outlive a trainer that is killed."""
+    """Start the process by which Megatron's writers report. Megatron's own would outlive a trainer that is killed.
+
+    It ends with the trainer and cannot remove anything then. So its socket has a name of Linux (it begins with a zero)
+    in place of a file in a temporary folder.
+    """
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        address = f"\0spell-{uuid.uuid4()}"
+        manager = SyncManager(address, ctx=multiprocessing.get_context("spawn"))
         manager.start(end_with_parent)
         filesystem_async._results_queue = manager.Queue()  # keeps the manager
 
