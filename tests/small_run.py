@@ -93,7 +93,8 @@ def metrics(run: Path) -> dict[int, dict]:
 
 
 def dump(run: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
+    with (run / "rollouts" / f"step_{step:06d}.jsonl").open(encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
 
 
 def weights(run: Path, step: int) -> dict:

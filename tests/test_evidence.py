@@ -44,7 +44,7 @@ def test_questions_of_the_baseline_are_over_the_training_documents(evidence, wor
     assert [row["task"] for row in rows[:2]] == ["doc_general_qa", "docmath_qa"]
     for row, oracle in zip(rows, world.answers().values(), strict=False):
         assert row["answer"] in oracle(row["question"])
-    held_out = {text for line in world.heldout.open() for text in json.loads(line)["documents"]}
+    held_out = {text for row in evidence.rows_of(world.heldout) for text in row["documents"]}
     assert not held_out & {text for row in rows for text in row["documents"]}
 
 
@@ -56,7 +56,7 @@ def answer(folder: Path, evidence, world, right: dict[int, int]) -> None:
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text("{}")
     with (folder / "samples.jsonl").open("w") as file:
-        for number, question in enumerate(map(json.loads, world.heldout.open())):
+        for number, question in enumerate(evidence.rows_of(world.heldout)):
             for sample in range(evidence.SAMPLES):
                 value = (
                     [question["answer"], *question.get("aliases", ())][-1]

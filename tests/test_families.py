@@ -18,6 +18,7 @@ import pytest
 import yaml
 from engine_fixtures import VOCABULARY, engine_sizes, save_byte_tokenizer
 from families import FAMILIES, hf_model
+from small_run import dump, metrics
 
 from spell_megatron.training import families
 
@@ -186,14 +187,6 @@ def train(folder: Path, *overrides: str, status: int = 0) -> tuple[Path, str]:
     output = process.stdout + process.stderr
     assert process.returncode == status, output[-5000:]
     return folder / "run", output
-
-
-def metrics(run: Path) -> dict[int, dict]:
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8"))}
-
-
-def dump(run: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open(encoding="utf-8")]
 
 
 # ------------------------------------------------------------------------------ tests

@@ -134,14 +134,20 @@ def spell(name: Path, *arguments: object) -> None:
 # ------------------------------------------------------------------------------------------ summary
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """What the lines of a file of JSON hold."""
+    with file.open(encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
+
+
 def right_answers(folder: Path, heldout: Path, aliases: bool = True) -> np.ndarray:
     """Number of right answers to each held-out question, [questions], of the samples of an evaluation.
 
     Without `aliases` only the first reference of a question counts, not its other names.
     """
-    questions = {str(row["id"]): row for row in map(json.loads, heldout.open(encoding="utf-8"))}
+    questions = {str(row["id"]): row for row in rows_of(heldout)}
     right = dict.fromkeys(questions, 0)
-    for row in map(json.loads, (folder / "samples.jsonl").open(encoding="utf-8")):
+    for row in rows_of(folder / "samples.jsonl"):
         question = questions[row["id"]]
         prediction = parse_answer(question["task"], row["text"], row["cut"])
         references = (question["answer"], *(question.get("aliases", ()) if aliases else ()))
@@ -211,7 +217,7 @@ def held_out_curve(folders: Sequence[Path]) -> list[tuple[int, float]]:
     """(update, pass@1 on the 250 questions of the runs' own validation), mean over runs."""
     points: dict[int, list[float]] = {}
     for folder in folders:
-        for row in map(json.loads, (folder / "metrics.jsonl").open()):
+        for row in rows_of(folder / "metrics.jsonl"):
             if "validation/pass@1" in row:
                 points.setdefault(row["step"], []).append(row["validation/pass@1"])
     return [(step, float(np.mean(values))) for step, values in sorted(points.items())]
@@ -227,7 +233,7 @@ def roles(
     """
     seen: dict[str, list[float]] = {}
     for file in (folder / "rollouts" / f"step_{update:06d}.jsonl" for folder in folders for update in updates):
-        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        rows = rows_of(file)
         asked = {row["uid"]: row["prediction"] for row in rows if row["role"] == "questioner"}
         for row in rows:
             if row["role"] == "questioner":

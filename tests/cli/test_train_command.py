@@ -314,13 +314,13 @@ def test_a_run_folder_belongs_to_one_process(inputs, spell, monkeypatch):
 # Stands in for the training itself, which the launcher knows nothing about: sitecustomize is imported by
 # every process that Python starts with this folder on its path.
 TRAIN = """
-import os, sys, types
+import os, pathlib, sys, types
 module = types.ModuleType("spell_megatron.train")
 def run(config, resume, rendezvous):
     import time
     from spell_megatron.errors import UserError
     rank = int(os.environ["RANK"])
-    open(f"rank_{rank}", "w").write(os.environ["WORLD_SIZE"])
+    pathlib.Path(f"rank_{rank}").write_text(os.environ["WORLD_SIZE"])
     behaviour = os.environ["BEHAVIOUR"]
     if behaviour == "user error" and rank == 0:
         raise UserError("The engine died. Look at its log.")

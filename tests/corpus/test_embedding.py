@@ -162,10 +162,11 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import numpy as np
 from spell_megatron.corpus.embedding import embed_by_vllm
 if __name__ == "__main__":
-    batches = json.load(open(sys.argv[2]))
+    batches = json.loads(Path(sys.argv[2]).read_text())
     np.save(sys.argv[3], np.concatenate(list(embed_by_vllm(batches, sys.argv[1]))))
 """
 

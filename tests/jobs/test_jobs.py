@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import MARK, ROOT, SMALL, left_over, started
+from small_run import MARK, ROOT, SMALL, dump, left_over, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -64,8 +64,7 @@ def steps(run: Path) -> list[dict]:
 
 
 def questions(run: Path, step: int = 1) -> list[tuple]:
-    rows = [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").open()]
-    return [(row["uid"], row["prompt"]) for row in rows if row["role"] == "questioner"]
+    return [(row["uid"], row["prompt"]) for row in dump(run, step) if row["role"] == "questioner"]
 
 
 def test_a_run_on_one_node(one_node):

@@ -236,7 +236,7 @@ def test_judged_lessons_are_right(codec):
 def test_policy_reads_asks_and_judges(codec):
     """The committed policy, in the program's own sampling: well enough to be trained, and not too well."""
     model, prompts = AutoModelForCausalLM.from_pretrained(RICH / "policy"), PromptSet.load("compact")
-    rows = [json.loads(line) for line in (RICH / "heldout.jsonl").open(encoding="utf-8")][:40]
+    rows = [json.loads(line) for line in (RICH / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
     right = rich_policy.check_responder(model, codec, prompts, rows, 0.0)["all"]
     assert 15 <= right <= 70
     ids = [codec.prompt(prompts.questioner(row["task"], row["documents"][:3], [], None)) for row in rows]

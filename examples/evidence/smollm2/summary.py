@@ -19,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from run import estimate, right_answers, spread  # noqa: E402
+from run import estimate, right_answers, rows_of, spread  # noqa: E402
 
 Row = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def _mean(values: Iterable[float]) -> str:
 def table(run: Path) -> str:
     """A column for each update."""
     files = sorted((run / "rollouts").glob("step_*.jsonl"))
-    columns = [of_update([json.loads(line) for line in file.open(encoding="utf-8")]) for file in files]
+    columns = [of_update(rows_of(file)) for file in files]
     lines = [f"| update | {' | '.join(str(int(file.stem[5:])) for file in files)} |", "|---" * (len(files) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
     return "\n".join(lines)
