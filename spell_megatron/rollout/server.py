@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import spell_megatron
 from spell_megatron.config.schema import ModelConfig, RolloutConfig
 from spell_megatron.errors import UserError
+from spell_megatron.processes.lifetime import kill_group
 from spell_megatron.processes.signals import given_on
 from spell_megatron.ranks import TRAINER_VARIABLES, slurm_job, slurm_restarts
 from spell_megatron.rollout.transports.transport import Transport
@@ -264,9 +264,7 @@ class Server:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, deadline - time.monotonic()))
         for process in (self.process, self._guard):
-            # The workers are in the server's process group, so this kills them too.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process.pid)  # the workers are in the server's group
             process.wait()
         shutil.rmtree(self._temporary, ignore_errors=True)
 

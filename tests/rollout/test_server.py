@@ -177,6 +177,28 @@ def test_a_server_leaves_no_temporary_files(length, end, monkeypatch):
         assert not folder.exists() and not list(usual.iterdir())
 
 
+def test_a_server_that_is_killed_leaves_no_shared_memory(tmp_path):
+    """Of its own, or of a process of its own that outlives it."""
+    code = """if True:
+        import multiprocessing, sys, time
+        from multiprocessing.shared_memory import SharedMemory
+        def hold():
+            shared = SharedMemory(create=True, size=1000)
+            print(shared.name, flush=True)
+            time.sleep(600)
+        multiprocessing.resource_tracker.ensure_running()
+        multiprocessing.get_context("fork").Process(target=hold).start()
+        hold()"""
+    server = Server("http://one", [sys.executable, "-c", code], {"PATH": os.environ["PATH"]}, tmp_path / "log")
+    while len(names := server.log.read_text().split("\n")[1:-1]) < 2:
+        assert server.process.poll() is None, server.last_words()
+        time.sleep(0.05)
+    assert all(Path("/dev/shm", name).exists() for name in names)
+    server.process.kill()
+    server.stop(time.monotonic() + 10)
+    assert not any(Path("/dev/shm", name).exists() for name in names)
+
+
 _STARTER = """
 import sys, time
 sys.path.insert(0, {tests!r})
