@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -239,6 +240,22 @@ def test_committed_policy_follows_its_formats():
         for row, response in zip(rows, tiny_policy.sample(model, ids, 64, 0.0), strict=True)
     ]
     assert sum(isinstance(question, Question) for question in asked) >= 36
+
+
+def test_what_the_policy_can_do_is_printed(monkeypatch, capsys, tmp_path):
+    """By the command of the quick start's page, over fewer questions and clusters."""
+    few = tmp_path / "few.jsonl"
+    few.write_text(
+        "\n".join((QUICKSTART / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:6]), encoding="utf-8"
+    )
+    for name, less in (("report", {"clusters": 4}), ("report_sizes", {"count": 6})):
+        monkeypatch.setattr(seed_policy, name, partial(getattr(seed_policy, name), **less))
+    monkeypatch.setattr(sys, "argv", ["make_seed_policy.py", "--check-only", "--heldout", str(few)])
+    seed_policy.main()
+    lines = capsys.readouterr().out.splitlines()
+    roles = ["responder", "no context", "questioner", "history", "verifier"]
+    starts = ["temperature 0.0", *roles, "temperature 0.7", *roles, "documents", "1 ", "2 ", "3 ", "5 ", "8 "]
+    assert [line for line, start in zip(lines, starts, strict=True) if not line.strip().startswith(start)] == []
 
 
 def test_committed_files_are_small():

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -254,3 +255,14 @@ def test_configuration_is_valid_and_files_are_small():
     config = load_config([ROOT / "examples" / "evidence" / "rich.yaml"], [])
     assert all((ROOT / path).exists() for path in (config.model.path, config.data.documents))
     assert sum(path.stat().st_size for path in RICH.rglob("*") if path.is_file()) < 8e6
+
+
+def test_what_the_policy_can_do_is_printed(monkeypatch, capsys):
+    """By the command of the world's page, over fewer questions and clusters."""
+    monkeypatch.setattr(rich_policy, "report", partial(rich_policy.report, clusters=4))
+    monkeypatch.setattr(sys, "argv", ["make_rich_policy.py", "--check-only", "--limit", "6"])
+    rich_policy.main()
+    lines = capsys.readouterr().out.splitlines()
+    starts = [f"questioner, {shown} documents {{" for shown in (1, 2, 3, 5)]
+    starts += ["verifier {", "responder, temperature 1 {", "responder, greedy        {"]
+    assert [line for line, start in zip(lines, starts, strict=True) if not line.startswith(start)] == []
