@@ -84,6 +84,8 @@ def test_soak(tmp_path):
     # Pages of the KV cache are taken from the system when they are first used, so it must be small to be full soon.
     small += ("--rollout.cpu_kv_cache_gib=0.03",)
     small += (f"--run.steps={SOAK_STEPS}", "--checkpoint.every=20", "--validation.every=0", "--validation.limit=4")
+    # Two answers are no batch to learn from: at the quick start's rate the policy would unlearn its forms.
+    small += ("--training.optimizer.lr=1e-6",)
     folder = tmp_path / "soak"
     where = (f"--run.output_dir={tmp_path}", "--run.name=soak")
     process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *small)
