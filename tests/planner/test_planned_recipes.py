@@ -41,9 +41,6 @@ DENSE_27B = {
     "linear_num_value_heads": 48,
 }
 
-# Of the same sizes, in the same layout and with rows of the same length as another.
-TWINS = {"qwen2.5_7b", "qwen2.5_14b", "qwen2.5_32b"}
-
 
 @pytest.mark.parametrize(("name", "parameters"), (PUBLISHED | GPT_OSS).items())
 def test_the_number_of_parameters_is_the_published_one(name, parameters):
@@ -75,16 +72,10 @@ def test_the_number_of_parameters_of_other_families_is_that_of_transformers(fami
         (["qwen3_30b_a3b_100k_8xh200.yaml"], "H200-141G", None),
         (["qwen3.5_9b_8xh100.yaml"], "H100-80G", None),
         (["qwen3.5_35b_a3b_100k.yaml"], "H200-141G", None),
-        pytest.param(["qwen3.5_35b_a3b_256k.yaml"], "H200-141G", None, marks=pytest.mark.slow),
+        (["qwen3.5_35b_a3b_256k.yaml"], "H200-141G", None),
         (["qwen3_30b_a3b_thinking_100k.yaml"], "H100-80G", 4_018_747_392),
         (["qwen3_30b_a3b_thinking_100k_h200.yaml"], "H200-141G", None),
-        *(
-            pytest.param(
-                *(["paper_16k.yaml", f"paper_16k/{name}.yaml"], "A100-80G", None),
-                marks=[pytest.mark.slow] if name in TWINS else [],
-            )
-            for name in PUBLISHED
-        ),
+        *((["paper_16k.yaml", f"paper_16k/{name}.yaml"], "A100-80G", None) for name in PUBLISHED),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
