@@ -1,6 +1,6 @@
 """How much of an update is hidden behind its rollout, and how much shorter does that make a step?
 
-    python benchmarks/overlap.py [--quick] [--steps N] [--recipe]
+    python benchmarks/overlap.py [--quick] [--shuffled] [--steps N] [--recipe]
 
 The quick start, whose engine and trainer have one thread and one core each. In one run, steps whose update waits for
 the end of the rollout and steps whose update begins during it take turns, after one of each that does not count.
@@ -9,7 +9,9 @@ validation; and the share of the hideable time, which is the shorter of rollout 
 core, if there is one, is for self-play; with two it shares the engine's.
 
 Questions cannot be hidden: their advantages depend on all questions of their task. What could be hidden at best is the
-share of the other rows in the FLOPs of an update.
+share of the other rows in the FLOPs of an update. In the quick start, questions are a third of an update, and an update
+is a small part of a step. With --shuffled each answer sees the documents in an order of its own. Then answers share no
+prompt: an update is a third of a step, and 6 % of it are questions.
 
 Then the same for the recipe of 100,000 tokens, simulated with the times and lengths that `spell plan` assumes (see
 benchmarks/simulated_step.py), the mean of several seeds; --recipe: only this. The last line is one JSON object; `holds`
@@ -51,6 +53,11 @@ ROOT = Path(__file__).parents[1]
 KEY = "SPELL_API_KEY"
 ONE_THREAD = ("--rollout.threads=1", "--training.threads=1", "--checkpoint.every=1000", "--validation.questions=null")
 QUICK = ("--selfplay.groups=10", "--selfplay.clusters_per_round=30")
+SHUFFLED = (
+    "--selfplay.responder.shuffle_documents=true",
+    "--selfplay.groups=20",
+    "--selfplay.clusters_per_round=60",
+)
 GOALS = {"hidden": 0.8, "step": 0.82, "recipe_hidden": 0.85}
 SEEDS = 10
 RECIPE = ROOT / "examples" / "qwen3_30b_a3b_thinking_100k.yaml"
@@ -191,11 +198,13 @@ def recipe() -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10 groups instead of 40, 4 steps")
+    parser.add_argument("--shuffled", action="store_true", help="20 groups whose answers share no prompt")
     parser.add_argument("--steps", type=int, help="of each kind (default 5, of --quick 2)")
     parser.add_argument("--recipe", action="store_true", help="only the simulated recipe")
     options = parser.parse_args()
     os.chdir(ROOT)
-    figures = {} if options.recipe else run(options.quick, options.steps or (2 if options.quick else 5))
+    settings = (*(QUICK if options.quick else ()), *(SHUFFLED if options.shuffled else ()))
+    figures = {} if options.recipe else run(settings, options.steps or (2 if options.quick else 5))
     planned = {name: round(value, 3) for name, value in recipe().items()}
     print("recipe of 100,000 tokens, simulated: " + ", ".join(f"{name} {value}" for name, value in planned.items()))
     holds = planned["hidden"] >= GOALS["recipe_hidden"]
@@ -205,10 +214,10 @@ def main() -> int:
     return 0
 
 
-def run(quick: bool, steps: int) -> dict[str, Any]:
-    """The figures of a run with so many steps of each kind that count."""
+def run(settings: Sequence[str], steps: int) -> dict[str, Any]:
+    """The figures of the quick start with `settings`, with so many steps of each kind that count."""
     trainer, engines, selfplay = cores()
-    settings = [*ONE_THREAD, *(QUICK if quick else ())]
+    settings = [*ONE_THREAD, *settings]
     turns = Turns(load_config("examples/quickstart.yaml", settings), selfplay)
     with tempfile.TemporaryDirectory() as runs, engine([*settings, f"--run.output_dir={runs}"], engines) as urls:
         os.sched_setaffinity(0, trainer)

@@ -83,6 +83,8 @@ def test_soak(tmp_path):
     small = ("--selfplay.groups=1", "--selfplay.group_size=2", "--selfplay.clusters_per_round=4")
     # Pages of the KV cache are taken from the system when they are first used, so it must be small to be full soon.
     small += ("--rollout.cpu_kv_cache_gib=0.03",)
+    # The policy stays as it is: one that learned from two answers a step would soon answer nothing.
+    small += ("--training.optimizer.lr=1e-6",)
     small += (f"--run.steps={SOAK_STEPS}", "--checkpoint.every=20", "--validation.every=0", "--validation.limit=4")
     # Two answers are no batch to learn from: at the quick start's rate the policy would unlearn its forms.
     small += ("--training.optimizer.lr=1e-6",)
