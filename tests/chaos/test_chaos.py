@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 KILLS, STEPS = 10, 30
 SOAK_STEPS = 200
+CONNECTIONS = 8
+"""Requests of the soak that are under way at once, each of which may have a connection of its own."""
 
 
 def rows(folder: Path) -> int:
@@ -79,28 +81,33 @@ def test_ten_kills(tmp_path, seed):
 
 
 def test_soak(tmp_path):
-    """Memory, file handles, threads and processes of trainer and engine over many steps."""
+    """Memory, file handles, threads and processes of trainer, self-play and engine over many steps."""
     small = ("--selfplay.groups=1", "--selfplay.group_size=2", "--selfplay.clusters_per_round=4")
     # Pages of the KV cache are taken from the system when they are first used, so it must be small to be full soon.
     small += ("--rollout.cpu_kv_cache_gib=0.03",)
     # The policy stays as it is: one that learned from two answers a step would soon answer nothing.
     small += ("--training.optimizer.lr=1e-6",)
-    small += (f"--run.steps={SOAK_STEPS}", "--checkpoint.every=20", "--validation.every=0", "--validation.limit=4")
-    # Two answers are no batch to learn from: at the quick start's rate the policy would unlearn its forms.
-    small += ("--training.optimizer.lr=1e-6",)
+    small += (
+        f"--rollout.concurrency={CONNECTIONS}",
+        f"--run.steps={SOAK_STEPS}",
+        "--checkpoint.every=20",
+        "--validation.every=0",
+        "--validation.limit=4",
+    )
     folder = tmp_path / "soak"
     where = (f"--run.output_dir={tmp_path}", "--run.name=soak")
     process = start("--config", "examples/quickstart.yaml", *where, *SMALL, *small)
-    samples: dict[str, list[tuple[int, int, int]]] = {"trainer": [], "server": [], "core": []}
+    samples: dict[str, list[tuple[int, int, int]]] = {"trainer": [], "self-play": [], "server": [], "core": []}
     counts = []
     seen = 0
     while process.poll() is None:
         if rows(folder) > seen and rows(folder) % 10 == 0:
             seen = rows(folder)
             trainer = psutil.Process(process.pid)
+            (selfplay,) = parts(trainer)["self-play"]
             (server,) = servers(process)
             (core,) = (p for p in server.children() if "EngineCore" in p.name())
-            for name, one in (("trainer", trainer), ("server", server), ("core", core)):
+            for name, one in zip(samples, (trainer, selfplay, server, core), strict=True):
                 samples[name].append((one.memory_info().rss, one.num_fds(), one.num_threads()))
             counts.append(len([p for p in trainer.children(recursive=True) if p.name() != "sleep"]))
         time.sleep(0.02)
@@ -115,5 +122,5 @@ def test_soak(tmp_path):
         growth = [after - before for before, after in itertools.pairwise(megabytes[late])]
         assert statistics.median(growth) <= 2, (name, growth)
         early = slice(len(values) // 4, len(values) // 2)
-        assert max(handles[late]) <= max(handles[early]) + 3 and max(threads[late]) <= max(threads[early]) + 3
+        assert max(handles[late]) <= max(handles[early]) + CONNECTIONS and max(threads[late]) <= max(threads[early]) + 3
     assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2])
