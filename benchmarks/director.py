@@ -3,8 +3,8 @@
     python benchmarks/director.py [--quick] [--groups N] [--prompt TOKENS] [--answer TOKENS] [--engines N]
                                   [--routing LAYERS,EXPERTS] [SETTING=VALUE ...]
 
-A step of self-play by the real `Director`: tokenizer, prompts, HTTP, parsing, rewards, batch, then the trainer's rows
-and the dump. The engines are simulated (benchmarks/simulated_engines.py): real servers in processes of their own, whose
+A step of self-play by the real `Director`: tokenizer, prompts, HTTP, parsing, rewards, batch, the trainer's rows (those
+that are certain early, as in a run that overlaps its update), then the dump. The engines are simulated (benchmarks/simulated_engines.py): real servers in processes of their own, whose
 answers have the form and the size of vLLM's and come within --seconds. So the director is as busy as it can be.
 Documents are made of sentences of examples/documents, tokenised by byte pairs as Qwen's. All clusters have prompts of
 the same length. Questions and answers without documents are as long as the answers, and judgments have 512 tokens
@@ -14,7 +14,9 @@ engines would not tell from others.
 CPU seconds are those of this process, all threads together, so a busy machine changes them less than the time. Threads
 beside the event loop tokenise, and read answers that hold the routing of a prompt. The delay is how long the event loop
 is busy between two looks at its sockets, in CPU seconds of its thread; its 99th percentile is weighted by time: all but
-a hundredth of the busy time is in turns that are no longer. Memory is the most that the process ever held, all of the
+a hundredth of the busy time is in turns that are no longer. The longest turn is usually the last one, in which the batch
+and its metrics are made: no answer is waited for any more. After it, all that the rollout has left is looked through once
+for garbage. Memory is the most that the process ever held, all of the
 corpus included. --quick: 12 groups, 4 engines, a share of the CPU time accordingly. The last line is one JSON object.
 """
 
@@ -45,10 +47,12 @@ from transformers import PreTrainedTokenizerFast
 from spell_megatron.config.reading import load_config
 from spell_megatron.config.schema import Config
 from spell_megatron.director.director import Director
-from spell_megatron.director.messages import pack_rows, unpack_rows
+from spell_megatron.director.messages import PackedRow, pack_rows, unpack_rows
 from spell_megatron.monitoring.dumps import write_dump
 from spell_megatron.rollout import client, wire
-from spell_megatron.selfplay import roles, tasks
+from spell_megatron.selfplay import roles, selfplay, tasks
+from spell_megatron.selfplay.batch import Sample
+from spell_megatron.selfplay.final_rows import FinalRows
 from spell_megatron.selfplay.prompts import PromptSet
 from spell_megatron.tokenizer import PolicyTokenizer
 
@@ -191,6 +195,9 @@ class Stopwatch:
         self.watch("parsing replies", tasks, "parse_question", "parse_answer")
         self.watch("parsing replies", roles, "parse_verdict")
         self.watch("texts of prompts", PromptSet, "questioner", "responder", "verifier")
+        self.watch("looking for rows that are certain", FinalRows, "look")
+        self.watch("batch and metrics", selfplay, "step_metrics")
+        self.watch("batch and metrics", selfplay.SelfPlay, "_compose")
 
 
 def watch_collections() -> list[float]:
@@ -236,6 +243,14 @@ def memory_gb() -> float:
 def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any]:
     """The figures of a step."""
     watch, director = Stopwatch(), Director(config)
+    weights = config.training.role_weights
+    sent: list[tuple[list[PackedRow], list[np.ndarray]]] = []
+
+    def send(samples: list[Sample]) -> None:
+        sent.append(pack_rows(samples, weights))
+        for sample in samples:
+            sample.routing = None
+
     director.connect(urls, "key")
     with closing(director):
         watch.parts()
@@ -243,7 +258,8 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
         cpu, wall = watch_loop(director._runner.get_loop())
         collections = watch_collections()
         began, loop_began, wall_began = time.process_time(), time.thread_time(), time.perf_counter()
-        rollout = director.roll_out(0, "0", urls, lambda mixed, admitted: None)
+        rollout = director.roll_out(0, "0", urls, lambda mixed, admitted: None, send)
+        turns, wall_turns = cpu.copy(), wall.copy()  # what comes after is not of the rollout
         loop_seconds, wall_seconds = time.thread_time() - loop_began, time.perf_counter() - wall_began
         rollout_seconds = time.process_time() - began
         memory = memory_gb()
@@ -255,17 +271,17 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
     parts["beside the loop"] = rollout_seconds - loop_seconds
     parts["dump"] = time.process_time() - began
     began = time.process_time()
-    rows = unpack_rows(*pack_rows(rollout.batch, config.training.role_weights))
+    rows = [row for packed in [*sent, pack_rows(rollout.late, weights)] for row in unpack_rows(*packed)]
     parts["rows of the update"] = time.process_time() - began
     metrics = rollout.metrics
     return {
         "cpu_seconds": rollout_seconds + parts["dump"] + parts["rows of the update"],
-        "delay_p99_ms": 1e3 * p99(cpu),
+        "delay_p99_ms": 1e3 * p99(turns),
         "memory_gb": memory,
         "loop_cpu_seconds": loop_seconds,
-        "delay_max_ms": 1e3 * max(cpu),
-        "delay_p99_wall_ms": 1e3 * p99(wall),
-        "delay_max_wall_ms": 1e3 * max(wall),
+        "delay_max_ms": 1e3 * max(turns),
+        "delay_p99_wall_ms": 1e3 * p99(wall_turns),
+        "delay_max_wall_ms": 1e3 * max(wall_turns),
         "memory_with_rows_gb": memory_gb(),
         "memory_before_gb": at_start,
         "collections": len(collections),
@@ -277,6 +293,7 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
         "generated_tokens": int(metrics["selfplay/generated_tokens"]),
         "prompt_tokens": round(metrics["selfplay/responder/prompt_tokens"]),
         "rows": len(rows),
+        "rows_early": len(rows) - len(rollout.late),
         "parts": parts,
     }
 
@@ -348,7 +365,8 @@ def report(figures: dict[str, Any], options: Any) -> None:
         f"load {os.getloadavg()[0]:.1f}"
     )
     print(
-        f"  {figures['clusters']} clusters, {figures['mixed_groups']} mixed groups, {figures['rows']} rows, "
+        f"  {figures['clusters']} clusters, {figures['mixed_groups']} mixed groups, {figures['rows']} rows "
+        f"({figures['rows_early']} early), "
         f"{figures['generated_tokens']:,} generated tokens used, {figures['wall_seconds']:.0f} s"
     )
     for part, seconds in sorted(figures["parts"].items(), key=lambda item: -item[1]):

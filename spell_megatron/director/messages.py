@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 
 from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.training.prefix_tree import Row
+
+
+SHOW_STACKS = signal.SIGUSR2
+"""The signal on which the director's process writes to standard error what each of its threads is doing."""
 
 
 class _Message(msgspec.Struct, tag=True):

@@ -8,6 +8,7 @@ with rank 0. It does without torch, which transformers would import for a tokeni
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import queue
 import signal
@@ -151,6 +152,8 @@ class Service:
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)  # rank 0 answers requests to stop
+    faulthandler.enable()  # stack traces where a library crashes
+    faulthandler.register(messages.SHOW_STACKS)
     end_with_parent()
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None  # transformers then takes it for not installed

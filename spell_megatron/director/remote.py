@@ -30,6 +30,9 @@ Answer = TypeVar("Answer", bound=messages.FromDirector)
 _STOP_SECONDS = 0.5
 _END_SECONDS = 3.0
 """How long the process may take to end by itself."""
+_SHOW_SECONDS = 1.0
+_GIVE_UP_SECONDS = 300.0
+"""How long it may take to give up what is under way: the writing of a dump goes on, code that never returns too."""
 
 
 @dataclass
@@ -173,6 +176,8 @@ class RemoteDirector:
                 if self._stop():
                     self._send(messages.GiveUp())
                     given_up = True
+            if given_up and time.monotonic() - looked > _GIVE_UP_SECONDS:
+                raise self._stuck()
             if not given_up and self._inbox.empty():
                 when_idle()
             answer = self._next(_STOP_SECONDS)
@@ -244,6 +249,17 @@ class RemoteDirector:
                     self._inbox.put((message, arrays))
         except Exception as error:  # the main thread waits for it
             self._inbox.put(error)
+
+    def _stuck(self) -> ProcessLost:
+        """End the process, which first writes to standard error what it is doing."""
+        self.process.send_signal(messages.SHOW_STACKS)
+        time.sleep(_SHOW_SECONDS)
+        self.process.kill()
+        return ProcessLost(
+            f"The run's process for self-play ({self.process.pid}) was to stop and did not in {_GIVE_UP_SECONDS:g} s, so "
+            "it was ended. What it was doing is above. If that is a function of your own, it must return for every input. "
+            "Resume the run from its last checkpoint."
+        )
 
     def _lost(self) -> ProcessLost:
         status = self.process.wait()

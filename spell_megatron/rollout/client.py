@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.2, 1.0, 3.0, 10.0)
 _REST_SECONDS = 15.0
+_SPARE_FILES = 64
+"""Files that this process may open besides its connections to engines."""
 _LARGE_BYTES = 1 << 22
 """Answers with more than this hold the routing of a prompt, and take so long to read that a thread does."""
 
@@ -53,13 +56,19 @@ def http_session(api_key: str | None, timeout: aiohttp.ClientTimeout) -> aiohttp
     )
 
 
-def _allow_files(more: int) -> None:
-    """Let this process have so many more files open, as far as the machine allows; connections are files."""
+def _allow_files(more: int) -> int:
+    """Let this process have so many more files open, and some to spare; connections are files.
+
+    Returns: how many more it may have, which are fewer where the hard limit forbids it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
-    if soft != unlimited:
-        wanted = soft + more if hard == unlimited else min(soft + more, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == unlimited:
+        return more
+    wanted = soft + more + _SPARE_FILES
+    limit = wanted if hard == unlimited else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return min(more, limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES)
 
 
 class Client:
@@ -77,7 +86,8 @@ class Client:
         hang_timeout: when a request has taken so many seconds, and again after as many, its engine is asked whether it
             is alive. If the engine does not answer in as many seconds, its requests go to another engine.
         concurrency: the engines' --max-num-seqs. At most as many requests per replica are in
-            flight; the others wait here, without a connection. Requests for more samples are cut.
+            flight, or fewer if this process may not have so many files open; the others wait here, without a
+            connection. Requests for more samples are cut.
         revive: called when no engine can be reached. It restarts them, and returns their addresses once they have the
             same weights. Requests under way are sent again, with the same seeds. Nothing else runs in the event loop
             until it returns. None: the UserError below is raised instead.
@@ -100,7 +110,7 @@ class Client:
         self._stop_token_ids = sorted(stop_token_ids)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, sock_connect=30.0)
         self._hang_timeout = hang_timeout
-        self._concurrency = concurrency
+        self._concurrency = self._at_a_time = concurrency
         self._session: aiohttp.ClientSession | None = None
         self._revive, self._revived = revive, 0
         self._prompt_json = PromptJson()
@@ -115,10 +125,19 @@ class Client:
         self._find(urls)
 
     def _find(self, urls: Sequence[str]) -> None:
-        self._replicas = [_Replica(url.rstrip("/"), Slots(self._concurrency)) for url in urls]
+        self._replicas = [_Replica(url.rstrip("/"), Slots(self._at_a_time)) for url in urls]
 
     async def __aenter__(self) -> Client:
-        _allow_files(self._concurrency * len(self._replicas))
+        allowed = _allow_files(self._concurrency * len(self._replicas)) // len(self._replicas)
+        if allowed < self._concurrency:
+            self._at_a_time = max(1, allowed)
+            log.warning(
+                "this process may have too few files open: each engine gets at most %d requests at a time, not %d "
+                "(rollout.concurrency), so rollouts are slower; raise the hard limit (ulimit -Hn)",
+                self._at_a_time,
+                self._concurrency,
+            )
+            self._find([replica.url for replica in self._replicas])
         # The slots bound the sockets, so the connector need not; a request that waited for
         # a slot of the connector would have its timeout running.
         self._session = http_session(self._api_key, self._timeout)

@@ -15,7 +15,7 @@ import pytest
 from small_run import ROOT
 
 from spell_megatron.config.reading import load_config
-from spell_megatron.director import remote
+from spell_megatron.director import messages, remote
 from spell_megatron.director.messages import FromDirector, Progress, RolledOut, ToDirector
 from spell_megatron.director.process import _ToRank0
 from spell_megatron.director.remote import RemoteDirector, _log
@@ -93,6 +93,21 @@ def test_the_progress_of_a_rollout_shows_while_the_trainer_works(config, engines
     with RemoteDirector(config, tmp_path) as director, theirs:
         director._engines = engines
         assert director.roll_out(1, "0", shown.put, meanwhile=update).rows == []
+
+
+def test_one_that_does_not_give_up_is_ended(config, engines, tmp_path, monkeypatch, capfd):
+    """A function of the user's own may never return. What the process is doing is shown."""
+    monkeypatch.setattr(remote, "_GIVE_UP_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "_SHOW_SECONDS", 0.1)
+    with RemoteDirector(config, tmp_path, lambda: True) as director:
+        director.connect(engines, list, None)
+        director.process.send_signal(messages.SHOW_STACKS)
+        assert director.state_dict()  # it goes on
+        assert "director/process.py" in capfd.readouterr().err
+        director.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(ProcessLost, match=r"did not in 1 s.*function of your own.*Resume"):
+            director.roll_out(1, "0", lambda mixed: None)
+    assert director.process.returncode == -signal.SIGKILL
 
 
 def test_what_ends_the_thread_that_reads_is_told(config, engines, tmp_path, monkeypatch):

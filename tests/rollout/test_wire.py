@@ -119,6 +119,31 @@ def test_more_requests_than_the_process_may_have_files_open():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_where_the_hard_limit_of_open_files_is_low_fewer_requests_are_under_way(monkeypatch, caplog):
+    """An engine to which no connection can be opened would be taken for one that has died, and be started again."""
+    most = len(os.listdir("/proc/self/fd")) + 64 + 10  # the server's side of the connections is not counted
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (most, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: None)
+    under_way, longest = [0], []
+
+    async def answer(*_):
+        under_way[0] += 1
+        longest.append(under_way[0])
+        await asyncio.sleep(0.01)
+        under_way[0] -= 1
+        return answer_of(choice())
+
+    async def main():
+        async with Client(["http://engine"], "", SamplingConfig(), stop_token_ids=[], concurrency=200) as client:
+            monkeypatch.setattr(client, "_post", answer)
+            calls = (client.generate([1], n=1, seed=seed, max_tokens=1, affinity="") for seed in range(50))
+            return await asyncio.gather(*calls)
+
+    assert len(asyncio.run(main())) == 50
+    assert 5 <= max(longest) <= 10  # the event loop has some files open too
+    assert "too few files open" in caplog.text and "ulimit -Hn" in caplog.text
+
+
 def test_the_json_of_a_prompt_is_made_once_for_all_requests_under_way():
     ids, equal, prompts = [1, 2, 3], [1, 2, 3], PromptJson()
     with prompts.of(ids) as first:
