@@ -12,7 +12,6 @@ import numpy as np
 from spell_megatron.selfplay.batch import Role, Sample
 from spell_megatron.training.prefix_tree import Row
 
-
 SHOW_STACKS = signal.SIGUSR2
 """The signal on which the director's process writes to standard error what each of its threads is doing."""
 

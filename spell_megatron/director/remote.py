@@ -256,9 +256,9 @@ class RemoteDirector:
         time.sleep(_SHOW_SECONDS)
         self.process.kill()
         return ProcessLost(
-            f"The run's process for self-play ({self.process.pid}) was to stop and did not in {_GIVE_UP_SECONDS:g} s, so "
-            "it was ended. What it was doing is above. If that is a function of your own, it must return for every input. "
-            "Resume the run from its last checkpoint."
+            f"The run's process for self-play ({self.process.pid}) was asked to stop, and was ended because it had not "
+            f"in {_GIVE_UP_SECONDS:g} s. What it was doing is above; a function of your own must return for every "
+            "input. Resume the run from its last checkpoint."
         )
 
     def _lost(self) -> ProcessLost:

@@ -105,7 +105,7 @@ def test_one_that_does_not_give_up_is_ended(config, engines, tmp_path, monkeypat
         assert director.state_dict()  # it goes on
         assert "director/process.py" in capfd.readouterr().err
         director.process.send_signal(signal.SIGSTOP)
-        with pytest.raises(ProcessLost, match=r"did not in 1 s.*function of your own.*Resume"):
+        with pytest.raises(ProcessLost, match=r"had not in 1 s.*function of your own.*Resume"):
             director.roll_out(1, "0", lambda mixed: None)
     assert director.process.returncode == -signal.SIGKILL
 
