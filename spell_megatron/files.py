@@ -32,6 +32,9 @@ def appearing_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails, on a full disk say, does not name the file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

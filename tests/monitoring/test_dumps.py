@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -66,3 +68,17 @@ def test_a_step_done_again_replaces_its_file_and_none_writes_nothing(tmp_path):
     assert len(read(write_dump([sample()], tmp_path, 1, "jsonl"))) == 1
     assert write_dump([sample()], tmp_path / "off", 1, "none") is None
     assert not (tmp_path / "off").exists()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, format):
+    """The operating system's does not: it comes from a write. A limit of files' sizes stands for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # Python ignores its signal
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_dump([sample(prompt="long " * 10_000)], tmp_path, 4, format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / f"step_000004.{format}")
+    assert not list(tmp_path.iterdir())
