@@ -79,18 +79,19 @@ class Service:
                     self._channel.send(messages.Failed(error.strerror or "", error.errno, error.filename))
 
     def _listen(self) -> None:
-        """Receive, also while something is under way."""
+        """Receive, also while something is under way, until rank 0 is gone or what it sends cannot be read."""
         try:
-            while True:
-                message, _ = self._channel.receive()
-                if isinstance(message, messages.Revived):
-                    self._revived.put(message.urls)
-                elif isinstance(message, messages.GiveUp):
-                    self._given_up.set()
-                else:
-                    self._given_up.clear()  # rank 0 has no new task before the end of the last one
-                    self._tasks.put(message)
-        except EOFError:
+            with suppress(EOFError):
+                while True:
+                    message, _ = self._channel.receive()
+                    if isinstance(message, messages.Revived):
+                        self._revived.put(message.urls)
+                    elif isinstance(message, messages.GiveUp):
+                        self._given_up.set()
+                    else:
+                        self._given_up.clear()  # rank 0 has no new task before the end of the last one
+                        self._tasks.put(message)
+        finally:
             self._given_up.set()
             self._revived.put([])
             self._tasks.put(None)

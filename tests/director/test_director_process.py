@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from spell_megatron.config.reading import load_config
 from spell_megatron.director import messages, remote
 from spell_megatron.director.messages import FromDirector, Progress, RolledOut, ToDirector
 from spell_megatron.director.process import _ToRank0
+from spell_megatron.director.messages import FromDirector
+from spell_megatron.director.process import Service, _ToRank0
 from spell_megatron.director.remote import RemoteDirector, _log
 from spell_megatron.errors import ProcessLost, UserError
 from spell_megatron.monitoring.run_log import log_file, logged_by, run_log
@@ -120,6 +123,18 @@ def test_what_ends_the_thread_that_reads_is_told(config, engines, tmp_path, monk
         pytest.raises(MemoryError, match="no room for a message"),
     ):
         director.connect(engines, list, None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_it_ends_when_it_cannot_read_what_rank_0_sends():
+    """Rank 0 would wait for its answer for ever."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        service = threading.Thread(target=Service(Channel(theirs, messages.ToDirector)).run, daemon=True)
+        service.start()
+        Channel(ours, messages.FromDirector).send(messages.Connected())  # no message for it
+        service.join(10)
+        assert not service.is_alive()
 
 
 def test_stack_traces_of_it_are_in_the_log_and_not_on_the_screen(tmp_path, capsys):
