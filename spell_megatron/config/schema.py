@@ -23,7 +23,7 @@ class RunConfig(Section):
     """Name of the run. Its folder is `output_dir/name`."""
     output_dir: Path = Path("runs")
     """Folder that holds the folders of all runs."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of the run follows from this seed."""
     steps: int = Field(70, ge=0)
     """Number of updates. The paper's runs stop at about 70."""

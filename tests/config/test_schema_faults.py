@@ -110,3 +110,10 @@ def test_no_content_of_a_file_raises_anything_but_user_errors(tmp_path_factory, 
     assert isinstance(reading.settings, Config)
     for fault in reading.faults:
         assert str(fault).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("seed", "fault"), [(-1, "greater than or equal to 0"), (20250101123000, "less than 4294967296")]
+)
+def test_a_seed_that_numpy_would_refuse_later(write, seed, fault):
+    assert any("run.seed" in line and fault in line for line in faults_of(write("{}"), f"--run.seed={seed}"))
