@@ -4,20 +4,20 @@
                                   [--routing LAYERS,EXPERTS] [SETTING=VALUE ...]
 
 A step of self-play by the real `Director`: tokenizer, prompts, HTTP, parsing, rewards, batch, the trainer's rows (those
-that are certain early, as in a run that overlaps its update), then the dump. The engines are simulated (benchmarks/simulated_engines.py): real servers in processes of their own, whose
-answers have the form and the size of vLLM's and come within --seconds. So the director is as busy as it can be.
-Documents are made of sentences of examples/documents, tokenised by byte pairs as Qwen's. All clusters have prompts of
-the same length. Questions and answers without documents are as long as the answers, and judgments have 512 tokens
-(--verdict). Half of the usable questions have right and wrong answers. There is no gate, whose answers the simulated
-engines would not tell from others.
+that are certain early, as in a run that overlaps its update), then the dump. The engines are simulated
+(benchmarks/simulated_engines.py): real servers in processes of their own, whose answers have the form and the size of
+vLLM's and come within --seconds. So the director is as busy as it can be. Documents are made of sentences of
+examples/documents, tokenised by byte pairs as Qwen's. All clusters have prompts of the same length. Questions and
+answers without documents are as long as the answers, and judgments have 512 tokens (--verdict). Half of the usable
+questions have right and wrong answers. There is no gate: the simulated engines would not know its answers from others.
 
 CPU seconds are those of this process, all threads together, so a busy machine changes them less than the time. Threads
 beside the event loop tokenise, and read answers that hold the routing of a prompt. The delay is how long the event loop
 is busy between two looks at its sockets, in CPU seconds of its thread; its 99th percentile is weighted by time: all but
-a hundredth of the busy time is in turns that are no longer. The longest turn is usually the last one, in which the batch
-and its metrics are made: no answer is waited for any more. After it, all that the rollout has left is looked through once
-for garbage. Memory is the most that the process ever held, all of the
-corpus included. --quick: 12 groups, 4 engines, a share of the CPU time accordingly. The last line is one JSON object.
+a hundredth of the busy time is in turns that are no longer. The last turn, which makes the batch and its metrics, is
+not among them: no answer is waited for any more. After it, all that the rollout has left is looked through once for
+garbage. Memory is the most that the process ever held, all of the corpus included. --quick: 12 groups, 4 engines, a
+share of the CPU time accordingly. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -230,6 +230,18 @@ def watch_loop(loop: asyncio.AbstractEventLoop) -> tuple[list[float], list[float
     return cpu, wall
 
 
+def call_in_last_turn(note: Callable[[], int]) -> list[int]:
+    """A list that holds, once a rollout has ended, what a function returned in its last turn."""
+    compose, noted = selfplay.SelfPlay._compose, []
+
+    def noting(*args: Any) -> Any:
+        noted.append(note())
+        return compose(*args)
+
+    selfplay.SelfPlay._compose = noting  # type: ignore[method-assign]
+    return noted
+
+
 def p99(turns: Sequence[float]) -> float:
     """The length of a turn that all but a hundredth of the time is in turns no longer than."""
     lengths = np.sort(np.array(turns))
@@ -256,10 +268,10 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
         watch.parts()
         at_start = memory_gb()
         cpu, wall = watch_loop(director._runner.get_loop())
+        last = call_in_last_turn(lambda: len(cpu))
         collections = watch_collections()
         began, loop_began, wall_began = time.process_time(), time.thread_time(), time.perf_counter()
         rollout = director.roll_out(0, "0", urls, lambda mixed, admitted: None, send)
-        turns, wall_turns = cpu.copy(), wall.copy()  # what comes after is not of the rollout
         loop_seconds, wall_seconds = time.thread_time() - loop_began, time.perf_counter() - wall_began
         rollout_seconds = time.process_time() - began
         memory = memory_gb()
@@ -276,12 +288,13 @@ def measured(config: Config, urls: Sequence[str], folder: Path) -> dict[str, Any
     metrics = rollout.metrics
     return {
         "cpu_seconds": rollout_seconds + parts["dump"] + parts["rows of the update"],
-        "delay_p99_ms": 1e3 * p99(turns),
+        "delay_p99_ms": 1e3 * p99(cpu[: last[0]]),
         "memory_gb": memory,
         "loop_cpu_seconds": loop_seconds,
-        "delay_max_ms": 1e3 * max(turns),
-        "delay_p99_wall_ms": 1e3 * p99(wall_turns),
-        "delay_max_wall_ms": 1e3 * max(wall_turns),
+        "delay_max_ms": 1e3 * max(cpu[: last[0]]),
+        "delay_p99_wall_ms": 1e3 * p99(wall[: last[0]]),
+        "delay_max_wall_ms": 1e3 * max(wall[: last[0]]),
+        "last_turn_ms": 1e3 * cpu[last[0]],
         "memory_with_rows_gb": memory_gb(),
         "memory_before_gb": at_start,
         "collections": len(collections),
@@ -370,11 +383,12 @@ def report(figures: dict[str, Any], options: Any) -> None:
         f"{figures['generated_tokens']:,} generated tokens used, {figures['wall_seconds']:.0f} s"
     )
     for part, seconds in sorted(figures["parts"].items(), key=lambda item: -item[1]):
-        print(f"  {part:28s} {seconds:7.2f} s of CPU")
-    print(f"  {'in all':28s} {figures['cpu_seconds']:7.2f} s of CPU (goal {goals['cpu_seconds']:.1f})")
+        print(f"  {part:32s} {seconds:7.2f} s of CPU")
+    print(f"  {'in all':32s} {figures['cpu_seconds']:7.2f} s of CPU (goal {goals['cpu_seconds']:.1f})")
     print(
         f"  delay: p99 {figures['delay_p99_ms']:.0f} ms, max {figures['delay_max_ms']:.0f} ms; with waiting for a core "
-        f"{figures['delay_p99_wall_ms']:.0f} and {figures['delay_max_wall_ms']:.0f} ms"
+        f"{figures['delay_p99_wall_ms']:.0f} and {figures['delay_max_wall_ms']:.0f} ms; the last turn "
+        f"{figures['last_turn_ms']:.0f} ms"
     )
     print(
         f"  garbage: {figures['collections']} collections, {figures['collections_cpu_seconds']:.2f} s of CPU, "
