@@ -18,8 +18,6 @@ from small_run import ROOT
 from spell_megatron.config.reading import load_config
 from spell_megatron.director import messages, remote
 from spell_megatron.director.messages import FromDirector, Progress, RolledOut, ToDirector
-from spell_megatron.director.process import _ToRank0
-from spell_megatron.director.messages import FromDirector
 from spell_megatron.director.process import Service, _ToRank0
 from spell_megatron.director.remote import RemoteDirector, _log
 from spell_megatron.errors import ProcessLost, UserError
@@ -125,15 +123,17 @@ def test_what_ends_the_thread_that_reads_is_told(config, engines, tmp_path, monk
         director.connect(engines, list, None)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_it_ends_when_it_cannot_read_what_rank_0_sends():
+def test_it_ends_when_it_cannot_read_what_rank_0_sends(monkeypatch):
     """Rank 0 would wait for its answer for ever."""
+    shown = queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", lambda error: shown.put(str(error.exc_value)))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         service = threading.Thread(target=Service(Channel(theirs, messages.ToDirector)).run, daemon=True)
         service.start()
         Channel(ours, messages.FromDirector).send(messages.Connected())  # no message for it
-        service.join(10)
+        assert "Connected" in shown.get(timeout=60)
+        service.join(60)
         assert not service.is_alive()
 
 
