@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import os
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
             log.log(step, {"a": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "a":')  # a crash cut this line short
+    time.sleep(1)  # TensorBoard reads event files by the second in which they were made, and those of one by name
     with MetricsLogger(tmp_path, LoggingConfig(), SETTINGS, resume_step=3) as log:
         assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
         log.log(4, {"a": 40})
