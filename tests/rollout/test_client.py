@@ -194,8 +194,9 @@ def test_cancelling_aborts_in_the_engine(engines_for):
     async def use(client):
         # Without stop tokens most of these run for 900 tokens.
         task = asyncio.create_task(ask(n=16, max_tokens=900)(client))
-        while await asyncio.to_thread(running, engines) < 10:
-            await asyncio.sleep(0.05)
+        while not await asyncio.to_thread(running, engines):
+            assert not task.done(), task
+            await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
