@@ -11,7 +11,8 @@ core, if there is one, is for self-play; with two it shares the engine's.
 Questions cannot be hidden: their advantages depend on all questions of their task. What could be hidden at best is the
 share of the other rows in the FLOPs of an update. In the quick start, questions are a third of an update, and an update
 is a small part of a step. With --shuffled each answer sees the documents in an order of its own. Then answers share no
-prompt: an update is a third of a step, and 6 % of it are questions.
+prompt: an update is a third of a step, and 6 % of it are questions. The engine has 32 requests at a time, as with long
+documents; with all at once most groups would end together, at the end of the rollout.
 
 Then the same for the recipe of 100,000 tokens, simulated with the times and lengths that `spell plan` assumes (see
 benchmarks/simulated_step.py), the mean of several seeds; --recipe: only this. The last line is one JSON object; `holds`
@@ -57,6 +58,7 @@ SHUFFLED = (
     "--selfplay.responder.shuffle_documents=true",
     "--selfplay.groups=20",
     "--selfplay.clusters_per_round=60",
+    "--rollout.concurrency=32",
 )
 GOALS = {"hidden": 0.8, "step": 0.82, "recipe_hidden": 0.85}
 SEEDS = 10
@@ -198,7 +200,9 @@ def recipe() -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10 groups instead of 40, 4 steps")
-    parser.add_argument("--shuffled", action="store_true", help="20 groups whose answers share no prompt")
+    parser.add_argument(
+        "--shuffled", action="store_true", help="20 groups whose answers share no prompt, 32 requests at a time"
+    )
     parser.add_argument("--steps", type=int, help="of each kind (default 5, of --quick 2)")
     parser.add_argument("--recipe", action="store_true", help="only the simulated recipe")
     options = parser.parse_args()
